@@ -1,0 +1,330 @@
+"""Every setting of a run, as pydantic models; one YAML file plus dotted overrides.
+
+Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion and all
+problems are reported at once, because a cluster job that dies on its second typo has waited in a queue twice.
+Rejected: argparse flags (two hundred of them and no structure) and Python config files (code, not data).
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from engine.errors import ConfigError
+
+Presets = Mapping[str, Mapping[str, Any]]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    dir: Path = Field(Path("runs/default"), description="everything the run writes goes below this directory")
+    seed: int = Field(1234, description="seed of initial weights and of the order of the samples")
+    resume: str = Field("auto", description="auto (newest checkpoint in run.dir), never, or a checkpoint directory")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+
+
+class RopeScaling(Section):
+    """Llama-3 frequency scaling: low frequencies are slowed down by `factor`."""
+
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position: PositiveInt = 8192
+
+
+class ModelConfig(Section):
+    """Architecture of a dense decoder. A preset fills the fields; fields given beside it override it."""
+
+    preset: str | None = Field(None, description="a named size; see `engine/model/families.py`")
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "starcoder2"] = Field(
+        "llama", description="naming and config.json of the Hugging Face export"
+    )
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    max_position: PositiveInt = Field(description="longest sequence the model is made for")
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: PositiveFloat = 1e-5
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    qkv_bias: bool = False
+    output_bias: bool = Field(False, description="biases on the attention output and the feed-forward layers")
+    qk_norm: bool = False
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: PositiveInt | None = None
+    tie_embeddings: bool = False
+    init_std: PositiveFloat = 0.02
+
+
+class PrecisionConfig(Section):
+    mode: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+
+
+class DatasetConfig(Section):
+    path: Path = Field(description="prefix of a .bin/.idx pair")
+    weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other datasets")
+
+
+class DataConfig(Section):
+    tokenizer: str = Field(description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`")
+    train: list[DatasetConfig] = Field(min_length=1)
+    split: tuple[float, float, float] = Field((98, 1, 1), description="train, validation, test; by documents")
+    seq_length: PositiveInt
+    document_mask: bool = Field(True, description="tokens do not attend across documents")
+    num_workers: int = Field(1, ge=0, description="processes that read ahead, per rank")
+
+
+class BatchConfig(Section):
+    micro: PositiveInt = Field(1, description="sequences in one forward pass on one rank")
+    global_: PositiveInt = Field(alias="global", description="sequences in one optimizer step, over all ranks")
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 3e-4
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+
+
+class LrScheduleConfig(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(None, ge=1, description="wsd only: steps of the final decay (default 10 %)")
+    min_lr: float = Field(0.0, ge=0)
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates only at the end")
+    eval_steps: int = Field(0, ge=0, description="global batches per evaluation; 0 never evaluates")
+    max_nonfinite_steps: PositiveInt = Field(
+        3, description="give up after so many consecutive steps with NaN or infinite gradients (each is skipped)"
+    )
+
+
+class CheckpointConfig(Section):
+    interval: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves only at the end")
+    keep_last: PositiveInt = 3
+
+
+class LogConfig(Section):
+    interval: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    task: Literal["pretrain"] = "pretrain"
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; loading it gives an equal `Config`."""
+        plain = self.model_dump(mode="json", by_alias=True)
+        return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def load(path: Path | str, overrides: Sequence[str] = (), *, presets: Presets) -> Config:
+    """Read a YAML file and apply command-line overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: `["--batch.micro", "2", "--run.dir=runs/a"]`; values are YAML.
+        presets: model fields by preset name.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    return resolve(read_yaml(Path(path)), overrides, presets=presets, source=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of sections")
+    return content
+
+
+def resolve(raw: dict[str, Any], overrides: Sequence[str] = (), *, presets: Presets, source: str) -> Config:
+    """Build a `Config` from nested mappings; see `load`."""
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    problems = [_apply_override(merged, key, value) for key, value in _pairs(overrides)]
+    problems += [_apply_preset(merged, presets)]
+    config: Config | None = None
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        problems += [_describe(dict(item)) for item in error.errors()]
+    if config is not None:
+        problems += _cross_checks(config)
+    found = [problem for problem in problems if problem]
+    if found or config is None:
+        raise ConfigError("\n  ".join([f"{len(found)} problem{'s' * (len(found) > 1)} in {source}:", *found]))
+    return config
+
+
+def microbatches(config: Config, dp: int) -> int:
+    """Forward passes per rank and optimizer step, for `dp` data-parallel ranks.
+
+    Raises:
+        ConfigError: the global batch cannot be cut so.
+    """
+    micro, total = config.batch.micro, config.batch.global_
+    if total % (micro * dp):
+        step = micro * dp
+        near = sorted({max(step, total // step * step), (total // step + 1) * step})
+        raise ConfigError(
+            f"batch.global = {total} is not a multiple of batch.micro × data-parallel ranks = {micro} × {dp} = {step}; "
+            f"the nearest that work are batch.global = {' or '.join(map(str, near))}"
+        )
+    return total // (micro * dp)
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """`--key value` and `--key=value` as pairs."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        item = rest.pop(0)
+        if not item.startswith("--"):
+            raise ConfigError(f"unexpected argument {item!r}; overrides look like --section.key VALUE")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _apply_override(raw: dict[str, Any], key: str, text: str) -> str | None:
+    *sections, last = key.split(".")
+    node = raw
+    for name in sections:
+        child = node.get(name)
+        if not isinstance(child, dict):
+            child = node[name] = {}
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        return f"--{key} {text}: not valid YAML ({error.__class__.__name__})"
+    return None
+
+
+def _apply_preset(raw: dict[str, Any], presets: Presets) -> str | None:
+    model = raw.get("model")
+    if not isinstance(model, dict) or model.get("preset") is None:
+        return None
+    name = model["preset"]
+    if name not in presets:
+        return f"model.preset = {name!r} is unknown{_did_you_mean(str(name), presets)}; known: {', '.join(presets)}"
+    raw["model"] = {**presets[name], **model}
+    return None
+
+
+def _describe(item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{path}: no such setting{_did_you_mean(location[-1], _siblings(location))}"
+    if item["type"] == "missing":
+        return f"{path}: is required and not given"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{path} = {item['input']!r}: {message}"
+
+
+def _siblings(location: Sequence[str]) -> list[str]:
+    """Names that would have been valid at the last part of `location`."""
+    section: Any = Config
+    for name in location[:-1]:
+        if name.isdigit():
+            continue
+        fields = {field.alias or key: field for key, field in section.model_fields.items()}
+        section = next(
+            (t for t in _types(fields[name].annotation) if isinstance(t, type) and issubclass(t, Section)), None
+        )
+        if section is None:
+            return []
+    return [field.alias or key for key, field in section.model_fields.items()]
+
+
+def _types(annotation: Any) -> list[Any]:
+    inner = getattr(annotation, "__args__", ())
+    return [annotation] if not inner else [t for part in inner for t in _types(part)]
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _cross_checks(config: Config) -> list[str]:
+    """Problems that concern more than one setting."""
+    model, data, schedule = config.model, config.data, config.lr_schedule
+    checks = [
+        (
+            model.num_heads % model.num_kv_heads != 0,
+            f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {model.num_heads}",
+        ),
+        (model.head_dim % 2 != 0, f"model.head_dim = {model.head_dim} is odd; rotary positions need an even size"),
+        (
+            data.seq_length > model.max_position,
+            f"data.seq_length = {data.seq_length} is longer than model.max_position = {model.max_position}; "
+            "lower the first or raise the second",
+        ),
+        (
+            min(data.split) < 0 or data.split[0] <= 0,
+            f"data.split = {list(data.split)}: shares must be >= 0 and the first > 0",
+        ),
+        (
+            config.train.eval_steps > 0 and data.split[1] == 0,
+            f"train.eval_steps = {config.train.eval_steps} needs a validation share; data.split = {list(data.split)}",
+        ),
+        (
+            schedule.min_lr > config.optimizer.lr,
+            f"lr_schedule.min_lr = {schedule.min_lr} is above optimizer.lr = {config.optimizer.lr}",
+        ),
+        (
+            schedule.warmup_steps > config.train.steps,
+            f"lr_schedule.warmup_steps = {schedule.warmup_steps} is more than train.steps = {config.train.steps}",
+        ),
+        (
+            schedule.decay_steps is not None and schedule.kind != "wsd",
+            f"lr_schedule.decay_steps only applies to kind wsd; kind = {schedule.kind}",
+        ),
+        (
+            not all(0 <= beta < 1 for beta in config.optimizer.betas),
+            f"optimizer.betas = {list(config.optimizer.betas)}: both must be in [0, 1)",
+        ),
+    ]
+    return [message for wrong, message in checks if wrong]

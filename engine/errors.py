@@ -1,0 +1,102 @@
+"""Every error a person can cause or meet, and the exit code of the process that meets it.
+
+An error's text carries the value seen, what was expected, and the setting to change. Codes follow
+BSD's sysexits where one fits, so that schedulers and scripts can tell "start me again" from "fix the file".
+"""
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class TriaxisError(Exception):
+    """Base of all errors that end a program with a message instead of a traceback."""
+
+    exit_code = 1
+    advice = "read the message above"
+
+
+class ConfigError(TriaxisError):
+    """The configuration cannot be run as it stands."""
+
+    exit_code = 64
+    advice = "fix the configuration and start again"
+
+
+class DataError(TriaxisError):
+    """The data do not fit the run: wrong tokenizer, too few tokens, nothing left to train on."""
+
+    exit_code = 65
+    advice = "fix the data or the data settings and start again"
+
+
+class DataFormatError(DataError):
+    """A dataset file is damaged or is not what its name says."""
+
+
+class CheckpointError(TriaxisError):
+    """No usable checkpoint, or one that belongs to another model."""
+
+    exit_code = 66
+    advice = "name a usable checkpoint, or choose an empty run.dir"
+
+
+class NonFiniteError(TriaxisError):
+    """Loss or gradients stayed NaN or infinite."""
+
+    exit_code = 71
+    advice = "resume from an earlier checkpoint with a lower optimizer.lr"
+
+
+class OutOfMemoryError(TriaxisError):
+    """The run does not fit into the memory of this machine."""
+
+    exit_code = 72
+    advice = "use a smaller model or more devices"
+
+
+class StorageError(TriaxisError):
+    """Reading or writing failed: disk full, input/output error, no permission."""
+
+    exit_code = 74
+    advice = "free or repair the storage and start again"
+
+
+class Interrupted(TriaxisError):
+    """Stopped by a signal after saving the state."""
+
+    exit_code = 75
+    advice = "start the same command again to go on"
+
+
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def as_triaxis_error(error: BaseException) -> TriaxisError | None:
+    """The error as a `TriaxisError`, or None where only a traceback helps."""
+    if isinstance(error, TriaxisError):
+        return error
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        return StorageError(str(error))
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError(f"out of memory: {error}")
+    return None
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's `main` and end the process with the right exit code.
+
+    Errors meant for people become one message on stderr; all others keep their traceback.
+    """
+    try:
+        sys.exit(main() or 0)
+    except Exception as error:
+        known = as_triaxis_error(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(known.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,30 @@
+"""AdamW on flat fp32 tensors, in place (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+import torch
+from torch import Tensor
+
+
+def adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One update of `param`, `exp_avg` and `exp_avg_sq`, all fp32 of one shape.
+
+    `step` (fp32, one element) is the number of this update, 1 for the first; it is not changed. The gradient is
+    divided by `grad_scale` (fp32, one element) and may be overwritten. Where `found_inf` (fp32, one element) is not 0,
+    nothing changes.
+    """
+    torch._fused_adamw_(
+        [param], [grad], [exp_avg], [exp_avg_sq], [], [step],
+        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
+        amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The architecture: one decoder, driven by its configuration."""

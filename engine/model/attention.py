@@ -1,0 +1,70 @@
+"""Self-attention of the decoder: projections, rotary positions, and a pluggable way to attend.
+
+`Attend` is given from outside: training attends within the documents of a batch, generation attends to a key/value
+cache. The block itself is the same code for both.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from engine.config import ModelConfig
+from engine.model.layers import Linear, Norm, Parameters
+from engine.ops.attention import attention, attention_with_cache
+from engine.ops.rope import apply_rope
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, q [t, n, d], k [t, n_kv, d], v [t, n_kv, d]) -> [t, n, d]"""
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with fused q, k and v."""
+
+    def __init__(self, model: ModelConfig, parameters: Parameters, path: str, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        self.head_dim = model.head_dim
+        self.qkv = Linear(parameters, f"{path}.qkv")
+        self.output = Linear(parameters, f"{path}.output")
+        self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps) if model.qk_norm else None
+        self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps) if model.qk_norm else None
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), self.head_dim))  # [t, n + 2 n_kv, d]
+        q, k, v = qkv.split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return self.output(attend(self.layer, q, k, v).flatten(1))
+
+
+def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> Attend:
+    """Causal attention closed within each segment of the flattened tokens."""
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, cu_seqlens, sliding_window)
+
+    return attend
+
+
+class KeyValueCache:
+    """Keys and values of one growing sequence, one slab per layer, allocated once."""
+
+    def __init__(self, model: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (2, model.num_layers, capacity, model.num_kv_heads, model.head_dim)
+        self.slab = torch.empty(shape, dtype=dtype, device=device)
+        self.sliding_window = model.sliding_window
+        self.length = 0
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store the new keys and values behind `length` and attend to everything up to them."""
+        end = self.length + len(k)
+        keys, values = self.slab[0, layer], self.slab[1, layer]
+        keys[self.length : end], values[self.length : end] = k, v
+        return attention_with_cache(q, keys[:end], values[:end], self.sliding_window)
+
+    def advance(self, count: int) -> None:
+        """Make the last `count` tokens part of the past; call once after all layers have attended."""
+        self.length += count

@@ -1,0 +1,448 @@
+"""Token datasets on disk: `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM's IndexedDataset.
+
+The reader maps both files and believes nothing. The header, the sizes and both ends of every table are
+checked at each opening; whole tables are checked at opening while they are small, entry by entry on access
+beyond that, and completely by `verify`. So a dataset of 10^12 tokens opens in milliseconds, and a damaged one
+is a `DataFormatError`, never a read outside the files. Rejected: trusting the index, as readers of this format
+do; a truncated copy then trains on garbage or dies of a bus error days later.
+
+Legend: n sequences; d document indices, one more than documents.
+"""
+
+import os
+import struct
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from engine.data.mapped import Array, MappedFile, format_error
+from engine.errors import DataError, StorageError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, d
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}  # by code
+MAX_SEQUENCE_LENGTH = (1 << 31) - 1  # lengths are int32
+CHECKED_AT_OPENING = 1 << 20  # tables of up to so many entries are checked completely at opening
+CHUNK = 1 << 20  # entries that complete checks and the writer hold at a time
+
+Ints = npt.NDArray[np.int64]
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+class SourceFile(BaseModel):
+    """A file that a dataset was made from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    bytes: NonNegativeInt
+
+
+class DatasetInfo(BaseModel):
+    """What `PREFIX.json` tells about a dataset. Reading tokens works without it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokenizer_kind: str
+    tokenizer_hash: str
+    vocab_size: PositiveInt
+    eod_id: NonNegativeInt
+    num_documents: NonNegativeInt = 0
+    num_tokens: NonNegativeInt = 0
+    version: str = ""
+    sources: tuple[SourceFile, ...] = ()
+    skipped: NonNegativeInt = 0
+
+
+class _Header(NamedTuple):
+    dtype: np.dtype[Any]
+    num_sequences: int
+    num_document_indices: int
+    has_modes: bool
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type tokens are stored in: uint16 for fewer than 65,500 entries, else int32."""
+    return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
+
+
+def dataset_file(prefix: Path | str, kind: str) -> Path:
+    """`PREFIX.bin`, `PREFIX.idx` or `PREFIX.json`; the prefix may itself contain dots."""
+    return Path(f"{prefix}.{kind}")
+
+
+class IndexedDataset:
+    """A dataset opened for reading. Offsets count tokens from the start of the `.bin`.
+
+    A copy (pickled into a worker process) opens the files again by name.
+
+    Raises:
+        DataError: a file is missing.
+        DataFormatError: a file is damaged. Later reads raise it too, where they meet damage.
+    """
+
+    def __init__(self, prefix: Path | str) -> None:
+        self.prefix = Path(prefix)
+        self._index = MappedFile(dataset_file(prefix, "idx"))
+        self._data = MappedFile(dataset_file(prefix, "bin"))
+        header = _read_header(self._index)
+        n, d = header.num_sequences, header.num_document_indices
+        self.dtype, self.has_modes = header.dtype, header.has_modes
+        self.num_sequences, self.num_documents = n, d - 1
+        self.num_tokens = self._data.size // self.dtype.itemsize
+        self._lengths = self._index.array("<i4", HEADER.size, n)
+        self._pointers = self._index.array("<i8", HEADER.size + 4 * n, n)
+        self._documents = self._index.array("<i8", HEADER.size + 12 * n, d)
+        self._tokens = self._data.array(self.dtype, 0, self.num_tokens)
+        self._check_ends()
+        if n + d <= CHECKED_AT_OPENING:
+            self._check_tables(lambda num_bytes: None)
+        self.info = self._read_info()
+
+    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[Path]]:
+        return IndexedDataset, (self.prefix,)
+
+    def tokens(self, start: int, count: int) -> Array:
+        """Tokens `[start, start + count)`: a read-only view of the map, in the type they are stored in.
+
+        Copy it at once: the file's size is checked here and not when the view is used.
+        """
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens} in {self.prefix}")
+        self._data.check_size()
+        return self._tokens[start : start + count]
+
+    def document_start(self, j: int) -> int:
+        """Token offset of document `j`; `j = num_documents` gives `num_tokens`."""
+        if not 0 <= j <= self.num_documents:
+            raise IndexError(f"document {j} of {self.num_documents} in {self.prefix}")
+        self._index.check_size()
+        return self._document_start(j)
+
+    def document_starts_in(self, start: int, stop: int) -> Ints:
+        """Token offsets, increasing, of documents that start inside `(start, stop)`, both excluded."""
+        self._index.check_size()
+        first = bisect_right(range(self.num_documents), start, key=self._document_start)
+        last = bisect_left(range(self.num_documents), stop, lo=first, key=self._document_start)
+        sequences = self._documents[first:last].astype(np.int64)
+        if sequences.size == 0:
+            return sequences
+        inside = sequences.min() >= 0 and sequences.max() < self.num_sequences
+        low, high = int(sequences.min()), int(sequences.max())
+        self._index.expect(
+            inside, f"documents[{first}:{last}]", f"{low} .. {high}", f"0 .. {self.num_sequences - 1}"
+        )
+        pointers = self._pointers[sequences]
+        starts = pointers // self.dtype.itemsize
+        sound = not (pointers % self.dtype.itemsize).any() and (starts[1:] >= starts[:-1]).all()
+        sound = sound and start < starts[0] and starts[-1] < stop
+        seen = f"bytes {pointers.min()} .. {pointers.max()}"
+        self._index.expect(
+            sound,
+            f"pointers of documents[{first}:{last}]",
+            seen,
+            f"increasing, inside tokens ({start}, {stop})",
+        )
+        return np.unique(starts)  # empty documents share their start with the next one
+
+    def document_at(self, offset: int) -> int:
+        """The document that holds token `offset`."""
+        if not 0 <= offset < self.num_tokens:
+            raise IndexError(f"token {offset} of {self.num_tokens} in {self.prefix}")
+        self._index.check_size()
+        return bisect_right(range(self.num_documents), offset, key=self._document_start) - 1
+
+    def verify(self, vocab_size: int | None, progress: Progress | None = None) -> None:
+        """Check every entry of the index and every token id (against `vocab_size` where it is known).
+
+        Raises:
+            DataFormatError: names the first offending entry.
+        """
+        total = self._index.size + self._data.size
+        done = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+
+        self._check_tables(advance)
+        self._check_tokens(vocab_size, advance)
+        advance(total - done)
+
+    def _check_ends(self) -> None:
+        """The ends of every table, in constant time."""
+        n, index, size = self.num_sequences, self._index, self._data.size
+        documents = self._documents
+        index.expect(int(documents[0]) == 0, "documents[0]", int(documents[0]), "0")
+        index.expect(
+            int(documents[-1]) == n,
+            f"documents[{documents.size - 1}]",
+            int(documents[-1]),
+            f"{n} (sequences)",
+        )
+        end = 0
+        if n > 0:
+            first, last, length = int(self._pointers[0]), int(self._pointers[-1]), int(self._lengths[-1])
+            index.expect(first == 0, "pointers[0]", first, "0")
+            index.expect(length >= 0, f"lengths[{n - 1}]", length, "0 or more")
+            index.expect(last >= 0, f"pointers[{n - 1}]", last, "0 or more")
+            end = last + length * self.dtype.itemsize
+        self._data.expect(
+            size == end, "size", f"{size} bytes", f"{end} bytes, where the last sequence of the index ends"
+        )
+        whole = size % self.dtype.itemsize == 0
+        self._data.expect(
+            whole, "size", f"{size} bytes", f"a multiple of {self.dtype.itemsize} ({self.dtype.name})"
+        )
+
+    def _check_tables(self, advance: Callable[[int], None]) -> None:
+        """Every length, pointer and document index, a chunk at a time."""
+        end = 0  # where the sequences so far end, in bytes
+        for start, stop in _chunks(self.num_sequences):
+            self._index.check_size()
+            lengths, pointers = self._lengths[start:stop].astype(np.int64), self._pointers[start:stop]
+            self._index.expect_all(lengths >= 0, "lengths", start, lengths, "0 or more")
+            ends = end + np.cumsum(lengths * self.dtype.itemsize)
+            expected = np.concatenate(([end], ends[:-1]))
+            self._index.expect_all(
+                pointers == expected, "pointers", start, pointers, "the end of the sequence before"
+            )
+            end = int(ends[-1])
+            past = f"sequences [{start}, {stop})"
+            self._index.expect(
+                end <= self._data.size, past, f"end at byte {end}", f"at most {self._data.size}"
+            )
+            advance(12 * (stop - start))
+        before = 0
+        for start, stop in _chunks(self._documents.size):
+            self._index.check_size()
+            indices = self._documents[start:stop]
+            rising = indices >= np.concatenate(([before], indices[:-1]))
+            self._index.expect_all(rising, "documents", start, indices, "at least the entry before")
+            in_range = indices <= self.num_sequences
+            self._index.expect_all(
+                in_range, "documents", start, indices, f"at most {self.num_sequences} (sequences)"
+            )
+            before = int(indices[-1])
+            advance(8 * (stop - start))
+
+    def _check_tokens(self, vocab_size: int | None, advance: Callable[[int], None]) -> None:
+        limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
+        expected = "0 or more" if vocab_size is None else f"0 .. {vocab_size - 1}, the vocabulary's ids"
+        for start, stop in _chunks(self.num_tokens):
+            ids = self._data.read(self.dtype, start, stop - start)
+            if int(ids.min()) < 0 or int(ids.max()) >= limit:
+                bad = (ids < 0) | (ids.astype(np.int64) >= limit)
+                self._data.expect_all(~bad, "tokens", start, ids, expected)
+            advance(ids.nbytes)
+
+    def _document_start(self, j: int) -> int:
+        sequence = int(self._documents[j])
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        in_range = 0 <= sequence < self.num_sequences
+        self._index.expect(in_range, f"documents[{j}]", sequence, f"0 .. {self.num_sequences} (sequences)")
+        offset, rest = divmod(int(self._pointers[sequence]), self.dtype.itemsize)
+        sound = rest == 0 and 0 <= offset <= self.num_tokens
+        expected = f"a multiple of {self.dtype.itemsize} in 0 .. {self._data.size}"
+        self._index.expect(sound, f"pointers[{sequence}]", int(self._pointers[sequence]), expected)
+        return offset
+
+    def _read_info(self) -> DatasetInfo | None:
+        path = dataset_file(self.prefix, "json")
+        try:
+            info = DatasetInfo.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "content"
+            raise format_error(path, field, repr(first["input"])[:80], first["msg"]) from None
+        for field, actual in (("num_tokens", self.num_tokens), ("num_documents", self.num_documents)):
+            told = getattr(info, field)
+            if told != actual:
+                raise format_error(
+                    path, field, told, f"{actual} as in the .idx; is it another dataset's file?"
+                )
+        return info
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset; one sequence a document. Used as a context manager.
+
+    Everything goes to `*.partial` names. Leaving the block syncs and renames, the index last, so an index
+    exists only when its data are complete; leaving it by an exception removes all. Holds four bytes a document
+    in memory.
+
+    Args:
+        prefix: files are `PREFIX.bin`, `PREFIX.idx` and, with `info`, `PREFIX.json`. Old ones are replaced.
+        dtype: an integer type; see `token_dtype`.
+        info: goes into `PREFIX.json` with the counts filled in. May be set until the block is left.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: npt.DTypeLike, info: DatasetInfo | None = None) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in DTYPES.items() if np.dtype(known) == self.dtype]
+        if not codes or self.dtype.kind not in "iu":
+            raise ValueError(f"dtype = {self.dtype.name}; the format stores int8 .. int64, uint8 and uint16")
+        self._code = codes[0]
+        self.info = info
+        self.num_tokens = 0
+        self._lengths = array("i")
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        with _storage_errors(self.prefix):
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._data = self._partial("bin").open("wb", buffering=1 << 20)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with _storage_errors(self.prefix):
+                    self._commit()
+        finally:
+            self._discard()
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """Append one document; it may be empty."""
+        ids = np.asarray(tokens, dtype=None if len(tokens) else self.dtype)  # type: ignore[arg-type]
+        self.add_documents(ids, [len(ids)])
+
+    def add_documents(self, flat_ids: npt.ArrayLike, lengths: Iterable[int]) -> None:
+        """Append documents given as their ids one after another.
+
+        Raises:
+            DataError: an id does not fit the dtype, or a document is too long for the format.
+        """
+        ids = np.asarray(flat_ids)
+        counts = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), dtype=np.int64)
+        if ids.ndim != 1 or counts.sum() != ids.size or (counts < 0).any():
+            raise ValueError(f"{ids.shape} ids for documents of {counts.sum()} tokens together")
+        if counts.size and counts.max() > MAX_SEQUENCE_LENGTH:
+            raise DataError(
+                f"a document has {counts.max():,} tokens; the format allows {MAX_SEQUENCE_LENGTH:,}"
+            )
+        self._check_ids(ids)
+        with _storage_errors(self.prefix):
+            self._data.write(np.ascontiguousarray(ids, self.dtype).data)
+        self._lengths.frombytes(counts.astype(np.int32).tobytes())
+        self.num_tokens += ids.size
+
+    def _check_ids(self, ids: Array) -> None:
+        """Ids that the dtype would silently wrap around are refused."""
+        if ids.size == 0:
+            return
+        low, high, top = int(ids.min()), int(ids.max()), int(np.iinfo(self.dtype).max)
+        if low < 0 or high > top:
+            raise DataError(
+                f"{dataset_file(self.prefix, 'bin')}: token id {low if low < 0 else high} does not fit "
+                f"{self.dtype.name} (0 .. {top}); choose the dtype by the tokenizer's vocabulary size"
+            )
+
+    def _commit(self) -> None:
+        _sync(self._data)
+        kinds = ["bin"]
+        if self.info is not None:
+            counted = {"num_documents": self.num_documents, "num_tokens": self.num_tokens}
+            with self._partial("json").open("wb") as file:
+                file.write(self.info.model_copy(update=counted).model_dump_json(indent=2).encode() + b"\n")
+                _sync(file)
+            kinds.append("json")
+        with self._partial("idx").open("wb") as file:
+            self._write_index(file)
+            _sync(file)
+        for kind in ("idx", "json"):  # an index must never stand beside data that are not its own
+            dataset_file(self.prefix, kind).unlink(missing_ok=True)
+        for kind in (*kinds, "idx"):
+            os.replace(self._partial(kind), dataset_file(self.prefix, kind))
+        _sync_directory(self.prefix.parent)
+
+    def _write_index(self, file: BinaryIO) -> None:
+        n = len(self._lengths)
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if n else np.empty(0, np.int32)
+        file.write(HEADER.pack(MAGIC, VERSION, self._code, n, n + 1))
+        file.write(lengths.astype("<i4", copy=False).data)
+        end = 0
+        for start, stop in _chunks(n):
+            ends = end + np.cumsum(lengths[start:stop], dtype=np.int64) * self.dtype.itemsize
+            file.write(np.concatenate(([end], ends[:-1])).astype("<i8").data)
+            end = int(ends[-1])
+        for start, stop in _chunks(n + 1):
+            file.write(np.arange(start, stop, dtype="<i8").data)
+
+    def _discard(self) -> None:
+        """Remove what is still partial; after a commit nothing is."""
+        with suppress(OSError):
+            self._data.close()
+        for kind in ("bin", "json", "idx"):
+            with suppress(OSError):
+                self._partial(kind).unlink(missing_ok=True)
+
+    def _partial(self, kind: str) -> Path:
+        return Path(f"{dataset_file(self.prefix, kind)}.partial")
+
+
+def _read_header(index: MappedFile) -> _Header:
+    """The header, its counts held against the file's size before anything uses them."""
+    index.expect(
+        index.size >= HEADER.size, "size", f"{index.size} bytes", f"at least {HEADER.size}, the header's"
+    )
+    magic, version, code, n, d = HEADER.unpack(index.array("u1", 0, HEADER.size).tobytes())
+    index.expect(magic == MAGIC, "magic", magic, repr(MAGIC))
+    index.expect(version == VERSION, "version", version, str(VERSION))
+    index.expect(code in DTYPES, "dtype code", code, "1 .. 5 or 8")
+    dtype = np.dtype(DTYPES[code])
+    index.expect(dtype.kind in "iu", "dtype", dtype.name, "an integer type, as token ids are whole numbers")
+    index.expect(d >= 1, "document count", d, "1 or more, as the table ends with the sequence count")
+    size = HEADER.size + 12 * n + 8 * d
+    expected = f"{size} ({size + n} with modes) for {n} sequences and {d} document indices"
+    index.expect(index.size in (size, size + n), "size", f"{index.size} bytes", expected)
+    return _Header(dtype, n, d, has_modes=n > 0 and index.size == size + n)
+
+
+def _chunks(count: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes renames inside it last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(prefix: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"cannot write the dataset {prefix}: {reason}; free space or choose another prefix"
+        ) from error

@@ -1,0 +1,108 @@
+"""AdamW on this rank's shard of every bucket, with fp32 master weights.
+
+Each bucket is updated by at most two flat calls: the part that decays and the part that does not. Where the model
+itself is fp32, its shard is the master. Skipping a step with non-finite gradients is decided on the device from the
+reduced norm, so all ranks skip together and the host never waits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import OptimizerConfig
+from engine.ops.adamw import adamw_step
+from engine.parallel.data import Bucket, ShardedParameters
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """What the optimizer keeps for a bucket: fp32 tensors of the shard's size, by kind."""
+
+    bucket: Bucket
+    param: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+    @property
+    def kinds(self) -> dict[str, torch.Tensor]:
+        """Every kind of state, under its name in a checkpoint."""
+        return {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+class ShardedAdamW:
+    """Decoupled weight decay Adam (Loshchilov and Hutter 2019) over `ShardedParameters`."""
+
+    def __init__(self, parameters: ShardedParameters, config: OptimizerConfig) -> None:
+        self.parameters = parameters
+        self.config = config
+        self.shards = [_shard_state(bucket) for bucket in parameters.buckets]
+
+    @torch.no_grad()
+    def update(self, step: int, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reduce the gradients, clip, update, and hand the new parameters to all ranks.
+
+        Args:
+            step: number of this step, from 1.
+            lr: learning rate of this step.
+
+        Returns:
+            The gradient norm before clipping, and 1 where the step was skipped because that norm is not finite, else
+            0; both fp32 [1] on the device.
+        """
+        self.parameters.reduce_gradients()
+        norm = self.parameters.gradient_norm()
+        skipped = (~torch.isfinite(norm)).float()
+        limit = self.config.clip_grad
+        scale = (norm / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
+        count = torch.full_like(norm, float(step))
+        for shard in self.shards:
+            for first, last, decay in _decay_ranges(shard.bucket, self.config.weight_decay):
+                self._update_range(shard, slice(first, last), decay, lr, count, scale, skipped)
+            self.write_parameters(shard)
+        self.parameters.gather_parameters()
+        return norm, skipped
+
+    def _update_range(
+        self,
+        shard: ShardState,
+        part: slice,
+        weight_decay: float,
+        lr: float,
+        count: torch.Tensor,
+        scale: torch.Tensor,
+        skipped: torch.Tensor,
+    ) -> None:
+        adamw_step(
+            shard.param[part],
+            shard.bucket.grad_shard[part],
+            shard.exp_avg[part],
+            shard.exp_avg_sq[part],
+            step=count,
+            lr=lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=weight_decay,
+            grad_scale=scale,
+            found_inf=skipped,
+        )
+
+    @staticmethod
+    def write_parameters(shard: ShardState) -> None:
+        """Round the master weights into the model's dtype."""
+        if shard.param.data_ptr() != shard.bucket.param_shard.data_ptr():
+            shard.bucket.param_shard.copy_(shard.param)
+
+
+def _shard_state(bucket: Bucket) -> ShardState:
+    shard = bucket.param_shard
+    master = shard if shard.dtype == torch.float32 else shard.float()
+    return ShardState(bucket, master, torch.zeros_like(master), torch.zeros_like(master))
+
+
+def _decay_ranges(bucket: Bucket, weight_decay: float) -> Iterator[tuple[int, int, float]]:
+    """(first, last, weight decay) in positions of the shard; empty ranges are left out."""
+    boundary = min(max(bucket.plan.decay_end - bucket.begin, 0), bucket.end - bucket.begin)
+    for first, last, decay in ((0, boundary, weight_decay), (boundary, bucket.end - bucket.begin, 0.0)):
+        if first < last:
+            yield first, last, decay

@@ -1,0 +1,34 @@
+"""Model FLOPs and the peaks they are held against."""
+
+import torch
+
+from engine.config import Config
+from engine.parallel.table import ParameterTable
+
+FLOPS_FORMULA = "6 · multiplying parameters + 6 · layers · sequence · heads · head size (causal attention)"
+
+_PEAK_BF16_TFLOPS = {  # dense, by datasheet
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+}
+
+
+def flops_per_token(config: Config, table: ParameterTable) -> int:
+    """FLOPs of a forward and backward pass per token; see `FLOPS_FORMULA`."""
+    model = config.model
+    attention = 6 * model.num_layers * config.data.seq_length * model.num_heads * model.head_dim
+    return 6 * table.num_multiplying + attention
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """bf16 peak of a GPU in TFLOP/s; None where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_BF16_TFLOPS.items() if part in name), None)

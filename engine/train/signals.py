@@ -1,0 +1,16 @@
+"""Stop requests: a signal is noted here and acted upon between two steps."""
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1 instead of dying of it."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or signal.Signals(number)

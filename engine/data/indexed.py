@@ -3,8 +3,8 @@
 The reader maps both files and believes nothing. The header, the sizes and both ends of every table are
 checked at each opening; whole tables are checked at opening while they are small, entry by entry on access
 beyond that, and completely by `verify`. So a dataset of 10^12 tokens opens in milliseconds, and a damaged one
-is a `DataFormatError`, never a read outside the files. Rejected: trusting the index, as readers of this format
-do; a truncated copy then trains on garbage or dies of a bus error days later.
+is a `DataFormatError`, never a read outside the files. Rejected: trusting the index, as readers of this
+format do; a truncated copy then trains on garbage or dies of a bus error days later.
 
 Legend: n sequences; d document indices, one more than documents.
 """
@@ -282,8 +282,8 @@ class IndexedDatasetWriter:
     """Writes a dataset; one sequence a document. Used as a context manager.
 
     Everything goes to `*.partial` names. Leaving the block syncs and renames, the index last, so an index
-    exists only when its data are complete; leaving it by an exception removes all. Holds four bytes a document
-    in memory.
+    exists only when its data are complete; leaving it by an exception removes all. Four bytes of memory a
+    document.
 
     Args:
         prefix: files are `PREFIX.bin`, `PREFIX.idx` and, with `info`, `PREFIX.json`. Old ones are replaced.

@@ -1,8 +1,8 @@
-"""A file mapped into memory and not believed: sizes asked before each read, errors that name the file.
+"""A file mapped into memory and not believed; its errors name it.
 
-A map is what makes a dataset of terabytes cost nothing to open, and its one danger is that a file that shrinks
-under it kills the process with a bus error. Rejected: reading with `pread`, which is as fast and has no such
-danger, but copies, and leaves the binary searches with a system call a step.
+A map is what makes a dataset of terabytes cost nothing to open. Its one danger is that a file that shrinks
+under it kills the process with a bus error, so sizes are asked before each read. Rejected: `pread` alone,
+which has no such danger but leaves the binary searches in the index with a system call a step.
 """
 
 import mmap

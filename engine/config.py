@@ -111,7 +111,8 @@ class TrainConfig(Section):
     eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates only at the end")
     eval_steps: int = Field(0, ge=0, description="global batches per evaluation; 0 never evaluates")
     max_nonfinite_steps: PositiveInt = Field(
-        3, description="give up after so many consecutive steps with NaN or infinite gradients (each is skipped)"
+        3,
+        description="give up after so many consecutive steps with NaN or infinite gradients (each is skipped)",
     )
 
 
@@ -271,7 +272,8 @@ def _siblings(location: Sequence[str]) -> list[str]:
             continue
         fields = {field.alias or key: field for key, field in section.model_fields.items()}
         section = next(
-            (t for t in _types(fields[name].annotation) if isinstance(t, type) and issubclass(t, Section)), None
+            (t for t in _types(fields[name].annotation) if isinstance(t, type) and issubclass(t, Section)),
+            None,
         )
         if section is None:
             return []
@@ -296,7 +298,10 @@ def _cross_checks(config: Config) -> list[str]:
             model.num_heads % model.num_kv_heads != 0,
             f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {model.num_heads}",
         ),
-        (model.head_dim % 2 != 0, f"model.head_dim = {model.head_dim} is odd; rotary positions need an even size"),
+        (
+            model.head_dim % 2 != 0,
+            f"model.head_dim = {model.head_dim} is odd; rotary positions need an even size",
+        ),
         (
             data.seq_length > model.max_position,
             f"data.seq_length = {data.seq_length} is longer than model.max_position = {model.max_position}; "

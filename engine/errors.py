@@ -11,10 +11,14 @@ from typing import NoReturn
 
 
 class TriaxisError(Exception):
-    """Base of all errors that end a program with a message instead of a traceback."""
+    """Base of all errors that end a program with a message instead of a traceback.
+
+    `reported_elsewhere` is set on ranks whose peers print the same error.
+    """
 
     exit_code = 1
     advice = "read the message above"
+    reported_elsewhere = False
 
 
 class ConfigError(TriaxisError):
@@ -71,6 +75,7 @@ class Interrupted(TriaxisError):
 
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+_TORCH_OUT_OF_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory")
 
 
 def as_triaxis_error(error: BaseException) -> TriaxisError | None:
@@ -79,15 +84,17 @@ def as_triaxis_error(error: BaseException) -> TriaxisError | None:
         return error
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
         return StorageError(str(error))
-    if isinstance(error, MemoryError):
-        return OutOfMemoryError(f"out of memory: {error}")
+    description = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or any(sign in description for sign in _TORCH_OUT_OF_MEMORY):
+        return OutOfMemoryError(description)
     return None
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's `main` and end the process with the right exit code.
 
-    Errors meant for people become one message on stderr; all others keep their traceback.
+    Errors meant for people become one message on stderr, whose last line names the code and what to do; all others
+    keep their traceback.
     """
     try:
         sys.exit(main() or 0)
@@ -95,7 +102,9 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         known = as_triaxis_error(error)
         if known is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
+        if not known.reported_elsewhere:
+            sys.stdout.flush()
+            print(f"error: {known}\nexit {known.exit_code}: {known.advice}", file=sys.stderr, flush=True)
         sys.exit(known.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -15,11 +15,23 @@ _STARCODER2 = {
     "output_bias": True,
     "tie_embeddings": True,
 }
-_LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
+_LLAMA31_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position": 8192,
+}
 
 
 def _size(
-    layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, longest: int, head_dim: int | None = None
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    kv: int,
+    vocab: int,
+    longest: int,
+    head_dim: int | None = None,
 ) -> dict[str, Any]:
     return {
         "num_layers": layers,

@@ -19,9 +19,7 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _parameters(model: ModelConfig) -> Iterator[LocalParameter]:
     hidden, std = model.hidden_size, model.init_std
-    embedding = whole(
-        "model.embed_tokens.weight", model.vocab_size, hidden, multiplies=model.tie_embeddings, std=std
-    )
+    embedding = whole("model.embed_tokens.weight", model.vocab_size, hidden, multiplies=model.tie_embeddings, std=std)
     yield LocalParameter("embedding.weight", (embedding,))
     for index in range(model.num_layers):
         yield from _layer(model, f"layers.{index}", f"model.layers.{index}")

@@ -1,0 +1,58 @@
+"""`python -m engine`: train, check and config."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+
+from engine.config import Config, load
+from engine.errors import ConfigError, run_program
+from engine.model.families import PRESETS
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; see `python -m engine --help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine",
+        description="A 3D-parallel training engine for 7B-class language models.",
+        epilog="Any setting can be overridden behind the file: --section.key VALUE, where VALUE is YAML.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="pretrain: torchrun --nproc-per-node N -m engine train CONFIG")
+    check = commands.add_parser("check", help="validate a configuration and show what follows from it")
+    show = commands.add_parser("config", help="print the resolved configuration")
+    for command in (train, check, show):
+        command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
+    check.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
+    show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
+    options, overrides = parser.parse_known_args(arguments)
+
+    if options.command == "config" and options.schema:
+        print(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
+        return
+    if options.config is None:
+        parser.error("config needs a YAML file, or --schema")
+    config = _load(options.config, overrides)
+    if options.command == "config":
+        print(config.to_yaml(), end="")
+    elif options.command == "check":
+        from engine.train.check import check as check_config
+
+        check_config(config, options.world_size)
+    else:
+        from engine.train.run import train as train_config
+
+        train_config(config)
+
+
+def _load(path: str, overrides: list[str]) -> Config:
+    """The configuration; where ranks share a machine, only the first one reports its errors."""
+    try:
+        return load(path, overrides, presets=PRESETS)
+    except ConfigError as error:
+        error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+if __name__ == "__main__":
+    run_program(main)

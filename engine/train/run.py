@@ -1,0 +1,283 @@
+"""From a configuration to a finished run: build everything, resume, and drive the loop with its periodic work."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+import engine
+from engine.checkpoint.manager import Checkpoint, State, find, open_checkpoint, save
+from engine.config import Config, microbatches
+from engine.data.pretrain import PretrainDataset
+from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.errors import ConfigError, Interrupted, TriaxisError, as_triaxis_error
+from engine.model.decoder import Decoder
+from engine.model.parameters import parameter_table
+from engine.optim.optimizer import ShardedAdamW
+from engine.parallel.data import ShardedParameters
+from engine.parallel.layout import World, connect, disconnect
+from engine.parallel.table import ParameterTable
+from engine.plan.memory import estimate, require_fit
+from engine.plan.throughput import flops_per_token
+from engine.train.evaluate import evaluate
+from engine.train.metrics import RunLog, StepReporter, duration
+from engine.train.signals import StopRequest
+from engine.train.state import pieces, require_same_model, restore
+from engine.train.trainer import Progress, Trainer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads; opened and checked before anything large is allocated."""
+
+    table: ParameterTable
+    dtype: torch.dtype
+    tokenizer: Tokenizer
+    train_data: PretrainDataset
+    valid_data: PretrainDataset | None
+    checkpoint: Checkpoint | None
+
+
+def train(config: Config) -> None:
+    """Run the training that `config` describes on this rank.
+
+    Raises:
+        TriaxisError: with the exit code of what went wrong; `Interrupted` after a stop request.
+    """
+    world = connect(config.run.device)
+    log: RunLog | None = None
+    try:
+        inputs = together(world, lambda: open_inputs(config, world))
+        log = together(world, lambda: _open_log(config, world, inputs))
+        _describe_start(config, world, inputs, log)
+        trainer = _build(config, world, inputs)
+        _train(trainer, inputs, log)
+        log.event("exit", code=0)
+    except Exception as error:
+        _record_failure(error, log)
+        raise
+    finally:
+        if log is not None:
+            log.close()
+        disconnect()
+
+
+def together(world: World, action: Callable[[], T]) -> T:
+    """Do something on every rank that may fail on some; when it does, all ranks raise the same error. A collective."""
+    failure, result = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = as_triaxis_error(error)
+        if failure is None:
+            raise
+    codes = world.sum_on_host([failure.exit_code if failure and world.rank == rank else 0
+                               for rank in range(world.layout.world_size)])  # fmt: skip
+    failed = [rank for rank, code in enumerate(codes) if code]
+    if not failed:
+        return result  # type: ignore[return-value]
+    if failure is None:
+        failure = TriaxisError(f"rank {failed[0]} failed")
+        failure.exit_code = codes[failed[0]]
+    failure.reported_elsewhere = world.rank != failed[0]
+    raise failure
+
+
+def open_inputs(config: Config, world: World) -> Inputs:
+    """Open everything the run reads, and refuse what cannot work."""
+    microbatches(config, world.layout.dp)
+    bf16 = config.precision.mode == "bf16" or (config.precision.mode == "auto" and world.device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    table = parameter_table(config.model)
+    require_fit(estimate(config, table, world.layout.dp, dtype), world.device, world.local_size)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} entries of "
+            f"data.tokenizer = {config.data.tokenizer}; set model.vocab_size to at least that"
+        )
+    train_data = open_data(config, "train", tokenizer)
+    valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None
+    checkpoint = _choose_checkpoint(config, print if world.is_main else lambda _: None)
+    if checkpoint is not None:
+        require_same_model(checkpoint, table)
+    return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoint)
+
+
+def open_data(config: Config, part: str, tokenizer: Tokenizer) -> PretrainDataset:
+    """One split of the datasets, checked against the tokenizer and the vocabulary."""
+    data = PretrainDataset(
+        config.data.train,
+        split=config.data.split,
+        part=part,  # type: ignore[arg-type]
+        seq_length=config.data.seq_length,
+        seed=config.run.seed,
+    )
+    data.check_tokenizer(tokenizer.hash)
+    data.check_vocabulary(config.model.vocab_size)
+    return data
+
+
+def _choose_checkpoint(config: Config, report: Callable[[str], None]) -> Checkpoint | None:
+    """Where to start from: the newest checkpoint of run.dir, else `run.resume` where it names one, else nothing.
+
+    A path below run.dir is taken literally, so that a run can go back to an older step.
+    """
+    resume, own = config.run.resume, config.run.dir
+    if resume not in ("auto", "never"):
+        named = open_checkpoint(Path(resume))
+        inside = own.resolve() in Path(resume).resolve().parents
+        return named if inside else find(own, report) or named
+    found = find(own, report)
+    if resume == "never" and found is not None:
+        raise ConfigError(
+            f"run.resume = never, but {own} holds a checkpoint of step {found.state.step}; "
+            "choose another run.dir, or run.resume = auto to go on"
+        )
+    return found
+
+
+def _open_log(config: Config, world: World, inputs: Inputs) -> RunLog:
+    last_step = inputs.checkpoint.state.step if inputs.checkpoint else 0
+    log = RunLog(config.run.dir, active=world.is_main, tensorboard=config.log.tensorboard, last_step=last_step)
+    if world.is_main:
+        (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    return log
+
+
+def _build(config: Config, world: World, inputs: Inputs) -> Trainer:
+    """Model, optimizer and trainer, with initial or restored weights."""
+    parameters = ShardedParameters(inputs.table, inputs.dtype, world.device, world.dp_group)
+    if inputs.checkpoint is None:
+        parameters.initialise(config.run.seed)
+    model = Decoder(config.model, parameters.by_path)
+    optimizer = ShardedAdamW(parameters, config.optimizer)
+    trainer = Trainer(config, world, model, optimizer, inputs.train_data)
+    if inputs.checkpoint is not None:
+        checkpoint, state = inputs.checkpoint, inputs.checkpoint.state
+        together(world, lambda: restore(optimizer, checkpoint, inputs.table))
+        trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
+    return trainer
+
+
+def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
+    """Drive the loop; everything that happens every n steps happens here."""
+    config, world = trainer.config, trainer.world
+    stop = StopRequest()
+    reporter = StepReporter(config, world, log, flops_per_token(config, inputs.table))
+    if trainer.progress.step == 0:
+        _evaluate(trainer, inputs, log)
+    reporter.restart_clock()
+    for result in trainer.steps(stop):
+        reporter(result, trainer.progress)
+        last = result.step == config.train.steps
+        with reporter.paused():
+            if last or _due(result.step, config.train.eval_interval):
+                _evaluate(trainer, inputs, log)
+            if last or trainer.stopping or _due(result.step, config.checkpoint.interval):
+                _save(trainer, inputs, log)
+    if trainer.progress.step < config.train.steps:
+        name = stop.signal.name if stop.signal else "a signal to another rank"
+        raise _for_all(world, Interrupted(f"stopped by {name} after step {trainer.progress.step}; the state is saved"))
+    log.say(
+        f"finished: {trainer.progress.step} steps, {trainer.progress.tokens:,} tokens; checkpoint in {config.run.dir}"
+    )
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _evaluate(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
+    if inputs.valid_data is None:
+        return
+    started = time.perf_counter()
+    loss = evaluate(trainer.model, inputs.valid_data, trainer.config, trainer.world)
+    perplexity = math.exp(min(loss, 700.0))
+    step = trainer.progress.step
+    took = duration(time.perf_counter() - started)
+    log.say(f"evaluation at step {step} | loss {loss:.4f} | perplexity {perplexity:.2f} | took {took}")
+    log.metrics("eval", {"step": step, "time": time.time(), "eval_loss": loss, "eval_ppl": perplexity})
+
+
+def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
+    config, world, progress = trainer.config, trainer.world, trainer.progress
+    started = time.perf_counter()
+    state = State(
+        step=progress.step,
+        consumed_samples=progress.samples,
+        consumed_tokens=progress.tokens,
+        loss_scale=None,
+        data_fingerprint=inputs.train_data.fingerprint(),
+        layout={axis: getattr(world.layout, axis) for axis in ("pp", "dp", "cp", "tp")},
+    )
+    path = save(
+        config.run.dir,
+        pieces(trainer.optimizer),
+        state,
+        config_yaml=config.to_yaml(),
+        tokenizer_files=inputs.tokenizer.files,
+        keep_last=config.checkpoint.keep_last,
+        rank=world.rank,
+        world_size=world.layout.world_size,
+        agree=world.first_problem,
+    )
+    seconds = time.perf_counter() - started
+    log.say(f"saved {path} in {seconds:.1f} s")
+    log.event("save", step=progress.step, path=str(path), seconds=seconds)
+
+
+def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog) -> None:
+    """The configuration once, and what follows from it."""
+    dp, checkpoint = world.layout.dp, inputs.checkpoint
+    memory = estimate(config, inputs.table, dp, inputs.dtype)
+    backend = "" if world.dp_group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
+    log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {dp} rank(s) on {world.device.type}{backend}")
+    log.say(config.to_yaml().rstrip())
+    for line in describe(config, inputs.table, dp, memory):
+        log.say(line)
+    for line in inputs.train_data.describe():
+        log.say(f"data        {line}")
+    log.event("layout", world_size=world.layout.world_size, dp=dp, device=str(world.device))
+    if checkpoint is None:
+        log.say(f"start       from scratch: there is no checkpoint in {config.run.dir}")
+        log.event("start", seed=config.run.seed)
+        return
+    log.say(f"start       resumes from {checkpoint.path}: step {checkpoint.state.step} of {config.train.steps}")
+    log.event("resume", step=checkpoint.state.step, path=str(checkpoint.path))
+    if checkpoint.state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
+        log.say("warning     the data or their order differ from those of the checkpoint: data, split, seed or length")
+
+
+def describe(config: Config, table: ParameterTable, dp: int, memory: object) -> list[str]:
+    """What follows from a configuration on `dp` ranks, for `check` and for the start of a run."""
+    batch, count = config.batch, microbatches(config, dp)
+    per_step = batch.global_ * config.data.seq_length
+    flops = flops_per_token(config, table)
+    return [
+        f"model       {table.num_parameters:,} parameters, {flops / 1e9:,.2f} GFLOP per token",
+        f"layout      {dp} data-parallel rank(s)",
+        f"batch       {batch.global_} sequences = {dp} rank(s) × {count} microbatch(es) × {batch.micro}; "
+        f"{per_step:,} tokens per step",
+        f"run         {config.train.steps:,} steps = {config.train.steps * per_step:,} tokens",
+        f"memory      {memory}",
+    ]
+
+
+def _for_all(world: World, error: TriaxisError) -> TriaxisError:
+    """Mark an error that all ranks raise together, so that it is printed once."""
+    error.reported_elsewhere = not world.is_main
+    return error
+
+
+def _record_failure(error: Exception, log: RunLog | None) -> None:
+    known = as_triaxis_error(error)
+    if log is not None:
+        code, advice = (known.exit_code, known.advice) if known else (1, "see the traceback in the log")
+        log.event("exit", code=code, reason=str(error), advice=advice)

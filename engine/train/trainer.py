@@ -1,0 +1,91 @@
+"""The loop: global batches in, one result per optimizer step out.
+
+The trainer only advances; whatever happens every n steps (reports, evaluation, checkpoints) belongs to whoever
+iterates over `steps()`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.config import Config
+from engine.data.loader import Batch, batches
+from engine.data.pretrain import PretrainDataset
+from engine.model.decoder import Decoder
+from engine.optim.optimizer import ShardedAdamW
+from engine.optim.schedule import learning_rate
+from engine.parallel.layout import World
+from engine.train.signals import StopRequest
+from engine.train.step import StepResult, train_step
+
+
+@dataclass
+class Progress:
+    """How far a run is: steps done, samples and (unmasked) tokens consumed."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+class Trainer:
+    """Everything that one rank needs to train.
+
+    Attributes:
+        progress: advanced by each step; set it before `steps()` to resume.
+        stopping: all ranks have agreed to stop after the step just done.
+    """
+
+    def __init__(
+        self, config: Config, world: World, model: Decoder, optimizer: ShardedAdamW, data: PretrainDataset
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.progress = Progress()
+        self.stopping = False
+
+    def steps(self, stop: StopRequest) -> Iterator[StepResult]:
+        """Train until `train.steps`, or until any rank's stop request."""
+        for microbatches in self._batches():
+            step = self.progress.step + 1
+            tokens, stops = self.world.sum_on_host([_unmasked(microbatches), int(stop.signal is not None)])
+            result = train_step(
+                self.model,
+                self.optimizer,
+                microbatches,
+                step=step,
+                lr=self._learning_rate(step),
+                tokens=tokens,
+            )
+            self.progress = Progress(
+                step, self.progress.samples + self.config.batch.global_, self.progress.tokens + tokens
+            )
+            self.stopping = stops > 0
+            yield result
+            if self.stopping:
+                return
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(step, config.optimizer.lr, config.lr_schedule, config.train.steps)
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        config, world = self.config, self.world
+        return batches(
+            self.data,
+            first_sample=self.progress.samples,
+            num_samples=(config.train.steps - self.progress.step) * config.batch.global_,
+            global_batch_size=config.batch.global_,
+            micro_batch_size=config.batch.micro,
+            dp_rank=world.at.dp,
+            dp_size=world.layout.dp,
+            document_mask=config.data.document_mask,
+            num_workers=config.data.num_workers,
+            pin_memory=world.device.type == "cuda",
+        )
+
+
+def _unmasked(microbatches: list[Batch]) -> int:
+    return sum(int(batch.loss_mask.sum()) for batch in microbatches)

@@ -53,7 +53,8 @@ class RunLog:
         if self.tensorboard is not None:
             for name, value in record.items():
                 if isinstance(value, int | float) and name not in ("step", "time"):
-                    self.tensorboard.add_scalar(f"{_GROUPS.get(name, group)}/{name}", value, record["step"])
+                    where = "perf" if name in _PERFORMANCE else group
+                    self.tensorboard.add_scalar(f"{where}/{name}", value, record["step"])
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append to `events.jsonl`: something that happened once."""
@@ -65,7 +66,7 @@ class RunLog:
             self.tensorboard.close()
 
 
-_GROUPS = dict.fromkeys(("step_time_s", "tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "mfu", "memory_gib"), "perf")
+_PERFORMANCE = {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "mfu", "memory_gib"}
 
 
 class StepReporter:

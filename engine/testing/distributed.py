@@ -1,0 +1,92 @@
+"""Real gloo ranks inside a test.
+
+Ranks are forked from a server process that has imported torch and done nothing else (no threads, no autograd), so a
+rank starts in a fraction of a second and never inherits a held lock. They meet through a file.
+Rejected: torchrun (seconds per start) and forking the test process itself (inherits its thread pools).
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PRELOADED = ["torch", "torch.distributed", "engine.train.run", "engine.testing.distributed"]
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
+    """Call `function(*arguments)` on every rank of a gloo world and return the results in the order of the ranks.
+
+    `function` must be importable by name. It finds its rank where torchrun would have put it: in RANK and WORLD_SIZE,
+    and the default process group is connected (for more than one rank).
+
+    Raises:
+        RuntimeError: a rank failed or was too slow; the text holds its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with tempfile.TemporaryDirectory() as directory:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            target = (sender, rank, world_size, Path(directory) / "store", function, arguments)
+            process = context.Process(target=_run_rank, args=target, daemon=True)
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(open_pipes, timeout_s)
+        if not ready:
+            missing = [rank for rank in range(len(pipes)) if rank not in results]
+            raise RuntimeError(f"ranks {missing} have not finished within {timeout_s} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                problem, results[rank] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if problem is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{problem}")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _run_rank(
+    sender: Connection,
+    rank: int,
+    world_size: int,
+    store: Path,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    torch.set_num_threads(1)
+    try:
+        if world_size > 1:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        sender.send((None, function(*arguments)))
+    except BaseException:
+        sender.send((traceback.format_exc(), None))
+    finally:
+        sender.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,39 @@
+"""Small models for tests."""
+
+import torch
+from torch import nn
+
+from engine.config import ModelConfig
+from engine.model.decoder import Decoder
+from engine.model.families import PRESETS
+from engine.model.parameters import parameter_table
+from engine.parallel.table import initialise
+
+
+def tiny_config(preset: str = "tiny", **changes: object) -> ModelConfig:
+    """A preset with some fields changed."""
+    return ModelConfig(**{**PRESETS[preset], **changes})  # type: ignore[arg-type]
+
+
+def new_parameters(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    """Initialised parameters by path, each a tensor of its own."""
+    parameters = {}
+    for parameter in parameter_table(model).parameters:
+        values = torch.empty(parameter.shape, dtype=dtype)
+        initialise(parameter, values, seed)
+        parameters[parameter.path] = nn.Parameter(values)
+    return parameters
+
+
+def new_decoder(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
+    return Decoder(model, new_parameters(model, seed, dtype))
+
+
+def logical_state(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The logical tensors of `parameters`, by Hugging Face name."""
+    state = {}
+    for parameter in parameter_table(model).parameters:
+        rows = [tensor.rectangle.extent[0] for tensor in parameter.tensors]
+        parts = parameters[parameter.path].detach().split(rows)
+        state.update({tensor.name: part for tensor, part in zip(parameter.tensors, parts, strict=True)})
+    return state

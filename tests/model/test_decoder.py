@@ -1,0 +1,116 @@
+import pytest
+import torch
+import transformers
+
+from engine.config import ModelConfig
+from engine.model.attention import KeyValueCache, attend_within
+from engine.model.decoder import Decoder
+from engine.model.parameters import parameter_table
+from engine.testing.models import logical_state, new_decoder, new_parameters, tiny_config
+
+CONFIGS = {
+    "tiny": "LlamaConfig",
+    "tiny-llama3": "LlamaConfig",
+    "tiny-mistral": "MistralConfig",
+    "tiny-qwen2": "Qwen2Config",
+    "tiny-qwen3": "Qwen3Config",
+    "tiny-starcoder2": "Starcoder2Config",
+}
+
+
+def reference_model(preset: str, model: ModelConfig) -> transformers.PreTrainedModel:
+    """The same architecture in transformers, described independently of our own export."""
+    fields = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.max_position,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_embeddings,
+        "sliding_window": model.sliding_window,
+        "attention_dropout": 0.0,
+        "attn_implementation": "eager",
+    }
+    fields["norm_epsilon" if model.norm == "layer" else "rms_norm_eps"] = model.norm_eps
+    if model.norm == "layer":
+        fields |= {"use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0}
+    if model.rope_scaling is not None:
+        fields["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling.factor,
+            "low_freq_factor": model.rope_scaling.low_freq_factor,
+            "high_freq_factor": model.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": model.rope_scaling.original_max_position,
+        }
+    config = getattr(transformers, CONFIGS[preset])(**fields)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def hidden_tokens(length: int, vocab: int) -> torch.Tensor:
+    return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("preset", CONFIGS)
+def test_logits_and_gradients_equal_those_of_transformers(preset):
+    model = tiny_config(preset, init_std=0.1)
+    parameters = new_parameters(model)
+    state = logical_state(model, parameters)
+    reference = reference_model(preset, model)
+    missing = reference.load_state_dict({k: v.clone() for k, v in state.items()}, strict=False)
+    assert not missing.unexpected_keys
+    assert missing.missing_keys in ([], ["lm_head.weight"])
+    reference.tie_weights()
+
+    decoder = Decoder(model, parameters)
+    tokens = hidden_tokens(97, model.vocab_size)  # longer than the sliding window of 32
+    labels = tokens.roll(-1)
+    hidden = decoder(tokens, torch.arange(97), attend_within((0, 97), model.sliding_window))
+    expected = reference(tokens[None]).logits[0]
+    torch.testing.assert_close(decoder.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+
+    loss = decoder.loss(tokens, torch.arange(97), labels, torch.ones(97), (0, 97))
+    expected_loss = torch.nn.functional.cross_entropy(expected, labels, reduction="sum")
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected_loss.backward()
+    theirs = dict(reference.named_parameters())
+    for parameter in parameter_table(model).parameters:
+        rows = [tensor.rectangle.extent[0] for tensor in parameter.tensors]
+        for tensor, grad in zip(parameter.tensors, parameters[parameter.path].grad.split(rows), strict=True):
+            other = theirs[tensor.name].grad
+            distance = (grad - other).norm() / other.norm().clamp(min=1e-6)
+            assert distance < 1e-4, (tensor.name, distance)
+
+
+def test_documents_do_not_see_each_other():
+    model = tiny_config()
+    decoder = new_decoder(model)
+    tokens = hidden_tokens(50, model.vocab_size)
+    positions = torch.cat((torch.arange(20), torch.arange(30)))
+    attend = attend_within((0, 20, 50), None)
+    together = decoder(tokens, positions, attend)
+    alone = decoder(tokens[20:], torch.arange(30), attend_within((0, 30), None))
+    torch.testing.assert_close(together[20:], alone, rtol=1e-5, atol=1e-5)
+    changed = tokens.clone()
+    changed[3] = (changed[3] + 1) % model.vocab_size
+    assert torch.equal(decoder(changed, positions, attend)[20:], together[20:])
+    assert not torch.equal(decoder(changed, positions, attend)[:20], together[:20])
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-mistral", "tiny-qwen3", "tiny-starcoder2"])
+@torch.no_grad()
+def test_generation_with_a_cache_equals_the_whole_sequence(preset):
+    model = tiny_config(preset, init_std=0.1)
+    decoder = new_decoder(model)
+    tokens = hidden_tokens(60, model.vocab_size)
+    whole = decoder(tokens, torch.arange(60), attend_within((0, 60), model.sliding_window))
+    cache = KeyValueCache(model, 60, torch.float32, torch.device("cpu"))
+    parts = []
+    for first, last in ((0, 40), (40, 41), (41, 42), (42, 60)):
+        parts.append(decoder(tokens[first:last], torch.arange(first, last), cache.attend))
+        cache.advance(last - first)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)

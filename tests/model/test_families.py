@@ -1,0 +1,51 @@
+import pytest
+
+from engine.config import ModelConfig
+from engine.model.families import PRESETS
+from engine.model.parameters import logical_shapes, parameter_table
+
+PUBLISHED = {  # from the model cards and the safetensors metadata on the hub
+    "llama2-7b": 6_738_415_616,
+    "llama3-8b": 8_030_261_248,
+    "llama3.1-8b": 8_030_261_248,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "starcoder2-7b": 7_173_923_840,
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_have_their_published_size(preset):
+    table = parameter_table(ModelConfig(**PRESETS[preset]))
+    if not preset.startswith("tiny"):
+        assert table.num_parameters == PUBLISHED[preset]
+    names = [tensor.name for tensor in table.logical()]
+    paths = [parameter.path for parameter in table.parameters]
+    assert len(set(names)) == len(names)
+    assert len(set(paths)) == len(paths)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    for preset in PRESETS:
+        for tensor in parameter_table(ModelConfig(**PRESETS[preset])).logical():
+            assert tensor.decays == (len(tensor.shape) == 2), tensor.name
+
+
+def test_only_what_multiplies_counts_as_multiplying():
+    untied = parameter_table(ModelConfig(**PRESETS["tiny"]))
+    multiplying = {tensor.name for tensor in untied.logical() if tensor.multiplies}
+    assert "model.embed_tokens.weight" not in multiplying
+    assert "lm_head.weight" in multiplying
+    tied = parameter_table(ModelConfig(**PRESETS["tiny-starcoder2"]))
+    assert "model.embed_tokens.weight" in {tensor.name for tensor in tied.logical() if tensor.multiplies}
+
+
+def test_fused_parameters_are_logical_tensors_one_after_another():
+    shapes = logical_shapes(ModelConfig(**PRESETS["tiny"]))
+    assert shapes["model.layers.3.self_attn.k_proj.weight"] == (32, 64)
+    (qkv,) = [
+        p for p in parameter_table(ModelConfig(**PRESETS["tiny"])).parameters if p.path == "layers.0.attention.qkv.weight"
+    ]
+    assert [tensor.name.split(".")[-2] for tensor in qkv.tensors] == ["q_proj", "k_proj", "v_proj"]
+    assert qkv.shape == (64 + 32 + 32, 64)

@@ -59,9 +59,16 @@ class ShardedAdamW:
         for shard in self.shards:
             for first, last, decay in _decay_ranges(shard.bucket, self.config.weight_decay):
                 self._update_range(shard, slice(first, last), decay, lr, count, scale, skipped)
-            self.write_parameters(shard)
-        self.parameters.gather_parameters()
+        self.publish()
         return norm, skipped
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the master weights into the model's dtype and hand them to all ranks; a collective."""
+        for shard in self.shards:
+            if shard.param.data_ptr() != shard.bucket.param_shard.data_ptr():
+                shard.bucket.param_shard.copy_(shard.param)
+        self.parameters.gather_parameters()
 
     def _update_range(
         self,
@@ -86,12 +93,6 @@ class ShardedAdamW:
             grad_scale=scale,
             found_inf=skipped,
         )
-
-    @staticmethod
-    def write_parameters(shard: ShardState) -> None:
-        """Round the master weights into the model's dtype."""
-        if shard.param.data_ptr() != shard.bucket.param_shard.data_ptr():
-            shard.bucket.param_shard.copy_(shard.param)
 
 
 def _shard_state(bucket: Bucket) -> ShardState:

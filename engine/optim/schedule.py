@@ -19,6 +19,6 @@ def learning_rate(step: int, peak: float, schedule: LrScheduleConfig, total_step
     decay_steps = total_steps - schedule.warmup_steps
     if schedule.kind == "wsd":
         decay_steps = min(schedule.decay_steps or max(1, total_steps // 10), decay_steps)
-    remaining = min(1.0, max(0.0, (total_steps - step) / decay_steps)) if decay_steps else 0.0
+    remaining = min(1.0, max(0.0, (total_steps - step) / decay_steps)) if decay_steps else 1.0
     share = 0.5 * (1 - math.cos(math.pi * remaining)) if schedule.kind == "cosine" else remaining
     return schedule.min_lr + (peak - schedule.min_lr) * share

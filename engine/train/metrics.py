@@ -27,18 +27,22 @@ from engine.train.trainer import Progress
 class RunLog:
     """The files of a run directory that grow with the run. On ranks other than the main one it does nothing."""
 
-    def __init__(self, directory: Path, *, active: bool, tensorboard: bool, last_step: int) -> None:
+    def __init__(self, directory: Path, *, active: bool) -> None:
         self.directory = directory
         self.active = active
         self.tensorboard: Any = None
-        if not active:
+        if active:
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def open_metrics(self, last_step: int, *, tensorboard: bool) -> None:
+        """Begin to record behind `last_step`; what an earlier start recorded beyond it is replaced."""
+        if not self.active:
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        _drop_steps_after(directory / "metrics.jsonl", last_step)
+        _drop_steps_after(self.directory / "metrics.jsonl", last_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=last_step + 1)
+            self.tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=last_step + 1)
 
     def say(self, text: str) -> None:
         """A line for people."""

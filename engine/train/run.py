@@ -10,11 +10,11 @@ from typing import TypeVar
 import torch
 
 import engine
-from engine.checkpoint.manager import Checkpoint, State, find, open_checkpoint, save
+from engine.checkpoint.manager import Checkpoint, State, candidates, open_checkpoint, save
 from engine.config import Config, microbatches
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.errors import ConfigError, Interrupted, TriaxisError, as_triaxis_error
+from engine.errors import CheckpointError, ConfigError, Interrupted, TriaxisError, as_triaxis_error
 from engine.model.decoder import Decoder
 from engine.model.parameters import parameter_table
 from engine.optim.optimizer import ShardedAdamW
@@ -26,7 +26,7 @@ from engine.plan.throughput import flops_per_token
 from engine.train.evaluate import evaluate
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
-from engine.train.state import pieces, require_same_model, restore
+from engine.train.state import pieces, restore
 from engine.train.trainer import Progress, Trainer
 
 T = TypeVar("T")
@@ -34,14 +34,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads; opened and checked before anything large is allocated."""
+    """What a run reads; opened and checked before anything large is allocated.
+
+    `checkpoints` are those it may start from, the best first; none for a fresh start.
+    """
 
     table: ParameterTable
     dtype: torch.dtype
     tokenizer: Tokenizer
     train_data: PretrainDataset
     valid_data: PretrainDataset | None
-    checkpoint: Checkpoint | None
+    checkpoints: list[Checkpoint]
 
 
 def train(config: Config) -> None:
@@ -54,9 +57,10 @@ def train(config: Config) -> None:
     log: RunLog | None = None
     try:
         inputs = together(world, lambda: open_inputs(config, world))
-        log = together(world, lambda: _open_log(config, world, inputs))
+        log = together(world, lambda: _open_log(config, world))
         _describe_start(config, world, inputs, log)
-        trainer = _build(config, world, inputs)
+        trainer = _build(config, world, inputs, log)
+        log.open_metrics(trainer.progress.step, tensorboard=config.log.tensorboard)
         _train(trainer, inputs, log)
         log.event("exit", code=0)
     except Exception as error:
@@ -104,10 +108,10 @@ def open_inputs(config: Config, world: World) -> Inputs:
         )
     train_data = open_data(config, "train", tokenizer)
     valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None
-    checkpoint = _choose_checkpoint(config, print if world.is_main else lambda _: None)
-    if checkpoint is not None:
-        require_same_model(checkpoint, table)
-    return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoint)
+    checkpoints = _choose_checkpoints(config, print if world.is_main else lambda _: None)
+    for checkpoint in checkpoints:
+        checkpoint.require("param", {tensor.name: tensor.shape for tensor in table.logical()})
+    return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoints)
 
 
 def open_data(config: Config, part: str, tokenizer: Tokenizer) -> PretrainDataset:
@@ -124,8 +128,8 @@ def open_data(config: Config, part: str, tokenizer: Tokenizer) -> PretrainDatase
     return data
 
 
-def _choose_checkpoint(config: Config, report: Callable[[str], None]) -> Checkpoint | None:
-    """Where to start from: the newest checkpoint of run.dir, else `run.resume` where it names one, else nothing.
+def _choose_checkpoints(config: Config, report: Callable[[str], None]) -> list[Checkpoint]:
+    """Where to start from: what run.dir holds, newest first; else what `run.resume` names; else nothing.
 
     A path below run.dir is taken literally, so that a run can go back to an older step.
     """
@@ -133,37 +137,58 @@ def _choose_checkpoint(config: Config, report: Callable[[str], None]) -> Checkpo
     if resume not in ("auto", "never"):
         named = open_checkpoint(Path(resume))
         inside = own.resolve() in Path(resume).resolve().parents
-        return named if inside else find(own, report) or named
-    found = find(own, report)
-    if resume == "never" and found is not None:
+        return [named] if inside else candidates(own, report) or [named]
+    found = candidates(own, report)
+    if resume == "never" and found:
         raise ConfigError(
-            f"run.resume = never, but {own} holds a checkpoint of step {found.state.step}; "
+            f"run.resume = never, but {own} holds a checkpoint of step {found[0].state.step}; "
             "choose another run.dir, or run.resume = auto to go on"
         )
     return found
 
 
-def _open_log(config: Config, world: World, inputs: Inputs) -> RunLog:
-    last_step = inputs.checkpoint.state.step if inputs.checkpoint else 0
-    log = RunLog(config.run.dir, active=world.is_main, tensorboard=config.log.tensorboard, last_step=last_step)
+def _open_log(config: Config, world: World) -> RunLog:
+    log = RunLog(config.run.dir, active=world.is_main)
     if world.is_main:
         (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return log
 
 
-def _build(config: Config, world: World, inputs: Inputs) -> Trainer:
+def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
     """Model, optimizer and trainer, with initial or restored weights."""
     parameters = ShardedParameters(inputs.table, inputs.dtype, world.device, world.dp_group)
-    if inputs.checkpoint is None:
+    if not inputs.checkpoints:
         parameters.initialise(config.run.seed)
-    model = Decoder(config.model, parameters.by_path)
     optimizer = ShardedAdamW(parameters, config.optimizer)
-    trainer = Trainer(config, world, model, optimizer, inputs.train_data)
-    if inputs.checkpoint is not None:
-        checkpoint, state = inputs.checkpoint, inputs.checkpoint.state
-        together(world, lambda: restore(optimizer, checkpoint, inputs.table))
-        trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
+    trainer = Trainer(config, world, Decoder(config.model, parameters.by_path), optimizer, inputs.train_data)
+    if not inputs.checkpoints:
+        log.say(f"start       from scratch: there is no checkpoint in {config.run.dir}")
+        log.event("start", seed=config.run.seed)
+        return trainer
+    checkpoint = _restore_newest(world, optimizer, inputs.checkpoints, log)
+    state = checkpoint.state
+    trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
+    log.say(f"start       resumes from {checkpoint.path}: step {state.step} of {config.train.steps}")
+    log.event("resume", step=state.step, path=str(checkpoint.path))
+    if state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
+        log.say(
+            "warning     the data or their order (datasets, split, seq_length, seed) are not those of the checkpoint"
+        )
     return trainer
+
+
+def _restore_newest(world: World, optimizer: ShardedAdamW, checkpoints: list[Checkpoint], log: RunLog) -> Checkpoint:
+    """Restore from the first checkpoint that every rank can read completely."""
+    for checkpoint, older in zip(checkpoints, [*checkpoints[1:], None], strict=True):
+        try:
+            together(world, lambda checkpoint=checkpoint: restore(optimizer, checkpoint))  # type: ignore[misc]
+            optimizer.publish()
+            return checkpoint
+        except CheckpointError as error:
+            if older is None:
+                raise
+            log.say(f"WARNING: {error}; going back to {older.path}")
+    raise AssertionError("there is at least one checkpoint")
 
 
 def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
@@ -235,24 +260,16 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
 
 def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog) -> None:
     """The configuration once, and what follows from it."""
-    dp, checkpoint = world.layout.dp, inputs.checkpoint
+    dp = world.layout.dp
     memory = estimate(config, inputs.table, dp, inputs.dtype)
     backend = "" if world.dp_group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
     log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {dp} rank(s) on {world.device.type}{backend}")
     log.say(config.to_yaml().rstrip())
     for line in describe(config, inputs.table, dp, memory):
         log.say(line)
-    for line in inputs.train_data.describe():
-        log.say(f"data        {line}")
+    for data in inputs.train_data.datasets:
+        log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
     log.event("layout", world_size=world.layout.world_size, dp=dp, device=str(world.device))
-    if checkpoint is None:
-        log.say(f"start       from scratch: there is no checkpoint in {config.run.dir}")
-        log.event("start", seed=config.run.seed)
-        return
-    log.say(f"start       resumes from {checkpoint.path}: step {checkpoint.state.step} of {config.train.steps}")
-    log.event("resume", step=checkpoint.state.step, path=str(checkpoint.path))
-    if checkpoint.state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
-        log.say("warning     the data or their order differ from those of the checkpoint: data, split, seed or length")
 
 
 def describe(config: Config, table: ParameterTable, dp: int, memory: object) -> list[str]:

@@ -45,7 +45,9 @@ def test_fused_parameters_are_logical_tensors_one_after_another():
     shapes = logical_shapes(ModelConfig(**PRESETS["tiny"]))
     assert shapes["model.layers.3.self_attn.k_proj.weight"] == (32, 64)
     (qkv,) = [
-        p for p in parameter_table(ModelConfig(**PRESETS["tiny"])).parameters if p.path == "layers.0.attention.qkv.weight"
+        p
+        for p in parameter_table(ModelConfig(**PRESETS["tiny"])).parameters
+        if p.path == "layers.0.attention.qkv.weight"
     ]
     assert [tensor.name.split(".")[-2] for tensor in qkv.tensors] == ["q_proj", "k_proj", "v_proj"]
     assert qkv.shape == (64 + 32 + 32, 64)

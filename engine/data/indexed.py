@@ -1,10 +1,10 @@
 """Token datasets on disk: `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM's IndexedDataset.
 
-The reader maps both files and believes nothing. The header, the sizes and both ends of every table are
-checked at each opening; whole tables are checked at opening while they are small, entry by entry on access
-beyond that, and completely by `verify`. So a dataset of 10^12 tokens opens in milliseconds, and a damaged one
-is a `DataFormatError`, never a read outside the files. Rejected: trusting the index, as readers of this
-format do; a truncated copy then trains on garbage or dies of a bus error days later.
+The reader believes nothing. The header, the sizes and both ends of every table are checked at each opening;
+whole tables are checked at opening while they are small, entry by entry on access beyond that, and completely
+by `verify`. So a dataset of 10^12 tokens opens in milliseconds, and a damaged one is a `DataFormatError`.
+Rejected: trusting the index, as readers of this format do; a truncated copy then trains on garbage, or kills
+the run days later.
 
 Legend: n sequences; d document indices, one more than documents.
 """
@@ -12,18 +12,18 @@ Legend: n sequences; d document indices, one more than documents.
 import os
 import struct
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from engine.data.mapped import Array, MappedFile, format_error
+from engine.data.files import CHUNK, Array, CheckedFile, Ints, Table, format_error
 from engine.errors import DataError, StorageError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -32,9 +32,7 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, d
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}  # by code
 MAX_SEQUENCE_LENGTH = (1 << 31) - 1  # lengths are int32
 CHECKED_AT_OPENING = 1 << 20  # tables of up to so many entries are checked completely at opening
-CHUNK = 1 << 20  # entries that complete checks and the writer hold at a time
 
-Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
@@ -63,13 +61,6 @@ class DatasetInfo(BaseModel):
     skipped: NonNegativeInt = 0
 
 
-class _Header(NamedTuple):
-    dtype: np.dtype[Any]
-    num_sequences: int
-    num_document_indices: int
-    has_modes: bool
-
-
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type tokens are stored in: uint16 for fewer than 65,500 entries, else int32."""
     return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
@@ -92,74 +83,77 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path | str) -> None:
         self.prefix = Path(prefix)
-        self._index = MappedFile(dataset_file(prefix, "idx"))
-        self._data = MappedFile(dataset_file(prefix, "bin"))
-        header = _read_header(self._index)
-        n, d = header.num_sequences, header.num_document_indices
-        self.dtype, self.has_modes = header.dtype, header.has_modes
-        self.num_sequences, self.num_documents = n, d - 1
+        self._index = CheckedFile(dataset_file(prefix, "idx"))
+        self._data = CheckedFile(dataset_file(prefix, "bin"))
+        self.dtype, self.num_sequences, document_indices = _read_header(self._index)
+        n, self.num_documents = self.num_sequences, document_indices - 1
         self.num_tokens = self._data.size // self.dtype.itemsize
-        self._lengths = self._index.array("<i4", HEADER.size, n)
-        self._pointers = self._index.array("<i8", HEADER.size + 4 * n, n)
-        self._documents = self._index.array("<i8", HEADER.size + 12 * n, d)
-        self._tokens = self._data.array(self.dtype, 0, self.num_tokens)
+        self._lengths = Table(self._index, "lengths", "<i4", HEADER.size, n)
+        self._pointers = Table(self._index, "pointers", "<i8", HEADER.size + 4 * n, n)
+        self._documents = Table(self._index, "documents", "<i8", HEADER.size + 12 * n, document_indices)
+        self._tokens = Table(self._data, "tokens", self.dtype, 0, self.num_tokens)
         self._check_ends()
-        if n + d <= CHECKED_AT_OPENING:
+        if n + document_indices <= CHECKED_AT_OPENING:
             self._check_tables(lambda num_bytes: None)
         self.info = self._read_info()
 
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[Path]]:
         return IndexedDataset, (self.prefix,)
 
-    def tokens(self, start: int, count: int) -> Array:
-        """Tokens `[start, start + count)`: a read-only view of the map, in the type they are stored in.
+    @property
+    def num_bytes(self) -> int:
+        """Of both files."""
+        return self._index.size + self._data.size
 
-        Copy it at once: the file's size is checked here and not when the view is used.
-        """
+    def tokens(self, start: int, count: int) -> Array:
+        """Tokens `[start, start + count)`: read-only, in the type they are stored in."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens} in {self.prefix}")
         self._data.check_size()
-        return self._tokens[start : start + count]
+        return self._tokens.span(start, start + count)
 
     def document_start(self, j: int) -> int:
         """Token offset of document `j`; `j = num_documents` gives `num_tokens`."""
         if not 0 <= j <= self.num_documents:
             raise IndexError(f"document {j} of {self.num_documents} in {self.prefix}")
-        self._index.check_size()
-        return self._document_start(j)
+        sequence = self._documents[j]
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        self._documents.expect(0 <= sequence < self.num_sequences, j, sequence, f"0 .. {self.num_sequences}")
+        pointer = self._pointers[sequence]
+        offset, rest = divmod(pointer, self.dtype.itemsize)
+        sound = rest == 0 and 0 <= offset <= self.num_tokens
+        self._pointers.expect(sound, sequence, pointer, f"whole tokens inside {self._data.size} bytes")
+        return offset
 
     def document_starts_in(self, start: int, stop: int) -> Ints:
-        """Token offsets, increasing, of documents that start inside `(start, stop)`, both excluded."""
-        self._index.check_size()
-        first = bisect_right(range(self.num_documents), start, key=self._document_start)
-        last = bisect_left(range(self.num_documents), stop, lo=first, key=self._document_start)
-        sequences = self._documents[first:last].astype(np.int64)
-        if sequences.size == 0:
-            return sequences
-        inside = sequences.min() >= 0 and sequences.max() < self.num_sequences
-        low, high = int(sequences.min()), int(sequences.max())
-        self._index.expect(
-            inside, f"documents[{first}:{last}]", f"{low} .. {high}", f"0 .. {self.num_sequences - 1}"
-        )
-        pointers = self._pointers[sequences]
-        starts = pointers // self.dtype.itemsize
-        sound = not (pointers % self.dtype.itemsize).any() and (starts[1:] >= starts[:-1]).all()
-        sound = sound and start < starts[0] and starts[-1] < stop
-        seen = f"bytes {pointers.min()} .. {pointers.max()}"
-        self._index.expect(
-            sound,
-            f"pointers of documents[{first}:{last}]",
-            seen,
-            f"increasing, inside tokens ({start}, {stop})",
-        )
-        return np.unique(starts)  # empty documents share their start with the next one
+        """Token offsets, increasing, at which documents start inside `(start, stop)`, both excluded."""
+        j = bisect_right(range(self.num_documents), start, key=self.document_start)
+        starts = [start]
+        while j < self.num_documents and (offset := self.document_start(j)) < stop:
+            self._documents.expect(offset >= starts[-1], j, offset, f"a token from {starts[-1]} on")
+            if offset > starts[-1]:  # an empty document starts where the next one does
+                starts.append(offset)
+            j += 1
+        return np.array(starts[1:], np.int64)
 
     def document_at(self, offset: int) -> int:
         """The document that holds token `offset`."""
         if not 0 <= offset < self.num_tokens:
             raise IndexError(f"token {offset} of {self.num_tokens} in {self.prefix}")
-        self._index.check_size()
-        return bisect_right(range(self.num_documents), offset, key=self._document_start) - 1
+        return bisect_right(range(self.num_documents), offset, key=self.document_start) - 1
+
+    def document_lengths(self) -> Iterator[Ints]:
+        """Tokens of each document, in order, a chunk at a time."""
+        for start, stop in _chunks(self.num_documents):
+            sequences = self._documents.span(start, stop + 1)
+            sound = (sequences >= 0) & (sequences <= self.num_sequences)
+            sound[1:] &= sequences[1:] >= sequences[:-1]
+            self._documents.expect_all(sound, start, sequences, f"rising, at most {self.num_sequences}")
+            inner = sequences[sequences < self.num_sequences]
+            starts = np.full(sequences.size, self.num_tokens, np.int64)
+            starts[: inner.size] = self._pointers.gather(inner) // self.dtype.itemsize
+            yield np.diff(starts)
 
     def verify(self, vocab_size: int | None, progress: Progress | None = None) -> None:
         """Check every entry of the index and every token id (against `vocab_size` where it is known).
@@ -167,97 +161,64 @@ class IndexedDataset:
         Raises:
             DataFormatError: names the first offending entry.
         """
-        total = self._index.size + self._data.size
         done = 0
 
         def advance(num_bytes: int) -> None:
             nonlocal done
             done += num_bytes
             if progress is not None:
-                progress(done, total)
+                progress(done, self.num_bytes)
 
         self._check_tables(advance)
         self._check_tokens(vocab_size, advance)
-        advance(total - done)
+        advance(self.num_bytes - done)
 
     def _check_ends(self) -> None:
-        """The ends of every table, in constant time."""
-        n, index, size = self.num_sequences, self._index, self._data.size
-        documents = self._documents
-        index.expect(int(documents[0]) == 0, "documents[0]", int(documents[0]), "0")
-        index.expect(
-            int(documents[-1]) == n,
-            f"documents[{documents.size - 1}]",
-            int(documents[-1]),
-            f"{n} (sequences)",
-        )
+        """Both ends of every table and the size of the data, in constant time."""
+        n, documents, pointers = self.num_sequences, self._documents, self._pointers
+        documents.expect(documents[0] == 0, 0, documents[0], "0")
+        last = len(documents) - 1
+        documents.expect(documents[last] == n, last, documents[last], f"{n}, the number of sequences")
         end = 0
         if n > 0:
-            first, last, length = int(self._pointers[0]), int(self._pointers[-1]), int(self._lengths[-1])
-            index.expect(first == 0, "pointers[0]", first, "0")
-            index.expect(length >= 0, f"lengths[{n - 1}]", length, "0 or more")
-            index.expect(last >= 0, f"pointers[{n - 1}]", last, "0 or more")
-            end = last + length * self.dtype.itemsize
-        self._data.expect(
-            size == end, "size", f"{size} bytes", f"{end} bytes, where the last sequence of the index ends"
-        )
+            pointers.expect(pointers[0] == 0, 0, pointers[0], "0")
+            self._lengths.expect(self._lengths[n - 1] >= 0, n - 1, self._lengths[n - 1], "0 or more")
+            end = pointers[n - 1] + self._lengths[n - 1] * self.dtype.itemsize
+        size = self._data.size
+        self._data.expect(size == end, "size", f"{size} bytes", f"{end} bytes, where the index ends")
         whole = size % self.dtype.itemsize == 0
-        self._data.expect(
-            whole, "size", f"{size} bytes", f"a multiple of {self.dtype.itemsize} ({self.dtype.name})"
-        )
+        self._data.expect(whole, "size", f"{size} bytes", f"a multiple of {self.dtype.itemsize}")
 
     def _check_tables(self, advance: Callable[[int], None]) -> None:
         """Every length, pointer and document index, a chunk at a time."""
-        end = 0  # where the sequences so far end, in bytes
+        end = 0  # of the sequences so far, in bytes
         for start, stop in _chunks(self.num_sequences):
-            self._index.check_size()
-            lengths, pointers = self._lengths[start:stop].astype(np.int64), self._pointers[start:stop]
-            self._index.expect_all(lengths >= 0, "lengths", start, lengths, "0 or more")
-            ends = end + np.cumsum(lengths * self.dtype.itemsize)
-            expected = np.concatenate(([end], ends[:-1]))
-            self._index.expect_all(
-                pointers == expected, "pointers", start, pointers, "the end of the sequence before"
-            )
+            lengths, pointers = self._lengths.span(start, stop), self._pointers.span(start, stop)
+            self._lengths.expect_all(lengths >= 0, start, lengths, "0 or more")
+            ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            follows = pointers == np.concatenate(([end], ends[:-1]))
+            self._pointers.expect_all(follows, start, pointers, "the end of the sequence before")
+            inside = ends <= self._data.size
+            self._lengths.expect_all(inside, start, lengths, f"to end inside {self._data.size} bytes")
             end = int(ends[-1])
-            past = f"sequences [{start}, {stop})"
-            self._index.expect(
-                end <= self._data.size, past, f"end at byte {end}", f"at most {self._data.size}"
-            )
             advance(12 * (stop - start))
         before = 0
-        for start, stop in _chunks(self._documents.size):
-            self._index.check_size()
-            indices = self._documents[start:stop]
-            rising = indices >= np.concatenate(([before], indices[:-1]))
-            self._index.expect_all(rising, "documents", start, indices, "at least the entry before")
-            in_range = indices <= self.num_sequences
-            self._index.expect_all(
-                in_range, "documents", start, indices, f"at most {self.num_sequences} (sequences)"
-            )
+        for start, stop in _chunks(len(self._documents)):
+            indices = self._documents.span(start, stop)
+            rises = (indices >= np.concatenate(([before], indices[:-1]))) & (indices <= self.num_sequences)
+            self._documents.expect_all(rises, start, indices, f"rising, at most {self.num_sequences}")
             before = int(indices[-1])
             advance(8 * (stop - start))
 
     def _check_tokens(self, vocab_size: int | None, advance: Callable[[int], None]) -> None:
         limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
-        expected = "0 or more" if vocab_size is None else f"0 .. {vocab_size - 1}, the vocabulary's ids"
+        expected = "0 or more" if vocab_size is None else f"0 .. {vocab_size - 1}, the ids of the vocabulary"
         for start, stop in _chunks(self.num_tokens):
-            ids = self._data.read(self.dtype, start, stop - start)
+            ids = self._tokens.span(start, stop)
             if int(ids.min()) < 0 or int(ids.max()) >= limit:
-                bad = (ids < 0) | (ids.astype(np.int64) >= limit)
-                self._data.expect_all(~bad, "tokens", start, ids, expected)
+                known = (ids >= 0) & (ids.astype(np.int64) < limit)
+                self._tokens.expect_all(known, start, ids, expected)
             advance(ids.nbytes)
-
-    def _document_start(self, j: int) -> int:
-        sequence = int(self._documents[j])
-        if sequence == self.num_sequences:
-            return self.num_tokens
-        in_range = 0 <= sequence < self.num_sequences
-        self._index.expect(in_range, f"documents[{j}]", sequence, f"0 .. {self.num_sequences} (sequences)")
-        offset, rest = divmod(int(self._pointers[sequence]), self.dtype.itemsize)
-        sound = rest == 0 and 0 <= offset <= self.num_tokens
-        expected = f"a multiple of {self.dtype.itemsize} in 0 .. {self._data.size}"
-        self._index.expect(sound, f"pointers[{sequence}]", int(self._pointers[sequence]), expected)
-        return offset
 
     def _read_info(self) -> DatasetInfo | None:
         path = dataset_file(self.prefix, "json")
@@ -272,9 +233,7 @@ class IndexedDataset:
         for field, actual in (("num_tokens", self.num_tokens), ("num_documents", self.num_documents)):
             told = getattr(info, field)
             if told != actual:
-                raise format_error(
-                    path, field, told, f"{actual} as in the .idx; is it another dataset's file?"
-                )
+                raise format_error(path, field, told, f"{actual} as in the .idx; is it another dataset's file?")
         return info
 
 
@@ -338,9 +297,7 @@ class IndexedDatasetWriter:
         if ids.ndim != 1 or counts.sum() != ids.size or (counts < 0).any():
             raise ValueError(f"{ids.shape} ids for documents of {counts.sum()} tokens together")
         if counts.size and counts.max() > MAX_SEQUENCE_LENGTH:
-            raise DataError(
-                f"a document has {counts.max():,} tokens; the format allows {MAX_SEQUENCE_LENGTH:,}"
-            )
+            raise DataError(f"a document has {counts.max():,} tokens; the format allows {MAX_SEQUENCE_LENGTH:,}")
         self._check_ids(ids)
         with _storage_errors(self.prefix):
             self._data.write(np.ascontiguousarray(ids, self.dtype).data)
@@ -401,12 +358,10 @@ class IndexedDatasetWriter:
         return Path(f"{dataset_file(self.prefix, kind)}.partial")
 
 
-def _read_header(index: MappedFile) -> _Header:
-    """The header, its counts held against the file's size before anything uses them."""
-    index.expect(
-        index.size >= HEADER.size, "size", f"{index.size} bytes", f"at least {HEADER.size}, the header's"
-    )
-    magic, version, code, n, d = HEADER.unpack(index.array("u1", 0, HEADER.size).tobytes())
+def _read_header(index: CheckedFile) -> tuple[np.dtype[Any], int, int]:
+    """Token type, sequence count n and document count d; counts are held against the size before any use."""
+    index.expect(index.size >= HEADER.size, "size", f"{index.size} bytes", f"at least {HEADER.size}, a header")
+    magic, version, code, n, d = HEADER.unpack(index.read(0, HEADER.size))
     index.expect(magic == MAGIC, "magic", magic, repr(MAGIC))
     index.expect(version == VERSION, "version", version, str(VERSION))
     index.expect(code in DTYPES, "dtype code", code, "1 .. 5 or 8")
@@ -416,7 +371,7 @@ def _read_header(index: MappedFile) -> _Header:
     size = HEADER.size + 12 * n + 8 * d
     expected = f"{size} ({size + n} with modes) for {n} sequences and {d} document indices"
     index.expect(index.size in (size, size + n), "size", f"{index.size} bytes", expected)
-    return _Header(dtype, n, d, has_modes=n > 0 and index.size == size + n)
+    return dtype, n, d
 
 
 def _chunks(count: int) -> Iterator[tuple[int, int]]:

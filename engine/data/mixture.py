@@ -72,7 +72,7 @@ class Permutation:
         return result
 
     def _network(self, x: Any) -> Any:
-        """For a number or a vector. Each round changes one part of the bits by a function of the other, so each can be undone."""
+        """Each round changes one part of the bits by a function of the other, so each can be undone."""
         low_mask, high_mask = self._masks
         low, high = x & low_mask, x >> self._low_bits
         for even, odd in zip(self._round_keys[::2], self._round_keys[1::2], strict=True):

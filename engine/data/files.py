@@ -1,0 +1,123 @@
+"""Files that are read by position and not believed; errors name file, field, value and what was expected.
+
+Everything is read with `pread`. Rejected: memory maps. Measured on a cold sparse file of 2 TB, 4097 tokens at
+random places: `pread` 9 µs a sample and no growth of the process; a map 5,500 µs with the kernel's read-around
+and 21 µs without it, both growing the process by every page touched. And a file that shrinks under a map, or a
+disk that fails, kills the process with a bus error, where `pread` gives an error to report.
+"""
+
+import os
+import stat
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import DataError, DataFormatError
+
+CHUNK = 1 << 20  # entries of a table that are held in memory at a time
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+
+
+class CheckedFile:
+    """A file opened for reading by position.
+
+    Raises:
+        DataError: there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(_missing(path)) from None
+        weakref.finalize(self, os.close, self._descriptor)
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(_missing(path))
+        self.size = status.st_size
+
+    def read(self, position: int, count: int) -> bytes:
+        """Exactly `count` bytes at `position`, which the caller knows to lie inside the file as it was opened.
+
+        Raises:
+            DataFormatError: the file has become shorter.
+        """
+        data = os.pread(self._descriptor, count, position)
+        while len(data) < count:
+            more = os.pread(self._descriptor, count - len(data), position + len(data))
+            if not more:
+                self.check_size()
+                raise format_error(self.path, "size", f"{position + len(data)} bytes", f"{self.size}")
+            data += more
+        return data
+
+    def check_size(self) -> None:
+        """Raises when the file has become shorter than it was when it was opened."""
+        size = os.fstat(self._descriptor).st_size
+        if size < self.size:
+            expected = f"{self.size} as when it was opened; it shrank while in use"
+            raise format_error(self.path, "size", f"{size} bytes", expected)
+
+    def expect(self, holds: bool | np.bool_, field: str, value: object, expected: str) -> None:
+        if not holds:
+            raise format_error(self.path, field, value, expected)
+
+
+class Table:
+    """A named run of integers inside a file."""
+
+    def __init__(self, file: CheckedFile, name: str, dtype: npt.DTypeLike, offset: int, count: int) -> None:
+        self.file, self.name, self.dtype, self.offset = file, name, np.dtype(dtype), offset
+        self._count, self._itemsize, self._signed = count, self.dtype.itemsize, self.dtype.kind == "i"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> int:
+        data = self.file.read(self.offset + i * self._itemsize, self._itemsize)
+        return int.from_bytes(data, "little", signed=self._signed)
+
+    def span(self, start: int, stop: int) -> Array:
+        """Entries `[start, stop)`, read-only, in the table's type."""
+        data = self.file.read(self.offset + start * self._itemsize, (stop - start) * self._itemsize)
+        return np.frombuffer(data, self.dtype)
+
+    def gather(self, indices: Ints) -> Array:
+        """The entries at rising indices, in memory for at most a chunk of the entries between them."""
+        pieces = [np.empty(0, self.dtype)]
+        while indices.size:
+            start = int(indices[0])
+            count = int(np.searchsorted(indices, start + CHUNK))
+            pieces.append(self.span(start, int(indices[count - 1]) + 1)[indices[:count] - start])
+            indices = indices[count:]
+        return np.concatenate(pieces)
+
+    def expect(self, holds: bool, i: int, value: int, expected: str) -> None:
+        if not holds:
+            raise format_error(self.file.path, f"{self.name}[{i}]", value, expected)
+
+    def expect_all(self, holds: npt.NDArray[np.bool_], start: int, values: Array, expected: str) -> None:
+        """As `expect`, for a span from entry `start` on; names the first entry for which it does not hold."""
+        if not holds.all():
+            first = int(holds.argmin())
+            self.expect(False, start + first, int(values[first]), expected)
+
+
+def format_error(path: Path, field: str, value: object, expected: str) -> DataFormatError:
+    """Which file, which field, what it says, what was expected."""
+    return DataFormatError(f"{path}: {field} = {value}; expected {expected}")
+
+
+def _missing(path: Path) -> str:
+    ending = path.with_suffix("").suffix
+    hint = f" (give the prefix without {ending})" if ending in (".bin", ".idx") else ""
+    return (
+        f"no dataset file at {path}{hint}; a dataset is a PREFIX.bin and a PREFIX.idx, "
+        "which tools/preprocess_data.py makes from text"
+    )

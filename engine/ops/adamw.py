@@ -17,14 +17,52 @@ def adamw_step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One update of `param`, `exp_avg` and `exp_avg_sq`, all fp32 of one shape.
+    """One update of `param`, `exp_avg` and `exp_avg_sq`, all fp32 and of one shape.
 
     `step` (fp32, one element) is the number of this update, 1 for the first; it is not changed. The gradient is
-    divided by `grad_scale` (fp32, one element) and may be overwritten. Where `found_inf` (fp32, one element) is not 0,
-    nothing changes.
+    divided by `grad_scale` (fp32, one element) and may be overwritten. Where `found_inf` (fp32, one element) is
+    not 0, nothing changes. Neither is read on the host.
     """
     torch._fused_adamw_(
-        [param], [grad], [exp_avg], [exp_avg_sq], [], [step],
-        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
-        amsgrad=False, maximize=False, grad_scale=grad_scale, found_inf=found_inf,
-    )  # fmt: skip
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+def adamw_step_reference(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    keep = torch.zeros_like(step) if found_inf is None else found_inf
+    grad = grad if grad_scale is None else grad / grad_scale
+    new_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
+    new_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad * grad
+    update = (new_avg / (1 - betas[0] ** step)) / ((new_avg_sq / (1 - betas[1] ** step)).sqrt() + eps)
+    for old, new in (
+        (param, param * (1 - lr * weight_decay) - lr * update),
+        (exp_avg, new_avg),
+        (exp_avg_sq, new_avg_sq),
+    ):
+        old.copy_(torch.where(keep != 0, old, new))

@@ -1,4 +1,11 @@
-"""Causal attention over segments of a flat token dimension."""
+"""Causal attention over segments of a flat token dimension.
+
+The segments come as host integers, so that choosing a path never waits for a device. Consecutive segments of one
+length share a call; `F.scaled_dot_product_attention` brings the fast kernel of each device. Rejected: one call
+with a block-diagonal mask (quadratic in the microbatch, and the masked flash kernels are slower).
+"""
+
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +20,56 @@ def attention(
     Segment i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. With `sliding_window` a token sees itself and the
     window − 1 tokens before it.
     """
-    lengths = [stop - start for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
-    outs = [
-        attention_with_cache(*parts, sliding_window)
-        for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    ]
-    return torch.cat(outs)
+    runs = [(length, len(list(run))) for length, run in groupby(b - a for a, b in pairwise(cu_seqlens))]
+    if len(runs) == 1:
+        return _equal_segments(q, k, v, runs[0][0], sliding_window)
+    sizes = [length * count for length, count in runs]
+    parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    return torch.cat([_equal_segments(q, k, v, length, sliding_window) for (length, _), q, k, v in parts])
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None = None
+) -> Tensor:
+    """One masked softmax over all pairs of tokens."""
+    segment = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
+    segment[list(cu_seqlens[1:-1])] = 1
+    segment = segment.cumsum(0)
+    seen = _seen(q.shape[0], k.shape[0], sliding_window, q.device) & (segment[:, None] == segment)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.einsum("qnd,knd->nqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("nqk,knd->qnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 def attention_with_cache(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None) -> Tensor:
-    """Attention of the newest tokens of one sequence, `q` [t_new, n, d], over all of it, `k`, `v` [t_total, n_kv, d]."""
-    queries, keys = q.shape[0], k.shape[0]
-    at = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-    mask = at >= 0
+    """Attention of the newest tokens of one sequence, `q` [t_new, n, d], over all of it, `k`, `v` [t, n_kv, d]."""
     if sliding_window is not None:
-        mask &= at < sliding_window
-    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+        reach = sliding_window + q.shape[0] - 1
+        k, v = k[-reach:], v[-reach:]
+    mask = None if q.shape[0] == 1 else _seen(q.shape[0], k.shape[0], sliding_window, q.device)
+    return _sdpa(q[None], k[None], v[None], mask)[0]
+
+
+def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, sliding_window: int | None) -> Tensor:
+    if length == 0:
+        return torch.zeros_like(q)
+    q4, k4, v4 = (x.unflatten(0, (-1, length)) for x in (q, k, v))  # [b, s, n, d]
+    if sliding_window is None or sliding_window >= length:
+        return _sdpa(q4, k4, v4, None, is_causal=True).flatten(0, 1)
+    return _sdpa(q4, k4, v4, _seen(length, length, sliding_window, q.device)).flatten(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """Tensors [b, s, n, d], which SDPA wants as [b, n, s, d]."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _seen(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """True where a query sees a key, [queries, keys]; the last query stands at the last key."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = distance >= 0
+    return seen if sliding_window is None else seen & (distance < sliding_window)

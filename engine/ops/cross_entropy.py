@@ -1,16 +1,98 @@
-"""Output projection and cross-entropy in one: the [t, v] logits are never held."""
+"""Output projection and cross-entropy in one, in chunks of tokens: the [t, v] logits are never held.
+
+The forward pass turns each chunk of logits into its gradient at once and multiplies it out, so that the backward
+only scales. Rejected: recomputing the logits in the backward (a third more arithmetic), and chunks of the
+vocabulary (no faster on a CPU, and they need a second sweep for the sum of the exponentials).
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from engine.ops.linear import matmul_transposed
+
+_CHUNK_ELEMENTS_CPU = 2**23  # logits at a time: 32 MB stay in the last cache and in the allocator's pool
+_CHUNK_ELEMENTS_GPU = 2**28
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-    """Sum over unmasked tokens of −log softmax(hidden · weightᵀ)[label], in fp32.
+    """Sum over tokens of −log softmax(hidden · weightᵀ)[label] · loss_mask, in fp32; NaN stays NaN.
 
-    `hidden` [t, h], `weight` [v, h], `labels` int64 [t] (anything below 0 is allowed where masked),
+    Differentiable once, in `hidden` [t, h] and `weight` [v, h]. `labels` is int64 [t], where masked also below 0;
     `loss_mask` fp32 [t], 0 where the token does not count.
     """
-    logits = (hidden @ weight.T).float()
-    labels = labels.clamp(min=0)
-    losses = torch.logsumexp(logits, -1) - logits.gather(1, labels[:, None])[:, 0]
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask)
+    return _loss_and_gradients(hidden, weight, labels, loss_mask, False, False)[0]
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+    logits = (hidden @ weight.t()).to(_wide(hidden))
+    losses = torch.logsumexp(logits, -1) - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
     return (losses * loss_mask).sum()
+
+
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """The rule: how many tokens at a time, in whole tiles of 64."""
+    elements = _CHUNK_ELEMENTS_CPU if device_type == "cpu" else _CHUNK_ELEMENTS_GPU
+    return max(64, elements // vocab_size // 64 * 64)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, labels, loss_mask, *ctx.needs_input_grad[:2])
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: its gradients are scaled in place and can be taken only once")
+        scaled = [
+            None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        ctx.gradients = None
+        return *scaled, None, None
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients in fp32 where asked for."""
+    wide = _wide(hidden)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
+    # [h, v]: this way round the small operand is the one that the product transposes
+    grad_weight = torch.zeros(weight.shape[::-1], dtype=wide, device=weight.device) if for_weight else None
+    rows = chunk_rows(weight.shape[0], hidden.device.type)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        x, mask = hidden[part], loss_mask[part, None]
+        chunk_loss, error = _loss_and_error(matmul_transposed(x, weight).to(wide), labels[part, None], mask)
+        loss += chunk_loss
+        error = error.to(hidden.dtype)
+        if grad_hidden is not None:
+            torch.mul(matmul_transposed(error, weight.t()), mask, out=grad_hidden[part])
+        if grad_weight is not None:
+            grad_weight += matmul_transposed((x * mask).to(x.dtype).t(), error.t())
+    return loss, grad_hidden, None if grad_weight is None else grad_weight.t().contiguous()
+
+
+def _loss_and_error(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk [c, v], and softmax − one-hot of each row, which overwrites the logits."""
+    labels = labels.clamp(min=0)
+    top, at_label = logits.amax(-1, keepdim=True), logits.gather(1, labels)
+    probabilities = torch.softmax(logits, -1, out=logits)
+    # the largest probability is 1/Σexp(logit − top): its logarithm saves a sweep over the logits
+    log_sum = top - probabilities.amax(-1, keepdim=True).log_()
+    loss = ((log_sum - at_label) * mask).sum()
+    return loss, probabilities.scatter_add_(1, labels, torch.full_like(at_label, -1))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

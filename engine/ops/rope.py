@@ -1,12 +1,15 @@
 """Rotary positions in the half-rotation convention of Hugging Face Llama: element i pairs with i + d/2.
 
 Source: Su et al., RoFormer (arXiv 2104.09864); the Llama-3 frequency scaling as published with Llama 3.1.
+The rotation is linear and its transpose is the rotation back, so the backward needs nothing but the tables.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from engine.config import RopeScaling
 
@@ -20,10 +23,48 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [t, n, d] by the angles of `cos`, `sin` [t, d/2] (fp32); computed in fp32, returned in x's dtype."""
-    first, second = x.float().chunk(2, -1) if x.dtype.itemsize < 4 else x.chunk(2, -1)
+    """Rotate `x` [t, n, d] by the angles of the fp32 tables `cos`, `sin` [t, d/2].
+
+    Computed in fp32, returned contiguous and in the dtype of `x`.
+    """
+    if uses_in_place(x):
+        return _Rotate.apply(x, cos, sin)
+    return apply_rope_reference(x, cos, sin)
+
+
+def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def uses_in_place(x: Tensor) -> bool:
+    """The rule: on a CPU each half is written where it belongs; elsewhere the compiler or a kernel fuses it."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_outputs[0], cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = wide.chunk(2, -1)
+    first_out, second_out = out.chunk(2, -1)
+    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=second_out).addcmul_(first, sin)
+    return out.to(x.dtype)
 
 
 def _frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:

@@ -1,10 +1,49 @@
 """SwiGLU: silu(gate) · up (Shazeer, arXiv 2002.05202), gate and up side by side in one tensor."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`gate_up` [t, 2f], gate first: [t, f]."""
+    """`gate_up` [..., 2f], gate first: [..., f]."""
+    if uses_recompute(gate_up):
+        return _SwiGlu.apply(gate_up)
+    return swiglu_reference(gate_up)
+
+
+def swiglu_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def uses_recompute(gate_up: Tensor) -> bool:
+    """The rule: everywhere but under the compiler, which fuses the reference itself."""
+    return not torch.compiler.is_compiling()
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps its input alone, and writes both gradients into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        (gate_up,) = ctx.saved_tensors
+        grad = grad_outputs[0]
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, -1)
+        scratch = F.silu(gate)
+        torch.mul(grad, scratch, out=grad_up)
+        torch.mul(grad, up, out=scratch)
+        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=grad_gate)
+        return (out,)

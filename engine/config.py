@@ -142,9 +142,11 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     def to_yaml(self) -> str:
-        """The resolved configuration; loading it gives an equal `Config`."""
+        """The resolved configuration, a line or two for each section; loading it gives an equal `Config`."""
         plain = self.model_dump(mode="json", by_alias=True)
-        return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True)
+        style = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 118}
+        sections = [yaml.safe_dump({key: value}, **style).strip()[1:-1] for key, value in plain.items()]
+        return "\n".join(sections) + "\n"
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), *, presets: Presets) -> Config:

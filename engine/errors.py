@@ -90,6 +90,12 @@ def as_triaxis_error(error: BaseException) -> TriaxisError | None:
     return None
 
 
+def error_of(exit_code: int, message: str) -> TriaxisError:
+    """An error of the class that has `exit_code`: what one rank raises for another's failure."""
+    kinds = (kind for kind in TriaxisError.__subclasses__() if kind.exit_code == exit_code)
+    return next(kinds, TriaxisError)(message)
+
+
 def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's `main` and end the process with the right exit code.
 

@@ -26,10 +26,10 @@ class MemoryEstimate:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
     def __str__(self) -> str:
+        unit, name = (GIB, "GiB") if self.total >= GIB else (1 << 20, "MiB")
         parts = ("parameters", "gradients", "optimizer", "activations")
-        return f"{self.total / GIB:.1f} GiB per rank (" + ", ".join(
-            f"{name} {getattr(self, name) / GIB:.1f}" for name in parts
-        ) + ")"  # fmt: skip
+        listed = ", ".join(f"{part} {getattr(self, part) / unit:.1f}" for part in parts)
+        return f"{self.total / unit:.1f} {name} per rank ({listed})"
 
 
 def estimate(config: Config, table: ParameterTable, dp: int, dtype: torch.dtype) -> MemoryEstimate:

@@ -14,7 +14,7 @@ from engine.checkpoint.manager import Checkpoint, State, candidates, open_checkp
 from engine.config import Config, microbatches
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.errors import CheckpointError, ConfigError, Interrupted, TriaxisError, as_triaxis_error
+from engine.errors import CheckpointError, ConfigError, Interrupted, TriaxisError, as_triaxis_error, error_of
 from engine.model.decoder import Decoder
 from engine.model.parameters import parameter_table
 from engine.optim.optimizer import ShardedAdamW
@@ -73,23 +73,22 @@ def train(config: Config) -> None:
 
 
 def together(world: World, action: Callable[[], T]) -> T:
-    """Do something on every rank that may fail on some; when it does, all ranks raise the same error. A collective."""
-    failure, result = None, None
+    """Do something on every rank that may fail on some; then all ranks raise an error of one class. A collective."""
+    failure: TriaxisError | None = None
     try:
         result = action()
     except Exception as error:
         failure = as_triaxis_error(error)
         if failure is None:
             raise
-    codes = world.sum_on_host([failure.exit_code if failure and world.rank == rank else 0
-                               for rank in range(world.layout.world_size)])  # fmt: skip
-    failed = [rank for rank, code in enumerate(codes) if code]
-    if not failed:
-        return result  # type: ignore[return-value]
-    if failure is None:
-        failure = TriaxisError(f"rank {failed[0]} failed")
-        failure.exit_code = codes[failed[0]]
-    failure.reported_elsewhere = world.rank != failed[0]
+    mine = failure.exit_code if failure else 0
+    codes = world.sum_on_host([mine * (rank == world.rank) for rank in range(world.layout.world_size)])
+    failed = next((rank for rank, code in enumerate(codes) if code), None)
+    if failed is None:
+        return result
+    if failure is None or world.rank != failed:
+        failure = error_of(codes[failed], f"rank {failed} reports what went wrong")
+        failure.reported_elsewhere = True
     raise failure
 
 
@@ -278,7 +277,7 @@ def describe(config: Config, table: ParameterTable, dp: int, memory: object) -> 
     per_step = batch.global_ * config.data.seq_length
     flops = flops_per_token(config, table)
     return [
-        f"model       {table.num_parameters:,} parameters, {flops / 1e9:,.2f} GFLOP per token",
+        f"model       {table.num_parameters:,} parameters, {flops / 1e9:.4g} GFLOP per token",
         f"layout      {dp} data-parallel rank(s)",
         f"batch       {batch.global_} sequences = {dp} rank(s) × {count} microbatch(es) × {batch.micro}; "
         f"{per_step:,} tokens per step",

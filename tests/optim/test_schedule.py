@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from engine.config import LrScheduleConfig
@@ -15,7 +17,7 @@ def test_warmup_reaches_the_peak_and_the_end_reaches_the_minimum(kind):
     assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(values) == pytest.approx(1.0)
     assert values[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
-    assert all(a >= b - 1e-12 for a, b in zip(values[9:], values[10:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values[9:]))
 
 
 def test_shapes_between():

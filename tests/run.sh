@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Everything that must hold: formatting, types, import directions, and all tests. Needs only Python and its registry.
+#   bash tests/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. examples/environment.sh
+bash tests/lint.sh
+exec python -m pytest "$@"

@@ -34,7 +34,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     with tempfile.TemporaryDirectory() as directory:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe()
             target = (sender, rank, world_size, Path(directory) / "store", function, arguments)
             process = context.Process(target=_run_rank, args=target, daemon=True)
             process.start()
@@ -86,7 +86,4 @@ def _run_rank(
         sender.send((None, function(*arguments)))
     except BaseException:
         sender.send((traceback.format_exc(), None))
-    finally:
-        sender.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    sender.poll(None)  # tensors travel through this process's memory: stay until the caller has them and ends us

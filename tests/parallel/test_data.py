@@ -91,7 +91,9 @@ def test_sharded_training_equals_torch(ranks, bucket_size):
     for norms, state in run_ranks(ranks, train, bucket_size, torch.float32):
         assert norms == pytest.approx(expected_norms, rel=1e-5)
         for name, value in expected.items():
-            assert (state[name] - value).norm() / value.norm().clamp(min=1e-3) < 1e-4, name
+            # A key bias has no gradient but rounding noise (softmax ignores it), which Adam blows up.
+            tolerance = 1e-3 if name.endswith("k_proj.bias") else 1e-4
+            assert (state[name] - value).norm() / value.norm().clamp(min=1e-3) < tolerance, name
 
 
 def test_bf16_keeps_fp32_masters():

@@ -45,15 +45,15 @@ class Piece:
         kind: `param` (the fp32 master), `exp_avg`, `exp_avg_sq`, ...
         name: the Hugging Face name.
         shape: global shape of the whole tensor.
-        tensor: the rectangle's elements; contiguous, on any device.
-        dtype: how to store them; None keeps the tensor's own.
+        tensor: the rectangle's elements, on any device; or a function that reads them when their turn comes.
+        dtype: how to store them; None keeps the tensor's own (a function needs it said).
     """
 
     kind: str
     name: str
     shape: Shape
     rectangle: Rectangle
-    tensor: Tensor
+    tensor: Tensor | Callable[[], Tensor]
     dtype: torch.dtype | None = None
 
 
@@ -162,12 +162,12 @@ def _write_share(files: Storage, partial: Path, pieces: Sequence[Piece], rank: i
 
 def _entry(piece: Piece) -> Entry:
     key = fmt.entry_key(piece.kind, piece.name, piece.rectangle)
-    if tuple(piece.tensor.shape) != piece.rectangle.extent or not piece.tensor.is_contiguous():
-        raise ValueError(
-            f"{key}: expected a contiguous tensor of shape {list(piece.rectangle.extent)}, "
-            f"got {list(piece.tensor.shape)}"
-        )
-    return Entry(key, piece.rectangle.extent, piece.dtype or piece.tensor.dtype, lambda: piece.tensor)
+    tensor = piece.tensor
+    if isinstance(tensor, Tensor):
+        return Entry(key, piece.rectangle.extent, piece.dtype or tensor.dtype, lambda: tensor)
+    if piece.dtype is None:
+        raise ValueError(f"{key}: a tensor that is read later needs its dtype said")
+    return Entry(key, piece.rectangle.extent, piece.dtype, tensor)
 
 
 def _add(tensors: dict[str, StoredTensor], name: str, part: StoredTensor) -> None:

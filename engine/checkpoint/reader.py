@@ -1,7 +1,7 @@
 """Finding and reading checkpoints.
 
-A directory counts when its manifest holds and every file has its size; tensors are verified when they are first read,
-so that a rank pays only for what it loads. Rejected: trusting the name in `latest`, which a crash can leave behind.
+A directory counts when its manifest holds and every file has its size; tensors are verified whenever they are read, so
+that a rank pays only for what it loads. Rejected: trusting the name in `latest`, which a crash can leave behind.
 """
 
 import os
@@ -36,7 +36,7 @@ def warn(message: str) -> None:
 
 
 class Checkpoint:
-    """A checkpoint directory with a manifest that holds. Tensors are verified when they are first read.
+    """A checkpoint directory with a manifest that holds. Tensors are verified when they are read.
 
     Raises:
         CheckpointError: a file is missing, has another size, or the manifest is damaged.
@@ -47,7 +47,7 @@ class Checkpoint:
         content = read_file(path / MANIFEST, _MAX_MANIFEST_BYTES)
         self.manifest = fmt.decode_manifest(content, str(path / MANIFEST))
         self._opened: dict[str, SafetensorsFile] = {}
-        self._verified: set[tuple[str, str]] = set()
+        self._last: tuple[StoredRectangle, Tensor] | None = None
         for name, stored in self.manifest.files.items():
             size = require_file(path / name)
             if size != stored.size:
@@ -114,9 +114,10 @@ class Checkpoint:
             )
         out = torch.empty(wanted.extent, dtype=fmt.DTYPES[tensor.dtype])
         for stored in tensor.rectangles:
+            if stored.rectangle == wanted:
+                return self._load(stored)
             if shared := fmt.intersect(stored.rectangle, wanted):
-                source = self._stored(stored)
-                out[_slices(shared, wanted)].copy_(source[_slices(shared, stored.rectangle)])
+                out[_slices(shared, wanted)].copy_(self._recent(stored)[_slices(shared, stored.rectangle)])
         return out
 
     def verify(self, progress: Callable[[str, int], None] | None = None) -> None:
@@ -130,13 +131,17 @@ class Checkpoint:
         if file_hash(self.path / name) != stored.xxh3_64:
             raise CheckpointError(f"{self.path / name} is damaged: its checksum does not match the manifest")
 
-    def _stored(self, stored: StoredRectangle) -> Tensor:
-        """A stored rectangle, mapped and not copied; hashed the first time."""
+    def _recent(self, stored: StoredRectangle) -> Tensor:
+        """A stored rectangle; the last one is kept, because its neighbours are usually asked for next."""
+        if self._last is None or self._last[0] != stored:
+            self._last = None  # free it first
+            self._last = stored, self._load(stored)
+        return self._last[1]
+
+    def _load(self, stored: StoredRectangle) -> Tensor:
         tensor = self._open(stored.file).tensor(stored.key)
-        if (stored.file, stored.key) not in self._verified:
-            if tensor_hash(tensor) != stored.xxh3_64:
-                raise CheckpointError(f"{self.path / stored.file} is damaged: {stored.key} does not match its checksum")
-            self._verified.add((stored.file, stored.key))
+        if tensor_hash(tensor) != stored.xxh3_64:
+            raise CheckpointError(f"{self.path / stored.file} is damaged: {stored.key} does not match its checksum")
         return tensor
 
     def _open(self, name: str) -> SafetensorsFile:

@@ -5,6 +5,7 @@ operation k for every k. Nothing is buffered here: a file holds what was written
 Rejected: `safetensors.torch.save_file`, which needs every tensor in host memory at once and hashes nothing.
 """
 
+import io
 import json
 import math
 import os
@@ -14,16 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
+import orjson
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.rectangles import DTYPE_NAMES, Shape, StoredFile
+from engine.checkpoint.rectangles import DTYPE_NAMES, DTYPES, DtypeName, Shape, StoredFile
 from engine.errors import CheckpointError
 
 CHUNK_BYTES = 16 << 20
+_READ_BYTES = 1 << 30  # the system reads at most 2 GiB at once
 
 Hook = Callable[[int, str, Path], None]
 
@@ -96,7 +100,10 @@ class Storage:
             out.write(memoryview(_header(ordered, metadata)))
             for entry in ordered:
                 digest = xxhash.xxh3_64()
-                for chunk in byte_chunks(entry.load(), entry.dtype):
+                tensor = entry.load()
+                if tuple(tensor.shape) != entry.shape:
+                    raise ValueError(f"{entry.key}: shape {list(tensor.shape)}, expected {list(entry.shape)}")
+                for chunk in byte_chunks(tensor, entry.dtype):
                     digest.update(chunk)
                     out.write(chunk)
                 hashes[entry.key] = digest.hexdigest()
@@ -231,7 +238,10 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 class SafetensorsFile:
-    """A safetensors file opened for reading: header validated, tensors mapped into memory and not copied.
+    """A safetensors file opened for reading: header validated, tensors read when asked for.
+
+    The data are read and not mapped: a file that shrinks or a disk that fails is then an error and not the end of the
+    process, and what was read does not count as this process's memory.
 
     Raises:
         CheckpointError: missing, not a regular file, or damaged.
@@ -241,23 +251,53 @@ class SafetensorsFile:
         self.path = path
         require_file(path)
         try:
-            self._handle = safe_open(path, framework="pt")
-            self.names: list[str] = list(self._handle.keys())
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="pt"):  # believes nothing: length, JSON, dtypes, offsets, no hole or overlap
+                pass
+            with open(path, "rb") as content:
+                length = int.from_bytes(content.read(8), "little")
+                self._table: dict[str, Any] = orjson.loads(content.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
+        self._data_start = 8 + length
+        self._table.pop("__metadata__", None)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._table)
 
     def shape(self, name: str) -> Shape:
-        return tuple(self._handle.get_slice(name).get_shape())
+        return tuple(self._table[name]["shape"])
 
     def dtype(self, name: str) -> str:
         """The format's name of it, as in `BF16`."""
-        return self._handle.get_slice(name).get_dtype()
+        return self._table[name]["dtype"]
 
     def tensor(self, name: str) -> Tensor:
+        """A tensor of `DTYPES`, read into memory of its own.
+
+        Raises:
+            CheckpointError: no such tensor, a dtype that we do not read, or the file cannot be read.
+        """
+        if name not in self._table or self.dtype(name) not in DTYPES:
+            kind = f"of dtype {self.dtype(name)}" if name in self._table else "not there"
+            raise CheckpointError(f"{self.path}: cannot read {name}: {kind}")
+        tensor = torch.empty(self.shape(name), dtype=DTYPES[cast(DtypeName, self.dtype(name))])
+        offset = self._data_start + self._table[name]["data_offsets"][0]
         try:
-            return self._handle.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+            with open(self.path, "rb", buffering=0) as content:
+                content.seek(offset)
+                _read_fully(content, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read {name}: {error}") from None
+        return tensor
+
+
+def _read_fully(content: io.FileIO, into: memoryview) -> None:
+    while into:
+        count = content.readinto(into[:_READ_BYTES])
+        if not count:
+            raise OSError("the file ends too early")
+        into = into[count:]
 
 
 def require_file(path: Path) -> int:

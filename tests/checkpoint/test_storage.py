@@ -160,5 +160,25 @@ def test_what_is_not_a_file_is_refused_without_waiting(tmp_path: Path) -> None:
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     Storage().write_safetensors(tmp_path / "a", [entry("a", torch.zeros(1))])
-    with pytest.raises(CheckpointError, match="cannot read b"):
+    with pytest.raises(CheckpointError, match="cannot read b: not there"):
         SafetensorsFile(tmp_path / "a").tensor("b")
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_an_error(tmp_path: Path) -> None:
+    Storage().write_safetensors(tmp_path / "a", [entry("a", torch.zeros(5000))])
+    opened = SafetensorsFile(tmp_path / "a")
+    os.truncate(tmp_path / "a", 9000)
+    with pytest.raises(CheckpointError, match="ends too early"):
+        opened.tensor("a")
+
+
+def test_a_dtype_we_do_not_read_is_named(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="of dtype F8_E4M3"):
+        SafetensorsFile(tmp_path / "a").tensor("a")
+
+
+def test_a_tensor_of_another_shape_than_announced_is_refused(tmp_path: Path) -> None:
+    wrong = Entry("a", (3,), torch.float32, lambda: torch.zeros(4))
+    with pytest.raises(ValueError, match=r"shape \[4\], expected \[3\]"):
+        Storage().write_safetensors(tmp_path / "a", [wrong])

@@ -1,0 +1,257 @@
+"""Documents out of text files: JSON lines and plain text, also compressed.
+
+Two halves, so that the slow one can run in many processes: `read_blocks` cuts files into blocks of whole lines
+(bytes, hardly touched), `parse_block` turns a block into texts. Nothing bad in a file stops the reading: it
+becomes a `Reject` that names file, line and reason. Rejected: `gzip.open` and its like, which lose what they
+had read before the damage, and of which the one for zstd takes a truncated file for a whole one.
+"""
+
+import glob
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+import orjson
+import zstandard
+
+from engine.errors import ConfigError, StorageError
+
+BLOCK_BYTES = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 30  # a longer line or text file is no document but a mistake
+COMPRESSED_BYTES = 1 << 13  # read at a time, so that a decompression bomb unfolds in bearable pieces
+LARGEST_WINDOW = 1 << 31  # of zstd --long=31, in which large corpora are published
+BOM = b"\xef\xbb\xbf"
+QUOTED = 200  # characters of a rejected line that are kept
+
+Kind = Literal["lines", "text"]
+KINDS: dict[str, Kind] = {".jsonl": "lines", ".json": "lines", ".txt": "text"}
+COMPRESSIONS = (".gz", ".zst")
+IN_DIRECTORIES = (".jsonl", ".txt")  # `.json` there may be anything, so such files have to be named
+REJECTS_SUFFIX = ".rejects.jsonl"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read. `num_bytes` is its size as stored."""
+
+    path: str
+    kind: Kind
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive lines of a file, or a whole text file.
+
+    Attributes:
+        first_line: number of the first line, from 1.
+        position: bytes, as stored, of all files up to the end of this block.
+        problem: why the file is unreadable from here on; then there are no data.
+    """
+
+    source: Source
+    first_line: int
+    data: bytes
+    position: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A line that is no document, or a place from which on a file is unreadable."""
+
+    file: str
+    line: int
+    reason: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class Unreadable(Exception):
+    """The rest of a file cannot be read."""
+
+
+class _Inflater(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """The files that files, directories and glob patterns name, in that order; within one of them sorted.
+
+    Raises:
+        ConfigError: something is missing, of an unknown kind, unreadable, or named twice.
+    """
+    sources = [_source(path) for name in inputs for path in _paths(name)]
+    seen: set[str] = set()
+    for source in sources:
+        real = os.path.realpath(source.path)
+        if real in seen:
+            raise ConfigError(f"--input names {source.path} twice; its documents would count double")
+        seen.add(real)
+    return sources
+
+
+def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """All lines of all files in order; memory is a block, or the longest line.
+
+    Raises:
+        StorageError: a file vanished or the disk fails.
+    """
+    before = 0
+    for source in sources:
+        line = 1
+        try:
+            with open(source.path, "rb") as file:
+                for data in _pieces(source, file, block_bytes):
+                    yield Block(source, line, data, before + file.tell())
+                    line += data.count(b"\n")
+        except Unreadable as error:
+            yield Block(source, line, b"", before + source.num_bytes, problem=str(error))
+        except OSError as error:
+            raise StorageError(f"cannot read {source.path}: {error.strerror}") from error
+        before += source.num_bytes
+
+
+def parse_block(block: Block, keys: Sequence[str]) -> tuple[list[tuple[str, ...]], list[Reject]]:
+    """The documents of a block, each with one text a key, and what is none. Blank lines are neither."""
+    if block.problem is not None:
+        return [], [Reject(block.source.path, block.first_line, block.problem, "")]
+    data = block.data.removeprefix(BOM) if block.first_line == 1 else block.data
+    numbered = enumerate(data.split(b"\n"), block.first_line) if block.source.kind == "lines" else [(1, data)]
+    parse = _parse_line if block.source.kind == "lines" else _parse_text
+    documents, rejects = [], []
+    for number, line in numbered:
+        if not line or line.isspace():
+            continue
+        try:
+            documents.append(parse(line, keys))
+        except ValueError as error:
+            quoted = line[:QUOTED].decode(errors="replace")
+            rejects.append(Reject(block.source.path, number, str(error), quoted))
+    return documents, rejects
+
+
+def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError, as `_parse_text` does: with the reason for a person."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}, expected an object")
+    for key in keys:
+        if key not in record:
+            raise ValueError(f"no key {key!r}; it has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+        if not isinstance(record[key], str):
+            raise ValueError(f"key {key!r} holds a {type(record[key]).__name__}, expected text")
+    return tuple(record[key] for key in keys)
+
+
+def _parse_text(data: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return (data.decode(),)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+
+
+def _paths(name: str) -> list[str]:
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(str(file) for file in path.rglob("*") if _is_document_file(file))
+        missing = f"no {' or '.join(IN_DIRECTORIES)} files below the directory {name}"
+    elif path.exists():
+        return [name]
+    else:
+        found = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+        missing = f"no such file or directory: {name}"
+    if not found:
+        raise ConfigError(f"--input: {missing}")
+    return found
+
+
+def _is_document_file(path: Path) -> bool:
+    wanted = _plain_suffix(path) in IN_DIRECTORIES and not path.name.endswith(REJECTS_SUFFIX)
+    return wanted and path.is_file()
+
+
+def _plain_suffix(path: Path) -> str:
+    """The suffix before that of a compression."""
+    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _source(path: str) -> Source:
+    kind = KINDS.get(_plain_suffix(Path(path)))
+    if kind is None:
+        known = ", ".join(KINDS)
+        raise ConfigError(f"--input: cannot tell what {path} holds; expected {known}, also with .gz or .zst")
+    if not os.access(path, os.R_OK):
+        raise ConfigError(f"--input: no permission to read {path}")
+    return Source(path, kind, os.path.getsize(path))
+
+
+def _pieces(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[bytes]:
+    """Blocks of whole lines of about `block_bytes`; a text file in one."""
+    rest: list[bytes] = []
+    size = 0
+    try:
+        for chunk in _chunks(source, file):
+            cut = chunk.rfind(b"\n") + 1 if source.kind == "lines" and size + len(chunk) >= block_bytes else 0
+            if cut:
+                yield b"".join([*rest, chunk[:cut]])
+                rest, size = [], 0
+            rest.append(chunk[cut:])
+            size += len(chunk) - cut
+            if size > MAX_DOCUMENT_BYTES:
+                raise Unreadable(f"longer than {MAX_DOCUMENT_BYTES:,} bytes; the file is left out from here on")
+    except Unreadable:
+        whole = b"".join(rest)
+        if source.kind == "lines" and b"\n" in whole:
+            yield whole[: whole.rfind(b"\n") + 1]
+        raise
+    if size:
+        yield b"".join(rest)
+
+
+def _chunks(source: Source, file: BinaryIO) -> Iterator[bytes]:
+    """The content of a file, decompressed."""
+    compression = Path(source.path).suffix
+    if compression == ".gz":
+        return _inflated(file, lambda: zlib.decompressobj(wbits=31))
+    if compression == ".zst":
+        decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        return _inflated(file, decompressor.decompressobj)
+    return iter(lambda: file.read(BLOCK_BYTES), b"")
+
+
+def _inflated(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
+    """Content of a compressed file, which may be several such files one after another.
+
+    Raises:
+        Unreadable: damaged or truncated; what came before has been yielded.
+    """
+    inflater: _Inflater = make()
+    while data := file.read(COMPRESSED_BYTES):
+        while data:
+            if inflater.eof:
+                data = data.lstrip(b"\0")  # some tools pad with zeros
+                if not data:
+                    break
+                inflater = make()
+            try:
+                content = inflater.decompress(data)
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise Unreadable(f"damaged compressed file, left out from here on: {error}") from None
+            if content:
+                yield content
+            data = inflater.unused_data if inflater.eof else b""
+    if not inflater.eof:
+        raise Unreadable("truncated compressed file, left out from here on")

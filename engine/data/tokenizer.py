@@ -1,0 +1,283 @@
+"""Text to token ids and back: SentencePiece models, Hugging Face `tokenizer.json`, bytes.
+
+One small protocol, so that nothing else in the engine knows which kind it has. The kind is seen from the file's
+content, because people rename these files. `encode` never adds a beginning or an end; whoever builds documents
+appends `eod_id`. Rejected: `transformers.AutoTokenizer`, which imports for seconds and may run code that comes
+with a model.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from engine.data.fast_sentencepiece import FastSentencePiece, UnsupportedModel
+from engine.errors import ConfigError
+
+Ids = npt.NDArray[np.integer[Any]]
+
+MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # looked for in a directory, in this order
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
+BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
+PARTIAL = "\ufffd"  # what decoders put for bytes that are no character (yet)
+
+
+class Tokenizer(Protocol):
+    """What the engine asks of a tokenizer."""
+
+    kind: str
+    """`sentencepiece`, `huggingface` or `byte`."""
+    vocab_size: int
+    """Number of ids: the largest plus one."""
+    eod_id: int
+    """Ends a document."""
+    bos_id: int | None
+    hash: str
+    """xxh3-64 of the model file: two tokenizers with the same hash give the same ids."""
+    files: list[Path]
+    """What a checkpoint or an export has to take along."""
+
+    @property
+    def encoder(self) -> str:
+        """Which program turns text into ids, and why this one."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]: ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are no character come out as U+FFFD."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Control symbols in a text are text, as SentencePiece has it.
+
+    Args:
+        path: the model file.
+        fast: let `encode_batch` use gigatoken where that gives the same ids; see `fast_sentencepiece`.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path, *, fast: bool = True) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = _read(path)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=self._model)
+        except RuntimeError:
+            raise ConfigError(
+                f"{path} ({len(self._model):,} bytes) is neither a SentencePiece model nor a tokenizer.json, or damaged"
+            ) from None
+        self._wanted = fast
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eod_id: int = self._processor.eos_id()
+        if self.eod_id < 0:
+            raise ConfigError(f"{path} has no end-of-sentence piece, which ends documents; train it with eos_id >= 0")
+        self.bos_id: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
+        self.hash = _hash(self._model)
+        self.files = [path]
+
+    @cached_property
+    def _fast(self) -> FastSentencePiece | str:
+        """The fast encoder, or why there is none."""
+        if not self._wanted:
+            return "as asked"
+        try:
+            return FastSentencePiece(self._processor, self._model)
+        except UnsupportedModel as reason:
+            return str(reason)
+
+    @property
+    def encoder(self) -> str:
+        return f"sentencepiece ({self._fast})" if isinstance(self._fast, str) else "gigatoken, checked by sentencepiece"
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """As `encode`, for many texts.
+
+        Raises:
+            EncoderMismatch: a check found that the fast encoder gives other ids.
+        """
+        fast = self._fast
+        if isinstance(fast, str):
+            return [np.array(self._processor.encode(text), np.int32) for text in texts]
+        return [fast.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`. Special tokens that a text spells out become their ids, as in transformers."""
+
+    kind = "huggingface"
+    encoder = "tokenizers"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise ConfigError(f"{path} needs the package tokenizers: pip install 'triaxis[hf]'") from None
+        content = _read(path)
+        try:
+            self._backend = Backend.from_buffer(content)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ConfigError(f"{path} is not a tokenizer.json or damaged: {error}") from None
+        self._backend.no_truncation()  # saved by some trainers, and would silently cut documents
+        self._backend.no_padding()
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        end = self._special_id(path, "eos_token", END_NAMES)
+        if end is None:
+            raise ConfigError(
+                f"{path} does not tell which token ends a document; "
+                f"put a tokenizer_config.json with `eos_token` beside it"
+            )
+        self.eod_id = end
+        self.bos_id = self._special_id(path, "bos_token", BEGIN_NAMES)
+        self.hash = _hash(content)
+        self.files = [path, *(path.with_name(name) for name in COMPANIONS if path.with_name(name).is_file())]
+
+    def _special_id(self, path: Path, role: str, usual_names: Iterable[str]) -> int | None:
+        """The id that `tokenizer_config.json` gives a role; without it, the first usual name among the special tokens.
+
+        Raises:
+            ConfigError: the token named there is not in the vocabulary.
+        """
+        named = _read_json(path.with_name("tokenizer_config.json")).get(role)
+        name = named.get("content") if isinstance(named, dict) else named
+        if name is not None:
+            found: int | None = self._backend.token_to_id(str(name))
+            if found is None:
+                raise ConfigError(f"{role} = {name!r} of tokenizer_config.json is not in the vocabulary of {path}")
+            return found
+        special = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        return next((special[name] for name in usual_names if name in special), None)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return text
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8 and an end of document: for tests and first looks."""
+
+    kind = "byte"
+    encoder = "bytes"
+    vocab_size = 257
+    eod_id = 256
+    bos_id: int | None = None
+    hash = "byte"
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As all; the end of document has no text."""
+        return bytes(i for i in ids if i != self.eod_id).decode(errors="replace")
+
+
+def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
+    """The tokenizer that `spec` names: `byte`, a SentencePiece model, a `tokenizer.json`, or a directory with one.
+
+    Args:
+        spec: as in `data.tokenizer`.
+        fast: SentencePiece only: allow the fast encoder.
+
+    Raises:
+        ConfigError: there is none, or it is unusable.
+    """
+    if str(spec) == "byte":
+        return ByteTokenizer()
+    path = _model_file(Path(spec))
+    if _read(path)[:64].lstrip().startswith(b"{"):
+        return HuggingFaceTokenizer(path)
+    return SentencePieceTokenizer(path, fast=fast)
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text as soon as it is final, one string an id; joined they are `decode` of all ids.
+
+    A character whose bytes are spread over several ids comes with the last of them; until then strings are
+    empty. Only a few ids are decoded at each step, so the cost does not grow with the text.
+    """
+    recent: list[int] = []
+    shown = 0  # how many of `recent` are already out; they stay as context, since a decoder trims a first space
+    for token in ids:
+        recent.append(token)
+        text = tokenizer.decode(recent)
+        if text.endswith(PARTIAL):
+            yield ""
+            continue
+        yield text[len(tokenizer.decode(recent[:shown])) :]
+        if tokenizer.decode(recent[shown:]):  # ids without text of their own are no context
+            recent = recent[shown:]
+        shown = len(recent)
+    yield tokenizer.decode(recent)[len(tokenizer.decode(recent[:shown])) :]
+
+
+def _model_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = [path / name for name in MODEL_FILES if (path / name).is_file()] or sorted(path.glob("*.model"))
+    if not found:
+        seen = "a directory without one" if path.is_dir() else "no such file"
+        raise ConfigError(
+            f"tokenizer {str(path)!r}: {seen}; expected a SentencePiece model, a tokenizer.json, "
+            f"a directory that holds one, or `byte`"
+        )
+    if len(found) > 1 and found[0].name not in MODEL_FILES:
+        raise ConfigError(f"tokenizer {str(path)!r}: holds {', '.join(file.name for file in found)}; name one of them")
+    return found[0]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty when there is no file.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _hash(content: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(content)

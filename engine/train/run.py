@@ -204,11 +204,11 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         with reporter.paused():
             if last or _due(result.step, config.train.eval_interval):
                 _evaluate(trainer, inputs, log)
-            if last or trainer.stopping or _due(result.step, config.checkpoint.interval):
+            if last or trainer.stopped_by or _due(result.step, config.checkpoint.interval):
                 _save(trainer, inputs, log)
     if trainer.progress.step < config.train.steps:
-        name = stop.signal.name if stop.signal else "a signal to another rank"
-        raise _for_all(world, Interrupted(f"stopped by {name} after step {trainer.progress.step}; the state is saved"))
+        text = f"stopped by {trainer.stopped_by} after step {trainer.progress.step}; the state is saved"
+        raise _for_all(world, Interrupted(text))
     log.say(
         f"finished: {trainer.progress.step} steps, {trainer.progress.tokens:,} tokens; checkpoint in {config.run.dir}"
     )

@@ -14,7 +14,7 @@ from engine.model.decoder import Decoder
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate
 from engine.parallel.layout import World
-from engine.train.signals import StopRequest
+from engine.train.signals import STOP_SIGNALS, StopRequest
 from engine.train.step import StepResult, train_step
 
 
@@ -32,7 +32,7 @@ class Trainer:
 
     Attributes:
         progress: advanced by each step; set it before `steps()` to resume.
-        stopping: all ranks have agreed to stop after the step just done.
+        stopped_by: the signal for which all ranks have agreed to stop after the step just done.
     """
 
     def __init__(
@@ -44,13 +44,14 @@ class Trainer:
         self.optimizer = optimizer
         self.data = data
         self.progress = Progress()
-        self.stopping = False
+        self.stopped_by: str | None = None
 
     def steps(self, stop: StopRequest) -> Iterator[StepResult]:
         """Train until `train.steps`, or until any rank's stop request."""
         for microbatches in self._batches():
             step = self.progress.step + 1
-            tokens, stops = self.world.sum_on_host([_unmasked(microbatches), int(stop.signal is not None)])
+            signalled = [int(stop.signal == known) for known in STOP_SIGNALS]
+            tokens, *signals = self.world.sum_on_host([_unmasked(microbatches), *signalled])
             result = train_step(
                 self.model,
                 self.optimizer,
@@ -62,9 +63,11 @@ class Trainer:
             self.progress = Progress(
                 step, self.progress.samples + self.config.batch.global_, self.progress.tokens + tokens
             )
-            self.stopping = stops > 0
+            self.stopped_by = next(
+                (known.name for known, count in zip(STOP_SIGNALS, signals, strict=True) if count), None
+            )
             yield result
-            if self.stopping:
+            if self.stopped_by:
                 return
 
     def _learning_rate(self, step: int) -> float:

@@ -1,0 +1,101 @@
+"""Small real runs for tests: a dataset on disk, a configuration, and training on real ranks."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from engine.config import Config, resolve
+from engine.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import Interrupted
+from engine.model.families import PRESETS
+from engine.testing.distributed import run_ranks
+from engine.train.run import train
+
+
+def write_dataset(prefix: Path, *, num_documents: int = 60, seed: int = 0) -> Path:
+    """Documents of a few hundred bytes that a model can learn: each repeats a short random phrase."""
+    random = np.random.default_rng(seed)
+    tokenizer = load_tokenizer("byte")
+    info = DatasetInfo(
+        tokenizer_kind=tokenizer.kind,
+        tokenizer_hash=tokenizer.hash,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+    )
+    with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), info) as writer:
+        for _ in range(num_documents):
+            phrase = random.integers(97, 123, random.integers(3, 20))
+            text = np.tile(phrase, 400 // len(phrase))[: random.integers(100, 400)]
+            writer.add_document([*text.tolist(), tokenizer.eod_id])
+    return prefix
+
+
+def run_config(directory: Path, *overrides: str, preset: str = "tiny", steps: int = 10) -> Config:
+    """A run of seconds below `directory`, which holds a dataset `corpus`."""
+    raw: dict[str, Any] = {
+        "run": {"dir": str(directory / "run"), "device": "cpu"},
+        "model": {"preset": preset},
+        "precision": {"mode": "fp32"},
+        "data": {
+            "tokenizer": "byte",
+            "train": [{"path": str(directory / "corpus")}],
+            "split": [80, 20, 0],
+            "seq_length": 32,
+            "num_workers": 0,
+        },
+        "batch": {"micro": 1, "global": 4},
+        "optimizer": {"lr": 3e-3},
+        "train": {"steps": steps},
+        "log": {"interval": 1, "tensorboard": False},
+    }
+    return resolve(raw, overrides, presets=PRESETS, source="test")
+
+
+def run_training(config: Config, world_size: int = 1) -> list[dict[str, Any]]:
+    """Train on real ranks; the records of `metrics.jsonl`.
+
+    Raises:
+        RuntimeError: with the traceback of the rank that failed.
+    """
+    run_ranks(world_size, train, config)
+    return read_records(config.run.dir / "metrics.jsonl")
+
+
+def run_until_signal(
+    config: Config, world_size: int, step: int, number: int = signal.SIGTERM, rank: int = 0
+) -> list[str]:
+    """Train, and send `rank` a signal once `step` has been recorded; each rank's account of why it stopped."""
+    return run_ranks(world_size, _train_and_signal, config, step, number, rank)
+
+
+def _train_and_signal(config: Config, step: int, number: int, rank: int) -> str:
+    def watch() -> None:
+        while not any(record["step"] >= step for record in read_records(config.run.dir / "metrics.jsonl")):
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    if int(os.environ["RANK"]) == rank:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        train(config)
+    except Interrupted as error:
+        return str(error)
+    return "finished"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none when there is no file. A line still being written is left out."""
+    if not path.exists():
+        return []
+    return [orjson.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def losses(records: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in records if "loss" in record]

@@ -1,0 +1,242 @@
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from engine.checkpoint.manager import open_checkpoint
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    OutOfMemoryError,
+)
+from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
+from engine.train.run import train
+
+
+def tensors(config) -> dict:
+    """Every stored tensor of the newest checkpoint."""
+    checkpoint = open_checkpoint(config.run.dir)
+    kinds = ("param", "exp_avg", "exp_avg_sq")
+    return {(kind, name): checkpoint.read(kind, name) for kind in kinds for name in checkpoint.tensors(kind)}
+
+
+def assert_bitwise(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value.equal(b[key]), key
+
+
+def test_one_two_and_four_ranks_give_the_same_losses(workspace):
+    reference = None
+    for ranks in (1, 2, 4):
+        config = run_config(workspace, "--run.dir", str(workspace / f"run{ranks}"), steps=50)
+        records = run_training(config, ranks)
+        values = losses(records)
+        assert len(values) == 50
+        reference = reference or values
+        assert values == pytest.approx(reference, rel=1e-5)
+        assert records[-1]["samples"] == 200
+        assert records[-1]["tokens"] == 200 * 32
+    assert reference[-1] < 0.7 * reference[0]
+
+
+def test_microbatches_do_not_change_the_result(workspace):
+    one = run_training(run_config(workspace, "--run.dir", str(workspace / "a"), "--batch.micro", "4"))
+    four = run_training(run_config(workspace, "--run.dir", str(workspace / "b"), "--batch.micro", "1"))
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(workspace, precision):
+    common = ("--precision.mode", precision, "--checkpoint.interval", "4", "--train.eval_steps", "1")
+    whole = run_config(workspace, *common, "--run.dir", str(workspace / "whole"), "--checkpoint.interval", "0")
+    cut = run_config(workspace, *common, "--run.dir", str(workspace / "cut"))
+    expected = run_training(whole, 2)
+    accounts = run_until_signal(cut, 2, step=5, rank=1)
+    stopped_at = open_checkpoint(cut.run.dir).state.step
+    assert accounts == [f"stopped by SIGTERM after step {stopped_at}; the state is saved"] * 2
+    assert 5 <= stopped_at < 10
+    records = run_training(cut, 2)
+    assert losses(records) == losses(expected)
+    assert [r["eval_loss"] for r in records if "eval_loss" in r] == [
+        r["eval_loss"] for r in expected if "eval_loss" in r
+    ]
+    assert_bitwise(tensors(whole), tensors(cut))
+    kinds = [event["event"] for event in read_records(cut.run.dir / "events.jsonl")]
+    assert kinds.count("start") == 1
+    assert kinds.count("resume") == 1
+    exits = [event["code"] for event in read_records(cut.run.dir / "events.jsonl") if event["event"] == "exit"]
+    assert exits == [75, 0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_every_stop_signal_saves(workspace, number):
+    config = run_config(workspace, steps=500)
+    (account,) = run_until_signal(config, 1, step=2, number=number)
+    assert account.startswith(f"stopped by {signal.Signals(number).name} after step")
+    assert open_checkpoint(config.run.dir).state.step >= 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
+def test_any_number_of_ranks_resumes_any_other(workspace, before, after):
+    whole = run_config(workspace, "--run.dir", str(workspace / "whole"))
+    expected = run_training(whole, 1)
+    run_until_signal(run_config(workspace), before, step=5)
+    records = run_training(run_config(workspace), after)
+    assert losses(records) == pytest.approx(losses(expected), rel=1e-5)
+
+
+def test_extending_the_run_keeps_the_order_of_the_samples(workspace):
+    flat = ("--lr_schedule.kind", "constant")
+    short = run_config(workspace, *flat, steps=6)
+    long = run_config(workspace, *flat, "--run.dir", str(workspace / "long"), steps=12)
+    run_training(short)
+    extended = run_training(run_config(workspace, *flat, steps=12))
+    assert losses(extended) == losses(run_training(long))
+
+
+def test_finishing_twice_changes_nothing(workspace):
+    config = run_config(workspace, steps=3)
+    first = losses(run_training(config))
+    assert losses(run_training(config)) == first
+
+
+@pytest.mark.parametrize("preset", ["tiny-llama3", "tiny-mistral", "tiny-qwen2", "tiny-qwen3", "tiny-starcoder2"])
+def test_every_family_trains(workspace, preset):
+    values = losses(run_training(run_config(workspace, preset=preset, steps=20), 2))
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_a_nan_is_printed_and_stops_the_run(workspace, capfd):
+    config = run_config(workspace, "--optimizer.lr", "1e19", "--optimizer.weight_decay", "0", steps=50)
+    with pytest.raises(NonFiniteError, match="the last 3 steps up to"):
+        train(config)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
+    assert "loss nan" in lines[-1]
+    assert "1 skipped: NaN or infinite gradients" in lines[-1]
+    record = read_records(config.run.dir / "metrics.jsonl")[-1]
+    assert record["loss"] is None
+    assert record["skipped"] == 1
+    assert read_records(config.run.dir / "events.jsonl")[-1]["code"] == 71
+
+
+def test_little_is_printed_before_the_first_step(workspace, capfd):
+    train(run_config(workspace, "--train.eval_steps", "1", steps=1))
+    lines = capfd.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("step "))
+    assert first <= 30
+
+
+def snapshot(directory) -> set:
+    return {path for path in directory.rglob("*")}
+
+
+def refused(workspace, error: type, match: str, *overrides: str, world_size: int = 1, **changes) -> None:
+    """The run is refused with a message, and nothing is left behind."""
+    before = snapshot(workspace)
+    if world_size == 1:
+        with pytest.raises(error, match=match):
+            train(run_config(workspace, *overrides, **changes))
+    else:
+        with pytest.raises(RuntimeError, match=match):
+            run_training(run_config(workspace, *overrides, **changes), world_size)
+    assert snapshot(workspace) == before
+
+
+def test_an_indivisible_batch(workspace):
+    refused(workspace, ConfigError, "batch.global = 5 is not a multiple", "--batch.global", "5", world_size=2)
+
+
+def test_missing_data(workspace):
+    refused(workspace, DataError, "nowhere", "--data.train", f"[{{path: {workspace}/nowhere}}]")
+
+
+def test_a_missing_tokenizer(workspace):
+    refused(workspace, ConfigError, "none.model", "--data.tokenizer", str(workspace / "none.model"))
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model(workspace):
+    refused(workspace, ConfigError, "model.vocab_size = 100 is smaller than the 257", "--model.vocab_size", "100")
+
+
+def test_the_wrong_tokenizer_for_the_data(workspace):
+    path = workspace / "corpus.json"
+    path.write_text(path.read_text().replace('"tokenizer_hash":', '"tokenizer_hash": "0123", "was":'))
+    refused(workspace, DataError, "made with a byte tokenizer of hash 0123")
+
+
+def test_a_token_beyond_the_vocabulary(workspace):
+    (workspace / "corpus.json").unlink()
+    data = np.fromfile(workspace / "corpus.bin", dtype=np.uint16)
+    data[7] = 300
+    data.tofile(workspace / "corpus.bin")
+    refused(workspace, DataError, "token 7 has id 300")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 1000])
+def test_a_truncated_bin(workspace, cut):
+    path = workspace / "corpus.bin"
+    os.truncate(path, path.stat().st_size - cut)
+    refused(workspace, DataError, "corpus.bin")
+
+
+def test_a_damaged_idx(workspace):
+    path = workspace / "corpus.idx"
+    content = bytearray(path.read_bytes())
+    content[60] ^= 0x40
+    path.write_bytes(content)
+    refused(workspace, DataError, "corpus.idx")
+
+
+def test_a_dataset_that_is_too_small(workspace):
+    write_dataset(workspace / "corpus", num_documents=2)
+    refused(workspace, DataError, "has .* tokens and needs", "--data.seq_length", "512")
+
+
+def test_an_empty_dataset(workspace):
+    write_dataset(workspace / "corpus", num_documents=0)
+    refused(workspace, DataError, "has 0 tokens")
+
+
+def test_a_misspelt_checkpoint_is_never_a_random_start(workspace):
+    refused(workspace, CheckpointError, "no such checkpoint directory", "--run.resume", str(workspace / "runn"))
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_allocated(workspace):
+    match = "GiB per rank.*model.preset tiny"
+    refused(workspace, OutOfMemoryError, match, "--model.num_layers", "100", "--model.hidden_size", "65536")
+
+
+def test_the_run_directory_of_another_model(workspace):
+    run_training(run_config(workspace, steps=2))
+    changed = ("--model.hidden_size", "32", "--train.steps", "4")
+    refused(workspace, CheckpointError, "of another model", *changed)
+
+
+def test_resume_never_refuses_a_used_directory(workspace):
+    run_training(run_config(workspace, steps=2))
+    refused(workspace, ConfigError, "holds a checkpoint of step 2", "--run.resume", "never")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(workspace, capfd):
+    run_training(run_config(workspace, "--checkpoint.interval", "2", steps=4), 2)
+    newest = open_checkpoint(workspace / "run").path
+    shard = next(newest.glob("state-00001*"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    run_training(run_config(workspace, steps=6), 2)
+    resumed = [event for event in read_records(workspace / "run/events.jsonl") if event["event"] == "resume"]
+    assert [event["step"] for event in resumed] == [2]
+
+
+def test_another_checkpoint_can_be_the_start(workspace):
+    run_training(run_config(workspace, "--checkpoint.interval", "2", steps=4))
+    source = workspace / "run/checkpoints/step_00000002"
+    branch = run_config(workspace, "--run.dir", str(workspace / "branch"), "--run.resume", str(source), steps=4)
+    records = run_training(branch)
+    assert [record["step"] for record in records] == [3, 4]
+    assert losses(records) == losses(read_records(workspace / "run/metrics.jsonl"))[2:]

@@ -15,7 +15,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -161,28 +161,25 @@ def _batch_of_arrays(arrays: Sequence[Array], cu_seqlens: tuple[int, ...], sampl
 
 
 def _steps(microbatches: Iterator[Batch | TriaxisError], per_step: int) -> Iterator[list[Batch]]:
-    received = _received(microbatches)
-    while step := list(islice(received, per_step)):
-        yield step
-
-
-def _received(microbatches: Iterator[Batch | TriaxisError]) -> Iterator[Batch]:
-    """The batches; errors that workers handed over, and the death of one, are raised here."""
-    while True:
-        try:
-            item = next(microbatches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TriaxisError(
-                f"{error}: a process that reads data ended (killed, perhaps for lack of memory); "
-                "start again, or with data.num_workers = 0 to read in the training process"
-            ) from error
-        if isinstance(item, TriaxisError):
-            raise item
-        yield item
+    """Groups microbatches; errors that workers handed over, and the death of one, are raised here."""
+    step: list[Batch] = []
+    try:
+        for item in microbatches:
+            if isinstance(item, TriaxisError):
+                raise item
+            step.append(item)
+            if len(step) == per_step:
+                yield step
+                step = []
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TriaxisError(
+            f"{error}: a process that reads data ended (killed, perhaps for lack of memory); "
+            "start again, or with data.num_workers = 0 to read in the training process"
+        ) from error
+    finally:
+        del microbatches  # ends the workers now, and not when the error's traceback is forgotten
 
 
 class _Microbatches(Dataset[Batch | TriaxisError]):

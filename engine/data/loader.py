@@ -5,8 +5,8 @@ reads samples [g B, (g + 1) B), each data-parallel rank a contiguous share of th
 depend on how many ranks, workers or microbatches share the work.
 
 Workers are forked, read files and compute with numpy, and hand errors over as values: raised inside a worker,
-an error would come out as a traceback of torch's queue. Rejected: threads, which fight the training loop for
-the interpreter lock.
+an error would come out of torch as another one, and keep the workers alive. Rejected: threads, which fight the
+training loop for the interpreter lock.
 
 Legend: b sequences of a microbatch, s sequence length, B global batch size.
 """
@@ -16,6 +16,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from traceback import format_exc
 from typing import Protocol
 
 import numpy as np
@@ -160,12 +161,12 @@ def _batch_of_arrays(arrays: Sequence[Array], cu_seqlens: tuple[int, ...], sampl
     return Batch(tokens, labels, loss_mask, positions, cu_seqlens, sample_numbers)
 
 
-def _steps(microbatches: Iterator[Batch | TriaxisError], per_step: int) -> Iterator[list[Batch]]:
+def _steps(microbatches: Iterator[Batch | Exception], per_step: int) -> Iterator[list[Batch]]:
     """Groups microbatches; errors that workers handed over, and the death of one, are raised here."""
     step: list[Batch] = []
     try:
         for item in microbatches:
-            if isinstance(item, TriaxisError):
+            if isinstance(item, Exception):
                 raise item
             step.append(item)
             if len(step) == per_step:
@@ -182,21 +183,18 @@ def _steps(microbatches: Iterator[Batch | TriaxisError], per_step: int) -> Itera
         del microbatches  # ends the workers now, and not when the error's traceback is forgotten
 
 
-class _Microbatches(Dataset[Batch | TriaxisError]):
+class _Microbatches(Dataset[Batch | Exception]):
     """What a worker does for a tuple of sample numbers."""
 
     def __init__(self, dataset: Samples, document_mask: bool) -> None:
         self._dataset = dataset
         self._document_mask = document_mask
 
-    def __getitem__(self, numbers: Numbers) -> Batch | TriaxisError:
+    def __getitem__(self, numbers: Numbers) -> Batch | Exception:
         try:
             samples = [self._dataset.sample(i) for i in numbers]
         except Exception as error:
-            known = as_triaxis_error(error)
-            if known is None:
-                raise
-            return known
+            return as_triaxis_error(error) or RuntimeError(f"reading {numbers} failed:\n{format_exc()}")
         return collate(samples, numbers, document_mask=self._document_mask)
 
 

@@ -112,7 +112,8 @@ def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> It
         try:
             with open(source.path, "rb") as file:
                 for data in _pieces(source, file, block_bytes):
-                    yield Block(source, line, data, before + file.tell())
+                    read = file.tell() if file.seekable() else 0  # a named pipe does not tell
+                    yield Block(source, line, data, before + read)
                     line += data.count(b"\n")
         except Unreadable as error:
             yield Block(source, line, b"", before + source.num_bytes, problem=str(error))
@@ -203,7 +204,7 @@ def _pieces(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[bytes]
     rest: list[bytes] = []
     size = 0
     try:
-        for chunk in _chunks(source, file):
+        for chunk in _chunks(source, file, block_bytes):
             cut = chunk.rfind(b"\n") + 1 if source.kind == "lines" and size + len(chunk) >= block_bytes else 0
             if cut:
                 yield b"".join([*rest, chunk[:cut]])
@@ -221,7 +222,7 @@ def _pieces(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[bytes]
         yield b"".join(rest)
 
 
-def _chunks(source: Source, file: BinaryIO) -> Iterator[bytes]:
+def _chunks(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[bytes]:
     """The content of a file, decompressed."""
     compression = Path(source.path).suffix
     if compression == ".gz":
@@ -229,7 +230,7 @@ def _chunks(source: Source, file: BinaryIO) -> Iterator[bytes]:
     if compression == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
         return _inflated(file, decompressor.decompressobj)
-    return iter(lambda: file.read(BLOCK_BYTES), b"")
+    return iter(lambda: file.read(block_bytes), b"")
 
 
 def _inflated(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:

@@ -1,0 +1,168 @@
+"""The program that looks into a dataset: counts, text, samples, verification and its exit code."""
+
+import importlib.util
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+from engine.config import DatasetConfig
+from engine.data import indexed, inspection
+from engine.data.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWriter
+from engine.data.pretrain import PretrainDataset
+from engine.data.tokenizer import load_tokenizer
+from engine.errors import ConfigError, DataError, DataFormatError
+
+PROGRAM = Path(__file__).parents[2] / "tools" / "inspect_data.py"
+TEXTS = ["first document", "zwölf", "", "the last one\x1b[31m"]
+
+
+@pytest.fixture
+def main():
+    """The program's `main`, to be called in this process."""
+    spec = importlib.util.spec_from_file_location("inspect_data", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    """TEXTS as bytes, each ended by id 256: lengths 15, 7, 1 and 18."""
+    info = DatasetInfo(tokenizer_kind="byte", tokenizer_hash=load_tokenizer("byte").hash, vocab_size=257, eod_id=256)
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16, info) as writer:
+        for text in TEXTS:
+            writer.add_document([*text.encode(), 256])
+    return tmp_path / "set"
+
+
+def test_counts_and_verification(main, prefix, capsys):
+    main(prefix, "--verify")
+    out, err = capsys.readouterr()
+    assert "4 in 4 sequences" in out
+    assert "41 as uint16" in out
+    assert "min 1, median 7, mean 10.2, max 18" in out
+    assert "byte, 257 ids, end of document 256" in out
+    assert "every pointer; all 41 token ids are below 257" in out
+    assert "100.0%" in err and "MB/s" in err and "ETA" in err
+
+
+def test_text_is_shown_and_cannot_command_the_terminal(main, prefix, capsys):
+    main(prefix, "--head", 2, "--document", 3)
+    out, _ = capsys.readouterr()
+    assert "document 0: 15 tokens\nfirst document\n" in out
+    assert "document 1: 7 tokens\nzwölf\n" in out
+    assert "document 3: 18 tokens\nthe last one\\x1b[31m\n" in out
+
+
+def test_without_a_tokenizer_ids_are_shown(main, prefix, capsys):
+    prefix.with_suffix(".json").unlink()
+    main(prefix, "--document", 1, "--verify")
+    out, _ = capsys.readouterr()
+    assert f"document 1: 7 tokens\n{' '.join(map(str, [*TEXTS[1].encode(), 256]))}\n" in out
+    assert "not recorded" in out
+    assert "give --vocab-size or --tokenizer" in out
+    main(prefix, "--document", 1, "--tokenizer", "byte")
+    assert "zwölf" in capsys.readouterr().out
+
+
+def test_a_sample_is_the_one_that_a_run_reads(main, prefix, capsys):
+    main(prefix, "--sample", 9, "--seq-length", 12, "--seed", 5, "--split", "1,0,0", "--json")
+    shown = orjson.loads(capsys.readouterr().out)["sample"]
+    data = PretrainDataset([DatasetConfig(path=prefix)], (1, 0, 0), "train", 12, 5)
+    expected, here = data.sample(9), data.where(9)
+    ids = [i for piece in shown["pieces"] for i in piece["ids"]]
+    assert [*ids, shown["last_label"]] == expected.tokens.tolist()
+    assert shown["boundaries"] == expected.boundaries.tolist()
+    assert np.cumsum([piece["num_tokens"] for piece in shown["pieces"]]).tolist() == [*shown["boundaries"], 12]
+    assert (shown["first_token"], shown["epoch"]) == (here.start, here.epoch)
+    whole = IndexedDataset(prefix)
+    for piece in shown["pieces"]:
+        start = whole.document_start(piece["document"]) + piece["offset"]
+        assert whole.tokens(start, piece["num_tokens"]).tolist() == piece["ids"]
+        assert start + piece["num_tokens"] <= whole.document_start(piece["document"] + 1)
+    assert all(piece["offset"] == 0 for piece in shown["pieces"][1:])
+
+
+def test_a_sample_in_words(main, prefix, capsys):
+    main(prefix, "--sample", 0, "--seq-length", 20, "--split", "1,0,0")
+    out, _ = capsys.readouterr()
+    assert "sample 0" in out and "epoch 0, number 0 of it" in out and "documents start inside at: " in out
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (["--sample", 1], ConfigError, "--sample needs --seq-length"),
+        (["--document", 4], ConfigError, "--document 4: .* has 4 documents"),
+        (["--verify", "--vocab-size", 120], DataFormatError, r"set\.bin: tokens\[14\] = 256; expected 0 \.\. 119"),
+        (["--sample", 1, "--seq-length", 99], DataError, "seq_length = 99"),
+    ],
+)
+def test_bad_input(main, prefix, arguments, error, message):
+    with pytest.raises(error, match=message):
+        main(prefix, *arguments)
+
+
+def test_the_tokenizer_of_other_data_is_refused(main, prefix):
+    text = prefix.with_suffix(".json").read_text()
+    prefix.with_suffix(".json").write_text(text.replace(load_tokenizer("byte").hash, "another"))
+    with pytest.raises(DataError, match=r"hash another; --tokenizer byte has"):
+        main(prefix, "--tokenizer", "byte")
+
+
+def test_the_exit_code_says_bad_data_and_works_from_anywhere(prefix, tmp_path):
+    content = bytearray(prefix.with_suffix(".bin").read_bytes())
+    content[20:22] = struct.pack("<H", 300)
+    prefix.with_suffix(".bin").write_bytes(content)
+    ran = subprocess.run([sys.executable, PROGRAM, "set", "--verify"], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 65
+    assert "set.bin: tokens[10] = 300; expected 0 .. 256" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_an_empty_dataset(main, tmp_path, capsys):
+    with IndexedDatasetWriter(tmp_path / "empty", np.uint16):
+        pass
+    main(tmp_path / "empty", "--verify", "--head", 3)
+    assert "0 in 0 sequences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bits", [2, 20])
+def test_length_statistics_are_exact(tmp_path, monkeypatch, bits):
+    monkeypatch.setattr(inspection, "LOW_BITS", bits)  # lengths of up to 2 * bits bits are told apart
+    monkeypatch.setattr(indexed, "CHUNK", 7)
+    for count in (1, 2, 3, 30, 31):
+        lengths = np.random.default_rng(count).integers(0, 16, count)
+        with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+            writer.add_documents(np.zeros(lengths.sum(), np.int64), lengths)
+        statistics = inspection.length_statistics(IndexedDataset(tmp_path / "set"))
+        assert statistics == {
+            "min": lengths.min(),
+            "median": np.sort(lengths)[(count - 1) // 2],
+            "mean": lengths.mean(),
+            "max": lengths.max(),
+        }
+
+
+def test_ids_outside_the_vocabulary_are_shown_as_numbers():
+    tokenizer = load_tokenizer("byte")
+    assert inspection.decode([104, 105, 999, 33], tokenizer) == "hi<id 999>!"
+    assert inspection.decode([], tokenizer) == ""
+
+
+def test_a_sparse_file_is_counted_without_reading_it(tmp_path, main, capsys):
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+        writer.add_document([0])
+    length = 2**31 - 1
+    index = bytearray((tmp_path / "set.idx").read_bytes())
+    index[34:38] = struct.pack("<i", length)
+    (tmp_path / "set.idx").write_bytes(index)
+    os.truncate(tmp_path / "set.bin", 2 * length)
+    main(tmp_path / "set")
+    assert f"{length:,} as uint16" in capsys.readouterr().out

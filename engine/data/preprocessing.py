@@ -1,20 +1,12 @@
 """Text files to token datasets, in as many processes as wanted; the bytes written do not depend on how many.
 
-The parent reads and writes, workers parse and encode blocks of lines, and blocks come back in the order in which
-they went out, a bounded number at a time. Rejected: `multiprocessing.Pool`, which waits for ever for the block of
-a worker that was killed; one output file a worker and merging them, which writes everything twice.
+The parent reads and writes; workers parse and encode blocks of lines, which come back in the order in which they
+went out. Rejected: one output file a worker and merging them, which writes everything twice.
 """
 
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,15 +20,10 @@ from engine import __version__
 from engine.data.documents import REJECTS_SUFFIX, Block, Reject, Source, parse_block, read_blocks
 from engine.data.indexed import DatasetInfo, IndexedDatasetWriter, SourceFile, token_dtype
 from engine.data.tokenizer import Tokenizer
-from engine.errors import ConfigError, DataError, TriaxisError
-
-BLOCKS_PER_WORKER = 4  # sent out and not yet written; enough to keep workers busy, little memory
+from engine.data.workers import ordered_map
+from engine.errors import ConfigError, DataError
 
 Ids = npt.NDArray[np.integer[Any]]
-
-
-class WorkerDied(TriaxisError):
-    """A worker process was killed from outside."""
 
 
 @dataclass
@@ -172,7 +159,7 @@ def preprocess(
     Raises:
         DataError: there is not a single token.
         EncoderMismatch: see `FastSentencePiece`.
-        WorkerDied: a worker process was killed.
+        WorkerFailed: a worker process was killed.
     """
     if len(keys) > 1 and any(source.kind == "text" for source in sources):
         raise ConfigError(f"plain text files have one text each, but --json-keys names {len(keys)}: {', '.join(keys)}")
@@ -183,7 +170,7 @@ def preprocess(
         prefixes = [dataset_prefix(output_prefix, key) for key in keys]
         writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes]
         encode = BlockEncoder(tokenizer, keys, append_eod)
-        for block in stack.enter_context(closing(encoded_blocks(read_blocks(sources), encode, workers))):
+        for block in stack.enter_context(closing(ordered_map(encode, read_blocks(sources), workers))):
             for writer, ids, lengths in zip(writers, block.ids, block.lengths, strict=True):
                 writer.add_documents(ids, lengths)
             rejects.add(block.rejects)
@@ -197,64 +184,6 @@ def preprocess(
                 raise DataError(_nothing_in(sources, key, counts))
             writer.info = _info(tokenizer, sources, counts)
     return counts
-
-
-def encoded_blocks(
-    blocks: Iterable[Block], encode: Callable[[Block], EncodedBlock], workers: int
-) -> Generator[EncodedBlock, None, None]:
-    """`map(encode, blocks)`, in `workers` processes when they are more than one.
-
-    Close the iterator to stop the workers early.
-    """
-    if workers == 1:
-        yield from map(encode, blocks)
-        return
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("fork")  # the tokenizer is inherited, not loaded once a worker
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encode,)) as pool:
-        try:
-            yield from _in_order(pool, blocks, BLOCKS_PER_WORKER * workers)
-        except BrokenProcessPool:
-            raise WorkerDied(
-                "a worker process was killed; if the machine ran out of memory, use fewer --workers"
-            ) from None
-        except BaseException:
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
-
-
-def _in_order(pool: ProcessPoolExecutor, blocks: Iterable[Block], limit: int) -> Iterator[EncodedBlock]:
-    waiting: deque[Future[EncodedBlock]] = deque()
-    for block in blocks:
-        waiting.append(pool.submit(_encode, block))
-        if len(waiting) >= limit:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-_ENCODER: ContextVar[Callable[[Block], EncodedBlock]] = ContextVar("encoder")  # set in worker processes only
-
-
-def _start_worker(encode: Callable[[Block], EncodedBlock]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent stops the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of tokenizers: workers are the parallelism here
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _ENCODER.set(encode)
-
-
-def _encode(block: Block) -> EncodedBlock:
-    return _ENCODER.get()(block)
-
-
-def _end_with_parent() -> None:
-    """No orphans, even when the parent is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _info(tokenizer: Tokenizer, sources: Sequence[Source], counts: Counts) -> DatasetInfo:

@@ -105,9 +105,7 @@ def test_progress(folder, main, capsys):
     main(*arguments, "--log-interval", 10)
     lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
     assert len(lines) == 2
-    assert re.fullmatch(
-        r" 50\.0%  10 documents  0\.0 MB  [\d.]+ MB/s  40 tokens  [\d,]+ tokens/s  ETA 0:00", lines[0]
-    )
+    assert re.fullmatch(r" 50\.0%  10 documents  0\.0 MB  [\d.]+ MB/s  40 tokens  [\d,]+ tokens/s  ETA 0:00", lines[0])
     main(*arguments, "--log-interval", 1000, "--overwrite")
     assert "ETA" not in capsys.readouterr().out
 
@@ -189,7 +187,7 @@ def test_existing_output_is_not_replaced_unasked(folder, main):
 )
 def test_errors(folder, arguments, code, message):
     Path("empty.jsonl").write_bytes(b"")
-    seen, out, err = finish(*arguments, "--output-prefix", "out/x")
+    seen, _, err = finish(*arguments, "--output-prefix", "out/x")
     assert (seen, "Traceback" in err) == (code, False)
     assert message in err
     assert not Path("out").exists() or files(folder / "out") == []

@@ -144,9 +144,12 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved configuration, a line or two for each section; loading it gives an equal `Config`."""
         plain = self.model_dump(mode="json", by_alias=True)
-        style = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": 118}
-        sections = [yaml.safe_dump({key: value}, **style).strip()[1:-1] for key, value in plain.items()]
-        return "\n".join(sections) + "\n"
+        return "".join(f"{_flow_style({key: value})[1:-1]}\n" for key, value in plain.items())
+
+
+def _flow_style(content: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(content, default_flow_style=True, sort_keys=False, allow_unicode=True, width=118)
+    return text.strip()
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), *, presets: Presets) -> Config:

@@ -52,15 +52,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
-        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        ready = wait(open_pipes, timeout_s)
+        waiting = [rank for rank in range(len(pipes)) if rank not in results]
+        ready = wait([pipes[rank] for rank in waiting], timeout_s)
         if not ready:
-            missing = [rank for rank in range(len(pipes)) if rank not in results]
-            raise RuntimeError(f"ranks {missing} have not finished within {timeout_s} s")
-        for pipe in ready:
-            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            raise RuntimeError(f"ranks {waiting} have not finished within {timeout_s} s")
+        for rank in (rank for rank in waiting if pipes[rank] in ready):
             try:
-                problem, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                problem, results[rank] = pipes[rank].recv()
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
             if problem is not None:

@@ -12,7 +12,7 @@ from engine.parallel.table import initialise
 
 def tiny_config(preset: str = "tiny", **changes: object) -> ModelConfig:
     """A preset with some fields changed."""
-    return ModelConfig(**{**PRESETS[preset], **changes})  # type: ignore[arg-type]
+    return ModelConfig(**{**PRESETS[preset], **changes})
 
 
 def new_parameters(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:

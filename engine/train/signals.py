@@ -3,7 +3,6 @@
 import signal
 from types import FrameType
 
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

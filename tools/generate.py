@@ -1,0 +1,79 @@
+"""Continue a text with a trained model.
+
+    python tools/generate.py runs/quickstart --prompt 'def main(' --max-new-tokens 64
+
+DIR is a run directory (its newest checkpoint is taken), a checkpoint, or a Hugging Face directory. The text appears as
+it is written; speed goes to stderr.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.load import load_decoder
+from engine.data.tokenizer import Tokenizer
+from engine.errors import ConfigError, run_program
+from engine.model.generate import Sampling, generate
+from engine.parallel.layout import choose_device
+
+UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are not a whole character yet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Continue a text with a trained model.",
+        epilog="DIR: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory.",
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="where the model is")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; `-` reads it from stdin")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument(
+        "--bos", action="store_true", help="begin with the beginning-of-text token, for models that want it"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    options = parser.parse_args()
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: expected at least 1")
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+
+    device = choose_device(options.device, local_rank=0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    decoder, tokenizer = load_decoder(options.dir, dtype, device)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    ids = tokenizer.encode(prompt)
+    if options.bos:
+        if tokenizer.bos_id is None:
+            raise ConfigError(f"--bos: the {tokenizer.kind} tokenizer of {options.dir} has no beginning-of-text token")
+        ids = [tokenizer.bos_id, *ids]
+
+    started, count = time.perf_counter(), 0
+    print(prompt, end="", flush=True)
+    new = generate(decoder, ids, options.max_new_tokens, sampling, frozenset({tokenizer.eod_id}))
+    for text in stream(tokenizer, ids, new):
+        print(text, end="", flush=True)
+        count += 1
+    seconds = time.perf_counter() - started
+    print(f"\n{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def stream(tokenizer: Tokenizer, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
+    """The text that each new token adds; characters that span tokens appear with their last one."""
+    ids = list(prompt)
+    shown = tokenizer.decode(ids)
+    for token in new:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        whole = text.rstrip(UNFINISHED)
+        yield whole[len(shown) :]
+        shown = whole if len(whole) > len(shown) else shown
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -53,7 +53,7 @@ def attention_with_cache(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | 
 
 def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, sliding_window: int | None) -> Tensor:
     if length == 0:
-        return torch.zeros_like(q)
+        return q.clone()
     q4, k4, v4 = (x.unflatten(0, (-1, length)) for x in (q, k, v))  # [b, s, n, d]
     if sliding_window is None or sliding_window >= length:
         return _sdpa(q4, k4, v4, None, is_causal=True).flatten(0, 1)

@@ -20,7 +20,7 @@ _FEWEST_PRODUCTS = 2**21  # below, its call costs more: about 15 µs
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` [..., in] times `weight` [out, in] transposed, plus `bias` [out]: [..., out]."""
-    if uses_onednn(x, weight) and not torch.compiler.is_compiling():
+    if uses_onednn(x, weight):
         return _OneDnnLinear.apply(x, weight, bias)
     return linear_reference(x, weight, bias)
 
@@ -35,10 +35,11 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """The rule: large fp32 products on a CPU, where this PyTorch has oneDNN."""
+    """The rule: large fp32 products on a CPU, where this PyTorch has oneDNN and no compiler chooses for itself."""
     rows = x.numel() // max(1, x.shape[-1])
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and rows >= _FEWEST_ROWS
         and rows * weight.numel() >= _FEWEST_PRODUCTS
@@ -48,6 +49,8 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # rows with gaps would go through a reordering that takes seconds
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -65,6 +68,13 @@ class _OneDnnLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             matmul_transposed(grad, weight.t()).view(x.shape) if need_x else None,
-            matmul_transposed(grad.t(), x.flatten(0, -2).t()) if need_weight else None,
+            _grad_weight(grad, x.flatten(0, -2)) if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
+
+
+def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ·x, as [out, in]; the product copies its first operand, so the narrower one goes first."""
+    if grad.shape[1] > x.shape[1]:
+        return matmul_transposed(x.t(), grad.t()).t()
+    return matmul_transposed(grad.t(), x.t())

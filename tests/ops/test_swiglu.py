@@ -1,0 +1,35 @@
+import pytest
+import torch
+from op_parity import BF16, FP32, assert_same, strided
+
+from engine.ops.swiglu import swiglu, swiglu_reference
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (7, 34), (64, 1376), (0, 8), (2, 3, 10)])
+def test_equals_its_reference(shape):
+    torch.manual_seed(0)
+    grad = strided(*shape[:-1], shape[-1] // 2)
+    assert_same(swiglu, swiglu_reference, [torch.randn(shape)], grad, **FP32)
+    x = strided(*shape)
+    torch.testing.assert_close(swiglu(x), swiglu_reference(x), rtol=5e-6, atol=0)
+
+
+def test_gate_comes_first():
+    torch.testing.assert_close(swiglu(torch.tensor([[0.0, 1.0, 5.0, 7.0]])), torch.tensor([[0.0, 7 * 0.7310586]]))
+
+
+def test_gradients_in_double():
+    assert torch.autograd.gradcheck(swiglu, (torch.randn(3, 8).double().requires_grad_(),))
+
+
+def test_bf16():
+    torch.manual_seed(0)
+    x = torch.randn(64, 96).bfloat16()
+    assert swiglu(x).dtype == torch.bfloat16
+    assert_same(swiglu, swiglu_reference, [x], torch.randn(64, 48).bfloat16(), **BF16 | {"rtol": 2e-2})
+
+
+def test_never_waits_for_the_device():
+    x = torch.randn(4, 8, device="meta", requires_grad=True)
+    swiglu(x).sum().backward()
+    assert x.grad is not None

@@ -1,0 +1,246 @@
+"""Our training step beside that of Hugging Face Transformers: the same shapes, weights and tokens, in one process.
+
+Both sides run eagerly in fp32 on the CPU, one step of each in turn, so that whatever else the machine does hits all
+alike; compare the ratios. Ours is what `engine train` runs, gradient norm and clipping included; theirs is
+`LlamaForCausalLM`, `loss.backward()` and `torch.optim.AdamW(fused=True)`. Behind the table stands where our time goes,
+and the time of the matrix products alone, which no implementation on the same library can beat.
+
+    python tools/bench/step.py --vocab-size 32000 2048 --threads 1 2 --rounds 9
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+from engine.config import ModelConfig, OptimizerConfig
+from engine.data.loader import Batch
+from engine.errors import ConfigError, run_program
+from engine.model.decoder import Decoder
+from engine.model.families import PRESETS
+from engine.model.parameters import parameter_table
+from engine.ops.linear import matmul_transposed
+from engine.optim.optimizer import ShardedAdamW
+from engine.parallel.data import ShardedParameters
+from engine.train.step import train_step
+
+OPTIMIZER = OptimizerConfig()
+Step = Callable[[], float]
+"""One training step; returns its loss."""
+
+
+def main() -> None:
+    args = _arguments()
+    print(f"{_cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {_versions()}")
+    for vocab_size in args.vocab_size:
+        model = _model(args, vocab_size)
+        torch.manual_seed(0)
+        tokens = torch.randint(0, model.vocab_size, (args.batch, args.seq_length + 1))
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            _compare(model, tokens, threads, args.rounds)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=[32000, 2048])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each side")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--preset", help="a size of engine/model/families.py instead of 6 layers, hidden 256")
+    return parser.parse_args()
+
+
+def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
+    if args.preset is None:
+        shape = {"num_layers": 6, "hidden_size": 256, "intermediate_size": 688, "max_position": args.seq_length}
+        heads = {"num_heads": args.heads, "num_kv_heads": args.heads, "head_dim": 256 // args.heads}
+        return ModelConfig(vocab_size=vocab_size, **shape, **heads)  # type: ignore[arg-type]
+    if args.preset not in PRESETS or PRESETS[args.preset]["family"] != "llama":
+        llamas = [name for name, preset in PRESETS.items() if preset["family"] == "llama"]
+        raise ConfigError(f"--preset {args.preset}: expected one of the Llama family, {', '.join(llamas)}")
+    return ModelConfig(**PRESETS[args.preset] | {"vocab_size": vocab_size})
+
+
+def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int) -> None:
+    ours, weights = _ours(model, tokens)
+    sides = {"triaxis": ours} | {
+        f"transformers, {attention}": _transformers(model, tokens, weights, attention)
+        for attention in ("sdpa", "eager")
+    }
+    losses = [step() for step in sides.values()]  # warms up, and shows that all do the same work
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, step in sides.items():
+            seconds[name].append(_timed(step))
+    count = tokens[:, 1:].numel()
+    print(f"\nvocabulary {model.vocab_size}, {threads} thread(s), {count} tokens a step")
+    print(f"  first losses {', '.join(f'{loss:.5f}' for loss in losses)}")
+    our_median = statistics.median(seconds["triaxis"])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        speeds = f"{count / median:7,.0f} tokens/s ({count / max(times):,.0f} – {count / min(times):,.0f})"
+        print(f"  {name:20} {speeds:36} triaxis is {median / our_median:.2f}×")
+    _print_split(ours, model, count)
+
+
+def _timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
+    """Our step, and its initial weights under their Hugging Face names."""
+    table = parameter_table(model)
+    parameters = ShardedParameters(table, torch.float32, torch.device("cpu"), group=None)
+    parameters.initialise(seed=0)
+    weights = {
+        tensor.name: part.clone()
+        for parameter in table.parameters
+        for tensor, part in zip(
+            parameter.tensors,
+            parameters.by_path[parameter.path].detach().split([t.rectangle.extent[0] for t in parameter.tensors]),
+            strict=True,
+        )
+    }
+    optimizer = ShardedAdamW(parameters, OPTIMIZER)
+    decoder = Decoder(model, parameters.by_path)
+    batch = _batch(tokens)
+    count = batch.tokens.numel()
+
+    def step() -> float:
+        result = train_step(decoder, optimizer, [batch], step=1, lr=OPTIMIZER.lr, tokens=count)
+        return result.loss.item()
+
+    return step, weights
+
+
+def _batch(tokens: torch.Tensor) -> Batch:
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    rows, length = inputs.shape
+    return Batch(
+        tokens=inputs,
+        labels=labels,
+        loss_mask=torch.ones(rows, length),
+        positions=torch.arange(length).repeat(rows, 1),
+        cu_seqlens=tuple(range(0, rows * length + 1, length)),
+        sample_numbers=tuple(range(rows)),
+    )
+
+
+def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, torch.Tensor], attention: str) -> Step:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise ConfigError("this comparison needs transformers: pip install 'triaxis[hf]'") from None
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        max_position_embeddings=model.max_position,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation=attention,
+    )
+    llama: Any = LlamaForCausalLM(config)
+    llama.load_state_dict(weights)
+    llama.train()
+    optimizer = torch.optim.AdamW(
+        llama.parameters(),
+        lr=OPTIMIZER.lr,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+        fused=True,
+    )
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
+
+    def step() -> float:
+        loss = llama(input_ids=inputs, labels=labels, shift_labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def _print_split(step: Step, model: ModelConfig, tokens: int) -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    spent: Counter[str] = Counter()
+    for event in profiler.events() or []:
+        spent[_part(event)] += event.self_cpu_time_total / 1000
+    total = sum(spent.values())
+    print(f"  one step of ours, profiled: {total:.0f} ms")
+    for part, ms in spent.most_common():
+        print(f"    {part:36} {ms:7.1f} ms {ms / total:5.0%}")
+    print(f"    {'its matrix products alone':36} {_products_ms(model, tokens):7.1f} ms")
+
+
+def _part(event: FunctionEvent) -> str:
+    """Which part of the step an event's own time belongs to."""
+    names = [event.name]
+    parent = event.cpu_parent
+    while parent is not None:
+        names.append(parent.name)
+        parent = parent.cpu_parent
+    if "scaled_dot_product" in names[0]:
+        return "attention"
+    if names[0] in ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"):
+        return "matrix products"
+    if names[0] == "aten::_fused_adamw_":
+        return "optimizer"
+    if any("LinearCrossEntropy" in name for name in names):
+        return "cross-entropy without its products"
+    return "norms, rotary, SwiGLU, the rest"
+
+
+def _products_ms(model: ModelConfig, tokens: int) -> float:
+    """Time of the step's matrix products and nothing else: three for each weight."""
+    total = 0.0
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    hidden, ffn = model.hidden_size, model.intermediate_size
+    layer = [(hidden, heads), (model.num_heads * model.head_dim, hidden), (hidden, 2 * ffn), (ffn, hidden)]
+    for (inputs, outputs), times in Counter(layer * model.num_layers + [(hidden, model.vocab_size)]).items():
+        rows = min(tokens, 256) if outputs == model.vocab_size else tokens
+        for m, k, n in ((rows, inputs, outputs), (rows, outputs, inputs), (outputs, rows, inputs)):
+            a, b = torch.randn(m, k), torch.randn(n, k)
+            seconds = min(_timed(lambda a=a, b=b: float(len(matmul_transposed(a, b)))) for _ in range(5))  # type: ignore
+            total += seconds * times * tokens / rows
+    return total * 1000
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+
+
+if __name__ == "__main__":
+    run_program(main)

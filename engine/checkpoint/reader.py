@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -70,17 +71,26 @@ class Checkpoint:
         return path if path.is_dir() else None
 
     @property
-    def tokenizer_spec(self) -> str:
-        """What to give `load_tokenizer`."""
-        return str(self.tokenizer_dir or "byte")
+    def tokenizer_spec(self) -> str | None:
+        """What to give `load_tokenizer`; None for an imported model that came without a tokenizer."""
+        if self.tokenizer_dir:
+            return str(self.tokenizer_dir)
+        data = self._config().get("data")
+        return data.get("tokenizer") if isinstance(data, dict) else None
 
     def model_config(self) -> ModelConfig:
         """The architecture, from the `model` section of config.yaml; other sections need not be there."""
-        content = yaml.safe_load(self.config_yaml_path.read_text(encoding="utf-8"))
         try:
-            return ModelConfig.model_validate(content["model"])
-        except (ValidationError, TypeError, KeyError) as error:
+            return ModelConfig.model_validate(self._config().get("model"))
+        except ValidationError as error:
             raise CheckpointError(f"{self.config_yaml_path}: no usable model section: {error}") from None
+
+    def _config(self) -> dict[str, Any]:
+        try:
+            content = yaml.safe_load(self.config_yaml_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"cannot read {self.config_yaml_path}: {error}") from None
+        return content if isinstance(content, dict) else {}
 
     def tensors(self, kind: str) -> dict[str, Shape]:
         """Names and global shapes of all tensors of a kind; empty when the checkpoint has none."""

@@ -74,6 +74,7 @@ def save_step(
     owned: Callable[[int, int, int], Sequence[Piece]] = pieces,
     storages: Sequence[Storage | None] = (),
     tokenizer_files: Sequence[Path] = (),
+    config_yaml: str = CONFIG,
 ) -> list[Path | BaseException]:
     """Save with `world_size` ranks; what each rank got, a path or an exception. One that dies breaks the connection."""
     meeting = Meeting(world_size)
@@ -84,7 +85,7 @@ def save_step(
                 run_dir,
                 owned(step if seed is None else seed, rank, world_size),
                 state(step),
-                config_yaml=CONFIG,
+                config_yaml=config_yaml,
                 tokenizer_files=tokenizer_files,
                 keep_last=keep_last,
                 rank=rank,

@@ -1,9 +1,18 @@
 """A saved run for the tests of this folder."""
 
+import os
 from pathlib import Path
 
 import pytest
 from checkpoint_cases import save_step
+
+
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts instead of waiting for the disk: no test here pulls the plug."""
+    calls: list[int] = []
+    monkeypatch.setattr(os, "fsync", calls.append)
+    return calls
 
 
 @pytest.fixture

@@ -87,6 +87,17 @@ def test_the_dtype_of_a_piece_is_the_stored_one(tmp_path: Path) -> None:
     assert torch.equal(read, half.float())
 
 
+def test_every_file_and_every_changed_directory_is_synced(tmp_path: Path, synced: list[int]) -> None:
+    created: list[str] = []
+    counting = Storage(lambda number, name, path: created.append(path.name) if name == "create" else None)
+    save_step(tmp_path, 1, storages=[counting])
+    assert created == [
+        "state-00000-of-00001.safetensors", "share-00000.json", "config.yaml", "manifest.json", "latest.partial",
+    ]  # fmt: skip
+    directories = 5  # the new directory's name, the share, the manifest, the rename, the replaced `latest`
+    assert len(synced) == len(created) + directories
+
+
 def test_tokenizer_files_are_kept(saved: Path) -> None:
     checkpoint = open_checkpoint(saved)
     assert checkpoint.tokenizer_dir is not None
@@ -391,7 +402,7 @@ def test_every_flipped_byte_of_a_shard_is_found(saved: Path) -> None:
     checkpoint_dir = saved / "checkpoints" / "step_00000002"
     path = checkpoint_dir / "state-00001-of-00002.safetensors"
     content = path.read_bytes()
-    for position in range(0, len(content), 3):
+    for position in range(0, len(content), 9):
         flipped = bytearray(content)
         flipped[position] ^= 1 << (position % 8)
         path.write_bytes(flipped)

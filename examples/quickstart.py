@@ -1,0 +1,209 @@
+"""The quickstart: Python's standard library in, a small language model that writes Python out.
+
+Started by examples/quickstart.sh. Each stage prints what it does and the commands it runs, so that they can be repeated
+by hand; everything is written below data/quickstart and runs/quickstart.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+DATA = Path("data/quickstart")
+RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path("runs/quickstart-hf")
+CONFIG = "examples/configs/quickstart.yaml"
+STEPS = 1000
+VOCAB_SIZE = 1024
+LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
+PROMPT = "def main(args):\n"
+
+
+def main() -> None:
+    started = time.perf_counter()
+    for leftover in (RUN, TWIN, EXPORT, DATA):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with stage(1, "Corpus: the sources of Python's standard library, which every machine has"):
+        collect_corpus()
+    with stage(2, f"Tokenizer: learn {VOCAB_SIZE:,} pieces of words from the corpus"):
+        tool(
+            "train_tokenizer",
+            "--input",
+            DATA / "stdlib.jsonl",
+            "--vocab-size",
+            VOCAB_SIZE,
+            "--output",
+            DATA / "tokenizer",
+        )
+    with stage(3, "Preprocessing: text to token ids in a memory-mapped dataset"):
+        tool(
+            "preprocess_data", "--input", DATA / "stdlib.jsonl", "--tokenizer-model", DATA / "tokenizer.model",
+            "--append-eod", "--workers", 2, "--output-prefix", DATA / "stdlib",
+        )  # fmt: skip
+    with stage(4, f"Pretraining on 2 ranks, interrupted half-way: SIGTERM after step {STEPS // 2} saves the state"):
+        train(RUN, stop_after=STEPS // 2)
+    with stage(5, "The same command again resumes where it stopped, and evaluates on text it has never seen"):
+        train(RUN)
+        report_validation()
+    with stage(6, "Proof: a twin that was never interrupted has bitwise the same losses"):
+        train(TWIN, log=Path("runs/quickstart-twin.log"))
+        compare_losses()
+    with stage(7, "Export to Hugging Face format; transformers must give the same logits"):
+        tool("convert_checkpoint", "--from", RUN, "--to", EXPORT, "--dtype", "fp32")
+        compare_logits()
+    with stage(8, "Generation: the model continues a line of Python"):
+        tool("generate", EXPORT, "--prompt", PROMPT, "--max-new-tokens", 96, "--temperature", 0.7)
+    with stage(9, "Picture of the loss"):
+        plot()
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. The model is in {EXPORT}, the run in {RUN}.")
+    print(f"Talk to it: python tools/generate.py {RUN} --prompt 'import '")
+
+
+@contextmanager
+def stage(number: int, title: str) -> Iterator[None]:
+    print(f"\n=== {number}/9  {title}", flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"    took {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def collect_corpus() -> None:
+    """One JSON line per module, in an order that mixes the packages (so that the held-out part is not all of one)."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = LEFT_OUT | {"site-packages", "dist-packages", "__pycache__"}
+    paths = [path.relative_to(root) for path in root.rglob("*.py") if not left_out & set(path.parts)]
+    paths.sort(key=lambda path: hashlib.sha256(str(path).encode()).digest())
+    DATA.mkdir(parents=True)
+    documents = num_bytes = 0
+    with (DATA / "stdlib.jsonl").open("w", encoding="utf-8") as file:
+        for path in paths:
+            try:
+                text = (root / path).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            if text.strip():
+                file.write(json.dumps({"text": text, "path": str(path)}) + "\n")
+                documents, num_bytes = documents + 1, num_bytes + len(text)
+    print(f"    {documents} modules, {num_bytes / 1e6:.1f} MB -> {DATA / 'stdlib.jsonl'}")
+
+
+def tool(name: str, *arguments: object) -> None:
+    run([sys.executable, f"tools/{name}.py", *map(str, arguments)])
+
+
+def run(command: list[str], log: Path | None = None) -> None:
+    show(command + (["&>", str(log)] if log else []))
+    with log.open("w") if log else nullcontext() as output:
+        code = subprocess.run(command, stdout=output, stderr=output).returncode
+    if code:
+        sys.exit(f"quickstart: this command ended with exit code {code}; {log or 'the message above'} says why")
+
+
+def show(command: list[str]) -> None:
+    words = ["python" if word == sys.executable else repr(word) if " " in word else word for word in command]
+    print(f"    $ {' '.join(words)}", flush=True)
+
+
+def train(directory: Path, stop_after: int | None = None, log: Path | None = None) -> None:
+    """Train on two ranks; with `stop_after`, send SIGTERM once that step is recorded; with `log`, print into it."""
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "engine", "train", CONFIG]
+    command += ["--run.dir", str(directory), "--train.steps", str(STEPS)]
+    if stop_after is None:
+        return run(command, log)
+    show(command)
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None and max(losses(directory), default=0) < stop_after:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    finally:
+        process.kill()
+    code = records(directory / "events.jsonl")[-1].get("code")
+    if code != 75:
+        sys.exit(f"quickstart: the interrupted run should have saved and ended with code 75, but has {code}")
+    print(f"    interrupted after step {max(losses(directory))}; rank exit code 75: saved, start me again")
+
+
+def records(path: Path) -> list[dict]:
+    """The complete lines of a JSONL file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(directory: Path, key: str = "loss") -> dict[int, float]:
+    """Loss by step."""
+    return {record["step"]: record[key] for record in records(directory / "metrics.jsonl") if key in record}
+
+
+def report_validation() -> None:
+    values = losses(RUN, "eval_loss")
+    first, last = values[min(values)], values[max(values)]
+    uniform = math.log(VOCAB_SIZE)
+    print(f"    validation loss {first:.3f} (guessing: {uniform:.3f}) -> {last:.3f}, {last / first:.1%} of its start")
+    if last >= first / 2:
+        sys.exit("quickstart: the validation loss should have fallen by more than half")
+
+
+def compare_losses() -> None:
+    interrupted, whole = losses(RUN), losses(TWIN)
+    if interrupted != whole or max(whole) != STEPS:
+        different = [step for step in whole if interrupted.get(step) != whole[step]]
+        sys.exit(f"quickstart: the losses differ at steps {different}")
+    print(f"    all {len(whole)} recorded losses, of steps {min(whole)} to {STEPS}, are equal to the last bit")
+
+
+def compare_logits() -> None:
+    """Logits of the exported model in transformers beside ours, on a text of the corpus."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import torch
+    import transformers
+
+    from engine.checkpoint.load import load_decoder
+    from engine.model.attention import attend_within
+
+    decoder, tokenizer = load_decoder(RUN, torch.float32, torch.device("cpu"))
+    text = Path(json.__file__).read_text(encoding="utf-8")[:1500]
+    ids = tokenizer.encode(text)
+    theirs = transformers.AutoTokenizer.from_pretrained(EXPORT)
+    if theirs(text, add_special_tokens=False)["input_ids"] != ids:
+        sys.exit("quickstart: the exported tokenizer gives other ids")
+    model = transformers.AutoModelForCausalLM.from_pretrained(EXPORT, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+        hidden = decoder(torch.tensor(ids), torch.arange(len(ids)), attend_within((0, len(ids)), None))
+        difference = (decoder.logits(hidden) - expected).abs().max().item()
+    print(f"    {len(ids)} tokens, same ids; largest difference of a logit: {difference:.1e}")
+    if difference > 1e-4:
+        sys.exit("quickstart: the logits should agree within 1e-4")
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    training, validation = losses(RUN), losses(RUN, "eval_loss")
+    axes.plot(training.keys(), training.values(), linewidth=0.7, alpha=0.6, label="training")
+    axes.plot(validation.keys(), validation.values(), "o-", label="validation")
+    stopped = next(record["step"] for record in records(RUN / "events.jsonl") if record["event"] == "resume")
+    axes.axvline(stopped, color="grey", linestyle="--", label=f"interrupted and resumed at step {stopped}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Quickstart: 1 M parameters learn Python")
+    axes.legend()
+    figure.savefig(RUN / "loss.png", dpi=120)
+    print(f"    {RUN / 'loss.png'}")
+
+
+if __name__ == "__main__":
+    main()

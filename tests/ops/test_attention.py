@@ -15,7 +15,7 @@ def qkv(tokens: int, heads: int = 4, kv_heads: int = 4, size: int = 16) -> list[
 
 @pytest.mark.parametrize("cu_seqlens", SEGMENTS)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 1000])
+@pytest.mark.parametrize("window", [None, 1, 5, 15, 16, 1000])
 def test_equals_one_masked_softmax(cu_seqlens, kv_heads, window):
     tokens = cu_seqlens[-1]
     assert_same(

@@ -66,7 +66,7 @@ def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     if args.preset is None:
         shape = {"num_layers": 6, "hidden_size": 256, "intermediate_size": 688, "max_position": args.seq_length}
         heads = {"num_heads": args.heads, "num_kv_heads": args.heads, "head_dim": 256 // args.heads}
-        return ModelConfig(vocab_size=vocab_size, **shape, **heads)  # type: ignore[arg-type]
+        return ModelConfig(vocab_size=vocab_size, **shape, **heads)
     if args.preset not in PRESETS or PRESETS[args.preset]["family"] != "llama":
         llamas = [name for name, preset in PRESETS.items() if preset["family"] == "llama"]
         raise ConfigError(f"--preset {args.preset}: expected one of the Llama family, {', '.join(llamas)}")
@@ -145,21 +145,21 @@ def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, t
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise ConfigError("this comparison needs transformers: pip install 'triaxis[hf]'") from None
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        max_position_embeddings=model.max_position,
-        rms_norm_eps=model.norm_eps,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation=attention,
-    )
-    llama: Any = LlamaForCausalLM(config)
+    settings: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.max_position,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+        "attn_implementation": attention,
+    }
+    llama: Any = LlamaForCausalLM(LlamaConfig(**settings))
     llama.load_state_dict(weights)
     llama.train()
     optimizer = torch.optim.AdamW(

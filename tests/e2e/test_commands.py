@@ -1,0 +1,166 @@
+"""The commands that people type, as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.testing.runs import losses, read_records
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def tiny(workspace: Path, *overrides: str) -> list[str]:
+    """Overrides that turn the 7B example into a run of seconds."""
+    return [
+        *("--model.preset", "tiny", "--run.dir", str(workspace / "run"), "--precision.mode", "fp32"),
+        *("--data.tokenizer", "byte", "--data.train", f"[{{path: {workspace / 'corpus'}}}]", "--data.seq_length", "64"),
+        *("--data.split", "[80, 20, 0]", "--batch.global", "4", "--lr_schedule.warmup_steps", "2"),
+        *("--train.steps", "4", "--train.eval_steps", "1", "--log.interval", "1"),
+        *overrides,
+    ]
+
+
+def start(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+EXAMPLE = str(ROOT / "examples/pretrain_7b.sh")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bash", EXAMPLE],
+        ["torchrun", "--standalone", "--nproc-per-node", "2", EXAMPLE],
+        ["torchrun", "--standalone", "--no-python", "--nproc-per-node", "2", EXAMPLE],
+    ],
+    ids=["bash", "torchrun", "torchrun --no-python"],
+)
+def test_the_7b_example_starts_in_three_ways(workspace, command):
+    done = start([*command, *tiny(workspace)], workspace, NPROC_PER_NODE="2")
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s) on cpu, gloo" in done.stdout
+    assert "finished: 4 steps" in done.stdout
+    values = losses(read_records(workspace / "run/metrics.jsonl"))
+    assert len(values) == 4
+    before = done.stdout.splitlines().index(next(line for line in done.stdout.splitlines() if line.startswith("step ")))
+    assert before + len(done.stderr.splitlines()) <= 40
+    assert (workspace / "run/tensorboard").exists()
+
+
+def test_the_7b_example_says_with_numbers_that_a_laptop_is_too_small(tmp_path):
+    done = start(["bash", EXAMPLE], tmp_path, NPROC_PER_NODE="2")
+    assert done.returncode == 1  # torchrun's; the rank's own code is in its last line
+    assert "GiB per rank (parameters 12.6, gradients 25.1, optimizer 37.7, activations 16.1)" in done.stderr
+    assert "--model.preset tiny" in done.stderr
+    assert "exit 72:" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_two_nodes_meet_and_the_slurm_script_sets_them_up(workspace):
+    fakes = workspace / "bin"
+    fakes.mkdir()
+    (fakes / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\nother\\n'\n")
+    # srun: start the command once per node, as Slurm does
+    (fakes / "srun").write_text(
+        '#!/bin/bash\nshift\nSLURM_NODEID=0 "$@" & a=$!\nSLURM_NODEID=1 "$@" & b=$!\nwait $a && wait $b\n'
+    )
+    for fake in fakes.iterdir():
+        fake.chmod(0o755)
+    done = start(
+        ["bash", "examples/slurm/pretrain_7b.sbatch", *tiny(workspace)],
+        ROOT,
+        PATH=f"{fakes}:{ENVIRONMENT['PATH']}",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_JOB_NODELIST="a,b",
+        SLURM_JOB_ID=str(os.getpid()),
+        NPROC_PER_NODE="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s) on cpu, gloo" in done.stdout
+    assert "finished: 4 steps" in done.stdout
+
+
+def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(workspace):
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", EXAMPLE]
+    command += tiny(workspace, "--train.steps", "300", "--checkpoint.interval", "0", "--train.eval_steps", "0")
+    process = subprocess.Popen(
+        command, cwd=workspace, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while len(read_records(workspace / "run/metrics.jsonl")) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "exit 75: start the same command again to go on" in errors
+    events = read_records(workspace / "run/events.jsonl")
+    assert events[-1] | {"time": 0} == {
+        "event": "exit",
+        "time": 0,
+        "code": 75,
+        "reason": events[-1]["reason"],
+        "advice": "start the same command again to go on",
+    }
+    step = next(event["step"] for event in events if event["event"] == "save")
+    done = start([*command, "--train.steps", str(step + 1)], workspace)
+    assert done.returncode == 0, done.stderr
+    assert f"resumes from {workspace}/run/checkpoints/step_{step:08d}" in done.stdout
+
+
+def engine(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return start([sys.executable, "-m", "engine", *arguments], cwd)
+
+
+def test_check_tells_what_follows_from_the_7b_configuration():
+    done = engine("check", "examples/configs/llama2_7b.yaml", "--world-size", "64")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "6,738,415,616 parameters, 42.86 GFLOP per token",
+        "1024 sequences = 64 rank(s) × 16 microbatch(es) × 1; 4,194,304 tokens per step",
+        "100,000 steps = 419,430,400,000 tokens",
+        "55.0 GiB per rank (parameters 12.6, gradients 25.1, optimizer 1.2, activations 16.1)",
+    ):
+        assert part in done.stdout
+
+
+def test_config_prints_the_resolved_file_and_the_schema():
+    done = engine("config", "examples/configs/tiny.yaml", "--train.steps", "7")
+    assert yaml.safe_load(done.stdout)["train"]["steps"] == 7
+    assert json.loads(engine("config", "--schema").stdout)["title"] == "Config"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "3"], 64, "the nearest that work are"),
+        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "0"], 64, "expected at least 1"),
+        (["check", "examples/configs/none.yaml"], 64, "no configuration file"),
+        (["train", "examples/configs/tiny.yaml", "--trian.steps", "5"], 64, "did you mean 'train'?"),
+        (["train", "examples/configs/tiny.yaml", "--data.train", "[{path: /nowhere}]"], 65, "/nowhere"),
+        (["train", "examples/configs/llama2_7b.yaml", "--model.num_layers", "500"], 72, "GiB per rank"),
+    ],
+)
+def test_bad_commands_end_with_their_code(arguments, code, expected):
+    done = engine(*arguments)
+    assert done.returncode == code
+    assert expected in done.stderr
+    assert f"exit {code}: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_checkpoint_is_an_error(workspace):
+    options = tiny(workspace, "--run.resume", str(workspace / "chekpoints"))
+    done = engine("train", str(ROOT / "examples/configs/llama2_7b.yaml"), *options)
+    assert done.returncode == 66
+    assert "no such checkpoint directory" in done.stderr
+    assert not (workspace / "run").exists()

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.config import ModelConfig, OptimizerConfig
 from engine.data.loader import Batch
-from engine.errors import ConfigError, run_program
+from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.decoder import Decoder
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
@@ -67,9 +67,9 @@ def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
         shape = {"num_layers": 6, "hidden_size": 256, "intermediate_size": 688, "max_position": args.seq_length}
         heads = {"num_heads": args.heads, "num_kv_heads": args.heads, "head_dim": 256 // args.heads}
         return ModelConfig(vocab_size=vocab_size, **shape, **heads)
-    if args.preset not in PRESETS or PRESETS[args.preset]["family"] != "llama":
-        llamas = [name for name, preset in PRESETS.items() if preset["family"] == "llama"]
-        raise ConfigError(f"--preset {args.preset}: expected one of the Llama family, {', '.join(llamas)}")
+    llamas = [name for name, size in PRESETS.items() if size["family"] == "llama" and "rope_scaling" not in size]
+    if args.preset not in llamas:
+        raise ConfigError(f"--preset {args.preset}: expected a plain Llama, {', '.join(llamas)}")
     return ModelConfig(**PRESETS[args.preset] | {"vocab_size": vocab_size})
 
 
@@ -80,13 +80,14 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
         for attention in ("sdpa", "eager")
     }
     losses = [step() for step in sides.values()]  # warms up, and shows that all do the same work
+    if max(losses) - min(losses) > 1e-3:
+        raise TriaxisError(f"the sides compute different losses for the same weights and tokens: {losses}")
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, step in sides.items():
             seconds[name].append(_timed(step))
     count = tokens[:, 1:].numel()
-    print(f"\nvocabulary {model.vocab_size}, {threads} thread(s), {count} tokens a step")
-    print(f"  first losses {', '.join(f'{loss:.5f}' for loss in losses)}")
+    print(f"\nvocabulary {model.vocab_size}, {threads} thread(s), {count} tokens a step, first loss {losses[0]:.4f}")
     our_median = statistics.median(seconds["triaxis"])
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -155,6 +156,7 @@ def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, t
         "head_dim": model.head_dim,
         "max_position_embeddings": model.max_position,
         "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
         "tie_word_embeddings": False,
         "use_cache": False,
         "attn_implementation": attention,

@@ -22,18 +22,19 @@ DATA = Path("data/quickstart")
 RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path("runs/quickstart-hf")
 CONFIG = "examples/configs/quickstart.yaml"
 STEPS = 1000
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 512
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
 PROMPT = "def main(args):\n"
 
 
 def main() -> None:
     started = time.perf_counter()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks; torchrun would set it too, with a warning
     for leftover in (RUN, TWIN, EXPORT, DATA):
         shutil.rmtree(leftover, ignore_errors=True)
     with stage(1, "Corpus: the sources of Python's standard library, which every machine has"):
         collect_corpus()
-    with stage(2, f"Tokenizer: learn {VOCAB_SIZE:,} pieces of words from the corpus"):
+    with stage(2, f"Tokenizer: learn {VOCAB_SIZE} pieces of words from the corpus"):
         tool(
             "train_tokenizer",
             "--input",

@@ -7,20 +7,18 @@ it is written; speed goes to stderr.
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from engine.checkpoint.load import load_decoder
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import stream_text
 from engine.errors import ConfigError, run_program
 from engine.model.generate import Sampling, generate
 from engine.parallel.layout import choose_device
-
-UNFINISHED = "\ufffd"  # what a tokenizer gives for bytes that are not a whole character yet
 
 
 def main() -> None:
@@ -53,26 +51,13 @@ def main() -> None:
             raise ConfigError(f"--bos: the {tokenizer.kind} tokenizer of {options.dir} has no beginning-of-text token")
         ids = [tokenizer.bos_id, *ids]
 
-    started, count = time.perf_counter(), 0
-    print(prompt, end="", flush=True)
     new = generate(decoder, ids, options.max_new_tokens, sampling, frozenset({tokenizer.eod_id}))
-    for text in stream(tokenizer, ids, new):
+    started, texts = time.perf_counter(), 0
+    for text in stream_text(tokenizer, itertools.chain(ids, new)):  # one for each id, and a last one
         print(text, end="", flush=True)
-        count += 1
-    seconds = time.perf_counter() - started
+        texts += 1
+    count, seconds = texts - 1 - len(ids), time.perf_counter() - started
     print(f"\n{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
-
-
-def stream(tokenizer: Tokenizer, prompt: list[int], new: Iterable[int]) -> Iterator[str]:
-    """The text that each new token adds; characters that span tokens appear with their last one."""
-    ids = list(prompt)
-    shown = tokenizer.decode(ids)
-    for token in new:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        whole = text.rstrip(UNFINISHED)
-        yield whole[len(shown) :]
-        shown = whole if len(whole) > len(shown) else shown
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ def test_check_tells_what_follows_from_the_7b_configuration():
 
 
 def test_config_prints_the_resolved_file_and_the_schema():
-    done = engine("config", "examples/configs/tiny.yaml", "--train.steps", "7")
-    assert yaml.safe_load(done.stdout)["train"]["steps"] == 7
+    done = engine("config", "examples/configs/tiny.yaml", "--train.steps", "70")
+    assert yaml.safe_load(done.stdout)["train"]["steps"] == 70
     assert json.loads(engine("config", "--schema").stdout)["title"] == "Config"
 
 

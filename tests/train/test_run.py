@@ -131,7 +131,7 @@ def test_little_is_printed_before_the_first_step(workspace, capfd):
 
 
 def snapshot(directory) -> set:
-    return {path for path in directory.rglob("*")}
+    return set(directory.rglob("*"))
 
 
 def refused(workspace, error: type, match: str, *overrides: str, world_size: int = 1, **changes) -> None:

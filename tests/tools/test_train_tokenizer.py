@@ -1,0 +1,39 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from engine.data.tokenizer import load_tokenizer
+
+TOOL = Path(__file__).parents[2] / "tools/train_tokenizer.py"
+
+
+def train(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_every_text_survives_a_round_trip(tmp_path):
+    text = Path(json.__file__).read_text()
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    done = train("--input", tmp_path / "corpus.jsonl", "--vocab-size", 400, "--output", tmp_path / "new/tok")
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(str(tmp_path / "new/tok.model"))
+    assert tokenizer.vocab_size == 400
+    for sample in (text, "  a\tb\r\n\n   ", "ünïcödé 漢字 🎉", ""):
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new/tok.model"]
+
+
+def test_what_cannot_be_learnt(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("too little text\n")
+    done = train("--input", corpus, "--vocab-size", 50_000, "--output", tmp_path / "tok")
+    assert done.returncode == 64
+    assert "--vocab-size 50000 does not work with this text" in done.stderr
+    corpus.write_text("\n")
+    done = train("--input", corpus, "--vocab-size", 300, "--output", tmp_path / "tok")
+    assert done.returncode == 65
+    assert "no text to learn from" in done.stderr
+    assert train("--input", tmp_path / "none", "--vocab-size", 300, "--output", tmp_path / "tok").returncode == 64
+    assert not list(tmp_path.glob("tok*"))

@@ -50,19 +50,23 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
+    """Every rank's result. When one fails, the others have two seconds to say what they saw."""
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = [rank for rank in range(len(pipes)) if rank not in results]
-        ready = wait([pipes[rank] for rank in waiting], timeout_s)
+    problems: dict[int, str] = {}
+    while waiting := [rank for rank in range(len(pipes)) if rank not in results]:
+        ready = wait([pipes[rank] for rank in waiting], 2 if problems else timeout_s)
         if not ready:
-            raise RuntimeError(f"ranks {waiting} have not finished within {timeout_s} s")
+            problems |= {rank: f"has not finished within {timeout_s} s" for rank in waiting if not problems}
+            break
         for rank in (rank for rank in waiting if pipes[rank] in ready):
             try:
                 problem, results[rank] = pipes[rank].recv()
             except EOFError:
-                raise RuntimeError(f"rank {rank} died without a word") from None
+                problem, results[rank] = "died without a word", None
             if problem is not None:
-                raise RuntimeError(f"rank {rank} failed:\n{problem}")
+                problems[rank] = problem
+    if problems:
+        raise RuntimeError("\n".join(f"rank {rank} failed:\n{problems[rank]}" for rank in sorted(problems)))
     return [results[rank] for rank in range(len(pipes))]
 
 

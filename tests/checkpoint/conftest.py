@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import save_step
+from tests.checkpoint.checkpoint_cases import save_step
 
 
 @pytest.fixture(autouse=True)

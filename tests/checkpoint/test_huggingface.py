@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_cases import save_step
+from tests.checkpoint.checkpoint_cases import save_step
 
 from engine.checkpoint import huggingface
 from engine.checkpoint.huggingface import HuggingFaceDirectory, export, import_directory, new_directory, plan_shards

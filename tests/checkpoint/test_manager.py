@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import CONFIG, KINDS, SHAPES, pieces, save_step, state, tensors
+from tests.checkpoint.checkpoint_cases import CONFIG, KINDS, SHAPES, pieces, save_step, state, tensors
 
 from engine.checkpoint.manager import Piece, save
 from engine.checkpoint.reader import Checkpoint, candidates, find, open_checkpoint

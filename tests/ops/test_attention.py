@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_parity import assert_same, strided
+from tests.ops.op_parity import assert_same, strided
 
 from engine.ops.attention import attention, attention_reference, attention_with_cache
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_parity import FP32, assert_same
+from tests.ops.op_parity import FP32, assert_same
 
 from engine.ops import cross_entropy
 from engine.ops.cross_entropy import chunk_rows, linear_cross_entropy, linear_cross_entropy_reference

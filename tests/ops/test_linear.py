@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_parity import BF16, assert_same, strided
+from tests.ops.op_parity import BF16, assert_same, strided
 
 from engine.ops.linear import linear, linear_reference, matmul_transposed, uses_onednn
 

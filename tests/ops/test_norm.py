@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_parity import FP32, assert_same, strided
+from tests.ops.op_parity import FP32, assert_same, strided
 
 from engine.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from op_parity import FP32, assert_same, strided
+from tests.ops.op_parity import FP32, assert_same, strided
 
 from engine.config import RopeScaling
 from engine.ops.rope import apply_rope, apply_rope_reference, rope_tables

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_parity import BF16, FP32, assert_same, strided
+from tests.ops.op_parity import BF16, FP32, assert_same, strided
 
 from engine.ops.swiglu import swiglu, swiglu_reference
 

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/environment.sh
 bash tests/lint.sh
-exec python -m pytest "$@"
+exec python -m pytest -n 2 "$@"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tests.checkpoint.checkpoint_cases import save_step
 
 from engine.checkpoint import huggingface
 from engine.checkpoint.huggingface import HuggingFaceDirectory, export, import_directory, new_directory, plan_shards
@@ -21,6 +20,7 @@ from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
+from tests.checkpoint.checkpoint_cases import save_step
 
 TINY = ModelConfig(**{**PRESETS["tiny"], "num_layers": 2, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8})
 SIZES = {

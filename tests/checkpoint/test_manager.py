@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoint.checkpoint_cases import CONFIG, KINDS, SHAPES, pieces, save_step, state, tensors
 
 from engine.checkpoint.manager import Piece, save
 from engine.checkpoint.reader import Checkpoint, candidates, find, open_checkpoint
 from engine.checkpoint.rectangles import Rectangle
 from engine.checkpoint.storage import Storage
 from engine.errors import CheckpointError, StorageError
+from tests.checkpoint.checkpoint_cases import CONFIG, KINDS, SHAPES, pieces, save_step, state, tensors
 
 
 def holds(checkpoint: Checkpoint | None, seed: int) -> bool:

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.ops.op_parity import assert_same, strided
 
 from engine.ops.attention import attention, attention_reference, attention_with_cache
+from tests.ops.op_parity import assert_same, strided
 
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-6}
 SEGMENTS = [(0, 1), (0, 48), (0, 16, 32, 48), (0, 16, 32, 48, 49, 50, 77), (0, 3, 3, 40)]

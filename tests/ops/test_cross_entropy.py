@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.op_parity import FP32, assert_same
 
 from engine.ops import cross_entropy
 from engine.ops.cross_entropy import chunk_rows, linear_cross_entropy, linear_cross_entropy_reference
+from tests.ops.op_parity import FP32, assert_same
 
 
 @pytest.fixture(autouse=True, params=["one chunk", "many chunks"])

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.ops.op_parity import BF16, assert_same, strided
 
 from engine.ops.linear import linear, linear_reference, matmul_transposed, uses_onednn
+from tests.ops.op_parity import BF16, assert_same, strided
 
 LARGE = [(130, 257, 129), (2048, 64, 192), (64, 192, 1024), (17, 512, 256)]
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.op_parity import FP32, assert_same, strided
 
 from engine.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
+from tests.ops.op_parity import FP32, assert_same, strided
 
 SHAPES = [(1, 1), (7, 33), (64, 256), (0, 16), (3, 5, 8)]
 

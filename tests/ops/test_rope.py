@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from tests.ops.op_parity import FP32, assert_same, strided
 
 from engine.config import RopeScaling
 from engine.ops.rope import apply_rope, apply_rope_reference, rope_tables
+from tests.ops.op_parity import FP32, assert_same, strided
 
 LLAMA31 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.ops.op_parity import BF16, FP32, assert_same, strided
 
 from engine.ops.swiglu import swiglu, swiglu_reference
+from tests.ops.op_parity import BF16, FP32, assert_same, strided
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (7, 34), (64, 1376), (0, 8), (2, 3, 10)])

@@ -1,6 +1,9 @@
 import pytest
+import torch
 
 from engine.testing.runs import write_dataset
+
+torch.set_num_threads(1)  # tests run side by side
 
 
 @pytest.fixture

@@ -4,5 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/environment.sh
+export OMP_NUM_THREADS=1  # tests run side by side, with several ranks each
 bash tests/lint.sh
 exec python -m pytest -n 2 "$@"

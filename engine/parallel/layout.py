@@ -141,8 +141,6 @@ def connect(device: str, *, timeout_s: int = 1800) -> World:
     here = choose_device(device, local_rank)
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     world = World(Layout(dp=world_size), rank, local_rank, local_size, here)
     if world_size == 1:
         return world

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def holds(checkpoint: Checkpoint | None, seed: int) -> bool:
     assert checkpoint is not None
     checkpoint.verify()
     return all(torch.equal(checkpoint.read(*key), tensor) for key, tensor in tensors(seed).items())
+
+
+def is_valid(path: Path) -> bool:
+    try:
+        Checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def steps(run_dir: Path) -> list[str]:
@@ -163,10 +172,13 @@ def test_damaged_checkpoints_do_not_count_as_kept_and_are_left_for_a_person(tmp_
 def test_going_back_to_an_earlier_step_makes_that_line_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_step(tmp_path, step)
-    save_step(tmp_path, 2, seed=99, keep_last=2)  # resumed from 1 by hand, came to 2 again
+    save_step(tmp_path, 2, seed=99)  # resumed from 1 by hand, came to 2 again
     found = find(tmp_path)
     assert found and found.path.name == "step_00000002"
     assert holds(found, 99)
+    assert steps(tmp_path) == ["step_00000001", "step_00000002", "step_00000003"]
+    save_step(tmp_path, 2, seed=98, keep_last=2)
+    assert holds(find(tmp_path), 98)
     assert steps(tmp_path) == ["step_00000002", "step_00000003"]
 
 
@@ -207,8 +219,18 @@ def the_same_step(run_dir: Path) -> None:
     save_step(run_dir, 2, seed=1)  # other content, so that the two can be told apart
 
 
+def the_same_step_set_aside(run_dir: Path) -> None:
+    """A save of step 2 over a valid one died between its two renames, and then the disk lost what it had written."""
+    save_step(run_dir, 2, seed=1)
+    shutil.copytree(
+        run_dir / "checkpoints" / "step_00000002", run_dir / "checkpoints" / "step_00000002.previous"
+    )  # fmt: skip
+    os.truncate(run_dir / "checkpoints" / "step_00000002" / "manifest.json", 9)
+
+
 @pytest.mark.parametrize(
-    ("prepare", "world_size", "dying"), [(one_older, 1, 0), (the_same_step, 1, 0), (one_older, 2, 0), (one_older, 2, 1)]
+    ("prepare", "world_size", "dying"),
+    [(one_older, 1, 0), (the_same_step, 1, 0), (the_same_step_set_aside, 1, 0), (one_older, 2, 0), (one_older, 2, 1)],
 )
 def test_dying_at_any_operation_leaves_a_committed_checkpoint(
     tmp_path: Path, prepare: Callable[[Path], None], world_size: int, dying: int
@@ -219,6 +241,7 @@ def test_dying_at_any_operation_leaves_a_committed_checkpoint(
     for number in range(1, total + 1):
         run_dir = tmp_path / str(number)
         prepare(run_dir)
+        damaged = {name for name in steps(run_dir) if not is_valid(run_dir / "checkpoints" / name)}
         storages = [at_operation(number, Died()) if rank == dying else None for rank in range(world_size)]
         results = save_step(run_dir, 2, keep_last=1, world_size=world_size, storages=storages)
         assert isinstance(results[dying], Died)
@@ -229,7 +252,7 @@ def test_dying_at_any_operation_leaves_a_committed_checkpoint(
         outcomes.add(new)
         save_step(run_dir, 3, keep_last=1)
         assert holds(find(run_dir), 3), number
-        assert steps(run_dir) == ["step_00000003"], number
+        assert [name for name in steps(run_dir) if name not in damaged] == ["step_00000003"], number
     assert outcomes == ({True, False} if dying == 0 else {False})
 
 
@@ -421,6 +444,16 @@ def test_swapped_shards_are_found(saved: Path) -> None:
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
     with pytest.raises(CheckpointError, match="state-0000"):
+        read_all(checkpoint_dir)
+
+
+def test_a_shard_with_the_right_bytes_in_other_shapes_is_found(saved: Path) -> None:
+    checkpoint_dir = saved / "checkpoints" / "step_00000002"
+    path = checkpoint_dir / "state-00000-of-00002.safetensors"
+    content = path.read_bytes()
+    assert content.count(b'"shape":[16,8]') == 2
+    path.write_bytes(content.replace(b'"shape":[16,8]', b'"shape":[8,16]'))
+    with pytest.raises(CheckpointError, match=r"state-00000-of-00002\.safetensors does not hold what"):
         read_all(checkpoint_dir)
 
 

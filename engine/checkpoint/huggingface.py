@@ -133,7 +133,7 @@ class HuggingFaceDirectory:
     def _inside(self, name: str) -> Path:
         """A file that lies in this directory, also after following links."""
         path = self.path / name
-        if name != Path(name).name or path.resolve().parent != self.path.resolve():
+        if "\0" in name or path.resolve().parent != self.path.resolve():
             raise CheckpointError(
                 f"{self.path}: {name!r} leads out of the directory; copy the files in (cp -rL follows links)"
             )

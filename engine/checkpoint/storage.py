@@ -26,7 +26,7 @@ from torch import Tensor
 from engine.checkpoint.rectangles import DTYPE_NAMES, DTYPES, DtypeName, Shape, StoredFile
 from engine.errors import CheckpointError
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between the hashes and the write
 _READ_BYTES = 1 << 30  # the system reads at most 2 GiB at once
 
 Hook = Callable[[int, str, Path], None]

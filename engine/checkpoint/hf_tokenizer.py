@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.data.fast_sentencepiece import (
+from engine.data.sentencepiece_model import (
     BPE,
     CONTROL,
     NORMAL,
@@ -19,10 +19,10 @@ from engine.data.fast_sentencepiece import (
     UNKNOWN,
     USER_DEFINED,
     Piece,
-    _fields,
-    _merges,
-    _message,
-    _piece,
+    fields_of,
+    merges,
+    piece_of,
+    submessage,
 )
 from engine.errors import CheckpointError
 
@@ -51,9 +51,9 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     Raises:
         CheckpointError: a kind of model that Hugging Face's tokenizers cannot express.
     """
-    fields = list(_fields(content))
-    pieces = [_piece(value) for number, value in fields if number == 1]
-    trainer, normalizer = _message(fields, 2), _message(fields, 3)
+    fields = list(fields_of(content))
+    pieces = [piece_of(value) for number, value in fields if number == 1]
+    trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
     if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(SPACE_BEHIND):
         raise CheckpointError("the tokenizer is neither a BPE nor a Unigram model with spaces in front of words")
     added = [
@@ -113,7 +113,7 @@ def _model(trainer: Fields, pieces: Sequence[Piece]) -> Json:
     return {
         "type": "BPE",
         "vocab": {piece.text: i for i, piece in enumerate(pieces)},
-        "merges": _merges({piece.text: piece.score for piece in pieces if piece.type == NORMAL}),
+        "merges": merges({piece.text: piece.score for piece in pieces if piece.type == NORMAL}),
         "unk_token": pieces[unknown].text,
         "fuse_unk": True,
         "byte_fallback": byte_fallback,

@@ -13,23 +13,31 @@ the whole process on some texts); gigatoken's own reading of the model (takes `<
 import json
 import random
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.sentencepiece_model import (
+    BPE,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Fields,
+    Piece,
+    fields_of,
+    merges,
+    piece_of,
+    submessage,
+)
 from engine.errors import TriaxisError
 
 CHECK_INTERVAL = 512  # documents; SentencePiece is so slow that this costs a few percent
 REBUILD_CHARACTERS = 1 << 27  # gigatoken's memory of parts grows without bound, so it starts anew now and then
-SPACE = "\u2581"  # what SentencePiece writes for a space
-BPE = 2  # TrainerSpec.model_type
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.type
-
-Fields = list[tuple[int, Any]]  # of a protobuf message: (number, value)
 Ids = npt.NDArray[np.integer[Any]]
 
 
@@ -41,14 +49,6 @@ class EncoderMismatch(TriaxisError):
     """The fast encoder gave other ids than SentencePiece did."""
 
     advice = "start again with the plain encoder"
-
-
-class Piece(NamedTuple):
-    """An entry of the vocabulary, as the model file has it."""
-
-    text: str
-    score: float
-    type: int
 
 
 class FastSentencePiece:
@@ -67,7 +67,7 @@ class FastSentencePiece:
             import gigatoken
         except ImportError:
             raise UnsupportedModel("gigatoken is not installed: pip install 'triaxis[hf]'") from None
-        fields = list(_fields(model))
+        fields = list(fields_of(model))
         pieces = _supported_pieces(fields)
         self._processor = processor
         self._normalize = _normalization(fields) or processor.normalize
@@ -136,8 +136,8 @@ def _supported_pieces(fields: Fields) -> list[Piece]:
     Raises:
         UnsupportedModel: it is of another kind.
     """
-    pieces = [_piece(value) for number, value in fields if number == 1]
-    trainer, normalizer = _message(fields, 2), _message(fields, 3)
+    pieces = [piece_of(value) for number, value in fields if number == 1]
+    trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
     types = {piece.type for piece in pieces}
     ordinary = [piece for piece in pieces if piece.type in (NORMAL, USER_DEFINED)]
     scores = Counter(piece.score for piece in ordinary if piece.type == NORMAL and piece.text.strip(SPACE))
@@ -158,7 +158,7 @@ def _supported_pieces(fields: Fields) -> list[Piece]:
 
 def _normalization(fields: Fields) -> Callable[[str], str] | None:
     """What SentencePiece's normalisation comes to where the model has no rules; it takes a third of the time."""
-    normalizer = _message(fields, 3)
+    normalizer = submessage(fields, 3)
     if normalizer.get(2) or normalizer.get(4, 1):  # character rules; removal of extra spaces
         return None
     prefix = SPACE if normalizer.get(3, 1) else ""
@@ -173,65 +173,12 @@ def _definition(pieces: list[Piece]) -> dict[str, Any]:
         "fuse_unk": True,
         "byte_fallback": True,
         "vocab": {piece.text: i for i, piece in enumerate(pieces)},
-        "merges": _merges({piece.text: piece.score for piece in pieces if piece.type == NORMAL}),
+        "merges": merges({piece.text: piece.score for piece in pieces if piece.type == NORMAL}),
     }
     steps = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
     return {"version": "1.0", "added_tokens": [], **steps, "model": model}
 
 
-def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that together are a piece, in SentencePiece's order: best score of the result first.
-
-    Runs of spaces may share a score; SentencePiece then merges from the left, as longest left part first does.
-    """
-    pairs = [
-        (piece[:cut], piece[cut:])
-        for piece in scores
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    return sorted(pairs, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0]), -len(pair[1])))
-
-
 def _any_of(symbols: Iterable[str]) -> re.Pattern[str] | None:
     pattern = "|".join(map(re.escape, symbols))
     return re.compile(pattern) if pattern else None
-
-
-def _piece(message: bytes) -> Piece:
-    fields = dict(_fields(message))
-    (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
-    return Piece(fields.get(1, b"").decode(), score, fields.get(3, NORMAL))
-
-
-def _message(fields: Fields, number: int) -> dict[int, Any]:
-    """The fields of the message in field `number`."""
-    return {key: value for outer, message in fields if outer == number for key, value in _fields(message)}
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the fields of a protobuf message that SentencePiece has already accepted.
-
-    The generated reader that comes with SentencePiece demands the newest protobuf package.
-    https://protobuf.dev/programming-guides/encoding
-    """
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-            yield number, value
-        else:
-            size, at = _varint(message, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
-            yield number, message[at : at + size]
-            at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, lowest first, and where it ends."""
-    value = shift = 0
-    while message[at] & 0x80:
-        value |= (message[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return value | message[at] << shift, at + 1

@@ -101,7 +101,7 @@ def test_other_models_are_encoded_by_sentencepiece_itself(train, texts, tmp_path
 def test_tied_scores_are_refused(train):
     """SentencePiece then merges by position, which the other program does not know."""
     model = train()
-    piece = fast_sentencepiece._fields(model)
+    piece = fast_sentencepiece.fields_of(model)
     first, second = [value for number, value in piece if number == 1][300:302]
     tied = model.replace(second, second[: second.index(b"\x15") + 1] + first[first.index(b"\x15") + 1 :][:4])
     with pytest.raises(UnsupportedModel, match="same score"):
@@ -117,8 +117,8 @@ def test_without_gigatoken(train, tmp_path, monkeypatch):
 
 
 def test_wrong_merges_fail_the_self_test(train, monkeypatch):
-    right = fast_sentencepiece._merges
-    monkeypatch.setattr(fast_sentencepiece, "_merges", lambda scores: right(scores)[::-1])
+    right = fast_sentencepiece.merges
+    monkeypatch.setattr(fast_sentencepiece, "merges", lambda scores: right(scores)[::-1])
     with pytest.raises(UnsupportedModel, match="self-test"):
         both(train())
 

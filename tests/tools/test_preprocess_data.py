@@ -132,8 +132,8 @@ def test_a_wrong_encoder_is_replaced_before_anything_is_written(folder, main, mo
     Path("t.model").write_bytes(model)
     monkeypatch.setattr(fast_sentencepiece, "CHECK_INTERVAL", 2)
     monkeypatch.setattr(fast_sentencepiece.FastSentencePiece, "_self_test", lambda self, pieces: None)
-    right = fast_sentencepiece._merges
-    monkeypatch.setattr(fast_sentencepiece, "_merges", lambda scores: right(scores)[::-1])
+    right = fast_sentencepiece.merges
+    monkeypatch.setattr(fast_sentencepiece, "merges", lambda scores: right(scores)[::-1])
     texts = list(standard_library_texts(20_000))[:20]
     write_lines(Path("a.jsonl"), texts)
     for workers in (1, 2):

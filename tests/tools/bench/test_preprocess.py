@@ -37,8 +37,8 @@ def test_table(bench, model, capsys):
 
 def test_other_ids_are_a_failure(bench, model, monkeypatch):
     monkeypatch.setattr(fast_sentencepiece.FastSentencePiece, "_self_test", lambda self, pieces: None)
-    right = fast_sentencepiece._merges
-    monkeypatch.setattr(fast_sentencepiece, "_merges", lambda scores: right(scores)[::-1])
+    right = fast_sentencepiece.merges
+    monkeypatch.setattr(fast_sentencepiece, "merges", lambda scores: right(scores)[::-1])
     with pytest.raises(DataError, match="ids differ"):
         bench.main(["--quick", "--tokenizer-model", str(model)])
 

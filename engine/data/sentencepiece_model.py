@@ -1,0 +1,76 @@
+"""What is in a SentencePiece model file: its pieces, its settings, and the merges that a BPE model stands for.
+
+The file is a protobuf message; the few lines that read it stand here because the generated reader that comes with
+SentencePiece demands the newest protobuf package.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+BPE = 2  # TrainerSpec.model_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.type
+
+
+Fields = list[tuple[int, Any]]  # of a protobuf message: (number, value)
+
+
+class Piece(NamedTuple):
+    """An entry of the vocabulary, as the model file has it."""
+
+    text: str
+    score: float
+    type: int
+
+
+def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every pair of pieces that together are a piece, in SentencePiece's order: best score of the result first.
+
+    Runs of spaces may share a score; SentencePiece then merges from the left, as longest left part first does.
+    """
+    pairs = [
+        (piece[:cut], piece[cut:])
+        for piece in scores
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return sorted(pairs, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0]), -len(pair[1])))
+
+
+def piece_of(message: bytes) -> Piece:
+    fields = dict(fields_of(message))
+    (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+    return Piece(fields.get(1, b"").decode(), score, fields.get(3, NORMAL))
+
+
+def submessage(fields: Fields, number: int) -> dict[int, Any]:
+    """The fields of the message in field `number`."""
+    return {key: value for outer, message in fields if outer == number for key, value in fields_of(message)}
+
+
+def fields_of(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of the fields of a protobuf message that SentencePiece has already accepted.
+
+    https://protobuf.dev/programming-guides/encoding
+    """
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, at = _varint(message, at)
+            yield number, value
+        else:
+            size, at = _varint(message, at) if wire == 2 else ({1: 8, 5: 4}[wire], at)
+            yield number, message[at : at + size]
+            at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    while message[at] & 0x80:
+        value |= (message[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | message[at] << shift, at + 1

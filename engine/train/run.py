@@ -14,7 +14,16 @@ from engine.checkpoint.manager import Checkpoint, State, candidates, open_checkp
 from engine.config import Config, microbatches
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.errors import CheckpointError, ConfigError, Interrupted, TriaxisError, as_triaxis_error, error_of
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    NonFiniteError,
+    StorageError,
+    TriaxisError,
+    as_triaxis_error,
+    error_of,
+)
 from engine.model.decoder import Decoder
 from engine.model.parameters import parameter_table
 from engine.optim.optimizer import ShardedAdamW
@@ -199,7 +208,10 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         _evaluate(trainer, inputs, log)
     reporter.restart_clock()
     for result in trainer.steps(stop):
-        reporter(result, trainer.progress)
+        try:
+            reporter(result, trainer.progress)
+        except NonFiniteError as error:
+            raise _for_all(world, error) from None
         last = result.step == config.train.steps
         with reporter.paused():
             if last or _due(result.step, config.train.eval_interval):
@@ -241,17 +253,21 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         data_fingerprint=inputs.train_data.fingerprint(),
         layout={axis: getattr(world.layout, axis) for axis in ("pp", "dp", "cp", "tp")},
     )
-    path = save(
-        config.run.dir,
-        pieces(trainer.optimizer),
-        state,
-        config_yaml=config.to_yaml(),
-        tokenizer_files=inputs.tokenizer.files,
-        keep_last=config.checkpoint.keep_last,
-        rank=world.rank,
-        world_size=world.layout.world_size,
-        agree=world.first_problem,
-    )
+    try:
+        path = save(
+            config.run.dir,
+            pieces(trainer.optimizer),
+            state,
+            config_yaml=config.to_yaml(),
+            tokenizer_files=inputs.tokenizer.files,
+            keep_last=config.checkpoint.keep_last,
+            rank=world.rank,
+            world_size=world.layout.world_size,
+            agree=world.first_problem,
+        )
+    except StorageError as error:
+        log.event("save_failed", step=progress.step, reason=str(error))
+        raise _for_all(world, error) from None
     seconds = time.perf_counter() - started
     log.say(f"saved {path} in {seconds:.1f} s")
     log.event("save", step=progress.step, path=str(path), seconds=seconds)

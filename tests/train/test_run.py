@@ -1,5 +1,7 @@
 import os
+import resource
 import signal
+import struct
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from engine.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
+from engine.testing.distributed import run_ranks
 from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
 from engine.train.run import train
 
@@ -240,3 +243,36 @@ def test_another_checkpoint_can_be_the_start(workspace):
     records = run_training(branch)
     assert [record["step"] for record in records] == [3, 4]
     assert losses(records) == losses(read_records(workspace / "run/metrics.jsonl"))[2:]
+
+
+def test_data_of_another_tool_train_unchanged(workspace):
+    """Megatron's own files: no metadata, several sequences a document."""
+    ours = losses(run_training(run_config(workspace, "--run.dir", str(workspace / "ours"))))
+    (workspace / "corpus.json").unlink()
+    path = workspace / "corpus.idx"
+    content = path.read_bytes()
+    magic, version, code, sequences, documents = struct.unpack_from("<9sQBQQ", content)
+    lengths = np.frombuffer(content, "<i4", sequences, 34)
+    halves = np.stack((lengths // 2, lengths - lengths // 2), 1).ravel().astype("<i4")
+    pointers = np.concatenate(([0], halves.cumsum()[:-1])).astype("<i8") * 2
+    header = struct.pack("<9sQBQQ", magic, version, code, 2 * sequences, documents)
+    starts = np.arange(0, 2 * sequences + 1, 2, dtype="<i8")
+    path.write_bytes(header + halves.tobytes() + pointers.tobytes() + starts.tobytes())
+    assert losses(run_training(run_config(workspace))) == ours
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_old_checkpoint(workspace):
+    run_training(run_config(workspace, steps=2))
+    before = tensors(run_config(workspace))
+    with pytest.raises(RuntimeError, match="StorageError: checkpoint not saved: rank 0"):
+        run_ranks(2, train_with_small_files, run_config(workspace, steps=4))
+    assert_bitwise(tensors(run_config(workspace)), before)
+    assert [p.name for p in (workspace / "run/checkpoints").iterdir() if p.name.startswith("step")] == ["step_00000002"]
+    assert read_records(workspace / "run/events.jsonl")[-1]["code"] == 74
+
+
+def train_with_small_files(config) -> None:
+    """As on a full disk: no file may grow beyond 100 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    train(config)

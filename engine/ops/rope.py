@@ -47,23 +47,24 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return _rotate(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad_outputs[0], cos, -sin), None, None
+        return _rotate(grad_outputs[0], cos, sin, -1), None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
+    """Forwards with `sense` 1, back with −1."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
     cos, sin = cos[:, None], sin[:, None]
     first, second = wide.chunk(2, -1)
     first_out, second_out = out.chunk(2, -1)
-    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=second_out).addcmul_(first, sin)
+    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-sense)
+    torch.mul(second, cos, out=second_out).addcmul_(first, sin, value=sense)
     return out.to(x.dtype)
 
 

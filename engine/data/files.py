@@ -1,9 +1,10 @@
 """Files that are read by position and not believed; errors name file, field, value and what was expected.
 
-Samples and table entries come from a memory map without read-around (`MADV_RANDOM`: samples lie at random places, and
-on a cold file of 2 TB the kernel's read-around made 4097 tokens cost 5,500 µs instead of 21). Every read looks at the
-file's size first, because a file that has shrunk under its map would end the process with a bus error. Long sequential
-reads, those of complete checks, go past the map, so that the process does not grow by the whole file.
+Tokens come from a memory map without read-around (`MADV_RANDOM`: samples lie at random places, and on a cold file of
+2 TB the kernel's read-around made 4097 tokens cost 5,500 µs instead of 21). Every such read looks at the file's size
+first, because a file that has shrunk under its map would end the process with a bus error. Entries of the index, and the
+long sequential reads of complete checks, are read by position: a binary search that maps a page for each step would make
+the process grow by the whole index.
 """
 
 import mmap
@@ -28,11 +29,14 @@ Ints = npt.NDArray[np.int64]
 class CheckedFile:
     """A file opened for reading by position.
 
+    Args:
+        mapped: read short pieces through a memory map.
+
     Raises:
         DataError: there is no such file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
         self.path = path
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -43,7 +47,7 @@ class CheckedFile:
         if not stat.S_ISREG(status.st_mode):
             raise DataError(_missing(path))
         self.size = status.st_size
-        self._map = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_READ) if self.size else None
+        self._map = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_READ) if mapped and self.size else None
         if self._map is not None and hasattr(mmap, "MADV_RANDOM"):
             self._map.madvise(mmap.MADV_RANDOM)
 

@@ -84,7 +84,7 @@ class IndexedDataset:
     def __init__(self, prefix: Path | str) -> None:
         self.prefix = Path(prefix)
         self._index = CheckedFile(dataset_file(prefix, "idx"))
-        self._data = CheckedFile(dataset_file(prefix, "bin"))
+        self._data = CheckedFile(dataset_file(prefix, "bin"), mapped=True)
         self.dtype, self.num_sequences, document_indices = _read_header(self._index)
         n, self.num_documents = self.num_sequences, document_indices - 1
         self.num_tokens = self._data.size // self.dtype.itemsize

@@ -1,0 +1,80 @@
+"""What the first batch of a very large dataset costs: time, memory, disk.
+
+    python tools/bench/data.py [--tokens 1e12] [--documents 1e7]
+
+The dataset is a sparse file (it takes no disk beyond its index): its size is real, its tokens are zeros.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from engine.config import DatasetConfig
+from engine.data.indexed import HEADER, MAGIC, VERSION
+from engine.data.pretrain import PretrainDataset
+from engine.errors import run_program
+
+SEQ_LENGTH, BATCH = 4096, 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time to the first batch of a very large dataset.")
+    parser.add_argument("--tokens", type=float, default=1e12, help="(default: 1e12)")
+    parser.add_argument("--documents", type=float, default=1e7, help="(default: 1e7)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        prefix = Path(directory) / "large"
+        write_sparse(prefix, int(options.tokens), int(options.documents))
+        on_disk = sum(file.stat().st_blocks * 512 for file in Path(directory).iterdir())
+        measure(prefix, on_disk)
+
+
+def write_sparse(prefix: Path, tokens: int, documents: int) -> None:
+    """A dataset of equally long documents, of which only the index takes space."""
+    length = tokens // documents
+    with open(f"{prefix}.bin", "wb") as file:
+        file.truncate(length * documents * 2)
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, 8, documents, documents + 1))
+        np.full(documents, length, "<i4").tofile(file)
+        (np.arange(documents, dtype="<i8") * (length * 2)).tofile(file)
+        np.arange(documents + 1, dtype="<i8").tofile(file)
+
+
+def measure(prefix: Path, on_disk: int) -> None:
+    before, started = resident_mb(), time.perf_counter()
+    data = PretrainDataset([DatasetConfig(path=prefix)], (98, 1, 1), "train", SEQ_LENGTH, seed=1)
+    opened = time.perf_counter() - started
+    batch = [data.sample(i) for i in range(BATCH)]
+    first = time.perf_counter() - started
+    print(f"tokens                       {data.num_tokens:,} in the training part, {on_disk / 1e6:,.0f} MB on disk")
+    print(f"opened                       {opened * 1e3:.1f} ms")
+    print(f"first batch ({len(batch)} × {SEQ_LENGTH})    {first * 1e3:.1f} ms")
+    print(
+        f"resident memory grew by      {resident_mb() - before:.0f} MB, {BATCH * SEQ_LENGTH * 8 / 1e6:.0f} of them the batch"
+    )
+    del batch
+    for name, base in (("sample(0 ..)", 0), ("sample(10^11 ..)", 10**11)):
+        times = [seconds(data, base + i) for i in range(2000)]
+        print(f"{name:28} {statistics.median(times) * 1e6:.0f} µs (median of 2,000)")
+
+
+def seconds(data: PretrainDataset, i: int) -> float:
+    started = time.perf_counter()
+    data.sample(i)
+    return time.perf_counter() - started
+
+
+def resident_mb() -> float:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,10 +1,10 @@
 """Files that are read by position and not believed; errors name file, field, value and what was expected.
 
-Tokens come from a memory map without read-around (`MADV_RANDOM`: samples lie at random places, and on a cold file of
-2 TB the kernel's read-around made 4097 tokens cost 5,500 µs instead of 21). Every such read looks at the file's size
-first, because a file that has shrunk under its map would end the process with a bus error. Entries of the index, and the
-long sequential reads of complete checks, are read by position: a binary search that maps a page for each step would make
-the process grow by the whole index.
+Tokens come from a memory map without read-around (`MADV_RANDOM`: samples lie at random places, and on a cold file
+of 2 TB the kernel's read-around made 4097 tokens cost 5,500 µs instead of 21). Every such read looks at the file's
+size first, because a file that has shrunk under its map would end the process with a bus error. Entries of the index,
+and the long sequential reads of complete checks, are read by position: a binary search that maps a page for each step
+would make the process grow by the whole index.
 """
 
 import mmap

@@ -8,7 +8,6 @@ The dataset is a sparse file (it takes no disk beyond its index): its size is re
 import argparse
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -56,9 +55,8 @@ def measure(prefix: Path, on_disk: int) -> None:
     print(f"tokens                       {data.num_tokens:,} in the training part, {on_disk / 1e6:,.0f} MB on disk")
     print(f"opened                       {opened * 1e3:.1f} ms")
     print(f"first batch ({len(batch)} × {SEQ_LENGTH})    {first * 1e3:.1f} ms")
-    print(
-        f"resident memory grew by      {resident_mb() - before:.0f} MB, {BATCH * SEQ_LENGTH * 8 / 1e6:.0f} of them the batch"
-    )
+    grown, batch_mb = resident_mb() - before, BATCH * (SEQ_LENGTH + 1) * 8 / 1e6
+    print(f"resident memory grew by      {grown:.0f} MB, {batch_mb:.0f} of them the batch")
     del batch
     for name, base in (("sample(0 ..)", 0), ("sample(10^11 ..)", 10**11)):
         times = [seconds(data, base + i) for i in range(2000)]
@@ -72,8 +70,9 @@ def seconds(data: PretrainDataset, i: int) -> float:
 
 
 def resident_mb() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    """Resident memory of this process now; Linux only."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 1e6
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Batch:
         cu_seqlens: on the host, where the segments that attend to themselves start among the b * s tokens,
             and b * s at the end.
         sample_numbers: one for each sequence.
+        num_tokens: labels that count, on the host: a sum on the device would have to be waited for.
     """
 
     tokens: torch.Tensor
@@ -58,12 +59,13 @@ class Batch:
     positions: torch.Tensor
     cu_seqlens: tuple[int, ...]
     sample_numbers: Numbers
+    num_tokens: int
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[object, ...]]:
         """Crosses processes as plain bytes. Torch would hand over shared memory, which crashes where /dev/shm is
         small (containers) or where the sending worker has died."""
         arrays = [tensor.numpy() for tensor in (self.tokens, self.labels, self.loss_mask, self.positions)]
-        return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers)
+        return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers, self.num_tokens)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; from pinned memory the copy runs beside the computation."""
@@ -92,13 +94,15 @@ def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool)
         starts = np.concatenate([np.append(0, x.boundaries) + row * s for row, x in enumerate(samples)])
     lengths = np.diff(starts, append=b * s)
     positions = np.arange(b * s) - np.repeat(starts, lengths)
+    loss_mask = torch.ones(b, s)
     return Batch(
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(b, s),
+        loss_mask=loss_mask,
         positions=torch.from_numpy(positions.reshape(b, s)),
         cu_seqlens=(*starts.tolist(), b * s),
         sample_numbers=numbers,
+        num_tokens=int(loss_mask.sum()),
     )
 
 
@@ -156,9 +160,11 @@ def batches(
     return _steps(iter(loader), per_step)  # workers start now and not at the first step
 
 
-def _batch_of_arrays(arrays: Sequence[Array], cu_seqlens: tuple[int, ...], sample_numbers: Numbers) -> Batch:
+def _batch_of_arrays(
+    arrays: Sequence[Array], cu_seqlens: tuple[int, ...], sample_numbers: Numbers, num_tokens: int
+) -> Batch:
     tokens, labels, loss_mask, positions = map(torch.from_numpy, arrays)
-    return Batch(tokens, labels, loss_mask, positions, cu_seqlens, sample_numbers)
+    return Batch(tokens, labels, loss_mask, positions, cu_seqlens, sample_numbers, num_tokens)
 
 
 def _steps(microbatches: Iterator[Batch | Exception], per_step: int) -> Iterator[list[Batch]]:

@@ -55,6 +55,7 @@ def test_a_batch_with_document_mask():
     assert batch.loss_mask.tolist() == [[1.0] * 4] * 2
     assert batch.cu_seqlens == (0, 1, 3, 4, 8)
     assert batch.sample_numbers == (7, 9)
+    assert batch.num_tokens == 8 and type(batch.num_tokens) is int
     kinds = [batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype, batch.loss_mask.dtype]
     assert kinds == [torch.int64, torch.int64, torch.int64, torch.float32]
     assert all(type(offset) is int for offset in batch.cu_seqlens)

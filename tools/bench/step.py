@@ -138,6 +138,7 @@ def _batch(tokens: torch.Tensor) -> Batch:
         positions=torch.arange(length).repeat(rows, 1),
         cu_seqlens=tuple(range(0, rows * length + 1, length)),
         sample_numbers=tuple(range(rows)),
+        num_tokens=labels.numel(),
     )
 
 

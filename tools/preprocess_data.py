@@ -33,8 +33,8 @@ QUOTED_REJECTS = 5  # shown on the terminal; the file has all
 SECONDS_BETWEEN_LINES = 5.0
 
 EXAMPLE = """
-inputs: .jsonl and .json (one object a line), .txt (a file is one document), each also as .gz and .zst.
-Directories are searched for .jsonl and .txt; .json files have to be named.
+inputs: .jsonl and .json (one object a line), .txt (a file is one document), as are .md, .rst and .py;
+each also as .gz and .zst. Directories are searched for .jsonl and .txt; others are named, or matched by a pattern.
 
 example: python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \\
              --tokenizer-model tokenizer.model --append-eod

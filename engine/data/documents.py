@@ -27,9 +27,11 @@ BOM = b"\xef\xbb\xbf"
 QUOTED = 200  # characters of a rejected line that are kept
 
 Kind = Literal["lines", "text"]
-KINDS: dict[str, Kind] = {".jsonl": "lines", ".json": "lines", ".txt": "text"}
+KINDS: dict[str, Kind] = {
+    ".jsonl": "lines", ".json": "lines", ".txt": "text", ".md": "text", ".rst": "text", ".py": "text",
+}  # fmt: skip
 COMPRESSIONS = (".gz", ".zst")
-IN_DIRECTORIES = (".jsonl", ".txt")  # `.json` there may be anything, so such files have to be named
+IN_DIRECTORIES = (".jsonl", ".txt")  # others there may be anything, so they have to be named, or matched by a pattern
 REJECTS_SUFFIX = ".rejects.jsonl"
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import orjson
 import pytest
+import yaml
 
+from engine.config import DatasetConfig
 from engine.data import fast_sentencepiece
 from engine.data.indexed import IndexedDataset
+from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import ConfigError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
@@ -234,3 +238,18 @@ def test_help_names_every_flag(folder):
     for flag in ("--input", "--json-keys", "--append-eod", "--workers", "--log-interval", "--on-bad-line"):
         assert flag in out
     assert ".txt (a file is one document)" in out
+
+
+def test_the_command_of_the_smallest_configuration(main, tmp_path, monkeypatch):
+    """As its comment gives it; the data have to do for training and evaluation."""
+    monkeypatch.chdir(PROGRAM.parents[1])
+    text = Path("examples/configs/tiny.yaml").read_text()
+    (command,) = re.findall(r"^# +python tools/preprocess_data\.py (.*)$", text, re.MULTILINE)
+    arguments = shlex.split(command)
+    assert arguments[-2:] == ["--output-prefix", "data/tiny"]
+    main(*arguments[:-1], tmp_path / "tiny", "--workers", 1)
+    data = yaml.safe_load(text)["data"]
+    prefix = DatasetConfig(path=tmp_path / Path(data["train"][0]["path"]).name)
+    for part in ("train", "valid"):
+        dataset = PretrainDataset([prefix], data["split"], part, data["seq_length"], 1)
+        assert len(dataset.sample(0).tokens) == data["seq_length"] + 1

@@ -9,19 +9,26 @@ from engine.config import Config, load
 from engine.errors import ConfigError, run_program
 from engine.model.families import PRESETS
 
+EPILOG = (
+    "Any setting can be overridden behind the file: --section.key VALUE, where VALUE is YAML; "
+    "`python -m engine config --schema` lists them all."
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; see `python -m engine --help`."""
     parser = argparse.ArgumentParser(
         prog="python -m engine",
-        description="A 3D-parallel training engine for 7B-class language models.",
-        epilog="Any setting can be overridden behind the file: --section.key VALUE, where VALUE is YAML.",
+        description="Pretrain language models; see README.md.",
+        epilog=EPILOG,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="pretrain: torchrun --nproc-per-node N -m engine train CONFIG")
     check = commands.add_parser("check", help="validate a configuration and show what follows from it")
     show = commands.add_parser("config", help="print the resolved configuration")
     for command in (train, check, show):
+        command.epilog, command.allow_abbrev = EPILOG, False
         command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
     check.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
     show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")

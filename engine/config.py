@@ -21,7 +21,9 @@ Presets = Mapping[str, Mapping[str, Any]]
 class Section(BaseModel):
     """A group of settings: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class RunConfig(Section):
@@ -184,19 +186,42 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def resolve(raw: dict[str, Any], overrides: Sequence[str] = (), *, presets: Presets, source: str) -> Config:
     """Build a `Config` from nested mappings; see `load`."""
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
-    problems = [_apply_override(merged, key, value) for key, value in _pairs(overrides)]
+    pairs = _pairs(overrides)
+    if any(key == "model.preset" for key, _ in pairs):
+        merged["model"] = {}  # a preset on the command line replaces the file's model
+    problems = [_apply_override(merged, key, value) for key, value in pairs]
     problems += [_apply_preset(merged, presets)]
+    unknown_preset = problems[-1] is not None
     config: Config | None = None
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
-        problems += [_describe(dict(item)) for item in error.errors()]
+        errors: list[dict[str, Any]] = [dict(item) for item in error.errors()]
+        problems += [
+            _describe(e) for e in errors if not (unknown_preset and e["type"] == "missing" and e["loc"][0] == "model")
+        ]
     if config is not None:
         problems += _cross_checks(config)
     found = [problem for problem in problems if problem]
     if found or config is None:
         raise ConfigError("\n  ".join([f"{len(found)} problem{'s' * (len(found) > 1)} in {source}:", *found]))
     return config
+
+
+def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
+    """What differs between the mapping of an earlier configuration and `config`, where both say something."""
+    old, new = _flat(before), _flat(yaml.safe_load(config.to_yaml()))
+    expected = {"run.dir", "run.resume", "model.preset"}
+    keys = [key for key in old if key in new and old[key] != new[key] and key not in expected]
+    return [f"{key}: {old[key]} -> {new[key]}" for key in keys]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def microbatches(config: Config, dp: int) -> int:
@@ -211,7 +236,8 @@ def microbatches(config: Config, dp: int) -> int:
         near = sorted({max(step, total // step * step), (total // step + 1) * step})
         raise ConfigError(
             f"batch.global = {total} is not a multiple of batch.micro × data-parallel ranks = {micro} × {dp} = {step}; "
-            f"the nearest that work are batch.global = {' or '.join(map(str, near))}"
+            f"{'the nearest that work are' if len(near) > 1 else 'the nearest that works is'} "
+            f"batch.global = {' or '.join(map(str, near))}"
         )
     return total // (micro * dp)
 
@@ -252,7 +278,7 @@ def _apply_preset(raw: dict[str, Any], presets: Presets) -> str | None:
     if not isinstance(model, dict) or model.get("preset") is None:
         return None
     name = model["preset"]
-    if name not in presets:
+    if not isinstance(name, str) or name not in presets:
         return f"model.preset = {name!r} is unknown{_did_you_mean(str(name), presets)}; known: {', '.join(presets)}"
     raw["model"] = {**presets[name], **model}
     return None
@@ -291,7 +317,7 @@ def _types(annotation: Any) -> list[Any]:
 
 
 def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -325,12 +351,13 @@ def _cross_checks(config: Config) -> list[str]:
             f"lr_schedule.min_lr = {schedule.min_lr} is above optimizer.lr = {config.optimizer.lr}",
         ),
         (
-            schedule.warmup_steps > config.train.steps,
-            f"lr_schedule.warmup_steps = {schedule.warmup_steps} is more than train.steps = {config.train.steps}",
-        ),
-        (
             schedule.decay_steps is not None and schedule.kind != "wsd",
             f"lr_schedule.decay_steps only applies to kind wsd; kind = {schedule.kind}",
+        ),
+        (
+            schedule.warmup_steps + (schedule.decay_steps or 0) > config.train.steps,
+            f"lr_schedule.warmup_steps + decay_steps = {schedule.warmup_steps + (schedule.decay_steps or 0)} is more "
+            f"than train.steps = {config.train.steps}",
         ),
         (
             not all(0 <= beta < 1 for beta in config.optimizer.betas),

@@ -5,6 +5,8 @@ BSD's sysexits where one fits, so that schedulers and scripts can tell "start me
 """
 
 import errno
+import gc
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -103,15 +105,26 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     keep their traceback.
     """
     try:
-        sys.exit(main() or 0)
-    except Exception as error:
-        known = as_triaxis_error(error)
-        if known is None:
-            raise
-        if not known.reported_elsewhere:
-            sys.stdout.flush()
-            print(f"error: {known}\nexit {known.exit_code}: {known.advice}", file=sys.stderr, flush=True)
-        sys.exit(known.exit_code)
+        code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except Exception as error:
+        code = _report(error)
+    gc.collect()  # an error's traceback holds process groups, which must not die in the interpreter's shutdown
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong, unless another rank does; the exit code."""
+    known = as_triaxis_error(error)
+    if known is None:
+        raise error
+    if not known.reported_elsewhere:
+        sys.stdout.flush()
+        print(f"error: {known}\nexit {known.exit_code}: {known.advice}", file=sys.stderr, flush=True)
+    return known.exit_code

@@ -22,6 +22,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(( $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE ))
     export OMP_NUM_THREADS=$(( threads > 0 ? threads : 1 ))
 fi
+# After SIGTERM torchrun gives the ranks 30 s and kills them; a step and a checkpoint of this size need more.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}"
 if [ "${NNODES:-1}" -gt 1 ]; then
     meet=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?NNODES is set, so NODE_RANK must be}" \
           --master-addr "${MASTER_ADDR:?NNODES is set, so MASTER_ADDR must be}" --master-port "${MASTER_PORT:-29500}")

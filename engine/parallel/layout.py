@@ -138,7 +138,11 @@ def connect(device: str, *, timeout_s: int = 1800) -> World:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    here = choose_device(device, local_rank)
+    try:
+        here = choose_device(device, local_rank)
+    except ConfigError as error:
+        error.reported_elsewhere = local_rank != 0
+        raise
     if here.type == "cuda":
         torch.cuda.set_device(here)
     world = World(Layout(dp=world_size), rank, local_rank, local_size, here)
@@ -146,7 +150,8 @@ def connect(device: str, *, timeout_s: int = 1800) -> World:
         return world
     backend = "nccl" if here.type == "cuda" else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        bound = here if here.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return replace(world, dp_group=dist.group.WORLD, control_group=control)
 

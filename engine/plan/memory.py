@@ -2,11 +2,13 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from engine.config import Config, ModelConfig
 from engine.errors import OutOfMemoryError
+from engine.ops.cross_entropy import chunk_rows
 from engine.parallel.table import ParameterTable
 
 GIB = 1 << 30
@@ -20,21 +22,23 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    workspace: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
 
     def __str__(self) -> str:
         unit, name = (GIB, "GiB") if self.total >= GIB else (1 << 20, "MiB")
-        parts = ("parameters", "gradients", "optimizer", "activations")
+        parts = ("parameters", "gradients", "optimizer", "activations", "workspace")
         listed = ", ".join(f"{part} {getattr(self, part) / unit:.1f}" for part in parts)
         return f"{self.total / unit:.1f} {name} per rank ({listed})"
 
 
-def estimate(config: Config, table: ParameterTable, dp: int, dtype: torch.dtype) -> MemoryEstimate:
+def estimate(config: Config, table: ParameterTable, dp: int, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
     """Memory of one rank: weights in `dtype`, fp32 gradients, fp32 moments (and master weights where the model is not
-    fp32) sharded over `dp`, and what the backward pass keeps of one microbatch."""
+    fp32) sharded over `dp`, what the backward pass keeps of one microbatch, and working space: the cross-entropy's chunk of
+    logits and the head's gradient, on a GPU also the CUDA context and the communication buffers."""
     size = table.local_size
     states = 2 if dtype == torch.float32 else 3
     tokens = config.batch.micro * config.data.seq_length
@@ -43,6 +47,7 @@ def estimate(config: Config, table: ParameterTable, dp: int, dtype: torch.dtype)
         gradients=size * 4,
         optimizer=size * 4 * states // dp,
         activations=tokens * activation_elements(config.model) * dtype.itemsize,
+        workspace=_workspace(config.model, tokens, device_type),
     )
 
 
@@ -55,11 +60,21 @@ def activation_elements(model: ModelConfig) -> int:
     return model.num_layers * layer + 2 * model.hidden_size
 
 
+def _workspace(model: ModelConfig, tokens: int, device_type: str) -> int:
+    logits = min(tokens, chunk_rows(model.vocab_size, device_type)) * model.vocab_size
+    head_gradient = model.vocab_size * model.hidden_size
+    return 4 * (2 * logits + 2 * head_gradient) + (2 * GIB if device_type == "cuda" else 0)
+
+
 def available(device: torch.device, local_size: int) -> int:
     """Bytes that one rank may use: its GPU, or its share of this machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_size
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of the container
+    if limit.exists() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
+        memory = min(memory, int(text))
+    return memory // local_size
 
 
 def require_fit(needed: MemoryEstimate, device: torch.device, local_size: int) -> None:

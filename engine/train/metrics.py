@@ -3,20 +3,21 @@
 Numbers stay on the device until a logged step; then one small reduction and one read fetch all of them.
 """
 
+import fcntl
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import torch
 import torch.distributed as dist
 
 from engine.config import Config
-from engine.errors import NonFiniteError
+from engine.errors import ConfigError, NonFiniteError
 from engine.parallel.layout import World
 from engine.plan.memory import GIB
 from engine.plan.throughput import peak_tflops
@@ -33,6 +34,7 @@ class RunLog:
         self.tensorboard: Any = None
         if active:
             directory.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(directory / "lock")
 
     def open_metrics(self, last_step: int, *, tensorboard: bool) -> None:
         """Begin to record behind `last_step`; what an earlier start recorded beyond it is replaced."""
@@ -68,6 +70,8 @@ class RunLog:
     def close(self) -> None:
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.active:
+            self._lock.close()
 
 
 _PERFORMANCE = {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "mfu", "memory_gib"}
@@ -93,17 +97,24 @@ class StepReporter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what happens inside out of the measured speed."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # queued steps belong to the speed
         started = time.perf_counter()
         yield
         self.since += time.perf_counter() - started
 
-    def __call__(self, result: StepResult, progress: Progress) -> None:
+    def __call__(self, result: StepResult, progress: Progress, *, now: bool = False) -> None:
+        """Note a step; report it when it is due, or `now`.
+
+        Raises:
+            NonFiniteError: on all ranks, when `train.max_nonfinite_steps` in a row had to be skipped.
+        """
         self.consecutive = (self.consecutive + 1) * result.skipped
         self.skipped += result.skipped
         self.tokens_since += result.tokens
         self.steps_since += 1
         config = self.config
-        if result.step % config.log.interval and result.step != config.train.steps:
+        if not now and result.step % config.log.interval:
             return
         loss = result.loss.clone()
         if self.world.dp_group is not None:
@@ -180,6 +191,22 @@ def _memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Make sure that one run at a time writes here; the lock ends with the process.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"run.dir = {path.parent}: another run is writing there; wait for it or choose another"
+        ) from None
+    return file
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 
 import engine
+from engine.checkpoint.hf_config import hf_config
 from engine.checkpoint.manager import Checkpoint, State, candidates, open_checkpoint, save
-from engine.config import Config, microbatches
+from engine.config import Config, changed_settings, microbatches, read_yaml
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import (
@@ -92,13 +93,11 @@ def together(world: World, action: Callable[[], T]) -> T:
             raise
     mine = failure.exit_code if failure else 0
     codes = world.sum_on_host([mine * (rank == world.rank) for rank in range(world.layout.world_size)])
-    failed = next((rank for rank, code in enumerate(codes) if code), None)
-    if failed is None:
+    code = next((code for code in codes if code), None)
+    if code is None:
         return result
-    if failure is None or world.rank != failed:
-        failure = error_of(codes[failed], f"rank {failed} reports what went wrong")
-        failure.reported_elsewhere = True
-    raise failure
+    text = world.first_problem(None if failure is None else str(failure))
+    raise _for_all(world, error_of(code, text or ""))
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
@@ -107,19 +106,27 @@ def open_inputs(config: Config, world: World) -> Inputs:
     bf16 = config.precision.mode == "bf16" or (config.precision.mode == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     table = parameter_table(config.model)
-    require_fit(estimate(config, table, world.layout.dp, dtype), world.device, world.local_size)
+    require_fit(estimate(config, table, world.layout.dp, dtype, world.device.type), world.device, world.local_size)
+    hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # what could not be exported is not trained
+    tokenizer = open_tokenizer(config)
+    train_data = open_data(config, "train", tokenizer)
+    valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None
+    checkpoints = _choose_checkpoints(config, print if world.is_main else lambda _: None)
+    for checkpoint in checkpoints:
+        checkpoint.require("param", {tensor.name: tensor.shape for tensor in table.logical()})
+        _require_same_architecture(checkpoint, config)
+    return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoints)
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """The run's tokenizer, which must not be larger than the model's vocabulary."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} entries of "
             f"data.tokenizer = {config.data.tokenizer}; set model.vocab_size to at least that"
         )
-    train_data = open_data(config, "train", tokenizer)
-    valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None
-    checkpoints = _choose_checkpoints(config, print if world.is_main else lambda _: None)
-    for checkpoint in checkpoints:
-        checkpoint.require("param", {tensor.name: tensor.shape for tensor in table.logical()})
-    return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoints)
+    return tokenizer
 
 
 def open_data(config: Config, part: str, tokenizer: Tokenizer) -> PretrainDataset:
@@ -134,6 +141,20 @@ def open_data(config: Config, part: str, tokenizer: Tokenizer) -> PretrainDatase
     data.check_tokenizer(tokenizer.hash)
     data.check_vocabulary(config.model.vocab_size)
     return data
+
+
+def _require_same_architecture(checkpoint: Checkpoint, config: Config) -> None:
+    """Tensors of the same shapes can belong to another model. What may differ are settings that mean nothing to trained
+    weights and those that people change on purpose to lengthen the context."""
+    stored, wanted = checkpoint.model_config().model_dump(), config.model.model_dump()
+    may_differ = {"preset", "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
+    different = [
+        f"model.{key} = {wanted[key]}, in the checkpoint {value}"
+        for key, value in stored.items()
+        if value != wanted[key] and key not in may_differ
+    ]
+    if different:
+        raise CheckpointError("\n  ".join([f"{checkpoint.path} is of another model:", *different]))
 
 
 def _choose_checkpoints(config: Config, report: Callable[[str], None]) -> list[Checkpoint]:
@@ -156,9 +177,12 @@ def _choose_checkpoints(config: Config, report: Callable[[str], None]) -> list[C
 
 
 def _open_log(config: Config, world: World) -> RunLog:
-    log = RunLog(config.run.dir, active=world.is_main)
-    if world.is_main:
-        (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    try:
+        log = RunLog(config.run.dir, active=world.is_main)
+        if world.is_main:
+            (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"run.dir = {config.run.dir} cannot be written: {error}") from None
     return log
 
 
@@ -178,6 +202,9 @@ def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer
     trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
     log.say(f"start       resumes from {checkpoint.path}: step {state.step} of {config.train.steps}")
     log.event("resume", step=state.step, path=str(checkpoint.path))
+    for change in changed_settings(read_yaml(checkpoint.config_yaml_path), config):
+        log.say(f"changed     {change}")
+        log.event("changed", setting=change)
     if state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
         log.say(
             "warning     the data or their order (datasets, split, seq_length, seed) are not those of the checkpoint"
@@ -196,29 +223,38 @@ def _restore_newest(world: World, optimizer: ShardedAdamW, checkpoints: list[Che
             if older is None:
                 raise
             log.say(f"WARNING: {error}; going back to {older.path}")
+            log.event("fallback", reason=str(error), path=str(older.path))
     raise AssertionError("there is at least one checkpoint")
 
 
 def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     """Drive the loop; everything that happens every n steps happens here."""
     config, world = trainer.config, trainer.world
+    if trainer.progress.step >= config.train.steps:
+        log.say(f"nothing to do: step {trainer.progress.step} is done and train.steps = {config.train.steps}")
+        return
     stop = StopRequest()
     reporter = StepReporter(config, world, log, flops_per_token(config, inputs.table))
     if trainer.progress.step == 0:
         _evaluate(trainer, inputs, log)
     reporter.restart_clock()
+    saved_step = trainer.progress.step
     for result in trainer.steps(stop):
+        last = result.step == config.train.steps
+        save_due = last or _due(result.step, config.checkpoint.interval)
         try:
-            reporter(result, trainer.progress)
+            reporter(result, trainer.progress, now=save_due)
         except NonFiniteError as error:
             raise _for_all(world, error) from None
-        last = result.step == config.train.steps
         with reporter.paused():
             if last or _due(result.step, config.train.eval_interval):
                 _evaluate(trainer, inputs, log)
-            if last or trainer.stopped_by or _due(result.step, config.checkpoint.interval):
+            if save_due:
                 _save(trainer, inputs, log)
-    if trainer.progress.step < config.train.steps:
+                saved_step = result.step
+    if trainer.stopped_by:
+        if saved_step < trainer.progress.step:
+            _save(trainer, inputs, log)
         text = f"stopped by {trainer.stopped_by} after step {trainer.progress.step}; the state is saved"
         raise _for_all(world, Interrupted(text))
     log.say(
@@ -276,7 +312,7 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
 def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog) -> None:
     """The configuration once, and what follows from it."""
     dp = world.layout.dp
-    memory = estimate(config, inputs.table, dp, inputs.dtype)
+    memory = estimate(config, inputs.table, dp, inputs.dtype, world.device.type)
     backend = "" if world.dp_group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
     log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {dp} rank(s) on {world.device.type}{backend}")
     log.say(config.to_yaml().rstrip())

@@ -28,6 +28,9 @@ def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
+    for shard in optimizer.shards:
+        shard.exp_avg.zero_()
+        shard.exp_avg_sq.zero_()
     kinds = ("param",) if checkpoint.state.step == 0 else ("param", "exp_avg", "exp_avg_sq")
     for shard in optimizer.shards:
         for kind in kinds:

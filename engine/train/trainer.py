@@ -32,7 +32,7 @@ class Trainer:
 
     Attributes:
         progress: advanced by each step; set it before `steps()` to resume.
-        stopped_by: the signal for which all ranks have agreed to stop after the step just done.
+        stopped_by: the signal for which all ranks have agreed to stop.
     """
 
     def __init__(
@@ -52,23 +52,17 @@ class Trainer:
             step = self.progress.step + 1
             signalled = [int(stop.signal == known) for known in STOP_SIGNALS]
             tokens, *signals = self.world.sum_on_host([_unmasked(microbatches), *signalled])
-            result = train_step(
-                self.model,
-                self.optimizer,
-                microbatches,
-                step=step,
-                lr=self._learning_rate(step),
-                tokens=tokens,
-            )
-            self.progress = Progress(
-                step, self.progress.samples + self.config.batch.global_, self.progress.tokens + tokens
-            )
             self.stopped_by = next(
                 (known.name for known, count in zip(STOP_SIGNALS, signals, strict=True) if count), None
             )
-            yield result
             if self.stopped_by:
                 return
+            result = train_step(
+                self.model, self.optimizer, microbatches, step=step, lr=self._learning_rate(step), tokens=tokens
+            )
+            samples = self.progress.samples + self.config.batch.global_
+            self.progress = Progress(step, samples, self.progress.tokens + tokens)
+            yield result
 
     def _learning_rate(self, step: int) -> float:
         config = self.config

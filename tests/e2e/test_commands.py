@@ -62,7 +62,9 @@ def test_the_7b_example_starts_in_three_ways(workspace, command):
 def test_the_7b_example_says_with_numbers_that_a_laptop_is_too_small(tmp_path):
     done = start(["bash", EXAMPLE], tmp_path, NPROC_PER_NODE="2")
     assert done.returncode == 1  # torchrun's; the rank's own code is in its last line
-    assert "GiB per rank (parameters 12.6, gradients 25.1, optimizer 37.7, activations 16.1)" in done.stderr
+    assert (
+        "GiB per rank (parameters 12.6, gradients 25.1, optimizer 37.7, activations 16.1, workspace 1.0)" in done.stderr
+    )
     assert "--model.preset tiny" in done.stderr
     assert "exit 72:" in done.stderr
     assert not any(tmp_path.iterdir())
@@ -128,7 +130,7 @@ def test_check_tells_what_follows_from_the_7b_configuration():
         "6,738,415,616 parameters, 42.86 GFLOP per token",
         "1024 sequences = 64 rank(s) × 16 microbatch(es) × 1; 4,194,304 tokens per step",
         "100,000 steps = 419,430,400,000 tokens",
-        "55.0 GiB per rank (parameters 12.6, gradients 25.1, optimizer 1.2, activations 16.1)",
+        "58.9 GiB per rank (parameters 12.6, gradients 25.1, optimizer 1.2, activations 16.1, workspace 4.0)",
     ):
         assert part in done.stdout
 

@@ -2,6 +2,9 @@ import os
 import resource
 import signal
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,10 @@ from engine.errors import (
 )
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
+from engine.train.metrics import RunLog
 from engine.train.run import train
+
+ROOT = Path(__file__).parents[2]
 
 
 def tensors(config) -> dict:
@@ -276,3 +282,60 @@ def train_with_small_files(config) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     train(config)
+
+
+def test_the_same_shapes_can_be_another_model(workspace):
+    run_training(run_config(workspace, steps=2))
+    refused(workspace, CheckpointError, "model.norm_eps = 0.1, in the checkpoint 1e-05", "--model.norm_eps", "0.1")
+
+
+def test_what_could_not_be_exported_is_not_trained(workspace):
+    refused(workspace, ConfigError, "qk_norm", "--model.qk_norm", "true")
+
+
+def test_changed_settings_are_told_on_resume(workspace, capfd):
+    train(run_config(workspace, steps=2))
+    train(run_config(workspace, "--optimizer.lr", "0.001", steps=3))
+    assert "changed     optimizer.lr: 0.003 -> 0.001" in capfd.readouterr().out
+    changes = [e["setting"] for e in read_records(workspace / "run/events.jsonl") if e["event"] == "changed"]
+    assert changes == ["optimizer.lr: 0.003 -> 0.001", "train.steps: 2 -> 3"]
+
+
+def test_a_finished_run_has_nothing_to_do(workspace, capfd):
+    train(run_config(workspace, steps=3))
+    train(run_config(workspace, steps=2))
+    assert "nothing to do: step 3 is done and train.steps = 2" in capfd.readouterr().out
+
+
+def test_a_broken_run_does_not_rotate_its_good_checkpoints_away(workspace):
+    run_training(run_config(workspace, steps=2))
+    broken = ("--optimizer.lr", "1e30", "--checkpoint.interval", "4", "--log.interval", "100", "--train.steps", "50")
+    with pytest.raises(NonFiniteError):
+        train(run_config(workspace, *broken, "--optimizer.clip_grad", "0"))
+    newest = open_checkpoint(workspace / "run").state.step
+    assert newest < 10
+    assert (workspace / "run/checkpoints/step_00000002").exists()
+
+
+def test_two_runs_do_not_write_into_one_directory(workspace):
+    log = RunLog(workspace / "run", active=True)
+    with pytest.raises(ConfigError, match="another run is writing there"):
+        train(run_config(workspace))
+    log.close()
+    train(run_config(workspace, steps=1))
+
+
+def test_falling_back_to_an_imported_model_forgets_the_damaged_moments(workspace):
+    clean, start = run_config(workspace, "--run.dir", str(workspace / "clean")), workspace / "start"
+    run_training(run_config(workspace, "--run.dir", str(start), steps=2))
+    command = [sys.executable, str(ROOT / "tools/convert_checkpoint.py")]
+    hf = workspace / "hf"
+    for source, target in ((start, hf), (hf, workspace / "clean"), (hf, workspace / "run")):
+        subprocess.run([*command, "--from", source, "--to", target], check=True, capture_output=True)
+    expected = losses(run_training(clean))
+    run_training(run_config(workspace, steps=4))
+    (shard,) = (workspace / "run/checkpoints/step_00000004").glob("state-*")
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1  # in the last exp_avg_sq
+    shard.write_bytes(content)
+    assert losses(run_training(run_config(workspace))) == expected

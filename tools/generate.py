@@ -41,23 +41,35 @@ def main() -> None:
         raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: expected at least 1")
     sampling = Sampling(options.temperature, options.top_p, options.seed)
 
+    prompt = _prompt(options.prompt)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine shows no GPU; use --device cpu, or auto")
     device = choose_device(options.device, local_rank=0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     decoder, tokenizer = load_decoder(options.dir, dtype, device)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     ids = tokenizer.encode(prompt)
     if options.bos:
         if tokenizer.bos_id is None:
             raise ConfigError(f"--bos: the {tokenizer.kind} tokenizer of {options.dir} has no beginning-of-text token")
         ids = [tokenizer.bos_id, *ids]
 
-    new = generate(decoder, ids, options.max_new_tokens, sampling, frozenset({tokenizer.eod_id}))
+    stop = frozenset({tokenizer.eod_id})
+    new = generate(decoder, ids, options.max_new_tokens, sampling, stop, tokenizer.vocab_size)
     started, texts = time.perf_counter(), 0
     for text in stream_text(tokenizer, itertools.chain(ids, new)):  # one for each id, and a last one
         print(text, end="", flush=True)
         texts += 1
     count, seconds = texts - 1 - len(ids), time.perf_counter() - started
     print(f"\n{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def _prompt(option: str) -> str:
+    try:
+        text = sys.stdin.read() if option == "-" else option
+        text.encode()
+    except UnicodeError as error:
+        raise ConfigError(f"--prompt is not UTF-8: {error}") from None
+    return text
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Generation: one token after another from a decoder with a key/value cache."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from engine.errors import ConfigError
 from engine.model.attention import KeyValueCache
 from engine.model.decoder import Decoder
+
+LOWEST_TEMPERATURE = 1e-3  # above 0; logits divided by less may overflow, and it is greedy all the same
 
 
 @dataclass(frozen=True)
@@ -28,42 +31,61 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature = {self.temperature}: expected 0 (greedy) or more")
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature}: expected 0 (greedy), or {LOWEST_TEMPERATURE} or more")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: expected more than 0 and at most 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed = {self.seed}: expected 0 or more, below 2^63")
 
 
-@torch.no_grad()
 def generate(
     decoder: Decoder,
     prompt: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
     stop: frozenset[int] = frozenset(),
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, each as soon as it is known; a token of `stop` ends it and is not given.
+
+    Args:
+        vocab_size: of the tokenizer; the model's further ids are padding and never drawn.
 
     Raises:
         ConfigError: the prompt is empty, or prompt and new tokens are longer than the model is made for.
     """
-    config, embedding = decoder.config, decoder.embedding
-    capacity = len(prompt) + max_new_tokens
+    limit = decoder.config.max_position
     if not prompt:
         raise ConfigError("the prompt is empty: it has no tokens to continue")
-    if capacity > config.max_position:
+    if len(prompt) + max_new_tokens > limit:
         raise ConfigError(
             f"{len(prompt)} prompt tokens and {max_new_tokens} new ones are more than the model's "
-            f"max_position = {config.max_position}; shorten the prompt or lower --max-new-tokens"
+            f"max_position = {limit}; shorten the prompt or lower --max-new-tokens"
         )
-    cache = KeyValueCache(config, capacity, embedding.dtype, embedding.device)
+    return _continue(
+        decoder, prompt, max_new_tokens, sampling, stop, vocab_size
+    )  # checked before the first is asked for
+
+
+@torch.no_grad()
+def _continue(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    vocab_size: int | None,
+) -> Iterator[int]:
+    embedding = decoder.embedding
+    cache = KeyValueCache(decoder.config, len(prompt) + max_new_tokens, embedding.dtype, embedding.device)
     random = torch.Generator(device=embedding.device).manual_seed(sampling.seed)
     tokens = torch.tensor(prompt, device=embedding.device)
     for _ in range(max_new_tokens):
         positions = torch.arange(cache.length, cache.length + len(tokens), device=embedding.device)
         hidden = decoder(tokens, positions, cache.attend)
         cache.advance(len(tokens))
-        tokens = draw(decoder.logits(hidden[-1:])[0].float(), sampling, random)
+        tokens = draw(decoder.logits(hidden[-1:])[0, :vocab_size].float(), sampling, random)
         token = int(tokens)
         if token in stop:
             return

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -48,10 +50,22 @@ def test_top_p_draws_only_from_the_likeliest():
 )
 def test_what_cannot_be_generated(arguments, expected):
     with pytest.raises(ConfigError, match=expected):
-        next(generate(new_decoder(MODEL), *arguments, Sampling()))
+        generate(new_decoder(MODEL), *arguments, Sampling())  # before the first token is asked for
 
 
-@pytest.mark.parametrize("values", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(temperature):
+    decoder = new_decoder(MODEL)
+    sampling = Sampling(temperature, seed=3)
+    assert max(generate(decoder, [1], 40, sampling)) >= 20
+    assert max(generate(decoder, [1], 40, sampling, vocab_size=20)) < 20
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": t} for t in (-1.0, math.nan, math.inf, 1e-45)]
+    + [{"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}, {"seed": 1 << 64}, {"seed": -1}],
+)
 def test_sampling_out_of_range(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         Sampling(**values)

@@ -53,3 +53,12 @@ def test_what_cannot_be_generated_from(tmp_path):
     assert empty.returncode == 66
     assert "holds no checkpoint" in empty.stderr
     assert tool("generate", tmp_path, "--prompt", "x", "--top-p", 0).returncode == 64
+    latin = tool("generate", tmp_path, "--prompt", b"\xe4".decode(errors="surrogateescape"))
+    assert (latin.returncode, "--prompt is not UTF-8" in latin.stderr) == (64, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(tmp_path):
+    done = tool("generate", tmp_path, "--prompt", "x", "--device", "cuda")
+    assert done.returncode == 64
+    assert "--device cuda: this machine shows no GPU" in done.stderr

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from engine.data.documents import Reject, Source, find_sources
@@ -46,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(options)
     signal.signal(signal.SIGTERM, _end)
     sources = find_sources(options.input)
+    if not options.append_eod:
+        print("warning: without --append-eod the model never learns where a document ends", file=sys.stderr)
     tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=options.encoder == "auto")
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
     print(f"input      {len(sources):,} file{'s'[: len(sources) > 1]}, {_megabytes(sum(s.num_bytes for s in sources))}")
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenize
         keys=options.json_keys,
         append_eod=options.append_eod,
         workers=options.workers,
-        on_reject=_RejectReporter(options.on_bad_line == "fail", rejects_path(options.output_prefix)),
+        on_reject=_RejectReporter(options.on_bad_line == "fail"),
         on_progress=_ProgressReporter(sum(source.num_bytes for source in sources), options.log_interval),
     )
     _summarize(options, counts, time.monotonic() - start)
@@ -75,9 +76,8 @@ def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenize
 class _RejectReporter:
     """Quotes the first rejected lines, or ends the program at the first."""
 
-    def __init__(self, fail: bool, path: Path) -> None:
+    def __init__(self, fail: bool) -> None:
         self._fail = fail
-        self._path = path
         self._count = 0
 
     def __call__(self, reject: Reject) -> None:
@@ -87,7 +87,7 @@ class _RejectReporter:
         if self._count <= QUOTED_REJECTS:
             print(f"skipped: {reject}", file=sys.stderr)
         elif self._count == QUOTED_REJECTS + 1:
-            print(f"skipped: more such lines, see {self._path} in the end", file=sys.stderr)
+            print("skipped: more such lines", file=sys.stderr)
 
 
 class _ProgressReporter:
@@ -143,6 +143,8 @@ def _tokenizer(type_name: str | None, model: str | None, *, fast: bool) -> Token
 
 def _check(options: argparse.Namespace) -> None:
     """What argparse cannot see."""
+    if not options.output_prefix:
+        raise ConfigError("--output-prefix is empty; expected where to write, as in data/corpus")
     name = options.tokenizer_type
     if name and name.lower() not in KINDS:
         raise ConfigError(

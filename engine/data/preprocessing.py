@@ -23,6 +23,8 @@ from engine.data.tokenizer import Tokenizer
 from engine.data.workers import ordered_map
 from engine.errors import ConfigError, DataError
 
+HOPELESS = 1000  # lines rejected before the first document: the input is not what it is taken for
+
 Ids = npt.NDArray[np.integer[Any]]
 
 
@@ -120,7 +122,8 @@ class RejectFile:
             if self._file is not None:
                 self._file.close()
         if kind is not None:
-            self._partial.unlink(missing_ok=True)
+            with suppress(OSError):  # a prefix below a file; the error on its way says so
+                self._partial.unlink(missing_ok=True)
         elif self._file is not None:
             self._partial.replace(self.path)
         else:
@@ -157,7 +160,7 @@ def preprocess(
         on_progress: told of the counts after each block.
 
     Raises:
-        DataError: there is not a single token.
+        DataError: there is not a single token, or nothing but rejected lines at the beginning.
         EncoderMismatch: see `FastSentencePiece`.
         WorkerFailed: a worker process was killed.
     """
@@ -177,6 +180,8 @@ def preprocess(
             counts.add(block)
             for reject in block.rejects:
                 on_reject(reject)
+            if counts.rejected >= HOPELESS and not counts.documents + counts.empty:
+                raise DataError(f"{counts.rejected:,} lines and no document; {block.rejects[0]}; see --json-keys")
             on_progress(counts)
         rejects.sync()
         for writer, key in zip(writers, keys, strict=True):

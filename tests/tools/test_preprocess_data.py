@@ -21,7 +21,7 @@ from engine.data import fast_sentencepiece
 from engine.data.indexed import IndexedDataset
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError, StorageError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
@@ -156,14 +156,31 @@ def test_bad_lines_are_skipped_or_fatal(folder, main, capsys):
     Path("a.jsonl").write_bytes(b'{"text": "a"}\n' + b"bad\n" * 8)
     main("--input", "a.jsonl", "--output-prefix", "out/x", *BYTE)
     output = capsys.readouterr()
-    assert output.err.splitlines()[0].startswith("skipped: a.jsonl:2: not JSON")
-    assert len(output.err.splitlines()) == 6
+    assert output.err.splitlines()[0].startswith("warning: without --append-eod")
+    assert output.err.splitlines()[1].startswith("skipped: a.jsonl:2: not JSON")
+    assert len(output.err.splitlines()) == 7
     assert "8 lines skipped: out/x.rejects.jsonl" in output.out
     assert len(Path("out/x.rejects.jsonl").read_bytes().splitlines()) == 8
     code, _, err = finish("--input", "a.jsonl", "--output-prefix", "fatal/x", *BYTE, "--on-bad-line", "fail")
     assert code == 65
-    assert err.startswith("error: a.jsonl:2: not JSON") and "'bad'" in err
+    assert "error: a.jsonl:2: not JSON" in err and "'bad'" in err
     assert files(folder / "fatal") == []
+
+
+def test_a_wrong_key_is_noticed_early(folder, main, capsys):
+    write_lines(Path("a.jsonl"), ["text"] * 100_000)
+    with pytest.raises(DataError, match=r"lines and no document; a\.jsonl:1: no key 'body'; it has 'text'"):
+        main("--input", "a.jsonl", "--output-prefix", "out/x", *BYTE, "--json-keys", "body", "--workers", 1)
+    assert "rejects.jsonl" not in capsys.readouterr().err
+    assert files(folder / "out") == []
+
+
+def test_a_prefix_below_a_file(folder, main):
+    for prefix in ("a.jsonl/x", "/dev/full/x"):
+        with pytest.raises(StorageError, match="cannot write the dataset"):
+            main("--input", "a.jsonl", "--output-prefix", prefix, *BYTE, "--workers", 1)
+    with pytest.raises(ConfigError, match="--output-prefix is empty"):
+        main("--input", "a.jsonl", "--output-prefix", "", *BYTE)
 
 
 def test_existing_output_is_not_replaced_unasked(folder, main):
@@ -228,7 +245,7 @@ def test_stopped_by_a_signal(folder, sent, code, workers):
         process.send_signal(sent)
         _, err = process.communicate(timeout=30)
     assert process.returncode == code
-    assert err.strip() in ("terminated", "interrupted")
+    assert err.splitlines()[1:] in (["terminated"], ["interrupted"])
     assert files(folder / "out") == []
 
 

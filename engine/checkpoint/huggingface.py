@@ -22,7 +22,7 @@ from engine.checkpoint.rectangles import Rectangle, Shape, differences
 from engine.checkpoint.storage import Entry, SafetensorsFile, Storage, Written, read_file, require_file, tensor_hash
 from engine.config import ModelConfig
 from engine.data.tokenizer import Tokenizer
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, StorageError
 
 SHARD_BYTES = 5 * 1000**3
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -237,13 +237,17 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: `target` exists and is not an empty directory.
+        StorageError: there can be no such directory.
     """
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists and is not empty; name another directory, or remove it")
     files, partial = Storage(), target.with_name(target.name + ".partial")
-    files.remove(partial)
-    files.make_directory(partial, exist_ok=True)
+    try:
+        files.remove(partial)
+        files.make_directory(partial, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the directory {target}: {error.strerror}; name another for --to") from error
     try:
         yield partial
         files.sync_directory(partial)

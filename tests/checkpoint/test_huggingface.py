@@ -17,7 +17,7 @@ from engine.checkpoint.rectangles import Rectangle
 from engine.checkpoint.storage import SafetensorsFile
 from engine.config import ModelConfig
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, StorageError
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
 from tests.checkpoint.checkpoint_cases import save_step
@@ -193,6 +193,12 @@ def test_an_existing_directory_is_never_touched(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == ["mine"]
     (tmp_path / "empty").mkdir()
     assert (export_(checkpoint, tmp_path / "empty") / "config.json").exists()
+
+
+def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Not a directory"), new_directory(tmp_path / "file" / "x"):
+        pass
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

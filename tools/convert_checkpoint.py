@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source: Path = options.source
     if not source.is_dir():
         raise CheckpointError(f"no such directory: --from {source}")
-    if (source / "manifest.json").exists() or (source / "checkpoints").exists() or source.name.startswith("step_"):
+    inside = source.name == "checkpoints" or source.name.startswith("step_")
+    if inside or (source / "manifest.json").exists() or (source / "checkpoints").exists():
         export_checkpoint(source, options.target, DTYPES[options.dtype or "bf16"])
     elif (source / "config.json").exists():
         if options.dtype:

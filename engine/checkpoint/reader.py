@@ -222,7 +222,7 @@ def find(run_dir: Path | str, report: Report = warn) -> Checkpoint | None:
 
 
 def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
-    """The checkpoint at `path`, or the newest one of the run directory `path`.
+    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`.
 
     Raises:
         CheckpointError: there is none.
@@ -232,7 +232,8 @@ def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
         raise CheckpointError(f"no such checkpoint directory: {path}")
     if (path / MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
         return Checkpoint(path)
-    found = find(path, report)
+    inside = path.name == "checkpoints" and not checkpoints_dir(path).is_dir()
+    found = find(path.parent if inside else path, report)
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint: neither {MANIFEST} nor a committed checkpoints/step_*")
     return found

@@ -361,6 +361,7 @@ def test_foreign_files_or_a_lonely_latest_are_not_a_fresh_start(tmp_path: Path) 
 
 def test_open_checkpoint_says_what_it_did_not_find(saved: Path, tmp_path: Path) -> None:
     assert open_checkpoint(saved).path.name == "step_00000002"
+    assert open_checkpoint(saved / "checkpoints").path.name == "step_00000002"
     assert open_checkpoint(saved / "checkpoints" / "step_00000001").state.step == 1
     with pytest.raises(CheckpointError, match=r"no such checkpoint directory: .*misspelt"):
         open_checkpoint(tmp_path / "misspelt")

@@ -56,7 +56,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_both_ways_and_the_next_command(
     convert: Callable[..., None], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert("--from", run_dir, "--to", tmp_path / "hf", "--dtype", "fp32")
+    convert("--from", run_dir / "checkpoints", "--to", tmp_path / "hf", "--dtype", "fp32")
     said = capsys.readouterr().out
     assert "exported 12 tensors" in said
     assert "(step 5)" in said

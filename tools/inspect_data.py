@@ -33,10 +33,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    if options.sample is not None and options.seq_length is None:
-        raise ConfigError(
-            "--sample needs --seq-length, and the seed and split of the run where they are not the default"
-        )
+    _check(options)
     report = _examine(options)
     if options.json:
         print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
@@ -63,6 +60,18 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
         samples = PretrainDataset([dataset], options.split, options.part, options.seq_length, options.seed)
         report["sample"] = inspection.sample(samples, options.sample, tokenizer)
     return report
+
+
+def _check(options: argparse.Namespace) -> None:
+    lowest = {"--head": (options.head, 0), "--document": (options.document, 0), "--sample": (options.sample, 0)}
+    lowest |= {"--seq-length": (options.seq_length, 1), "--vocab-size": (options.vocab_size, 1)}
+    for flag, (value, low) in lowest.items():
+        if value is not None and value < low:
+            raise ConfigError(f"{flag} = {value}; expected {low} or more")
+    if options.sample is not None and options.seq_length is None:
+        raise ConfigError(
+            "--sample needs --seq-length, and the seed and split of the run where they are not the default"
+        )
 
 
 def _vocab_size(data: IndexedDataset, tokenizer: Tokenizer | None) -> int | None:

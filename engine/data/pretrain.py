@@ -13,6 +13,7 @@ Legend: T tokens of a dataset's part, S sequence length.
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -196,10 +197,10 @@ def part_range(data: IndexedDataset, split: Sequence[float], part: Part) -> tupl
     """The tokens [begin, end) of a part: its share of the documents, counted cumulatively and rounded.
 
     Raises:
-        ConfigError: shares that are negative or all zero.
+        ConfigError: shares that are negative, not finite or all zero.
     """
-    if min(split) < 0 or sum(split) <= 0:
-        raise ConfigError(f"data.split = {list(split)}: shares must be >= 0 and not all zero")
+    if not all(math.isfinite(share) and share >= 0 for share in split) or sum(split) <= 0:
+        raise ConfigError(f"data.split = {list(split)}: shares must be finite, >= 0 and not all zero")
     total, at = sum(map(Fraction, split)), PARTS.index(part)
     cuts = [sum(map(Fraction, split[:k])) * data.num_documents / total for k in (at, at + 1)]
     begin, end = (data.document_start(int(cut + Fraction(1, 2))) for cut in cuts)

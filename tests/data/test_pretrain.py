@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -131,7 +132,7 @@ def test_a_part_without_documents_is_an_error_that_names_the_split(tmp_path):
         dataset(write(tmp_path / "empty", []))
 
 
-@pytest.mark.parametrize("split", [(-1, 1, 1), (0, 0, 0)])
+@pytest.mark.parametrize("split", [(-1, 1, 1), (0, 0, 0), (math.inf, 1, 1), (1, math.nan, 0)])
 def test_shares_that_make_no_sense(tmp_path, split):
     with pytest.raises(ConfigError, match=r"data\.split"):
         dataset(write(tmp_path / "web", [100]), split=split)

@@ -99,6 +99,10 @@ def test_a_sample_in_words(main, prefix, capsys):
     "arguments, error, message",
     [
         (["--sample", 1], ConfigError, "--sample needs --seq-length"),
+        (["--sample", -1, "--seq-length", 4], ConfigError, "--sample = -1; expected 0 or more"),
+        (["--head", -1], ConfigError, "--head = -1; expected 0 or more"),
+        (["--seq-length", 0, "--sample", 1], ConfigError, "--seq-length = 0; expected 1 or more"),
+        (["--vocab-size", 0, "--verify"], ConfigError, "--vocab-size = 0; expected 1 or more"),
         (["--document", 4], ConfigError, "--document 4: .* has 4 documents"),
         (["--verify", "--vocab-size", 120], DataFormatError, r"set\.bin: tokens\[14\] = 256; expected 0 \.\. 119"),
         (["--sample", 1, "--seq-length", 99], DataError, "seq_length = 99"),

@@ -36,9 +36,12 @@ class MemoryEstimate:
 
 
 def estimate(config: Config, table: ParameterTable, dp: int, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
-    """Memory of one rank: weights in `dtype`, fp32 gradients, fp32 moments (and master weights where the model is not
-    fp32) sharded over `dp`, what the backward pass keeps of one microbatch, and working space: the cross-entropy's chunk of
-    logits and the head's gradient, on a GPU also the CUDA context and the communication buffers."""
+    """Memory of one rank.
+
+    Weights are in `dtype`, gradients in fp32; fp32 moments (and master weights where the model is not fp32) are sharded
+    over `dp`; activations are what the backward pass keeps of one microbatch; the workspace is the cross-entropy's
+    chunk of logits and the head's gradient, on a GPU also the CUDA context and the communication buffers.
+    """
     size = table.local_size
     states = 2 if dtype == torch.float32 else 3
     tokens = config.batch.micro * config.data.seq_length

@@ -19,7 +19,7 @@ def check(config: Config, world_size: int) -> None:
     Files that are not on this machine are named, and are no error: the check may run elsewhere than the run.
 
     Raises:
-        ConfigError: the batch cannot be cut for so many ranks, the model cannot be exported, the tokenizer does not fit.
+        ConfigError: the batch cannot be cut for so many ranks, or model and tokenizer do not fit together.
         DataError: data that are here do not fit the run.
     """
     if world_size < 1:

@@ -14,7 +14,8 @@ from engine.train.step import batch_loss
 @torch.no_grad()
 def evaluate(model: Decoder, dataset: PretrainDataset, config: Config, world: World) -> float:
     """Mean loss per token, in nats, over the first `train.eval_steps` global batches of `dataset`."""
-    total = torch.zeros(2, device=world.device, dtype=torch.float64)
+    total = torch.zeros(1, device=world.device, dtype=torch.float64)
+    tokens = 0
     steps = batches(
         dataset,
         first_sample=0,
@@ -29,9 +30,9 @@ def evaluate(model: Decoder, dataset: PretrainDataset, config: Config, world: Wo
     )
     for microbatches in steps:
         for batch in microbatches:
-            loss = batch_loss(model, batch.to(world.device))
-            total += torch.stack((loss.double(), batch.loss_mask.sum(dtype=torch.float64).to(world.device)))
+            total += batch_loss(model, batch.to(world.device)).double()
+            tokens += batch.num_tokens
     if world.dp_group is not None:
         dist.all_reduce(total, group=world.dp_group)
-    loss_sum, tokens = total.tolist()
-    return loss_sum / tokens
+    (all_tokens,) = world.sum_on_host([tokens])
+    return total.item() / all_tokens

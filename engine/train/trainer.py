@@ -51,7 +51,7 @@ class Trainer:
         for microbatches in self._batches():
             step = self.progress.step + 1
             signalled = [int(stop.signal == known) for known in STOP_SIGNALS]
-            tokens, *signals = self.world.sum_on_host([_unmasked(microbatches), *signalled])
+            tokens, *signals = self.world.sum_on_host([sum(batch.num_tokens for batch in microbatches), *signalled])
             self.stopped_by = next(
                 (known.name for known, count in zip(STOP_SIGNALS, signals, strict=True) if count), None
             )
@@ -82,7 +82,3 @@ class Trainer:
             num_workers=config.data.num_workers,
             pin_memory=world.device.type == "cuda",
         )
-
-
-def _unmasked(microbatches: list[Batch]) -> int:
-    return sum(int(batch.loss_mask.sum()) for batch in microbatches)

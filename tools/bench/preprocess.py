@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = options.tokenizer_model or _mistral_model() or _trained_model(Path(folder), texts, options.quick)
         _describe(model, texts)
         _compare(model, texts)
-        _whole_tool(Path(folder), model, texts)
+        if options.quick:
+            print("left out with --quick: the whole program, whose start-up would be most of the time")
+        else:
+            _whole_tool(Path(folder), model, texts)
 
 
 def _describe(model: Path, texts: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ from engine.parallel.data import ShardedParameters
 from engine.train.step import train_step
 
 OPTIMIZER = OptimizerConfig()
+HIDDEN_SIZE = 256  # without a preset
 Step = Callable[[], float]
 """One training step; returns its loss."""
 
@@ -59,13 +60,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--preset", help="a size of engine/model/families.py instead of 6 layers, hidden 256")
-    return parser.parse_args()
+    args = parser.parse_args()
+    numbers = {"--vocab-size": min(args.vocab_size), "--threads": min(args.threads), "--rounds": args.rounds}
+    numbers |= {"--batch": args.batch, "--seq-length": args.seq_length, "--heads": args.heads}
+    for flag, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"{flag} {value}: expected 1 or more")
+    if HIDDEN_SIZE % (2 * args.heads):
+        raise ConfigError(f"--heads {args.heads}: hidden size {HIDDEN_SIZE} needs 1, 2, 4, ... or {HIDDEN_SIZE // 2}")
+    return args
 
 
 def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     if args.preset is None:
-        shape = {"num_layers": 6, "hidden_size": 256, "intermediate_size": 688, "max_position": args.seq_length}
-        heads = {"num_heads": args.heads, "num_kv_heads": args.heads, "head_dim": 256 // args.heads}
+        shape = {"num_layers": 6, "hidden_size": HIDDEN_SIZE, "intermediate_size": 688, "max_position": args.seq_length}
+        heads = {"num_heads": args.heads, "num_kv_heads": args.heads, "head_dim": HIDDEN_SIZE // args.heads}
         return ModelConfig(vocab_size=vocab_size, **shape, **heads)
     llamas = [name for name, size in PRESETS.items() if size["family"] == "llama" and "rope_scaling" not in size]
     if args.preset not in llamas:

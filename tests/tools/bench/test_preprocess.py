@@ -28,11 +28,13 @@ def model(tmp_path):
     return path
 
 
-def test_table(bench, model, capsys):
+def test_table(bench, model, capsys, tmp_path):
     bench.main(["--quick", "--tokenizer-model", str(model)])
     out = capsys.readouterr().out
-    for part in ("a.model: 500 pieces", "first pass", "second pass", "ids identical on all", "--workers 2"):
+    for part in ("a.model: 500 pieces", "first pass", "second pass", "ids identical on all", "left out with --quick"):
         assert part in out
+    bench._whole_tool(tmp_path, model, ["a text"] * 10)
+    assert "--encoder auto --workers 2" in capsys.readouterr().out
 
 
 def test_other_ids_are_a_failure(bench, model, monkeypatch):

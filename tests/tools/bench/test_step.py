@@ -48,3 +48,10 @@ def test_an_unknown_preset_names_those_that_work(program, arguments):
     arguments[-1] = "tinny"
     with pytest.raises(ConfigError, match=r"llama2-7b.*tiny"):
         program.main()
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--heads", "3"], ["--threads", "0"]])
+def test_numbers_that_cannot_be(program, arguments, flags):
+    arguments.extend(flags)
+    with pytest.raises(ConfigError, match=f"{flags[0]} {flags[1]}: "):
+        program.main()

@@ -81,7 +81,7 @@ def test_the_batches_do_not_depend_on_the_number_of_workers(workers):
             for name in ("tokens", "labels", "loss_mask", "positions"):
                 assert torch.equal(getattr(batch, name), getattr(expected, name))
                 assert getattr(batch, name).is_contiguous()
-            assert batch.cu_seqlens == expected.cu_seqlens
+            assert (batch.cu_seqlens, batch.num_tokens) == (expected.cu_seqlens, expected.num_tokens)
 
 
 @pytest.mark.parametrize("dp, micro", [(1, 8), (2, 1), (4, 2), (8, 1)])

@@ -131,7 +131,8 @@ def train(directory: Path, stop_after: int | None = None, log: Path | None = Non
     code = records(directory / "events.jsonl")[-1].get("code")
     if code != 75:
         sys.exit(f"quickstart: the interrupted run should have saved and ended with code 75, but has {code}")
-    print(f"    interrupted after step {max(losses(directory))}; rank exit code 75: saved, start me again")
+    print(f"    interrupted after step {max(losses(directory))}; the ranks ended with code 75: saved, start me again")
+    print("    (the traceback above is torchrun's own way to say that it got the signal)")
 
 
 def records(path: Path) -> list[dict]:

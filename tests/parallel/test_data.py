@@ -130,3 +130,15 @@ def skip() -> tuple[float, bool]:
 
 def test_a_nan_on_one_rank_skips_the_step_on_all():
     assert run_ranks(2, skip) == [(1.0, True), (1.0, True)]
+
+
+def test_gradients_below_the_limit_are_not_scaled():
+    def updated(limit: float) -> list[torch.Tensor]:
+        parameters = ShardedParameters(parameter_table(MODEL), torch.float32, torch.device("cpu"), None)
+        parameters.initialise(1)
+        optimizer = ShardedAdamW(parameters, OptimizerConfig(clip_grad=limit))
+        parameters.buckets[0].grad.fill_(1e-4)
+        optimizer.update(1, 1e-3)
+        return [shard.exp_avg.clone() for shard in optimizer.shards]
+
+    assert all(torch.equal(a, b) for a, b in zip(updated(1e6), updated(0.0), strict=True))

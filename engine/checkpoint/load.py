@@ -42,9 +42,7 @@ def _build(model: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype
     parameters = {}
     for parameter in parameter_table(model).parameters:
         values = torch.empty(parameter.shape, dtype=dtype, device=device)
-        row = 0
-        for tensor in parameter.tensors:
-            values[row : row + tensor.shape[0]] = read(tensor.name)
-            row += tensor.shape[0]
+        for tensor, part in parameter.split(values):
+            part.copy_(read(tensor.name))
         parameters[parameter.path] = nn.Parameter(values, requires_grad=False)
     return Decoder(model, parameters)

@@ -63,9 +63,8 @@ def generate(
             f"{len(prompt)} prompt tokens and {max_new_tokens} new ones are more than the model's "
             f"max_position = {limit}; shorten the prompt or lower --max-new-tokens"
         )
-    return _continue(
-        decoder, prompt, max_new_tokens, sampling, stop, vocab_size
-    )  # checked before the first is asked for
+    # a generator of its own, so that the checks above come before the first token is asked for
+    return _continue(decoder, prompt, max_new_tokens, sampling, stop, vocab_size)
 
 
 @torch.no_grad()

@@ -68,6 +68,11 @@ class LocalParameter:
     def decays(self) -> bool:
         return self.tensors[0].decays
 
+    def split(self, values: torch.Tensor) -> Iterator[tuple[LogicalTensor, torch.Tensor]]:
+        """Each logical tensor with its part of `values` (of this parameter's shape), a view."""
+        rows = [tensor.rectangle.extent[0] for tensor in self.tensors]
+        return zip(self.tensors, values.split(rows), strict=True)
+
 
 @dataclass(frozen=True)
 class ParameterTable:
@@ -108,11 +113,8 @@ def initialise(parameter: LocalParameter, out: torch.Tensor, seed: int) -> None:
     Element i of a logical tensor is a hash of (seed, name, i), so every layout starts from the same model and a rank
     computes only what it holds. Hash: splitmix64 (Steele et al. 2014); normal values by Box–Muller in double precision.
     """
-    row = 0
-    for tensor in parameter.tensors:
-        rows = tensor.rectangle.extent[0]
-        _fill(tensor, out[row : row + rows], seed)
-        row += rows
+    for tensor, part in parameter.split(out):
+        _fill(tensor, part, seed)
 
 
 def _fill(tensor: LogicalTensor, out: torch.Tensor, seed: int) -> None:

@@ -31,9 +31,8 @@ def new_decoder(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.fl
 
 def logical_state(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The logical tensors of `parameters`, by Hugging Face name."""
-    state = {}
-    for parameter in parameter_table(model).parameters:
-        rows = [tensor.rectangle.extent[0] for tensor in parameter.tensors]
-        parts = parameters[parameter.path].detach().split(rows)
-        state.update({tensor.name: part for tensor, part in zip(parameter.tensors, parts, strict=True)})
-    return state
+    return {
+        tensor.name: part
+        for parameter in parameter_table(model).parameters
+        for tensor, part in parameter.split(parameters[parameter.path].detach())
+    }

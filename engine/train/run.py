@@ -255,7 +255,8 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     if trainer.stopped_by:
         if saved_step < trainer.progress.step:
             _save(trainer, inputs, log)
-        text = f"stopped by {trainer.stopped_by} after step {trainer.progress.step}; the state is saved"
+        kept = "the state is saved" if trainer.progress.step else "there is nothing to save yet"
+        text = f"stopped by {trainer.stopped_by} after step {trainer.progress.step}; {kept}"
         raise _for_all(world, Interrupted(text))
     log.say(
         f"finished: {trainer.progress.step} steps, {trainer.progress.tokens:,} tokens; checkpoint in {config.run.dir}"

@@ -14,6 +14,7 @@ from engine.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    Interrupted,
     NonFiniteError,
     OutOfMemoryError,
 )
@@ -90,6 +91,13 @@ def test_every_stop_signal_saves(workspace, number):
     (account,) = run_until_signal(config, 1, step=2, number=number)
     assert account.startswith(f"stopped by {signal.Signals(number).name} after step")
     assert open_checkpoint(config.run.dir).state.step >= 2
+
+
+def test_a_stop_before_the_first_step_does_not_claim_a_checkpoint(workspace, monkeypatch):
+    monkeypatch.setattr("engine.train.run._evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="after step 0; there is nothing to save yet"):
+        train(run_config(workspace))
+    assert not (workspace / "run/checkpoints").exists()
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])

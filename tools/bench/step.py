@@ -22,6 +22,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
+from engine.checkpoint.hf_config import hf_config
 from engine.config import ModelConfig, OptimizerConfig
 from engine.data.loader import Batch
 from engine.errors import ConfigError, TriaxisError, run_program
@@ -119,11 +120,7 @@ def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, tor
     weights = {
         tensor.name: part.clone()
         for parameter in table.parameters
-        for tensor, part in zip(
-            parameter.tensors,
-            parameters.by_path[parameter.path].detach().split([t.rectangle.extent[0] for t in parameter.tensors]),
-            strict=True,
-        )
+        for tensor, part in parameter.split(parameters.by_path[parameter.path].detach())
     }
     optimizer = ShardedAdamW(parameters, OPTIMIZER)
     decoder = Decoder(model, parameters.by_path)
@@ -156,22 +153,9 @@ def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, t
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise ConfigError("this comparison needs transformers: pip install 'triaxis[hf]'") from None
-    settings: dict[str, Any] = {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "max_position_embeddings": model.max_position,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "tie_word_embeddings": False,
-        "use_cache": False,
-        "attn_implementation": attention,
-    }
-    llama: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    config: Any = LlamaConfig.from_dict(hf_config(model, dtype=torch.float32, bos_id=None, eos_id=None))
+    config.use_cache = False
+    llama: Any = LlamaForCausalLM._from_config(config, attn_implementation=attention)
     llama.load_state_dict(weights)
     llama.train()
     optimizer = torch.optim.AdamW(

@@ -32,7 +32,7 @@ from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import World, connect, disconnect
 from engine.parallel.table import ParameterTable
 from engine.plan.memory import estimate, require_fit
-from engine.plan.throughput import flops_per_token
+from engine.plan.throughput import FLOPS_FORMULA, flops_per_token, peak_tflops
 from engine.train.evaluate import evaluate
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
@@ -319,6 +319,8 @@ def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog) -
     log.say(config.to_yaml().rstrip())
     for line in describe(config, inputs.table, dp, memory):
         log.say(line)
+    peak = peak_tflops(world.device)
+    log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:
         log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
     log.event("layout", world_size=world.layout.world_size, dp=dp, device=str(world.device))
@@ -331,6 +333,7 @@ def describe(config: Config, table: ParameterTable, dp: int, memory: object) -> 
     flops = flops_per_token(config, table)
     return [
         f"model       {table.num_parameters:,} parameters, {flops / 1e9:.4g} GFLOP per token",
+        f"flops       {FLOPS_FORMULA}",
         f"layout      {dp} data-parallel rank(s)",
         f"batch       {batch.global_} sequences = {dp} rank(s) × {count} microbatch(es) × {batch.micro}; "
         f"{per_step:,} tokens per step",

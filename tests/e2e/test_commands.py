@@ -128,6 +128,7 @@ def test_check_tells_what_follows_from_the_7b_configuration():
     assert done.returncode == 0, done.stderr
     for part in (
         "6,738,415,616 parameters, 42.86 GFLOP per token",
+        "flops       6 · multiplying parameters + 6 · layers · sequence · heads · head size (causal attention)",
         "1024 sequences = 64 rank(s) × 16 microbatch(es) × 1; 4,194,304 tokens per step",
         "100,000 steps = 419,430,400,000 tokens",
         "58.9 GiB per rank (parameters 12.6, gradients 25.1, optimizer 1.2, activations 16.1, workspace 4.0)",

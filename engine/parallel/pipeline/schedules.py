@@ -1,0 +1,195 @@
+"""Pipeline schedules as data: which stage computes what, and in which order.
+
+A schedule is a value: for each stage a tuple of actions in execution order. It says nothing about sends, receives or
+tensors, because these follow from the order, so that one checker proves, one executor runs and one plot draws any of
+them, and a new schedule is a new function. Rejected: schedules as loops of computation and communication calls, in
+which the order can only be seen by running it.
+
+Stages and chunks: stage s holds `num_chunks` parts of the model. Chunk c of stage s is virtual stage
+`c * num_stages + s` (round robin, Narayanan et al. 2021), so every virtual stage sends its result to the next stage in
+the ring. Forward m of a virtual stage needs forward m of the one before; backward m needs forward m of its own and
+backward m of the one after.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain, pairwise
+
+from engine.errors import ConfigError
+
+
+class Kind(Enum):
+    """What an action computes; a backward is done in one (B), or in two parts (I, then W)."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One computation of a stage on one microbatch."""
+
+    kind: Kind
+    microbatch: int
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}{self.microbatch}" + (f".{self.chunk}" if self.chunk else "")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The actions of every stage, in execution order: `actions[stage]`."""
+
+    name: str
+    num_stages: int
+    num_microbatches: int
+    num_chunks: int
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def trains(self) -> bool:
+        """Whether every forward has a backward."""
+        return self.name != FORWARD_ONLY
+
+    def source(self, stage: int, action: Action) -> tuple[int, int] | None:
+        """(stage, chunk) whose result for the same microbatch `action` needs; None if the stage itself has it all."""
+        return self._neighbour(stage, action, -1 if action.kind is Kind.FORWARD else 1)
+
+    def target(self, stage: int, action: Action) -> tuple[int, int] | None:
+        """(stage, chunk) that needs the result of `action`; None where it stays."""
+        return self._neighbour(stage, action, 1 if action.kind is Kind.FORWARD else -1)
+
+    def _neighbour(self, stage: int, action: Action, step: int) -> tuple[int, int] | None:
+        virtual_stage = action.chunk * self.num_stages + stage + step
+        if action.kind is Kind.BACKWARD_WEIGHT or not 0 <= virtual_stage < self.num_stages * self.num_chunks:
+            return None
+        chunk, neighbour = divmod(virtual_stage, self.num_stages)
+        return neighbour, chunk
+
+
+def build(name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+    """The schedule called `name`: one of `SCHEDULES`, or `forward_only` for evaluation.
+
+    Raises:
+        ConfigError: no such schedule, or one that does not admit these numbers.
+    """
+    if name not in _BUILDERS:
+        raise ConfigError(f"parallel.schedule = {name}; expected one of {', '.join(SCHEDULES)}")
+    sizes = {
+        "parallel.pp": num_stages,
+        "parallel.virtual_stages": num_chunks,
+        "number of microbatches": num_microbatches,
+    }
+    for setting, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{setting} = {value}; a pipeline needs at least 1")
+    _check_chunks(name, num_chunks)
+    actions = tuple(
+        tuple(_BUILDERS[name](num_stages, stage, num_microbatches, num_chunks)) for stage in range(num_stages)
+    )
+    return Schedule(name, num_stages, num_microbatches, num_chunks, actions)
+
+
+def _gpipe(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
+    """All forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965).
+
+    Bubble (p − 1)/m of the ideal time; every microbatch is in flight at once.
+    """
+    for kind in (Kind.FORWARD, Kind.BACKWARD):
+        yield from (Action(kind, microbatch) for microbatch in range(num_microbatches))
+
+
+def _one_f_one_b(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
+    """As many forwards as there are stages below, then one forward and one backward in turn (Narayanan et al. 2021).
+
+    Bubble (p − 1)/m of the ideal time; at most `num_stages - stage` microbatches in flight.
+    """
+    forwards = [Action(Kind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
+    backwards = [(Action(Kind.BACKWARD, microbatch),) for microbatch in range(num_microbatches)]
+    return _in_turn(forwards, backwards, warmup=num_stages - 1 - stage)
+
+
+def _interleaved(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
+    """1F1B over several chunks per stage (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+
+    Any number of microbatches works, where the paper asks for a multiple of p: what is left over is spread over the
+    groups that go through the chunks together, so that the largest has g = ceil(m / floor(m/p)) microbatches, and
+    g = p for a multiple. Bubble (p − 1)/(v·m) of the ideal time for m >= p; at most
+    `2 * (p - 1 - stage) + (v - 1) * g + 1` chunks in flight. With m < p the only group (g = m) is too short for the
+    ring, which idles.
+    """
+    groups = _groups(num_stages, num_microbatches)
+    order = [(microbatch, chunk) for group in groups for chunk in range(num_chunks) for microbatch in group]
+    forwards = [Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order]
+    backwards = [(Action(Kind.BACKWARD, microbatch, num_chunks - 1 - chunk),) for microbatch, chunk in order]
+    first_backward = (num_chunks - 1) * max(map(len, groups))  # forwards of the last stage before it
+    return _in_turn(forwards, backwards, warmup=2 * (num_stages - 1 - stage) + first_backward)
+
+
+def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
+    """ZB-H1 (Qi et al. 2024, arXiv 2401.10241, section 2): 1F1B whose weight gradients wait `stage` microbatches.
+
+    What waits on a later stage, which has fewer forwards in flight, makes it hold as much as stage 0 (p microbatches),
+    lets the input gradients run ahead, and fills the end, where 1F1B idles.
+    """
+    forwards = [Action(Kind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
+    weights = [Action(Kind.BACKWARD_WEIGHT, microbatch) for microbatch in range(num_microbatches)]
+    backwards = [
+        (Action(Kind.BACKWARD_INPUT, microbatch), *weights[max(microbatch - stage, 0) : max(microbatch - stage + 1, 0)])
+        for microbatch in range(num_microbatches)
+    ]
+    left = weights[max(num_microbatches - stage, 0) :]
+    return chain(_in_turn(forwards, backwards, warmup=num_stages - 1 - stage), left)
+
+
+def _forward_only(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
+    """The forwards in the order of the interleaved schedule, for evaluation."""
+    for group in _groups(num_stages, num_microbatches):
+        yield from (Action(Kind.FORWARD, microbatch, chunk) for chunk in range(num_chunks) for microbatch in group)
+
+
+def _in_turn(forwards: Sequence[Action], backwards: Sequence[tuple[Action, ...]], warmup: int) -> Iterator[Action]:
+    """`warmup` forwards, then a forward and a backward in turn, then the backwards that are left."""
+    yield from forwards[:warmup]
+    for number, backward in enumerate(backwards):
+        yield from forwards[warmup + number : warmup + number + 1]
+        yield from backward
+
+
+def _groups(num_stages: int, num_microbatches: int) -> list[range]:
+    """Microbatches that go through all chunks together: as many groups of at least `num_stages` as there can be.
+
+    A group as long as the ring keeps it busy: its first microbatch comes back when its last has left.
+    """
+    num_groups = max(num_microbatches // num_stages, 1)
+    bounds = [num_microbatches * group // num_groups for group in range(num_groups + 1)]
+    return [range(first, last) for first, last in pairwise(bounds)]
+
+
+def _check_chunks(name: str, num_chunks: int) -> None:
+    if name == INTERLEAVED and num_chunks < 2:
+        raise ConfigError(
+            f"parallel.virtual_stages = {num_chunks} with parallel.schedule = interleaved; it needs at least 2 chunks "
+            "per stage: raise parallel.virtual_stages, or choose parallel.schedule = 1f1b"
+        )
+    if name not in (INTERLEAVED, FORWARD_ONLY) and num_chunks != 1:
+        raise ConfigError(
+            f"parallel.virtual_stages = {num_chunks} with parallel.schedule = {name}, which has one chunk per stage: "
+            "set parallel.virtual_stages = 1, or choose parallel.schedule = interleaved"
+        )
+
+
+INTERLEAVED = "interleaved"
+FORWARD_ONLY = "forward_only"
+_BUILDERS: dict[str, Callable[[int, int, int, int], Iterator[Action]]] = {
+    "gpipe": _gpipe,
+    "1f1b": _one_f_one_b,
+    INTERLEAVED: _interleaved,
+    "zero_bubble": _zero_bubble,
+    FORWARD_ONLY: _forward_only,
+}
+SCHEDULES = tuple(name for name in _BUILDERS if name != FORWARD_ONLY)  # what a user may choose for training

@@ -14,7 +14,7 @@ backward m of the one after.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain, pairwise
+from itertools import chain
 
 from engine.errors import ConfigError
 
@@ -116,25 +116,24 @@ def _one_f_one_b(num_stages: int, stage: int, num_microbatches: int, num_chunks:
 def _interleaved(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
     """1F1B over several chunks per stage (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
-    Any number of microbatches works, where the paper asks for a multiple of p: what is left over is spread over the
-    groups that go through the chunks together, so that the largest has g = ceil(m / floor(m/p)) microbatches, and
-    g = p for a multiple. Bubble (p − 1)/(v·m) of the ideal time for m >= p; at most
-    `2 * (p - 1 - stage) + (v - 1) * g + 1` chunks in flight. With m < p the only group (g = m) is too short for the
-    ring, which idles.
+    Bubble (p − 1)/(v·m) of the ideal time; at most `2 * (p - 1 - stage) + (v - 1) * p + 1` chunks in flight.
+    The paper asks for a multiple of p microbatches. Any other number takes the order of the next multiple and leaves
+    out what does not exist: the same bound in flight, and no slower than that multiple.
     """
-    groups = _groups(num_stages, num_microbatches)
-    order = [(microbatch, chunk) for group in groups for chunk in range(num_chunks) for microbatch in group]
+    order = _chunk_order(num_stages, num_microbatches, num_chunks)
     forwards = [Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order]
     backwards = [(Action(Kind.BACKWARD, microbatch, num_chunks - 1 - chunk),) for microbatch, chunk in order]
-    first_backward = (num_chunks - 1) * max(map(len, groups))  # forwards of the last stage before it
-    return _in_turn(forwards, backwards, warmup=2 * (num_stages - 1 - stage) + first_backward)
+    actions = _in_turn(forwards, backwards, warmup=2 * (num_stages - 1 - stage) + (num_chunks - 1) * num_stages)
+    return (action for action in actions if action.microbatch < num_microbatches)
 
 
 def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
     """ZB-H1 (Qi et al. 2024, arXiv 2401.10241, section 2): 1F1B whose weight gradients wait `stage` microbatches.
 
-    What waits on a later stage, which has fewer forwards in flight, makes it hold as much as stage 0 (p microbatches),
-    lets the input gradients run ahead, and fills the end, where 1F1B idles.
+    Later stages have fewer forwards in flight; what waits makes them hold as much as stage 0, p microbatches. It lets
+    the input gradients run ahead, and fills the end, where 1F1B idles. The bubble is the paper's
+    (p − 1)(T_F + T_B − T_W), with T_B for the input gradient, exactly when m >= p and neither T_F nor T_B is below T_W;
+    with m < p microbatches it is (p − m)·T_W more.
     """
     forwards = [Action(Kind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
     weights = [Action(Kind.BACKWARD_WEIGHT, microbatch) for microbatch in range(num_microbatches)]
@@ -148,8 +147,8 @@ def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks:
 
 def _forward_only(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
     """The forwards in the order of the interleaved schedule, for evaluation."""
-    for group in _groups(num_stages, num_microbatches):
-        yield from (Action(Kind.FORWARD, microbatch, chunk) for chunk in range(num_chunks) for microbatch in group)
+    order = _chunk_order(num_stages, num_microbatches, num_chunks)
+    return (Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order if microbatch < num_microbatches)
 
 
 def _in_turn(forwards: Sequence[Action], backwards: Sequence[tuple[Action, ...]], warmup: int) -> Iterator[Action]:
@@ -160,14 +159,18 @@ def _in_turn(forwards: Sequence[Action], backwards: Sequence[tuple[Action, ...]]
         yield from backward
 
 
-def _groups(num_stages: int, num_microbatches: int) -> list[range]:
-    """Microbatches that go through all chunks together: as many groups of at least `num_stages` as there can be.
+def _chunk_order(num_stages: int, num_microbatches: int, num_chunks: int) -> list[tuple[int, int]]:
+    """(microbatch, chunk) in the order of the forwards: `num_stages` microbatches through all chunks, then the next.
 
-    A group as long as the ring keeps it busy: its first microbatch comes back when its last has left.
+    A group as long as the ring keeps it busy: its first microbatch comes back when its last has left. The last group is
+    filled up with microbatches that do not exist.
     """
-    num_groups = max(num_microbatches // num_stages, 1)
-    bounds = [num_microbatches * group // num_groups for group in range(num_groups + 1)]
-    return [range(first, last) for first, last in pairwise(bounds)]
+    return [
+        (microbatch, chunk)
+        for first in range(0, num_microbatches, num_stages)
+        for chunk in range(num_chunks)
+        for microbatch in range(first, first + num_stages)
+    ]
 
 
 def _check_chunks(name: str, num_chunks: int) -> None:

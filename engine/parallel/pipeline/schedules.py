@@ -117,14 +117,14 @@ def _interleaved(num_stages: int, stage: int, num_microbatches: int, num_chunks:
     """1F1B over several chunks per stage (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
     Bubble (p − 1)/(v·m) of the ideal time; at most `2 * (p - 1 - stage) + (v - 1) * p + 1` chunks in flight.
-    The paper asks for a multiple of p microbatches. Any other number takes the order of the next multiple and leaves
-    out what does not exist: the same bound in flight, and no slower than that multiple.
+    The paper asks for a multiple of p microbatches. Any other number takes the order of the next multiple without its
+    first microbatches: no more in flight, and no slower than that multiple.
     """
     order = _chunk_order(num_stages, num_microbatches, num_chunks)
     forwards = [Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order]
     backwards = [(Action(Kind.BACKWARD, microbatch, num_chunks - 1 - chunk),) for microbatch, chunk in order]
     actions = _in_turn(forwards, backwards, warmup=2 * (num_stages - 1 - stage) + (num_chunks - 1) * num_stages)
-    return (action for action in actions if action.microbatch < num_microbatches)
+    return (action for action in actions if action.microbatch >= 0)
 
 
 def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
@@ -148,7 +148,7 @@ def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks:
 def _forward_only(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
     """The forwards in the order of the interleaved schedule, for evaluation."""
     order = _chunk_order(num_stages, num_microbatches, num_chunks)
-    return (Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order if microbatch < num_microbatches)
+    return (Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order if microbatch >= 0)
 
 
 def _in_turn(forwards: Sequence[Action], backwards: Sequence[tuple[Action, ...]], warmup: int) -> Iterator[Action]:
@@ -162,12 +162,12 @@ def _in_turn(forwards: Sequence[Action], backwards: Sequence[tuple[Action, ...]]
 def _chunk_order(num_stages: int, num_microbatches: int, num_chunks: int) -> list[tuple[int, int]]:
     """(microbatch, chunk) in the order of the forwards: `num_stages` microbatches through all chunks, then the next.
 
-    A group as long as the ring keeps it busy: its first microbatch comes back when its last has left. The last group is
-    filled up with microbatches that do not exist.
+    A group as long as the ring keeps it busy: its first microbatch comes back when its last has left. The first group
+    is filled up with microbatches below 0, which do not exist; at the start the ring idles anyway.
     """
     return [
         (microbatch, chunk)
-        for first in range(0, num_microbatches, num_stages)
+        for first in range(-(-num_microbatches % num_stages), num_microbatches, num_stages)
         for chunk in range(num_chunks)
         for microbatch in range(first, first + num_stages)
     ]

@@ -1,0 +1,151 @@
+"""Pictures of pipeline timelines, simulated or measured: as an image, and as text for a terminal.
+
+A timeline says for each stage when which action runs (`engine.parallel.pipeline.check`). Rejected: a trace file for a
+browser's viewer, which cannot put schedules below each other on one time axis.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+from engine.parallel.pipeline.check import Span, Timeline, bubble_fraction
+from engine.parallel.pipeline.schedules import Action, Kind
+
+Colour = tuple[float, float, float]
+
+_COLOURS: dict[Kind, Colour] = {
+    Kind.FORWARD: (0.38, 0.58, 0.84),
+    Kind.BACKWARD: (0.42, 0.70, 0.42),
+    Kind.BACKWARD_INPUT: (0.22, 0.70, 0.68),
+    Kind.BACKWARD_WEIGHT: (0.94, 0.67, 0.32),
+}
+_NAMES = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.BACKWARD_INPUT: "backward, inputs",
+    Kind.BACKWARD_WEIGHT: "backward, weights",
+}
+_LIGHTEST = 0.6  # share of white in the last chunk's colour
+_BOX_INCHES, _ROW_INCHES = 0.2, 0.3
+_MOST_INCHES = 24.0
+_SMALLEST_FONT, _LARGEST_FONT = 3.5, 9.0  # points; boxes too narrow for their number stay empty
+_DIGIT = 0.6  # width of a digit in parts of the font's size
+
+
+def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
+    """Draw a panel for each title, below each other on a common time axis, and write the picture to `path`.
+
+    Stages are rows, actions are boxes with the number of their microbatch; of several chunks, later ones are lighter.
+
+    Raises:
+        ConfigError: matplotlib is missing, or knows no such kind of file.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("a picture needs matplotlib: pip install 'triaxis[dev]'") from None
+    known = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix[1:] not in known:
+        raise ConfigError(f"picture {path}: expected a name that ends in .{', .'.join(known)}")
+    rows = [len(timeline) for timeline in timelines.values()]
+    width = max(map(_inches, timelines.values()))
+    figure = Figure((width, 0.8 + sum(0.5 + _ROW_INCHES * count for count in rows)), layout="constrained")
+    panels = figure.subplots(len(rows), sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    end = max(span.end - _start(timeline) for timeline in timelines.values() for span in _spans(timeline))
+    for panel, (title, timeline) in zip(panels, timelines.items(), strict=True):
+        panel.set_title(f"{title}: bubble {bubble_fraction(timeline):.1%}", loc="left", fontsize=10, fontweight="bold")
+        _draw_boxes(panel, timeline)
+        _number_boxes(panel, timeline, points=0.93 * width * 72 / end)
+    panels[-1].set(xlim=(0, end), xlabel="time")
+    _add_legend(figure, [span.action for timeline in timelines.values() for span in _spans(timeline)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def text(timeline: Timeline) -> str:
+    """The timeline in characters: one row per stage, one column per shortest action; dots are idle.
+
+    Times are rounded to columns, so that the picture is exact where all durations are multiples of the shortest.
+    """
+    start, unit = _start(timeline), min(span.end - span.start for span in _spans(timeline))
+    width = 1 + max(len(str(span.action)) for span in _spans(timeline))
+    num_columns = max(_column(span.end - start, unit) for span in _spans(timeline))
+    rows = []
+    for stage, spans in enumerate(timeline):
+        cells = [".".ljust(width)] * num_columns
+        for span in spans:
+            first, last = _column(span.start - start, unit), _column(span.end - start, unit)
+            box = str(span.action).ljust((last - first) * width - 1, "-" if last - first > 1 else " ") + " "
+            cells[first:last] = [box] + [""] * (last - first - 1)
+        rows.append(f"stage {stage:<{len(str(len(timeline)))}}  {''.join(cells)}".rstrip())
+    return "\n".join(rows)
+
+
+def _spans(timeline: Timeline) -> list[Span]:
+    return [span for spans in timeline for span in spans]
+
+
+def _start(timeline: Timeline) -> float:
+    return min(span.start for span in _spans(timeline))
+
+
+def _column(time: float, unit: float) -> int:
+    return int(time / unit + 0.5)  # not `round`, which would round 0.5 and 1.5 apart by 2
+
+
+def _short(timeline: Timeline) -> float:
+    """The duration that all but a tenth of the actions have: the shortest, without the outliers of a measurement."""
+    durations = sorted(span.end - span.start for span in _spans(timeline))
+    return durations[len(durations) // 10]
+
+
+def _inches(timeline: Timeline) -> float:
+    """Width of a picture in which the numbers in short boxes can be read."""
+    boxes = (max(span.end for span in _spans(timeline)) - _start(timeline)) / _short(timeline)
+    return min(max(8.0, 0.8 + _BOX_INCHES * boxes), _MOST_INCHES)
+
+
+def _draw_boxes(panel: Any, timeline: Timeline) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    start, last_chunk = _start(timeline), max(span.action.chunk for span in _spans(timeline))
+    boxes, colours = [], []
+    for stage, spans in enumerate(timeline):
+        for span in spans:
+            boxes.append(Rectangle((span.start - start, stage - 0.42), span.end - span.start, 0.84))
+            colours.append(_lighter(_COLOURS[span.action.kind], _LIGHTEST * span.action.chunk / max(last_chunk, 1)))
+    panel.add_collection(PatchCollection(boxes, facecolor=colours, edgecolor="white", linewidth=0.4))
+    panel.set(ylim=(len(timeline) - 0.5, -0.5), facecolor="0.94")
+    panel.set_yticks(range(len(timeline)), [f"stage {stage}" for stage in range(len(timeline))], fontsize=8)
+    panel.tick_params(axis="y", length=0)
+    panel.spines[:].set_visible(False)
+
+
+def _number_boxes(panel: Any, timeline: Timeline, points: float) -> None:
+    """Write microbatch numbers in one size; `points` is the width of a unit of time."""
+    digits = max(len(str(span.action.microbatch)) for span in _spans(timeline))
+    size = min(points * _short(timeline) / (digits * _DIGIT + 0.2), _LARGEST_FONT)
+    for stage, stage_spans in enumerate(timeline if size >= _SMALLEST_FONT else ()):
+        for span in stage_spans:
+            number = str(span.action.microbatch)
+            if len(number) * _DIGIT * size <= points * (span.end - span.start):
+                middle = (span.start + span.end) / 2 - _start(timeline)
+                panel.text(middle, stage, number, fontsize=size, ha="center", va="center_baseline")
+
+
+def _lighter(colour: Colour, white: float) -> Colour:
+    red, green, blue = (white + (1 - white) * part for part in colour)
+    return red, green, blue
+
+
+def _add_legend(figure: Any, actions: list[Action]) -> None:
+    from matplotlib.patches import Patch
+
+    kinds = {action.kind for action in actions}
+    patches = [Patch(color=_COLOURS[kind], label=_NAMES[kind]) for kind in Kind if kind in kinds]
+    if any(action.chunk for action in actions):
+        patches.append(Patch(color=_lighter(_COLOURS[Kind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)

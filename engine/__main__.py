@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.epilog, command.allow_abbrev = EPILOG, False
         command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
     check.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
+    check.add_argument("--gpu-memory-gib", type=float, default=80, metavar="N", help="of each GPU (default 80)")
+    check.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
     show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
     options, overrides = parser.parse_known_args(arguments)
 
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.command == "check":
         from engine.train.check import check as check_config
 
-        check_config(config, options.world_size)
+        check_config(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
     else:
         from engine.train.run import train as train_config
 

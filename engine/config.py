@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from engine.errors import ConfigError
 
@@ -31,6 +31,7 @@ class RunConfig(Section):
     seed: int = Field(1234, description="seed of initial weights and of the order of the samples")
     resume: str = Field("auto", description="auto (newest checkpoint in run.dir), never, or a checkpoint directory")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    deterministic: bool = Field(False, description="bitwise repeats on a GPU, at some cost; a CPU always repeats")
 
 
 class RopeScaling(Section):
@@ -70,6 +71,30 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
 
 
+class ParallelConfig(Section):
+    """How the model is cut. Data parallelism takes the ranks that tp and pp leave: dp = ranks / (tp · pp)."""
+
+    tp: PositiveInt | Literal["auto"] = Field(
+        1, description="tensor-parallel ranks, within a node; auto: see `engine/plan/layouts.py`"
+    )
+    pp: PositiveInt | Literal["auto"] = Field(1, description="pipeline stages; auto: see `engine/plan/layouts.py`")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field("1f1b", description="order of a pipeline")
+    virtual_stages: PositiveInt = Field(1, description="parts of the model on each stage, for the interleaved schedule")
+    layers_per_stage: tuple[NonNegativeInt, ...] | None = Field(
+        None, description="layers of each stage (each part, in model order, with virtual stages); null: by cost"
+    )
+    sharded_optimizer: bool = Field(True, description="optimizer state is divided among the data-parallel ranks")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in the backward pass: none; selective (attention and the outputs of norms "
+        "and activation functions); full (all but the input of each layer)",
+    )
+    recompute_layers: PositiveInt | None = Field(
+        None, description="recompute only in so many layers of each stage (each part); null: in all"
+    )
+    compile: bool = Field(False, description="torch.compile each layer: saves time on GPUs, costs it on CPUs")
+
+
 class PrecisionConfig(Section):
     mode: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
 
@@ -99,6 +124,7 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    moments: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the two moments are kept")
 
 
 class LrScheduleConfig(Section):
@@ -112,6 +138,7 @@ class TrainConfig(Section):
     steps: PositiveInt
     eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates only at the end")
     eval_steps: int = Field(0, ge=0, description="global batches per evaluation; 0 never evaluates")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits in the training loss")
     max_nonfinite_steps: PositiveInt = Field(
         3,
         description="give up after so many consecutive steps with NaN or infinite gradients (each is skipped)",
@@ -134,6 +161,7 @@ class Config(Section):
     task: Literal["pretrain"] = "pretrain"
     run: RunConfig = RunConfig()
     model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     data: DataConfig
     batch: BatchConfig
@@ -323,7 +351,7 @@ def _did_you_mean(name: str, known: Any) -> str:
 
 def _cross_checks(config: Config) -> list[str]:
     """Problems that concern more than one setting."""
-    model, data, schedule = config.model, config.data, config.lr_schedule
+    model, data, schedule, parallel = config.model, config.data, config.lr_schedule, config.parallel
     checks = [
         (
             model.num_heads % model.num_kv_heads != 0,
@@ -358,6 +386,25 @@ def _cross_checks(config: Config) -> list[str]:
             schedule.warmup_steps + (schedule.decay_steps or 0) > config.train.steps,
             f"lr_schedule.warmup_steps + decay_steps = {schedule.warmup_steps + (schedule.decay_steps or 0)} is more "
             f"than train.steps = {config.train.steps}",
+        ),
+        (
+            (parallel.virtual_stages > 1) != (parallel.schedule == "interleaved"),
+            f"parallel.virtual_stages = {parallel.virtual_stages} and parallel.schedule = {parallel.schedule}: the "
+            "interleaved schedule, and only that one, needs virtual_stages of at least 2",
+        ),
+        (
+            parallel.recompute_layers is not None and parallel.recompute == "none",
+            f"parallel.recompute_layers = {parallel.recompute_layers} needs parallel.recompute = selective or full",
+        ),
+        (
+            parallel.compile and parallel.schedule == "zero_bubble",
+            "parallel.compile = true compiles both halves of the backward pass into one, which parallel.schedule = "
+            "zero_bubble needs apart; choose one of the two",
+        ),
+        (
+            config.optimizer.moments == "bf16" and config.optimizer.betas[1] > 0.99,
+            f"optimizer.moments = bf16 cannot follow betas[1] = {config.optimizer.betas[1]}: a change below 0.4 % is "
+            "rounded away; use betas[1] <= 0.99 or moments = fp32",
         ),
         (
             not all(0 <= beta < 1 for beta in config.optimizer.betas),

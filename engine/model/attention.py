@@ -10,34 +10,54 @@ import torch
 from torch import nn
 
 from engine.config import ModelConfig
-from engine.model.layers import Linear, Norm, Parameters
+from engine.model.layers import ColumnLinear, Norm, Parameters, RowLinear
+from engine.model.parameters import kv_share
 from engine.ops.attention import attention, attention_with_cache
 from engine.ops.rope import apply_rope
+from engine.parallel.layout import TensorParallel
+from engine.parallel.recompute import again
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [t, n, d], k [t, n_kv, d], v [t, n_kv, d]) -> [t, n, d]"""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with fused q, k and v."""
+    """Grouped-query attention with fused q, k and v, over this rank's heads. `recompute` forgets all between the
+    projections."""
 
-    def __init__(self, model: ModelConfig, parameters: Parameters, path: str, layer: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        parameters: Parameters,
+        path: str,
+        layer: int,
+        tp: TensorParallel,
+        *,
+        recompute: bool,
+    ) -> None:
         super().__init__()
         self.layer = layer
-        self.heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        kv_heads = kv_share(model, tp)[1]
+        self.heads = (model.num_heads // tp.size, kv_heads, kv_heads)
         self.head_dim = model.head_dim
-        self.qkv = Linear(parameters, f"{path}.qkv")
-        self.output = Linear(parameters, f"{path}.output")
+        self.recompute = recompute
+        self.qkv = ColumnLinear(parameters, f"{path}.qkv", tp)
+        self.output = RowLinear(parameters, f"{path}.output", tp)
         self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps) if model.qk_norm else None
         self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps) if model.qk_norm else None
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), self.head_dim))  # [t, n + 2 n_kv, d]
-        q, k, v = qkv.split(self.heads, dim=1)
+        qkv = self.qkv(x)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
+        if self.recompute and torch.is_grad_enabled():
+            return self.output(again(self._attend, qkv, cos, sin, attend))
+        return self.output(self._attend(qkv, cos, sin, attend))
+
+    def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        q, k, v = qkv.unflatten(-1, (sum(self.heads), self.head_dim)).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return self.output(attend(self.layer, q, k, v).flatten(1))
+        return attend(self.layer, q, k, v).flatten(1)  # [t, n d]
 
 
 def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> Attend:

@@ -1,94 +1,151 @@
-"""The decoder: one class for every family, driven by `ModelConfig`.
+"""The decoder: one class for every family, driven by `ModelConfig`, and for every part of a pipeline.
 
 Activations are [t, h]: all tokens of a microbatch, sequence after sequence. Only attention knows where a sequence
 ends, so nothing else has a batch dimension, and sequence parallelism is a split of dim 0.
 
-Shapes: t = s·b tokens, h hidden, f feed-forward, n heads, d head size, v vocabulary.
+Shapes: t = s·b tokens, h hidden, f feed-forward, n heads, d head size, v vocabulary; /tp on the ranks that share a layer.
 """
+
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, attend_within
-from engine.model.layers import Linear, Norm, Parameters
-from engine.ops.cross_entropy import linear_cross_entropy
+from engine.model.layers import ColumnLinear, Embedding, Head, Norm, Parameters, RowLinear
+from engine.model.parameters import whole_model
 from engine.ops.rope import rope_tables
 from engine.ops.swiglu import swiglu
+from engine.parallel.layout import ALONE, TensorParallel
+from engine.parallel.pipeline.partition import Part
+from engine.parallel.recompute import again, forgotten
 
 
 class FeedForward(nn.Module):
-    """SwiGLU with fused gate and up, or a GELU layer."""
+    """SwiGLU with fused gate and up, or a GELU layer. `recompute` forgets the output of the activation function."""
 
-    def __init__(self, model: ModelConfig, parameters: Parameters, path: str) -> None:
+    def __init__(
+        self, model: ModelConfig, parameters: Parameters, path: str, tp: TensorParallel, *, recompute: bool
+    ) -> None:
         super().__init__()
         self.gated = model.activation == "swiglu"
-        self.up = Linear(parameters, f"{path}.up")
-        self.down = Linear(parameters, f"{path}.down")
+        self.recompute = recompute
+        self.up = ColumnLinear(parameters, f"{path}.up", tp)
+        self.down = RowLinear(parameters, f"{path}.down", tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up = self.up(x)  # [t, 2f] or [t, f]
-        return self.down(swiglu(up) if self.gated else F.gelu(up, approximate="tanh"))
+        up = self.up(x)  # [t, 2f/tp] or [t, f/tp]
+        inner = self._activate(up)
+        with forgotten(inner, lambda: self._activate(up)) if self.recompute else nullcontext():
+            return self.down(inner)
+
+    def _activate(self, up: torch.Tensor) -> torch.Tensor:
+        return swiglu(up) if self.gated else F.gelu(up, approximate="tanh")
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream [t/tp, h].
 
-    def __init__(self, model: ModelConfig, parameters: Parameters, layer: int) -> None:
+    With `recompute`, attention itself and the outputs of norms and of the activation function are not kept.
+    """
+
+    def __init__(
+        self, model: ModelConfig, parameters: Parameters, layer: int, tp: TensorParallel, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         path = f"layers.{layer}"
+        self.recompute = recompute
         self.attention_norm = Norm(parameters, f"{path}.attention_norm", model.norm_eps)
-        self.attention = Attention(model, parameters, f"{path}.attention", layer)
+        self.attention = Attention(model, parameters, f"{path}.attention", layer, tp, recompute=recompute)
         self.mlp_norm = Norm(parameters, f"{path}.mlp_norm", model.norm_eps)
-        self.mlp = FeedForward(model, parameters, f"{path}.mlp")
+        self.mlp = FeedForward(model, parameters, f"{path}.mlp", tp, recompute=recompute)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        normed = self.attention_norm(x)
+        with forgotten(normed, lambda: self.attention_norm(x)) if self.recompute else nullcontext():
+            middle = x + self.attention(normed, cos, sin, attend)
+        normed = self.mlp_norm(middle)
+        with forgotten(normed, lambda: self.mlp_norm(middle)) if self.recompute else nullcontext():
+            return middle + self.mlp(normed)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and head."""
+    """Embedding, blocks, final norm and head; or the part of them that `part` names.
 
-    def __init__(self, model: ModelConfig, parameters: Parameters) -> None:
+    Args:
+        parameters: this rank's tensors by path; see `parameters.py`.
+        tp: the ranks that share each layer.
+        parallel: which layers are recomputed, and whether they are compiled.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parameters: Parameters,
+        part: Part | None = None,
+        tp: TensorParallel = ALONE,
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (immutable)
+    ) -> None:
         super().__init__()
+        part = part or whole_model(model)
         self.config = model
-        self.embedding = parameters["embedding.weight"]
-        self.layers = nn.ModuleList(Block(model, parameters, layer) for layer in range(model.num_layers))
-        self.norm = Norm(parameters, "norm", model.norm_eps)
-        self.head = self.embedding if model.tie_embeddings else parameters["head.weight"]
+        self.embedding = Embedding(model, parameters, tp) if part.embeds else None
+        recomputed = part.layers[: parallel.recompute_layers] if parallel.recompute != "none" else range(0)
+        selective = parallel.recompute == "selective"
+        self.layers = nn.ModuleList(
+            Block(model, parameters, layer, tp, recompute=selective and layer in recomputed) for layer in part.layers
+        )
+        self.fully_recomputed = 0 if selective else len(recomputed)
+        self.head = Head(model, parameters, tp) if part.predicts else None
+        if parallel.compile:
+            for block in self.layers:
+                block.forward = torch.compile(block.forward)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Hidden states after the final norm.
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states, before the final norm.
 
         Args:
-            tokens: [t] int64.
+            x: [t] int64 tokens where this part embeds them, else hidden states [t/tp, h].
             positions: [t] int64, each token's place in its document.
             attend: how the tokens attend; see `attention.py`.
 
         Returns:
-            [t, h] in the parameters' dtype.
+            [t/tp, h] in the parameters' dtype.
         """
         config = self.config
         cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        x = F.embedding(tokens, self.embedding)  # [t, h]
-        for layer in self.layers:
-            x = layer(x, cos, sin, attend)
-        return self.norm(x)
+        if self.embedding is not None:
+            x = self.embedding(x)
+        for index, layer in enumerate(self.layers):
+            if index < self.fully_recomputed and torch.is_grad_enabled():
+                x = again(layer, x, cos, sin, attend)
+            else:
+                x = layer(x, cos, sin, attend)
+        return x
 
     def loss(
         self,
-        tokens: torch.Tensor,
+        x: torch.Tensor,
         positions: torch.Tensor,
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
         cu_seqlens: tuple[int, ...],
+        z_loss: float = 0.0,
     ) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the unmasked tokens; a fp32 scalar. All tensors are [t]."""
-        hidden = self(tokens, positions, attend_within(cu_seqlens, self.config.sliding_window))
-        return linear_cross_entropy(hidden, self.head, labels, loss_mask)
+        """Cross-entropy in nats, summed over the unmasked tokens; a fp32 scalar. `x` as in `forward`, the others [t]."""
+        assert self.head is not None, "only the part with the head has a loss"
+        hidden = self(x, positions, attend_within(cu_seqlens, self.config.sliding_window))
+        loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss)
+        return loss
+
+    def units(self) -> Iterator[nn.Module]:
+        """The modules that hold the parameters, in the order in which they run."""
+        yield from (unit for unit in (self.embedding, *self.layers, self.head) if unit is not None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[t, v] for hidden states [t, h]."""
-        return F.linear(hidden, self.head)
+        """[t, v] for hidden states [t, h] that `forward` returned; without tensor parallelism."""
+        assert self.head is not None, "only the part with the head has logits"
+        return F.linear(self.head.norm(hidden), self.head.weight)

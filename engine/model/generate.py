@@ -76,7 +76,8 @@ def _continue(
     stop: frozenset[int],
     vocab_size: int | None,
 ) -> Iterator[int]:
-    embedding = decoder.embedding
+    assert decoder.embedding is not None
+    embedding = decoder.embedding.weight
     cache = KeyValueCache(decoder.config, len(prompt) + max_new_tokens, embedding.dtype, embedding.device)
     random = torch.Generator(device=embedding.device).manual_seed(sampling.seed)
     tokens = torch.tensor(prompt, device=embedding.device)

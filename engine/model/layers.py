@@ -1,7 +1,10 @@
-"""Modules that hold parameters: linear, norm and embedding.
+"""Modules that hold parameters: linear layers, norm, embedding and head.
 
 A module takes its tensors out of a mapping from path to parameter, so that shapes are stated once (in the parameter
-table) and the same modules run on views of training buffers and on tensors read from a file.
+table) and the same modules run on views of training buffers and on tensors read from a file. `tp` says with whom the
+layer is shared; alone, all of them are plain.
+
+Legend: t tokens, h hidden size, v vocabulary.
 """
 
 from collections.abc import Mapping
@@ -9,22 +12,32 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from engine.ops.linear import linear
+from engine.config import ModelConfig
 from engine.ops.norm import layer_norm, rms_norm
+from engine.parallel.layout import TensorParallel
+from engine.parallel.tensor import column_linear, row_linear, vocabulary_cross_entropy, vocabulary_embedding
 
 Parameters = Mapping[str, nn.Parameter]
 
 
-class Linear(nn.Module):
-    """`x @ weight.T + bias`; the bias exists where the table has one."""
+class ColumnLinear(nn.Module):
+    """`x @ weight.T + bias`, cut by output features: [t/tp, in] -> [t, out/tp]. The bias exists where the table has one."""
 
-    def __init__(self, parameters: Parameters, path: str) -> None:
+    def __init__(self, parameters: Parameters, path: str, tp: TensorParallel) -> None:
         super().__init__()
         self.weight = parameters[f"{path}.weight"]
         self.bias = parameters.get(f"{path}.bias")
+        self.tp = tp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return column_linear(x, self.weight, self.bias, self.tp)
+
+
+class RowLinear(ColumnLinear):
+    """`x @ weight.T + bias`, cut by input features: [t, in/tp] -> [t/tp, out]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return row_linear(x, self.weight, self.bias, self.tp)
 
 
 class Norm(nn.Module):
@@ -40,3 +53,33 @@ class Norm(nn.Module):
         if self.bias is None:
             return rms_norm(x, self.weight, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Embedding(nn.Module):
+    """Tokens [t] -> hidden states [t/tp, h]."""
+
+    def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel) -> None:
+        super().__init__()
+        self.weight = parameters["embedding.weight"]
+        self.vocab_size, self.tp = model.vocab_size, tp
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return vocabulary_embedding(tokens, self.weight, self.vocab_size, self.tp)
+
+
+class Head(nn.Module):
+    """Final norm, projection to the vocabulary and loss."""
+
+    def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel) -> None:
+        super().__init__()
+        self.norm = Norm(parameters, "norm", model.norm_eps)
+        self.weight = parameters["embedding.weight" if model.tie_embeddings else "head.weight"]
+        self.vocab_size, self.tp = model.vocab_size, tp
+
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, z_loss: float = 0.0
+    ) -> torch.Tensor:
+        """Loss in nats, summed over the unmasked tokens; `x` [t/tp, h], `labels` and `loss_mask` [t]."""
+        return vocabulary_cross_entropy(
+            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss=z_loss
+        )

@@ -5,6 +5,8 @@ only scales. Rejected: recomputing the logits in the backward (a third more arit
 vocabulary (no faster on a CPU, and they need a second sweep for the sum of the exponentials).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +19,48 @@ _CHUNK_ELEMENTS_CPU = 2**23  # logits at a time: 32 MB stay in the last cache an
 _CHUNK_ELEMENTS_GPU = 2**28
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-    """Sum over tokens of −log softmax(hidden · weightᵀ)[label] · loss_mask, in fp32; NaN stays NaN.
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The rows of the vocabulary that this rank holds, when several ranks share it.
+
+    Attributes:
+        first_label: the label of the first row here.
+        gather: every rank's copy of a tensor, stacked along a new first dimension; a collective.
+    """
+
+    first_label: int
+    gather: Callable[[Tensor], Tensor]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
+    """Sum over tokens of (z − logit of the label + z_loss · z²) · loss_mask, where z is the logarithm of the sum of the
+    exponentials of the logits hidden · weightᵀ; in fp32, and NaN stays NaN.
 
     Differentiable once, in `hidden` [t, h] and `weight` [v, h]. `labels` is int64 [t], where masked also below 0;
-    `loss_mask` fp32 [t], 0 where the token does not count.
+    `loss_mask` fp32 [t], 0 where the token does not count. With a `shard`, `weight` is a part of the vocabulary and the
+    gradient for `hidden` that part's share: the ranks exchange two numbers a token (their own z and the label's logit)
+    and never a logit. `z_loss`: PaLM, arXiv 2204.02311.
     """
+    options = _Options(z_loss, shard)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask)
-    return _loss_and_gradients(hidden, weight, labels, loss_mask, False, False)[0]
+        return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, options)
+    return _loss_and_gradients(hidden, weight, labels, loss_mask, options, False, False)[0]
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, z_loss: float = 0.0
+) -> Tensor:
     logits = (hidden @ weight.t()).to(_wide(hidden))
-    losses = torch.logsumexp(logits, -1) - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    z = torch.logsumexp(logits, -1)
+    losses = z - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] + z_loss * z.square()
     return (losses * loss_mask).sum()
 
 
@@ -40,10 +70,19 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
     return max(64, elements // vocab_size // 64 * 64)
 
 
+@dataclass(frozen=True)
+class _Options:
+    z_loss: float
+    shard: VocabularyShard | None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, labels, loss_mask, *ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, options: _Options
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[:2]
+        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, labels, loss_mask, options, *wanted)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
@@ -57,11 +96,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         ctx.gradients = None
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, for_hidden: bool, for_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    options: _Options,
+    for_hidden: bool,
+    for_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and its gradients in fp32 where asked for."""
     wide = _wide(hidden)
@@ -73,7 +118,8 @@ def _loss_and_gradients(
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         x, mask = hidden[part], loss_mask[part, None]
-        chunk_loss, error = _loss_and_error(matmul_transposed(x, weight).to(wide), labels[part, None], mask)
+        logits = matmul_transposed(x, weight).to(wide)
+        chunk_loss, error = _loss_and_error(logits, labels[part, None], mask, options)
         loss += chunk_loss
         error = error.to(hidden.dtype)
         if grad_hidden is not None:
@@ -83,15 +129,24 @@ def _loss_and_gradients(
     return loss, grad_hidden, None if grad_weight is None else grad_weight.t().contiguous()
 
 
-def _loss_and_error(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk [c, v], and softmax − one-hot of each row, which overwrites the logits."""
-    labels = labels.clamp(min=0)
-    top, at_label = logits.amax(-1, keepdim=True), logits.gather(1, labels)
+def _loss_and_error(logits: Tensor, labels: Tensor, mask: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk [c, v], and the gradient of each row before its mask, which overwrites the logits."""
+    first = 0 if options.shard is None else options.shard.first_label
+    local = labels - first
+    held = (local >= 0) & (local < logits.shape[1])  # [c, 1]
+    local = local.clamp(0, logits.shape[1] - 1)
+    top, at_label = logits.amax(-1, keepdim=True), logits.gather(1, local).masked_fill(~held, 0)
     probabilities = torch.softmax(logits, -1, out=logits)
     # the largest probability is 1/Σexp(logit − top): its logarithm saves a sweep over the logits
-    log_sum = top - probabilities.amax(-1, keepdim=True).log_()
-    loss = ((log_sum - at_label) * mask).sum()
-    return loss, probabilities.scatter_add_(1, labels, torch.full_like(at_label, -1))
+    own = z = top - probabilities.amax(-1, keepdim=True).log_()
+    if options.shard is not None:
+        everyones = options.shard.gather(torch.cat((z, at_label), 1))  # [ranks, c, 2]
+        z, at_label = torch.logsumexp(everyones[..., :1], 0), everyones[..., 1:].sum(0)
+    if options.shard is not None or options.z_loss:
+        probabilities.mul_((1 + 2 * options.z_loss * z) * torch.exp(own - z))
+    loss = ((z - at_label + options.z_loss * z.square()) * mask).sum()
+    # not scatter_add_: it refuses to run under PyTorch's deterministic algorithms on a GPU
+    return loss, probabilities.scatter_(1, local, probabilities.gather(1, local) - held.to(probabilities.dtype))
 
 
 def _wide(x: Tensor) -> torch.dtype:

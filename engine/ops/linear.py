@@ -34,6 +34,24 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b, None) if uses_onednn(a, b) else a @ b.t()
 
 
+def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor) -> None:
+    """Adds the weight's gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype.
+
+    On a GPU the product accumulates into `out` by itself.
+    """
+    if out.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(out, grad.t(), x, torch.float32, out=out)
+    else:
+        out.add_(grad_weight(grad, x))
+
+
+def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """gradᵀ·x, as [out, in]; oneDNN copies its first operand, so the narrower one goes first."""
+    if grad.shape[1] > x.shape[1]:
+        return matmul_transposed(x.t(), grad.t()).t()
+    return matmul_transposed(grad.t(), x.t())
+
+
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """The rule: large fp32 products on a CPU, where this PyTorch has oneDNN and no compiler chooses for itself."""
     rows = x.numel() // max(1, x.shape[-1])
@@ -68,13 +86,6 @@ class _OneDnnLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             matmul_transposed(grad, weight.t()).view(x.shape) if need_x else None,
-            _grad_weight(grad, x.flatten(0, -2)) if need_weight else None,
+            grad_weight(grad, x.flatten(0, -2)) if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
-
-
-def _grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ·x, as [out, in]; the product copies its first operand, so the narrower one goes first."""
-    if grad.shape[1] > x.shape[1]:
-        return matmul_transposed(x.t(), grad.t()).t()
-    return matmul_transposed(grad.t(), x.t())

@@ -2,7 +2,7 @@
 
 Each bucket is updated by at most two flat calls: the part that decays and the part that does not. Where the model
 itself is fp32, its shard is the master. Skipping a step with non-finite gradients is decided on the device from the
-reduced norm, so all ranks skip together and the host never waits.
+reduced norm, so all ranks skip together and the host never waits. Moments kept in bf16 are widened piece by piece.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,12 @@ from engine.config import OptimizerConfig
 from engine.ops.adamw import adamw_step
 from engine.parallel.data import Bucket, ShardedParameters
 
+_PIECE = 1 << 24  # elements of bf16 moments widened at a time
+
 
 @dataclass(frozen=True)
 class ShardState:
-    """What the optimizer keeps for a bucket: fp32 tensors of the shard's size, by kind."""
+    """What the optimizer keeps for a bucket: tensors of the shard's size, by kind. `param` is fp32."""
 
     bucket: Bucket
     param: torch.Tensor
@@ -30,17 +32,28 @@ class ShardState:
         return {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
+@dataclass(frozen=True)
+class Update:
+    """What all parameters share in one step. Tensors are fp32 [1] on the device."""
+
+    lr: float
+    step: torch.Tensor
+    scale: torch.Tensor
+    skipped: torch.Tensor
+
+
 class ShardedAdamW:
     """Decoupled weight decay Adam (Loshchilov and Hutter 2019) over `ShardedParameters`."""
 
     def __init__(self, parameters: ShardedParameters, config: OptimizerConfig) -> None:
         self.parameters = parameters
         self.config = config
-        self.shards = [_shard_state(bucket) for bucket in parameters.buckets]
+        moments = torch.float32 if config.moments == "fp32" else torch.bfloat16
+        self.shards = [_shard_state(bucket, moments) for bucket in parameters.buckets]
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reduce the gradients, clip, update, and hand the new parameters to all ranks.
+        """Finish the gradients' reduction, clip, update, and begin to hand the new parameters to all ranks.
 
         Args:
             step: number of this step, from 1.
@@ -55,50 +68,51 @@ class ShardedAdamW:
         skipped = (~torch.isfinite(norm)).float()
         limit = self.config.clip_grad
         scale = (norm / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
-        count = torch.full_like(norm, float(step))
-        for shard in self.shards:
-            for first, last, decay in _decay_ranges(shard.bucket, self.config.weight_decay):
-                self._update_range(shard, slice(first, last), decay, lr, count, scale, skipped)
-        self.publish()
+        update = Update(lr, torch.full_like(norm, float(step)), scale, skipped)
+        for shard in reversed(self.shards):  # the next forward pass needs the last bucket first
+            for first, last, weight_decay in _decay_ranges(shard.bucket, self.config.weight_decay):
+                size = last - first if shard.exp_avg.dtype == torch.float32 else _PIECE
+                for start in range(first, last, size):
+                    self._apply(shard, slice(start, min(start + size, last)), weight_decay, update)
+            self._publish(shard)
         return norm, skipped
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the master weights into the model's dtype and hand them to all ranks; a collective."""
-        for shard in self.shards:
-            if shard.param.data_ptr() != shard.bucket.param_shard.data_ptr():
-                shard.bucket.param_shard.copy_(shard.param)
-        self.parameters.gather_parameters()
+        """Round the master weights into the model's dtype and begin to hand them to all ranks."""
+        for shard in reversed(self.shards):
+            self._publish(shard)
 
-    def _update_range(
-        self,
-        shard: ShardState,
-        part: slice,
-        weight_decay: float,
-        lr: float,
-        count: torch.Tensor,
-        scale: torch.Tensor,
-        skipped: torch.Tensor,
-    ) -> None:
+    def _publish(self, shard: ShardState) -> None:
+        if shard.param.data_ptr() != shard.bucket.param_shard.data_ptr():
+            shard.bucket.param_shard.copy_(shard.param)
+        self.parameters.gather(shard.bucket)
+
+    def _apply(self, shard: ShardState, part: slice, weight_decay: float, update: Update) -> None:
+        moments = shard.exp_avg[part], shard.exp_avg_sq[part]
+        exp_avg, exp_avg_sq = widened = [moment.float() for moment in moments]  # fp32 moments are themselves
         adamw_step(
             shard.param[part],
             shard.bucket.grad_shard[part],
-            shard.exp_avg[part],
-            shard.exp_avg_sq[part],
-            step=count,
-            lr=lr,
+            exp_avg,
+            exp_avg_sq,
+            step=update.step,
+            lr=update.lr,
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=weight_decay,
-            grad_scale=scale,
-            found_inf=skipped,
+            grad_scale=update.scale,
+            found_inf=update.skipped,
         )
+        for moment, wide in zip(moments, widened, strict=True):
+            if moment is not wide:
+                moment.copy_(wide)
 
 
-def _shard_state(bucket: Bucket) -> ShardState:
+def _shard_state(bucket: Bucket, moments: torch.dtype) -> ShardState:
     shard = bucket.param_shard
     master = shard if shard.dtype == torch.float32 else shard.float()
-    return ShardState(bucket, master, torch.zeros_like(master), torch.zeros_like(master))
+    return ShardState(bucket, master, *(torch.zeros_like(master, dtype=moments) for _ in range(2)))
 
 
 def _decay_ranges(bucket: Bucket, weight_decay: float) -> Iterator[tuple[int, int, float]]:

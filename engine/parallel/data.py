@@ -1,27 +1,28 @@
 """Data parallelism: parameters and gradients in flat buckets, cut into one shard per data-parallel rank.
 
-All parameters of a bucket lie in one flat tensor, their fp32 gradients in another. After the backward pass each
-bucket's gradients are reduce-scattered; the optimizer updates this rank's shard; the new parameters are all-gathered
-(ZeRO stage 1, Rajbhandari et al. 2020). With one rank the shard is the bucket and nothing is sent.
+All parameters of a bucket lie in one flat tensor, their fp32 gradients in another. When the backward pass of the last
+microbatch has completed a bucket, its gradients are reduce-scattered while the pass goes on; the optimizer updates this
+rank's shard; the new parameters are all-gathered while the next forward pass begins, whose layers wait for the buckets
+they need (ZeRO stage 1, Rajbhandari et al. 2020). Unsharded, the gradients are all-reduced and every rank updates
+everything. With one rank the shard is the bucket and nothing is sent.
 Rejected: DistributedDataParallel (gradients in the parameters' dtype, no sharded update) and FSDP (per-parameter
 shards, which a flat update and a checkpoint of rectangles would have to undo).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, initialise
+from engine.parallel.collectives import Pending, all_gather, all_reduce, reduce_scatter
+from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.layout import World
+from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Replicas, initialise
 
 _ALIGNMENT = 128  # elements: every parameter starts at a multiple, so vector loads and matmuls stay aligned
 _BUCKET_SIZE = 1 << 25  # elements: large enough to saturate a link, small enough to overlap
-
-# torch 2.13 renamed the two collectives; the old names warn there.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -47,128 +48,227 @@ class Slot:
 class BucketPlan:
     """The arithmetic of a bucket: decaying parameters first, so that weight decay is two ranges.
 
-    `size` is a multiple of the number of ranks times the alignment; the tail is padding.
+    `size` is a multiple of the number of shards times the alignment; the tail is padding.
     """
 
     slots: tuple[Slot, ...]
     decay_end: int
     size: int
 
+    def ranges(self, replicas: Replicas) -> list[slice]:
+        """Where the tensors lie that `replicas` ranks hold together."""
+        found = [slice(offset, offset + t.rectangle.size) for t, offset in self._tensors() if t.replicas == replicas]
+        return _merged(found)
+
+    def owned(self, begin: int, end: int) -> list[slice]:
+        """The parts of [begin, end) that this rank counts, in positions from `begin`."""
+        found = [
+            slice(max(offset, begin) - begin, min(offset + tensor.rectangle.size, end) - begin)
+            for tensor, offset in self._tensors()
+            if tensor.owned and offset < end and offset + tensor.rectangle.size > begin
+        ]
+        return _merged(found)
+
+    def _tensors(self) -> Iterator[tuple[LogicalTensor, int]]:
+        for slot in self.slots:
+            yield from slot.tensors()
+
 
 class Bucket:
-    """Flat parameters [size] in the model's dtype and flat fp32 gradients [size], with this rank's shard of both."""
+    """Flat parameters [size] in the model's dtype and flat fp32 gradients [size], with this rank's shard of both.
 
-    def __init__(self, plan: BucketPlan, dtype: torch.dtype, device: torch.device, rank: int, ranks: int) -> None:
+    Attributes:
+        incomplete: paths of the parameters whose gradients this step has not completed yet.
+        reducing, gathering: the communication under way.
+    """
+
+    def __init__(self, plan: BucketPlan, dtype: torch.dtype, device: torch.device, shard: int, shards: int) -> None:
         self.plan = plan
-        self.begin = plan.size // ranks * rank
-        self.end = plan.size // ranks * (rank + 1)
+        self.begin = plan.size // shards * shard
+        self.end = plan.size // shards * (shard + 1)
         self.param = torch.zeros(plan.size, dtype=dtype, device=device)
         self.grad = torch.zeros(plan.size, dtype=torch.float32, device=device)
         self.param_shard = self.param[self.begin : self.end]
         self.grad_shard = self.grad[self.begin : self.end]
+        self.incomplete: set[str] = set()
+        self.reducing: Pending | None = None
+        self.gathering: Pending | None = None
+
+    @property
+    def paths(self) -> set[str]:
+        return {slot.parameter.path for slot in self.plan.slots}
 
 
-def plan_buckets(table: ParameterTable, ranks: int, bucket_size: int = _BUCKET_SIZE) -> list[BucketPlan]:
-    """Cut the parameters into buckets in the order in which the backward pass finishes them (last layer first)."""
+def plan_buckets(table: ParameterTable, shards: int, bucket_size: int = _BUCKET_SIZE) -> list[BucketPlan]:
+    """Cut the parameters into buckets in the order in which the backward pass finishes them (last layer first).
+
+    Embeddings that both ends of a pipeline share have a bucket of their own: it must wait for the other end.
+    """
     groups: list[list[LocalParameter]] = [[]]
     for parameter in reversed(table.parameters):
-        if groups[-1] and sum(p.size for p in groups[-1]) + parameter.size > bucket_size:
+        full = sum(p.size for p in groups[-1]) + parameter.size > bucket_size
+        if groups[-1] and (full or _shared_by_ends(parameter) or _shared_by_ends(groups[-1][0])):
             groups.append([])
         groups[-1].append(parameter)
-    return [_plan(group, ranks) for group in groups]
+    return [_plan(group, shards) for group in groups]
 
 
-def _plan(group: list[LocalParameter], ranks: int) -> BucketPlan:
+def _shared_by_ends(parameter: LocalParameter) -> bool:
+    return parameter.tensors[0].replicas == "ends"
+
+
+def _plan(group: list[LocalParameter], shards: int) -> BucketPlan:
     slots, offset, decay_end = [], 0, 0
     for parameter in sorted(group, key=lambda p: not p.decays):
         slots.append(Slot(parameter, offset))
         offset = _round_up(offset + parameter.size, _ALIGNMENT)
         decay_end = offset if parameter.decays else decay_end
-    return BucketPlan(tuple(slots), decay_end, _round_up(offset, ranks * _ALIGNMENT))
+    return BucketPlan(tuple(slots), decay_end, _round_up(offset, shards * _ALIGNMENT))
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def _merged(ranges: list[slice]) -> list[slice]:
+    """Neighbouring ranges as one."""
+    merged: list[slice] = []
+    for part in sorted(ranges, key=lambda part: part.start):
+        if merged and merged[-1].stop == part.start:
+            merged[-1] = slice(merged[-1].start, part.stop)
+        else:
+            merged.append(part)
+    return merged
+
+
 class ShardedParameters:
-    """The parameters of a model and their gradients, sharded over the data-parallel ranks.
+    """The parameters of a model part and their gradients, sharded over the data-parallel ranks.
 
     Attributes:
         by_path: the trainable tensors, views of the buckets, under the paths of the table.
         buckets: in the order in which the backward pass finishes them.
+        flow: where the running backward pass stands; the pipeline's executor sets it.
+        owns: whether this rank counts its shards in norms and writes them into checkpoints; one of the data-parallel
+            ranks does where the shards are not divided.
     """
 
     def __init__(
         self,
         table: ParameterTable,
         dtype: torch.dtype,
-        device: torch.device,
-        group: dist.ProcessGroup | None,
+        world: World,
         *,
+        sharded: bool = True,
         bucket_size: int = _BUCKET_SIZE,
     ) -> None:
-        self.group = group
-        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        plans = plan_buckets(table, ranks, bucket_size)
-        self.buckets = [Bucket(plan, dtype, device, rank, ranks) for plan in plans]
+        self.world = world
+        self.sharded = sharded
+        self.owns = sharded or world.at.dp == 0
+        shard, shards = (world.at.dp, world.layout.dp) if sharded else (0, 1)
+        plans = plan_buckets(table, shards, bucket_size)
+        self.buckets = [Bucket(plan, dtype, world.device, shard, shards) for plan in plans]
+        self.flow = GradientFlow(self._completed)
         self.by_path: dict[str, nn.Parameter] = {}
+        self._bucket_of: dict[nn.Parameter, tuple[Bucket, str]] = {}
         for bucket in self.buckets:
             for slot in bucket.plan.slots:
-                self.by_path[slot.parameter.path] = _trainable_view(bucket, slot)
+                path, part = slot.parameter.path, slice(slot.offset, slot.end)
+                values, grad = (flat[part].view(slot.parameter.shape) for flat in (bucket.param, bucket.grad))
+                self.by_path[path] = parameter = TrainedParameter.of(values, grad, self.flow)
+                self._bucket_of[parameter] = bucket, path
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Initial weights, the same on every rank."""
+        """Initial weights, the same in every layout."""
         for bucket in self.buckets:
             for slot in bucket.plan.slots:
                 initialise(slot.parameter, self.by_path[slot.parameter.path].data, seed)
 
-    def zero_grad(self) -> None:
+    def gathered_before(self, module: nn.Module) -> None:
+        """Make `module` wait for its parameters each time it is called."""
+        buckets = list(dict.fromkeys(self._bucket_of[parameter][0] for parameter in module.parameters()))
+        module.register_forward_pre_hook(lambda *_: self._wait_for(buckets))
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the last step."""
         for bucket in self.buckets:
             bucket.grad.zero_()
+            bucket.incomplete = bucket.paths
+
+    def _completed(self, parameter: TrainedParameter) -> None:
+        bucket, path = self._bucket_of[parameter]
+        bucket.incomplete.discard(path)
+        if not bucket.incomplete and not bucket.plan.ranges("ends"):
+            self._start_reducing(bucket)
 
     def reduce_gradients(self) -> None:
-        """Sum the gradients over the ranks; each rank's shard then holds the total."""
-        if self.group is None:
-            return
-        pending = [
-            _reduce_scatter(bucket.grad_shard, bucket.grad, group=self.group, async_op=True) for bucket in self.buckets
-        ]
-        _wait(pending)
+        """Finish the sums over all ranks that hold a parameter; the shards then hold the totals."""
+        for bucket in self.buckets:
+            if bucket.reducing is None:
+                self._start_reducing(bucket)
+        for bucket in self.buckets:
+            assert bucket.reducing is not None
+            bucket.reducing.wait()
+            bucket.reducing = None
 
-    def gather_parameters(self) -> None:
-        """Give every rank the parameters that the others have updated."""
-        if self.group is None:
-            return
-        pending = [
-            _all_gather(bucket.param, bucket.param_shard, group=self.group, async_op=True) for bucket in self.buckets
-        ]
-        _wait(pending)
+    def _start_reducing(self, bucket: Bucket) -> None:
+        world = self.world
+        groups: dict[Replicas, ProcessGroup | None] = {
+            "tp": world.tp_group,
+            "kv": world.kv_group,
+            "ends": world.ends_group,
+        }
+        for replicas, group in groups.items():
+            if ranges := bucket.plan.ranges(replicas):
+                assert group is not None
+                _sum_over_replicas(bucket.grad, ranges, group)
+        dp = self.world.dp_group
+        if dp is None:
+            bucket.reducing = _Nothing()
+        elif self.sharded:
+            bucket.reducing = reduce_scatter(bucket.grad_shard, bucket.grad, dp)
+        else:
+            bucket.reducing = all_reduce(bucket.grad, dp)
 
-    def gradient_norm(self) -> torch.Tensor:
-        """L2 norm of all gradients, of shape [1]; call after `reduce_gradients`. Padding is zero and adds nothing."""
-        square = torch.stack([torch.linalg.vector_norm(bucket.grad_shard) for bucket in self.buckets]).square().sum()
-        square = square.reshape(1)
-        if self.group is not None:
-            dist.all_reduce(square, group=self.group)
+    def gather(self, bucket: Bucket) -> None:
+        """Begin to give every rank the parameters of `bucket` that the others have updated."""
+        self._wait_for([bucket])
+        if self.world.dp_group is not None and self.sharded:
+            bucket.gathering = all_gather(bucket.param, bucket.param_shard, self.world.dp_group)
+
+    def _wait_for(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket.gathering is not None:
+                bucket.gathering.wait()
+                bucket.gathering = None
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of all gradients, fp32 [1], each logical element counted once; call after `reduce_gradients`."""
+        parts = [
+            bucket.grad_shard[part]
+            for bucket in self.buckets
+            for part in bucket.plan.owned(bucket.begin, bucket.end)
+            if self.owns
+        ]
+        square = torch.zeros(1, device=self.world.device)
+        if parts:
+            square += torch.stack(torch._foreach_norm(parts)).square().sum()
+        self.world.sum_on_device(square)
         return square.sqrt()
 
 
-def _trainable_view(bucket: Bucket, slot: Slot) -> nn.Parameter:
-    """A parameter on the bucket's storage whose gradients are added to the bucket in fp32."""
-    parameter = nn.Parameter(bucket.param[slot.offset : slot.end].view(slot.parameter.shape))
-    main_grad = bucket.grad[slot.offset : slot.end].view(slot.parameter.shape)
+class _Nothing:
+    """What is under way where there is nobody to talk to."""
 
-    def accumulate(parameter: torch.Tensor) -> None:
-        main_grad.add_(parameter.grad)  # type: ignore[arg-type]
-        parameter.grad = None
-
-    parameter.register_post_accumulate_grad_hook(accumulate)
-    return parameter
+    def wait(self) -> None:
+        pass
 
 
-def _wait(pending: list[dist.Work | None]) -> None:
-    for work in pending:
-        if work is not None:
-            work.wait()
+def _sum_over_replicas(grad: Tensor, ranges: list[slice], group: ProcessGroup) -> None:
+    """Sum the parts of a gradient that ranks with the same parameters hold; one message for all ranges."""
+    flat = grad[ranges[0]] if len(ranges) == 1 else torch.cat([grad[part] for part in ranges])
+    all_reduce(flat, group).wait()
+    if len(ranges) > 1:
+        sizes = [part.stop - part.start for part in ranges]
+        for part, values in zip(ranges, flat.split(sizes), strict=True):
+            grad[part] = values

@@ -6,8 +6,10 @@ groups, because they are a hidden input to every function.
 """
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from engine.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest: tensor-parallel peers share a node
+CHANNELS = ("forward", "backward", "forward wrap", "backward wrap")
+_LOCAL: dict[str, Any] = {"use_local_synchronization": True}  # only the members of a group take part in making it
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,36 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class World:
-    """One live rank: its place, its device and its connections.
+class TensorParallel:
+    """This rank among those that share each layer. By default alone."""
 
-    `dp_group` moves tensors of `device`; `control_group` moves a few host numbers (token counts, stop requests)
-    without touching the device's queue. Both are None when there is a single rank.
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def share(self, total: int) -> tuple[int, int]:
+        """(start, extent) of this rank's share of `total`; the shares differ by one at most."""
+        start = total * self.rank // self.size
+        return start, total * (self.rank + 1) // self.size - start
+
+
+ALONE = TensorParallel()
+
+
+@dataclass(frozen=True)
+class World:
+    """One live rank: its place, its device and its connections. A group is None where it would hold this rank alone.
+
+    Attributes:
+        group: all ranks, for tensors of `device`.
+        control_group: all ranks, for a few host numbers (token counts, stop requests) that must not wait for the
+            device's queue.
+        dp_group, tp_group: the ranks that differ only along that axis.
+        kv_group: the tensor-parallel ranks that hold the same key and value heads.
+        ends_group: the first and the last pipeline stage, which share tied embeddings.
+        channels: between pipeline stages, one group for each kind of message ("forward", "backward"; "forward wrap" and
+            "backward wrap" between the last and the first stage), so that in each pair of ranks a group carries
+            messages one way only and no message waits behind one of the other way.
     """
 
     layout: Layout
@@ -78,17 +107,36 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    dp_group: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
     control_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+    kv_group: dist.ProcessGroup | None = None
+    ends_group: dist.ProcessGroup | None = None
+    channels: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def at(self) -> Coordinates:
         return self.layout.coordinates(self.rank)
 
     @property
+    def tp(self) -> "TensorParallel":
+        return TensorParallel(self.at.tp, self.layout.tp, self.tp_group)
+
+    @property
+    def counts_batch(self) -> bool:
+        """One rank of those that work on the same sequences, for sums over all ranks."""
+        return self.at.pp == 0 and self.at.tp == 0
+
+    @property
     def is_main(self) -> bool:
         """The rank that writes logs."""
         return self.rank == 0
+
+    def sum_on_device(self, tensor: torch.Tensor) -> None:
+        """Element-wise sum over all ranks, in place; a collective."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
 
     def sum_on_host(self, numbers: list[int]) -> list[int]:
         """Element-wise sum over all ranks; a collective."""
@@ -134,7 +182,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def connect(device: str, *, timeout_s: int = 1800) -> World:
-    """Join the ranks that torchrun started (or stay alone) and build the process groups."""
+    """Join the ranks that torchrun started (or stay alone). All ranks are data-parallel until `arrange`."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -148,12 +196,37 @@ def connect(device: str, *, timeout_s: int = 1800) -> World:
     world = World(Layout(dp=world_size), rank, local_rank, local_size, here)
     if world_size == 1:
         return world
-    backend = "nccl" if here.type == "cuda" else "gloo"
+    # The group is not bound to the device: NCCL then connects each pair of pipeline stages by itself, and a message
+    # to one neighbour does not wait for one to the other.
     if not dist.is_initialized():
-        bound = here if here.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return replace(world, dp_group=dist.group.WORLD, control_group=control)
+    return replace(world, group=dist.group.WORLD, control_group=control)
+
+
+def arrange(world: World, layout: Layout, *, kv_replicas: int = 1) -> World:
+    """Put the connected ranks on a grid and build the groups of its axes; a collective.
+
+    Args:
+        kv_replicas: tensor-parallel ranks that hold the same key and value heads, neighbours of each other.
+    """
+    here = replace(world, layout=layout)
+    tensor, stages = layout.peers(here.rank, "tp"), layout.peers(here.rank, "pp")
+    first = here.at.tp // kv_replicas * kv_replicas
+    here = replace(
+        here,
+        dp_group=_group(layout.peers(here.rank, "dp")),
+        tp_group=_group(tensor),
+        kv_group=_group(tensor[first : first + kv_replicas]),
+        channels={} if layout.pp == 1 else {kind: dist.new_group(stages, **_LOCAL) for kind in CHANNELS},
+    )
+    # Last, because not all ranks make it: PyTorch derives a group's name from the number of groups made before.
+    at_end = layout.pp > 1 and here.at.pp in (0, layout.pp - 1)
+    return replace(here, ends_group=_group([stages[0], stages[-1]]) if at_end else None)
+
+
+def _group(ranks: list[int]) -> dist.ProcessGroup | None:
+    return dist.new_group(ranks, **_LOCAL) if len(ranks) > 1 else None
 
 
 def disconnect() -> None:

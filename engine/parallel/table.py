@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -31,12 +32,21 @@ class Rectangle:
         return math.prod(self.extent)
 
 
+Replicas = Literal["tp", "kv", "ends"]
+
+
 @dataclass(frozen=True)
 class LogicalTensor:
     """One tensor as the world outside knows it.
 
     Initial values are normal with `mean` and `std`. `multiplies` says that every token is multiplied by it, which is
     what model FLOPs count.
+
+    Attributes:
+        replicas: which ranks hold the same rectangle beside this one, each with a part of its gradient: "tp" (all
+            tensor-parallel ranks), "kv" (those that share key and value heads), "ends" (the first and the last
+            pipeline stage), or None.
+        owned: this rank is the one among the replicas that counts it in norms and writes it into checkpoints.
     """
 
     name: str
@@ -46,6 +56,8 @@ class LogicalTensor:
     multiplies: bool
     mean: float
     std: float
+    replicas: Replicas | None = None
+    owned: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,24 +98,17 @@ class ParameterTable:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model, whatever this rank holds."""
+        """Of all logical tensors, wherever their parts are."""
         return sum(math.prod(tensor.shape) for tensor in self.logical())
 
     @property
     def num_multiplying(self) -> int:
-        """Parameters of the whole model that multiply every token."""
+        """Those of `num_parameters` that multiply every token."""
         return sum(math.prod(tensor.shape) for tensor in self.logical() if tensor.multiplies)
 
     @property
     def local_size(self) -> int:
         return sum(parameter.size for parameter in self.parameters)
-
-
-def whole(
-    name: str, *shape: int, decays: bool = True, multiplies: bool = True, mean: float = 0.0, std: float = 0.0
-) -> LogicalTensor:
-    """A logical tensor that this rank holds entirely."""
-    return LogicalTensor(name, shape, Rectangle((0,) * len(shape), shape), decays, multiplies, mean, std)
 
 
 @torch.no_grad()

@@ -44,22 +44,24 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ConfigError("a picture needs matplotlib: pip install 'triaxis[dev]'") from None
     known = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix[1:] not in known:
         raise ConfigError(f"picture {path}: expected a name that ends in .{', .'.join(known)}")
-    rows = [len(timeline) for timeline in timelines.values()]
-    width = max(map(_inches, timelines.values()))
-    figure = Figure((width, 0.8 + sum(0.5 + _ROW_INCHES * count for count in rows)), layout="constrained")
+    shown = [_from_zero(timeline) for timeline in timelines.values()]
+    rows = [len(timeline) for timeline in shown]
+    width, height = max(map(_inches, shown)), 0.8 + sum(0.5 + _ROW_INCHES * count for count in rows)
+    figure = Figure((width, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False, height_ratios=rows)[:, 0]
-    end = max(span.end - _start(timeline) for timeline in timelines.values() for span in _spans(timeline))
-    for panel, (title, timeline) in zip(panels, timelines.items(), strict=True):
+    end = max(map(_end, shown))
+    for panel, title, timeline in zip(panels, timelines, shown, strict=True):
         panel.set_title(f"{title}: bubble {bubble_fraction(timeline):.1%}", loc="left", fontsize=10, fontweight="bold")
         _draw_boxes(panel, timeline)
         _number_boxes(panel, timeline, points=0.93 * width * 72 / end)
     panels[-1].set(xlim=(0, end), xlabel="time")
-    _add_legend(figure, [span.action for timeline in timelines.values() for span in _spans(timeline)])
+    _add_legend(figure, [span.action for timeline in shown for span in _spans(timeline)])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -67,16 +69,18 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
 def text(timeline: Timeline) -> str:
     """The timeline in characters: one row per stage, one column per shortest action; dots are idle.
 
-    Times are rounded to columns, so that the picture is exact where all durations are multiples of the shortest.
+    Times are rounded to columns, so that it is exact where all durations are multiples of the shortest, as in simulated
+    timelines with equal costs; a measured one is better drawn.
     """
-    start, unit = _start(timeline), min(span.end - span.start for span in _spans(timeline))
+    timeline = _from_zero(timeline)
+    unit = min(span.end - span.start for span in _spans(timeline))
     width = 1 + max(len(str(span.action)) for span in _spans(timeline))
-    num_columns = max(_column(span.end - start, unit) for span in _spans(timeline))
+    num_columns = _column(_end(timeline), unit)
     rows = []
     for stage, spans in enumerate(timeline):
         cells = [".".ljust(width)] * num_columns
         for span in spans:
-            first, last = _column(span.start - start, unit), _column(span.end - start, unit)
+            first, last = _column(span.start, unit), _column(span.end, unit)
             box = str(span.action).ljust((last - first) * width - 1, "-" if last - first > 1 else " ") + " "
             cells[first:last] = [box] + [""] * (last - first - 1)
         rows.append(f"stage {stage:<{len(str(len(timeline)))}}  {''.join(cells)}".rstrip())
@@ -87,8 +91,13 @@ def _spans(timeline: Timeline) -> list[Span]:
     return [span for spans in timeline for span in spans]
 
 
-def _start(timeline: Timeline) -> float:
-    return min(span.start for span in _spans(timeline))
+def _end(timeline: Timeline) -> float:
+    return max(span.end for span in _spans(timeline))
+
+
+def _from_zero(timeline: Timeline) -> Timeline:
+    start = min(span.start for span in _spans(timeline))
+    return tuple(tuple(Span(span.action, span.start - start, span.end - start) for span in spans) for spans in timeline)
 
 
 def _column(time: float, unit: float) -> int:
@@ -103,21 +112,20 @@ def _short(timeline: Timeline) -> float:
 
 def _inches(timeline: Timeline) -> float:
     """Width of a picture in which the numbers in short boxes can be read."""
-    boxes = (max(span.end for span in _spans(timeline)) - _start(timeline)) / _short(timeline)
-    return min(max(8.0, 0.8 + _BOX_INCHES * boxes), _MOST_INCHES)
+    return min(max(8.0, 0.8 + _BOX_INCHES * _end(timeline) / _short(timeline)), _MOST_INCHES)
 
 
 def _draw_boxes(panel: Any, timeline: Timeline) -> None:
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
+    from matplotlib.collections import PolyCollection
 
-    start, last_chunk = _start(timeline), max(span.action.chunk for span in _spans(timeline))
+    last_chunk = max(span.action.chunk for span in _spans(timeline))
     boxes, colours = [], []
     for stage, spans in enumerate(timeline):
+        top, bottom = stage - 0.42, stage + 0.42
         for span in spans:
-            boxes.append(Rectangle((span.start - start, stage - 0.42), span.end - span.start, 0.84))
+            boxes.append([(span.start, top), (span.end, top), (span.end, bottom), (span.start, bottom)])
             colours.append(_lighter(_COLOURS[span.action.kind], _LIGHTEST * span.action.chunk / max(last_chunk, 1)))
-    panel.add_collection(PatchCollection(boxes, facecolor=colours, edgecolor="white", linewidth=0.4))
+    panel.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="white", linewidths=0.4))
     panel.set(ylim=(len(timeline) - 0.5, -0.5), facecolor="0.94")
     panel.set_yticks(range(len(timeline)), [f"stage {stage}" for stage in range(len(timeline))], fontsize=8)
     panel.tick_params(axis="y", length=0)
@@ -132,8 +140,7 @@ def _number_boxes(panel: Any, timeline: Timeline, points: float) -> None:
         for span in stage_spans:
             number = str(span.action.microbatch)
             if len(number) * _DIGIT * size <= points * (span.end - span.start):
-                middle = (span.start + span.end) / 2 - _start(timeline)
-                panel.text(middle, stage, number, fontsize=size, ha="center", va="center_baseline")
+                panel.text((span.start + span.end) / 2, stage, number, fontsize=size, ha="center", va="center_baseline")
 
 
 def _lighter(colour: Colour, white: float) -> Colour:

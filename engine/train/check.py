@@ -8,31 +8,39 @@ from engine.checkpoint.hf_config import hf_config
 from engine.config import Config
 from engine.data.indexed import dataset_file
 from engine.errors import ConfigError
-from engine.model.parameters import parameter_table
-from engine.plan.memory import estimate
-from engine.train.run import describe, open_data, open_tokenizer
+from engine.plan.describe import describe
+from engine.plan.layouts import choose_layout
+from engine.plan.memory import GIB, available, estimate_fullest, require_fit
+from engine.train.run import open_data, open_tokenizer
 
 
-def check(config: Config, world_size: int) -> None:
-    """Validate `config` for `world_size` ranks and print layout, parameters, memory, batch and steps.
+def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
+    """Validate `config` for `world_size` ranks and print layout, who holds what, memory, batch and steps.
 
     Files that are not on this machine are named, and are no error: the check may run elsewhere than the run.
 
+    Args:
+        gpu_memory_gib: memory of each GPU of the run.
+        ranks_per_node: GPUs of each node of the run.
+
     Raises:
-        ConfigError: the batch cannot be cut for so many ranks, or model and tokenizer do not fit together.
+        ConfigError: no such layout or batch, or model and tokenizer do not fit together.
         DataError: data that are here do not fit the run.
+        OutOfMemoryError: the run does not fit in the GPUs' memory.
     """
     if world_size < 1:
         raise ConfigError(f"--world-size {world_size}: expected at least 1")
     on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
+    local_size = min(world_size, ranks_per_node)
     device_type = "cpu" if on_cpu else "cuda"
+    capacity = available(torch.device("cpu"), local_size) if on_cpu else int(gpu_memory_gib * GIB)
     hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)
-    table = parameter_table(config.model)
-    memory = estimate(config, table, world_size, dtype, device_type)
-    for line in describe(config, table, world_size, memory):
+    layout, reason = choose_layout(config, world_size, local_size, capacity, dtype, device_type)
+    for line in describe(config, layout, reason, dtype, device_type):
         print(line)
-    print(f"assumed     {str(dtype).removeprefix('torch.')} on {device_type}")
+    where = "this machine's memory" if on_cpu else f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
+    print(f"assumed     {str(dtype).removeprefix('torch.')} on {device_type}, {where}, {local_size} rank(s) a node")
     missing = _missing_files(config)
     for path in missing:
         print(f"data        {path} is not on this machine and not checked")
@@ -40,6 +48,7 @@ def check(config: Config, world_size: int) -> None:
         tokenizer = open_tokenizer(config)
         for part in ("train", "valid") if config.train.eval_steps else ("train",):
             print(f"data        {open_data(config, part, tokenizer).num_tokens:,} tokens to {part}")
+    require_fit(estimate_fullest(config, layout, dtype, device_type), capacity, "each rank")
     print("ok")
 
 

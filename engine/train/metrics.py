@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import orjson
 import torch
-import torch.distributed as dist
 
 from engine.config import Config
 from engine.errors import ConfigError, NonFiniteError
@@ -117,8 +116,7 @@ class StepReporter:
         if not now and result.step % config.log.interval:
             return
         loss = result.loss.clone()
-        if self.world.dp_group is not None:
-            dist.all_reduce(loss, group=self.world.dp_group)
+        self.world.sum_on_device(loss)
         numbers = torch.cat((loss, result.grad_norm, self.skipped, self.consecutive)).tolist()
         record = self._record(result, numbers, progress)
         self.log.say(self._line(record))

@@ -1,9 +1,10 @@
 """From a configuration to a finished run: build everything, resume, and drive the loop with its periodic work."""
 
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import torch
 import engine
 from engine.checkpoint.hf_config import hf_config
 from engine.checkpoint.manager import Checkpoint, State, candidates, open_checkpoint, save
-from engine.config import Config, changed_settings, microbatches, read_yaml
+from engine.config import Config, changed_settings, read_yaml
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import (
@@ -25,18 +26,21 @@ from engine.errors import (
     as_triaxis_error,
     error_of,
 )
-from engine.model.decoder import Decoder
-from engine.model.parameters import parameter_table
+from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
-from engine.parallel.layout import World, connect, disconnect
+from engine.parallel.layout import World, arrange, connect, disconnect
 from engine.parallel.table import ParameterTable
-from engine.plan.memory import estimate, require_fit
-from engine.plan.throughput import FLOPS_FORMULA, flops_per_token, peak_tflops
+from engine.plan.describe import describe
+from engine.plan.layouts import choose_layout
+from engine.plan.memory import available, estimate_fullest, require_fit
+from engine.plan.stages import stage_parts, stage_table
+from engine.plan.throughput import flops_per_token, peak_tflops
 from engine.train.evaluate import evaluate
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
 from engine.train.state import pieces, restore
+from engine.train.step import DistributedModel
 from engine.train.trainer import Progress, Trainer
 
 T = TypeVar("T")
@@ -66,9 +70,10 @@ def train(config: Config) -> None:
     world = connect(config.run.device)
     log: RunLog | None = None
     try:
+        world, reason = _arrange(config, world)
         inputs = together(world, lambda: open_inputs(config, world))
         log = together(world, lambda: _open_log(config, world))
-        _describe_start(config, world, inputs, log)
+        _describe_start(config, world, inputs, log, reason)
         trainer = _build(config, world, inputs, log)
         log.open_metrics(trainer.progress.step, tensorboard=config.log.tensorboard)
         _train(trainer, inputs, log)
@@ -80,6 +85,24 @@ def train(config: Config) -> None:
         if log is not None:
             log.close()
         disconnect()
+
+
+def _arrange(config: Config, world: World) -> tuple[World, str]:
+    """Put the ranks on the grid that the configuration asks for; with the reason for it."""
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+    dtype, device = model_dtype(config, world.device.type), world.device
+    capacity = available(device, world.local_size)
+    size, local = world.layout.world_size, world.local_size
+    layout, reason = together(world, lambda: choose_layout(config, size, local, capacity, dtype, device.type))
+    return arrange(world, layout, kv_replicas=kv_replicas(config.model, layout.tp)), reason
+
+
+def model_dtype(config: Config, device_type: str) -> torch.dtype:
+    """The dtype of the parameters that are multiplied with."""
+    bf16 = config.precision.mode == "bf16" or (config.precision.mode == "auto" and device_type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def together(world: World, action: Callable[[], T]) -> T:
@@ -102,11 +125,10 @@ def together(world: World, action: Callable[[], T]) -> T:
 
 def open_inputs(config: Config, world: World) -> Inputs:
     """Open everything the run reads, and refuse what cannot work."""
-    microbatches(config, world.layout.dp)
-    bf16 = config.precision.mode == "bf16" or (config.precision.mode == "auto" and world.device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    table = parameter_table(config.model)
-    require_fit(estimate(config, table, world.layout.dp, dtype, world.device.type), world.device, world.local_size)
+    dtype, table = model_dtype(config, world.device.type), parameter_table(config.model)
+    needed = estimate_fullest(config, world.layout, dtype, world.device.type)
+    place = "this GPU" if world.device.type == "cuda" else f"each of {world.local_size} rank(s) on this machine"
+    require_fit(needed, available(world.device, world.local_size), place)
     hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # what could not be exported is not trained
     tokenizer = open_tokenizer(config)
     train_data = open_data(config, "train", tokenizer)
@@ -188,11 +210,13 @@ def _open_log(config: Config, world: World) -> RunLog:
 
 def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
     """Model, optimizer and trainer, with initial or restored weights."""
-    parameters = ShardedParameters(inputs.table, inputs.dtype, world.device, world.dp_group)
+    table, sharded = stage_table(config, world.layout, world.rank), config.parallel.sharded_optimizer
+    parameters = ShardedParameters(table, inputs.dtype, world, sharded=sharded)
     if not inputs.checkpoints:
         parameters.initialise(config.run.seed)
     optimizer = ShardedAdamW(parameters, config.optimizer)
-    trainer = Trainer(config, world, Decoder(config.model, parameters.by_path), optimizer, inputs.train_data)
+    model = DistributedModel(config, world, stage_parts(config, world.layout, world.at.pp), parameters)
+    trainer = Trainer(config, world, model, optimizer, inputs.train_data)
     if not inputs.checkpoints:
         log.say(f"start       from scratch: there is no checkpoint in {config.run.dir}")
         log.event("start", seed=config.run.seed)
@@ -288,7 +312,7 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         consumed_tokens=progress.tokens,
         loss_scale=None,
         data_fingerprint=inputs.train_data.fingerprint(),
-        layout={axis: getattr(world.layout, axis) for axis in ("pp", "dp", "cp", "tp")},
+        layout=asdict(world.layout),
     )
     try:
         path = save(
@@ -310,36 +334,20 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     log.event("save", step=progress.step, path=str(path), seconds=seconds)
 
 
-def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog) -> None:
+def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, reason: str) -> None:
     """The configuration once, and what follows from it."""
-    dp = world.layout.dp
-    memory = estimate(config, inputs.table, dp, inputs.dtype, world.device.type)
-    backend = "" if world.dp_group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
-    log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {dp} rank(s) on {world.device.type}{backend}")
+    layout = world.layout
+    ranks = f"{layout.world_size} rank(s) on {world.device.type}"
+    backend = "" if world.group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
+    log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {ranks}{backend}")
     log.say(config.to_yaml().rstrip())
-    for line in describe(config, inputs.table, dp, memory):
+    for line in describe(config, layout, reason, inputs.dtype, world.device.type):
         log.say(line)
     peak = peak_tflops(world.device)
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:
         log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
-    log.event("layout", world_size=world.layout.world_size, dp=dp, device=str(world.device))
-
-
-def describe(config: Config, table: ParameterTable, dp: int, memory: object) -> list[str]:
-    """What follows from a configuration on `dp` ranks, for `check` and for the start of a run."""
-    batch, count = config.batch, microbatches(config, dp)
-    per_step = batch.global_ * config.data.seq_length
-    flops = flops_per_token(config, table)
-    return [
-        f"model       {table.num_parameters:,} parameters, {flops / 1e9:.4g} GFLOP per token",
-        f"flops       {FLOPS_FORMULA}",
-        f"layout      {dp} data-parallel rank(s)",
-        f"batch       {batch.global_} sequences = {dp} rank(s) × {count} microbatch(es) × {batch.micro}; "
-        f"{per_step:,} tokens per step",
-        f"run         {config.train.steps:,} steps = {config.train.steps * per_step:,} tokens",
-        f"memory      {memory}",
-    ]
+    log.event("layout", world_size=layout.world_size, **asdict(layout), device=str(world.device))
 
 
 def _for_all(world: World, error: TriaxisError) -> TriaxisError:

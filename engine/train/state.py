@@ -12,11 +12,15 @@ from engine.parallel.table import LogicalTensor, Rectangle
 
 
 def pieces(optimizer: ShardedAdamW) -> Iterator[Piece]:
-    """Everything this rank has to save: the rectangles of its shards, as views."""
+    """Everything this rank has to save, in fp32: the rectangles of its shards that it owns, as views where they are fp32."""
+    if not optimizer.parameters.owns:
+        return
     for shard in optimizer.shards:
         for kind, flat in shard.kinds.items():
-            for tensor, rectangle, part in _owned(shard.bucket):
-                yield Piece(kind, tensor.name, tensor.shape, rectangle, flat[part].view(rectangle.extent))
+            for tensor, rectangle, part in _rectangles(shard.bucket):
+                if tensor.owned:
+                    values = flat[part].view(rectangle.extent).float()
+                    yield Piece(kind, tensor.name, tensor.shape, rectangle, values)
 
 
 @torch.no_grad()
@@ -34,12 +38,12 @@ def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint) -> None:
     kinds = ("param",) if checkpoint.state.step == 0 else ("param", "exp_avg", "exp_avg_sq")
     for shard in optimizer.shards:
         for kind in kinds:
-            for tensor, rectangle, part in _owned(shard.bucket):
+            for tensor, rectangle, part in _rectangles(shard.bucket):
                 values = checkpoint.read(kind, tensor.name, rectangle)
                 shard.kinds[kind][part].copy_(values.flatten())
 
 
-def _owned(bucket: Bucket) -> Iterator[tuple[LogicalTensor, Rectangle, slice]]:
+def _rectangles(bucket: Bucket) -> Iterator[tuple[LogicalTensor, Rectangle, slice]]:
     """The rectangles of logical tensors that lie in the bucket's shard, with their place in the shard."""
     for slot in bucket.plan.slots:
         for tensor, offset in slot.tensors():

@@ -1,13 +1,21 @@
-"""One optimizer step: forward and backward over the microbatches, then the update."""
+"""One optimizer step: the pipeline over the microbatches, then the update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from engine.config import Config
 from engine.data.loader import Batch
+from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.optim.optimizer import ShardedAdamW
+from engine.parallel.data import ShardedParameters
+from engine.parallel.layout import World
+from engine.parallel.pipeline.check import check
+from engine.parallel.pipeline.executor import Pipeline
+from engine.parallel.pipeline.partition import Part
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, Schedule, build
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,64 @@ class StepResult:
     skipped: torch.Tensor
 
 
+class DistributedModel:
+    """This rank's parts of the model, and how to run microbatches through all ranks' parts."""
+
+    def __init__(self, config: Config, world: World, parts: Sequence[Part], parameters: ShardedParameters) -> None:
+        self.config, self.world = config, world
+        decoders = [Decoder(config.model, parameters.by_path, part, world.tp, config.parallel) for part in parts]
+        for unit in (unit for decoder in decoders for unit in decoder.units()):
+            parameters.gathered_before(unit)
+        self.dtype = next(iter(parameters.by_path.values())).dtype
+        functions = [_part_function(decoder, config.train.z_loss) for decoder in decoders]
+        self.pipeline = Pipeline(functions, world, parameters.flow, self._new_boundary)
+        self._schedules: dict[tuple[str, int], Schedule] = {}
+
+    def train(self, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
+        """Add up the gradients of `scale` times the summed loss; this rank's part of that loss, fp32 [1]."""
+        return self._run(self.config.parallel.schedule, microbatches, scale)
+
+    def evaluate(self, microbatches: Sequence[Batch]) -> torch.Tensor:
+        """This rank's part of the summed loss, fp32 [1]."""
+        return self._run(FORWARD_ONLY, microbatches, 1.0)
+
+    def _run(self, name: str, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
+        layout, device = self.world.layout, self.world.device
+        key = (name, len(microbatches))
+        if key not in self._schedules:
+            self._schedules[key] = build(name, layout.pp, len(microbatches), self.config.parallel.virtual_stages)
+            check(self._schedules[key])
+        loss = self.pipeline.run(self._schedules[key], [batch.to(device) for batch in microbatches], scale)
+        return loss if self.world.at.tp == 0 else torch.zeros_like(loss)  # all tp ranks have the same one
+
+    def _new_boundary(self) -> torch.Tensor:
+        tokens = self.config.batch.micro * self.config.data.seq_length
+        shape = (tokens // self.world.layout.tp, self.config.model.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.world.device)
+
+
+def _part_function(decoder: Decoder, z_loss: float) -> Callable[[torch.Tensor | None, Batch], torch.Tensor]:
+    """A part of the model as the pipeline calls it: hidden states and a batch in, hidden states or the summed loss out.
+
+    The z-loss belongs to training alone.
+    """
+
+    def run(x: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        inputs, positions = batch.tokens.flatten() if x is None else x, batch.positions.flatten()
+        if decoder.head is not None:
+            labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
+            weight = z_loss if torch.is_grad_enabled() else 0.0
+            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight)
+        hidden: torch.Tensor = decoder(
+            inputs, positions, attend_within(batch.cu_seqlens, decoder.config.sliding_window)
+        )
+        return hidden
+
+    return run
+
+
 def train_step(
-    model: Decoder,
+    model: DistributedModel,
     optimizer: ShardedAdamW,
     microbatches: Sequence[Batch],
     *,
@@ -36,23 +100,7 @@ def train_step(
     tokens: int,
 ) -> StepResult:
     """Train on one global batch, of which `microbatches` are this rank's share and `tokens` all unmasked tokens."""
-    device = optimizer.parameters.buckets[0].param.device
-    total = torch.zeros(1, device=device)
-    optimizer.parameters.zero_grad()
-    for batch in microbatches:
-        loss = batch_loss(model, batch.to(device)) / tokens
-        loss.backward()
-        total += loss.detach()
+    optimizer.parameters.begin_step()
+    loss = model.train(microbatches, 1 / tokens)
     grad_norm, skipped = optimizer.update(step, lr)
-    return StepResult(step, lr, tokens, total, grad_norm, skipped)
-
-
-def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
-    """Summed loss of a batch of [b, s] tensors; an fp32 scalar."""
-    return model.loss(
-        batch.tokens.flatten(),
-        batch.positions.flatten(),
-        batch.labels.flatten(),
-        batch.loss_mask.flatten(),
-        batch.cu_seqlens,
-    )
+    return StepResult(step, lr, tokens, loss, grad_norm, skipped)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from engine.config import Config
 from engine.data.loader import Batch, batches
 from engine.data.pretrain import PretrainDataset
-from engine.model.decoder import Decoder
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate
 from engine.parallel.layout import World
 from engine.train.signals import STOP_SIGNALS, StopRequest
-from engine.train.step import StepResult, train_step
+from engine.train.step import DistributedModel, StepResult, train_step
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, world: World, model: Decoder, optimizer: ShardedAdamW, data: PretrainDataset
+        self, config: Config, world: World, model: DistributedModel, optimizer: ShardedAdamW, data: PretrainDataset
     ) -> None:
         self.config = config
         self.world = world
@@ -51,7 +50,8 @@ class Trainer:
         for microbatches in self._batches():
             step = self.progress.step + 1
             signalled = [int(stop.signal == known) for known in STOP_SIGNALS]
-            tokens, *signals = self.world.sum_on_host([sum(batch.num_tokens for batch in microbatches), *signalled])
+            read = sum(batch.num_tokens for batch in microbatches) if self.world.counts_batch else 0
+            tokens, *signals = self.world.sum_on_host([read, *signalled])
             self.stopped_by = next(
                 (known.name for known, count in zip(STOP_SIGNALS, signals, strict=True) if count), None
             )

@@ -2,7 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.parallel.table import LocalParameter, LogicalTensor, Rectangle, initialise, whole
+from engine.parallel.table import LocalParameter, LogicalTensor, Rectangle, initialise
+
+
+def whole(name: str, *shape: int, mean: float = 0.0, std: float = 0.0) -> LogicalTensor:
+    return LogicalTensor(name, shape, Rectangle((0,) * len(shape), shape), True, True, mean, std)
 
 
 def splitmix_normal(name: str, count: int, seed: int) -> np.ndarray:

@@ -6,18 +6,17 @@ from engine.errors import OutOfMemoryError
 from engine.model.parameters import parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
-from engine.plan.memory import GIB, MemoryEstimate, available, estimate, require_fit
+from engine.parallel.layout import Layout
+from engine.plan.memory import GIB, MemoryEstimate, estimate, require_fit
+from engine.testing.distributed import world_of
 from engine.testing.runs import run_config
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_estimate_is_what_training_allocates(tmp_path, dtype):
     config = run_config(tmp_path, "--model.hidden_size", "256", "--model.intermediate_size", "512")
-    table = parameter_table(config.model)
-    expected = estimate(config, table, dp=1, dtype=dtype, device_type="cpu")
-    parameters = ShardedParameters(table, dtype, CPU, None)
+    expected = estimate(config, Layout(), 0, dtype, "cpu")
+    parameters = ShardedParameters(parameter_table(config.model), dtype, world_of())
     optimizer = ShardedAdamW(parameters, OptimizerConfig())
 
     def size(*tensors: torch.Tensor) -> int:
@@ -32,16 +31,15 @@ def test_the_estimate_is_what_training_allocates(tmp_path, dtype):
 
 
 def test_more_ranks_shard_the_optimizer(tmp_path):
-    config = run_config(tmp_path)
+    config = run_config(tmp_path, "--batch.global", "8")
     table = parameter_table(config.model)
-    one, eight = (estimate(config, table, dp, torch.bfloat16, "cpu") for dp in (1, 8))
+    one, eight = (estimate(config, Layout(dp=dp), 0, torch.bfloat16, "cpu") for dp in (1, 8))
     assert one.optimizer == table.num_parameters * 12
     assert eight.optimizer == one.optimizer // 8
     assert (one.parameters, one.gradients, one.activations) == (eight.parameters, eight.gradients, eight.activations)
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers():
-    has = available(CPU, local_size=2)
-    require_fit(MemoryEstimate(has // 2, 0, 0, 0, 0), CPU, local_size=2)
-    with pytest.raises(OutOfMemoryError, match=f"optimizer {has / GIB:.1f}.*has {has / GIB:.1f} GiB per rank"):
-        require_fit(MemoryEstimate(1 << 20, 0, has, 0, 0), CPU, local_size=2)
+    require_fit(MemoryEstimate(2 * GIB, 0, 0, 0, 0), 2 * GIB, "this GPU")
+    with pytest.raises(OutOfMemoryError, match=r"optimizer 2\.0.*this GPU has 2\.0 GiB"):
+        require_fit(MemoryEstimate(1 << 20, 0, 2 * GIB, 0, 0), 2 * GIB, "this GPU")

@@ -1,0 +1,72 @@
+"""Where gradients go: into flat fp32 main gradients, at once or later.
+
+A layer that multiplies by a trained weight does not return that weight's gradient to autograd but hands over its two
+factors: the product is added straight to the main gradient, and a zero-bubble schedule can put it off to a moment at
+which the rank would have waited. Rejected: taking autograd's graph apart into an input half and a weight half (it
+walks private structures for every microbatch).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from engine.ops.linear import add_grad_weight
+
+
+class GradientFlow:
+    """What happens to gradients in the backward pass that is running.
+
+    Attributes:
+        last: this pass is the last to reach the parameters in it, so that a gradient that arrives is complete.
+        postponed: None, or the products of weight gradients that have been put off.
+        completed: called with each parameter whose gradient is complete.
+    """
+
+    def __init__(self, completed: Callable[["TrainedParameter"], None]) -> None:
+        self.last = False
+        self.postponed: list[Callable[[], None]] | None = None
+        self.completed = completed
+
+    def arrived(self, parameter: "TrainedParameter") -> None:
+        if self.last:
+            self.completed(parameter)
+
+
+class TrainedParameter(nn.Parameter):
+    """A trainable tensor whose gradients are added to `main_grad`, fp32 and of its shape."""
+
+    main_grad: Tensor
+    flow: GradientFlow
+
+    @staticmethod
+    def of(values: Tensor, main_grad: Tensor, flow: GradientFlow) -> "TrainedParameter":
+        parameter = TrainedParameter(values)
+        parameter.main_grad, parameter.flow = main_grad, flow
+        parameter.register_post_accumulate_grad_hook(_take_gradient)
+        return parameter
+
+    def add_product(self, grad: Tensor, x: Tensor) -> None:
+        """Add gradᵀ·x, for `grad` [t, out] and `x` [t, in] of a layer x·Wᵀ, now or when the schedule says so."""
+        grad, x = grad.detach(), x.detach()
+
+        def add() -> None:
+            add_grad_weight(self.main_grad, grad, x)
+            self.flow.arrived(self)
+
+        if self.flow.postponed is None:
+            add()
+        else:
+            self.flow.postponed.append(add)
+
+
+@torch.no_grad()
+def _take_gradient(parameter: Tensor) -> None:
+    """For gradients that do come through autograd: norms, biases, embedding and head. It is also called where a layer
+    has handed over a product, and then there is no gradient."""
+    assert isinstance(parameter, TrainedParameter)
+    if parameter.grad is None:
+        return
+    parameter.main_grad.add_(parameter.grad)
+    parameter.grad = None
+    parameter.flow.arrived(parameter)

@@ -1,0 +1,185 @@
+"""Runs any pipeline schedule on one rank.
+
+The schedule says what to compute and in which order; sends and receives follow from it. Receives are posted ahead, so
+that a message travels while something else is computed, and a sent tensor is let go as soon as it has left. Parts of
+the model are plain functions, so the executor knows nothing of models. Rejected: `torch.distributed.pipelining`, whose
+stages own the model, its shapes and the splitting of the backward pass.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from engine.parallel.gradients import GradientFlow
+from engine.parallel.layout import World
+from engine.parallel.pipeline.check import LOOKAHEAD
+from engine.parallel.pipeline.schedules import Action, Kind, Schedule
+
+B = TypeVar("B")
+# More than these wait for the oldest: gloo tells of a send that is done only when asked to wait for it. Waiting cannot
+# block for ever, as `check` has proved for a wait at every single send.
+_SENDS_UNDER_WAY = 4
+
+Observe = Callable[[Action, float, float], None]
+
+
+@dataclass
+class InFlight:
+    """A microbatch in a part, between its forward and its backward pass.
+
+    `inputs` is None where the part makes hidden states of tokens; `products` are weight gradients put off.
+    """
+
+    inputs: Tensor | None
+    result: GradientEdge
+    products: list[Callable[[], None]] | None = None
+
+
+class Pipeline(Generic[B]):
+    """This rank's parts of the model, ready to run schedules.
+
+    Attributes:
+        peak_in_flight: most (microbatch, part) pairs so far whose activations were alive at once.
+        observe: called with each action and when it started and ended, in seconds; the waiting before it not included.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Callable[[Tensor | None, B], Tensor]],
+        world: World,
+        flow: GradientFlow,
+        new_boundary: Callable[[], Tensor],
+    ) -> None:
+        """
+        Args:
+            parts: one a chunk: hidden states (None for the first part of the model) and a microbatch -> hidden states, or
+                the summed loss in the last part of the model.
+            flow: told where a backward pass stands.
+            new_boundary: makes an empty tensor for the hidden states that travel between parts.
+        """
+        self.parts = parts
+        self.world = world
+        self.flow = flow
+        self.new_boundary = new_boundary
+        self.peak_in_flight = 0
+        self.observe: Observe | None = None
+
+    def run(self, schedule: Schedule, microbatches: Sequence[B], scale: float = 1.0) -> Tensor:
+        """Run `schedule`; where it trains, the gradients of `scale` times the summed loss are added up.
+
+        Returns:
+            The summed loss of all microbatches times `scale`, fp32 [1]; 0 on stages without the last part.
+        """
+        with torch.set_grad_enabled(schedule.trains):
+            return _Run(self, schedule, microbatches, scale).execute()
+
+
+class _Run(Generic[B]):
+    """The state of one pass through a schedule."""
+
+    def __init__(self, pipeline: Pipeline[B], schedule: Schedule, microbatches: Sequence[B], scale: float) -> None:
+        self.pipeline, self.schedule, self.microbatches, self.scale = pipeline, schedule, microbatches, scale
+        world = pipeline.world
+        self.stage = world.at.pp
+        self.ranks = world.layout.peers(world.rank, "pp")
+        self.actions = schedule.actions[self.stage]
+        self.last = {(action.kind, action.chunk): index for index, action in enumerate(self.actions)}
+        self.expected = [action for action in self.actions if schedule.source(self.stage, action) is not None]
+        self.receives: list[tuple[Tensor, dist.Work]] = []  # posted for the first of `expected`
+        self.sends: list[tuple[Tensor, dist.Work]] = []  # not known to have left
+        self.in_flight: dict[tuple[int, int], InFlight] = {}
+        self.total = torch.zeros(1, device=world.device)
+
+    def execute(self) -> Tensor:
+        for index, action in enumerate(self.actions):
+            message = self._receive(action)
+            started = time.perf_counter()
+            result = self._compute(index, action, message)
+            if self.pipeline.observe is not None:
+                self.pipeline.observe(action, started, time.perf_counter())
+            if result is not None:
+                self._send(action, result)
+        for _, work in self.sends:
+            work.wait()
+        return self.total
+
+    def _receive(self, action: Action) -> Tensor | None:
+        """What `action` needs from another stage; behind it, receives are posted for actions to come."""
+        needs = bool(self.expected) and self.expected[0] == action
+        while len(self.receives) < min(len(self.expected), needs + LOOKAHEAD):
+            self._post_receive(self.expected[len(self.receives)])
+        if not needs:
+            return None
+        self.expected.pop(0)
+        tensor, work = self.receives.pop(0)
+        work.wait()
+        return tensor
+
+    def _post_receive(self, action: Action) -> None:
+        source = self.schedule.source(self.stage, action)
+        assert source is not None
+        tensor = self.pipeline.new_boundary()
+        work = dist.irecv(tensor, self.ranks[source[0]], self._channel(action, source[0], self.stage))
+        assert work is not None
+        self.receives.append((tensor, work))
+
+    def _send(self, action: Action, tensor: Tensor) -> None:
+        target = self.schedule.target(self.stage, action)
+        if target is not None:
+            channel = self._channel(action, self.stage, target[0])
+            work = dist.isend(tensor, self.ranks[target[0]], channel)
+            assert work is not None
+            self.sends.append((tensor, work))
+        self.sends = [(tensor, work) for tensor, work in self.sends if not work.is_completed()]
+        while len(self.sends) > _SENDS_UNDER_WAY:
+            self.sends.pop(0)[1].wait()
+
+    def _channel(self, action: Action, source: int, target: int) -> dist.ProcessGroup:
+        forward = action.kind is Kind.FORWARD
+        wraps = (target < source) if forward else (target > source)
+        return self.pipeline.world.channels[("forward" if forward else "backward") + (" wrap" if wraps else "")]
+
+    def _compute(self, index: int, action: Action, message: Tensor | None) -> Tensor | None:
+        """What the action gives to another stage."""
+        place = (action.microbatch, action.chunk)
+        if action.kind is Kind.FORWARD:
+            return self._forward(action, message)
+        flow = self.pipeline.flow
+        flow.last = self.last[action.kind, action.chunk] == index
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            products = self.in_flight.pop(place).products
+            assert products is not None
+            for add in products:
+                add()
+            result = None
+        else:
+            flow.postponed = [] if action.kind is Kind.BACKWARD_INPUT else None
+            result = self._backward(place, message, flow)
+        flow.last = False
+        return result
+
+    def _forward(self, action: Action, message: Tensor | None) -> Tensor:
+        if message is not None and self.schedule.trains:
+            message.requires_grad_()
+        result = self.pipeline.parts[action.chunk](message, self.microbatches[action.microbatch])
+        if self.schedule.target(self.stage, action) is None:
+            result = result * self.scale
+            self.total += result.detach()
+        if self.schedule.trains:
+            self.in_flight[action.microbatch, action.chunk] = InFlight(message, get_gradient_edge(result))
+            self.pipeline.peak_in_flight = max(self.pipeline.peak_in_flight, len(self.in_flight))
+        return result.detach()
+
+    def _backward(self, place: tuple[int, int], grad: Tensor | None, flow: GradientFlow) -> Tensor | None:
+        passing = self.in_flight.pop(place)
+        torch.autograd.backward((passing.result,), (grad,))
+        if flow.postponed is not None:
+            self.in_flight[place] = InFlight(None, passing.result, flow.postponed)
+            flow.postponed = None
+        return None if passing.inputs is None else passing.inputs.grad

@@ -1,0 +1,116 @@
+"""Tensor parallelism with sequence parallelism: layers cut over the ranks of a group.
+
+Between layers every rank holds its part of the tokens, [t/tp, h]. A column-parallel layer gathers all tokens and
+produces its part of the features; a row-parallel layer consumes such a part and scatters the sum over the ranks back to
+parts of the tokens (Korthikanti et al., arXiv 2205.05198). With one rank nothing is sent and the layers are plain.
+
+Legend: t tokens of a microbatch, h hidden size, v vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
+from engine.ops.linear import grad_weight, linear, matmul_transposed
+from engine.parallel.collectives import all_gather, gather_sequence, reduce_scatter, scatter_sequence_sum
+from engine.parallel.gradients import TrainedParameter
+from engine.parallel.layout import TensorParallel
+
+
+def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """This rank's output features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp]."""
+    if tp.size == 1 and not _takes_products(weight):
+        return linear(x, weight, bias)
+    out = _Linear.apply(x, weight, tp)
+    return out if bias is None else out + bias
+
+
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out], added once -> [t/tp, out]."""
+    if tp.size == 1 and not _takes_products(weight):
+        return linear(x, weight, bias)
+    out = scatter_sequence_sum(_Linear.apply(x, weight, None), tp.group)
+    return out if bias is None else out + bias
+
+
+def vocabulary_embedding(tokens: Tensor, weight: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
+    """Rows of the embedding: `tokens` [t] int64, `weight` this rank's share of [v, h] -> [t/tp, h]."""
+    if tp.size == 1:
+        return F.embedding(tokens, weight)
+    start, extent = tp.share(vocab_size)
+    local = tokens - start
+    elsewhere = (local < 0) | (local >= extent)
+    rows = F.embedding(local.masked_fill(elsewhere, 0), weight)  # [t, h]
+    return scatter_sequence_sum(rows.masked_fill(elsewhere[:, None], 0), tp.group)
+
+
+def vocabulary_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    vocab_size: int,
+    tp: TensorParallel,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Summed loss of all t tokens, the same on every rank: `hidden` [t/tp, h], `weight` this rank's share of [v, h],
+    `labels` and `loss_mask` [t]. See `linear_cross_entropy`."""
+    if tp.size == 1:
+        return linear_cross_entropy(hidden, weight, labels, loss_mask, z_loss=z_loss)
+    shard = VocabularyShard(tp.share(vocab_size)[0], lambda x: _stack(x, tp))
+    everything = gather_sequence(hidden, tp.group)
+    return linear_cross_entropy(everything, weight, labels, loss_mask, z_loss=z_loss, shard=shard)
+
+
+def _stack(x: Tensor, tp: TensorParallel) -> Tensor:
+    out = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
+    all_gather(out, x.contiguous(), tp.group).wait()
+    return out.unflatten(0, (tp.size, -1))
+
+
+def _takes_products(weight: Tensor) -> bool:
+    """Whether the gradient of `weight` is added to a main gradient; a compiler has to see a plain product instead."""
+    return isinstance(weight, TrainedParameter) and not torch.compiler.is_compiling()
+
+
+class _Linear(torch.autograd.Function):
+    """x·Wᵀ for all tokens, with `x` [t/tp, in] gathered over `tp` (None: x has all tokens).
+
+    In the backward the gathering of x runs behind the product for the input's gradient, and the scattering of that
+    gradient behind the product for the weight's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorParallel | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.tp = weight, tp if tp is not None and tp.size > 1 else None
+        return matmul_transposed(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), weight, tp, grad = ctx.saved_tensors, ctx.weight, ctx.tp, grad_outputs[0].contiguous()
+        if tp is None:
+            grad_x = matmul_transposed(grad, weight.t()) if ctx.needs_input_grad[0] else None
+            return grad_x, _grad_weight(weight, grad, x), None
+        everything = x.new_empty(tp.size * x.shape[0], x.shape[1])
+        gathering = all_gather(everything, x.contiguous(), tp.group)
+        partial, grad_x = matmul_transposed(grad, weight.t()), torch.empty_like(x)
+        scattering = reduce_scatter(grad_x, partial, tp.group)
+        gathering.wait()
+        product = _grad_weight(weight, grad, everything)
+        scattering.wait()
+        return grad_x, product, None
+
+
+def _grad_weight(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+    if not weight.requires_grad:
+        return None
+    if isinstance(weight, TrainedParameter):
+        weight.add_product(grad, x)
+        return None
+    return grad_weight(grad, x)

@@ -1,0 +1,89 @@
+"""The program that shows a schedule: its text, its picture, its errors."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ConfigError
+
+PROGRAM = Path(__file__).parents[2] / "tools" / "plan.py"
+
+
+@pytest.fixture
+def main():
+    """The program's `main`, to be called in this process."""
+    spec = importlib.util.spec_from_file_location("plan", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda line: module.main(line.split())
+
+
+def test_one_schedule(main, capsys):
+    main("--schedule 1f1b --stages 2 --microbatches 3")
+    assert capsys.readouterr().out == (
+        "1f1b: proven for 2 stages and 3 microbatches\n"
+        "stage 0  F0 F1 .  .  B0--- F2 B1--- .  B2---\n"
+        "stage 1  .  F0 B0--- F1 B1--- F2 B2--- .  .\n"
+        "bubble  33.3% of the ideal time\n"
+        "most activations in flight, in microbatches per stage  2 1\n\n"
+    )
+
+
+def test_all_schedules_in_one_picture(main, capsys, tmp_path):
+    main(f"--schedule all --stages 4 --microbatches 8 --output {tmp_path / 'all.png'}")
+    out = capsys.readouterr().out
+    titles = ["gpipe", "1f1b", "interleaved, 2 chunks a stage", "zero_bubble"]
+    assert [line.split(":")[0] for line in out.splitlines() if "proven" in line] == titles
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("bubble")] == [
+        "37.5%",
+        "37.5%",
+        "18.8%",
+        "12.5%",
+    ]
+    assert "per stage  5.5 4.5 3.5 2.5" in out
+    assert out.endswith(f"written: {tmp_path / 'all.png'}\n")
+    assert (tmp_path / "all.png").stat().st_size > 0
+
+
+def test_costs_and_chunks(main, capsys):
+    main("--schedule interleaved --chunks 3 --stages 1 --microbatches 1 --costs 3 6 9 --send 1")
+    assert "stage 0  F0   F0.1 F0.2 B0.2-------------------- B0.1" in capsys.readouterr().out
+    main("--schedule zero_bubble --stages 2 --microbatches 2 --costs 3 2 1")
+    assert f"bubble  {(3 + 2 - 1) / (2 * 6):.1%}" in capsys.readouterr().out
+    main("--schedule all --chunks 4 --stages 2 --microbatches 4")
+    assert "bubble  6.2% of" in capsys.readouterr().out  # (2 − 1) / (4 · 4)
+
+
+def test_a_send_takes_its_time(main, capsys):
+    main("--schedule forward_only --stages 2 --microbatches 2 --send 1")
+    assert "stage 1  .  .  F0 F1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--schedule 1f1b --stages 2 --microbatches 0", "microbatches = 0"),
+        ("--schedule 1f1b --chunks 2 --stages 2 --microbatches 2", "virtual_stages = 2"),
+        ("--schedule 1f1b --stages 2 --microbatches 2 --costs 1 0 1", r"--costs = \[1.0, 0.0, 1.0\]"),
+        ("--schedule 1f1b --stages 2 --microbatches 2 --send -1", "--send = -1.0"),
+        ("--schedule 1f1b --stages 2 --microbatches 2 --output a.doc", "a.doc"),
+    ],
+)
+def test_what_does_not_work(main, line, message):
+    with pytest.raises(ConfigError, match=message):
+        main(line)
+
+
+def test_as_a_program():
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True)
+
+    example = "--schedule 1f1b --stages 4 --microbatches 8"
+    assert f"python tools/plan.py {example}\n" in run("--help").stdout
+    assert "bubble  37.5%" in run(*example.split()).stdout
+    failed = run("--schedule", "1f1b", "--stages", "0", "--microbatches", "8")
+    assert failed.returncode == 64
+    assert failed.stderr.startswith("error: parallel.pp = 0; a pipeline needs at least 1\nexit 64:")

@@ -3,22 +3,31 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.errors import ConfigError
+from engine.parallel.pipeline.check import ScheduleError
+from engine.parallel.pipeline.schedules import Schedule, build
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "plan.py"
 
 
 @pytest.fixture
-def main():
-    """The program's `main`, to be called in this process."""
+def plan():
+    """The program as a module."""
     spec = importlib.util.spec_from_file_location("plan", PROGRAM)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda line: module.main(line.split())
+    return module
+
+
+@pytest.fixture
+def main(plan):
+    """The program's `main`, to be called in this process."""
+    return lambda line: plan.main(line.split())
 
 
 def test_one_schedule(main, capsys):
@@ -60,6 +69,16 @@ def test_costs_and_chunks(main, capsys):
 def test_a_send_takes_its_time(main, capsys):
     main("--schedule forward_only --stages 2 --microbatches 2 --send 1")
     assert "stage 1  .  .  F0 F1" in capsys.readouterr().out
+
+
+def test_what_is_shown_is_proven(plan, main, monkeypatch):
+    def without_last_action(*arguments) -> Schedule:
+        good = build(*arguments)
+        return replace(good, actions=(good.actions[0][:-1], *good.actions[1:]))
+
+    monkeypatch.setattr(plan, "build", without_last_action)
+    with pytest.raises(ScheduleError, match="stage 0, B2: missing"):
+        main("--schedule 1f1b --stages 2 --microbatches 3")
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class ParallelConfig(Section):
     sharded_optimizer: bool = Field(True, description="optimizer state is divided among the data-parallel ranks")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="activations computed again in the backward pass: none; selective (attention and the outputs of norms "
+        description="activations computed again in the backward pass: none; selective (attention, the outputs of norms "
         "and activation functions); full (all but the input of each layer)",
     )
     recompute_layers: PositiveInt | None = Field(

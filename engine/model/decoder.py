@@ -3,7 +3,7 @@
 Activations are [t, h]: all tokens of a microbatch, sequence after sequence. Only attention knows where a sequence
 ends, so nothing else has a batch dimension, and sequence parallelism is a split of dim 0.
 
-Shapes: t = s·b tokens, h hidden, f feed-forward, n heads, d head size, v vocabulary; /tp on the ranks that share a layer.
+Shapes: t = s·b tokens, h hidden, f feed-forward, n heads, d head size, v vocabulary; /tp on ranks that share a layer.
 """
 
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         cu_seqlens: tuple[int, ...],
         z_loss: float = 0.0,
     ) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the unmasked tokens; a fp32 scalar. `x` as in `forward`, the others [t]."""
+        """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x` as in `forward`, the rest [t]."""
         assert self.head is not None, "only the part with the head has a loss"
         hidden = self(x, positions, attend_within(cu_seqlens, self.config.sliding_window))
         loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss)

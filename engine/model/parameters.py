@@ -2,7 +2,7 @@
 and the Hugging Face names.
 
 Column-parallel weights (q, k, v; gate and up) are cut by rows, row-parallel ones (attention output, down) by columns,
-embedding and head by vocabulary; norms and the biases behind row-parallel layers are held by every tensor-parallel rank.
+embedding and head by vocabulary; every tensor-parallel rank holds the norms and the biases behind row-parallel layers.
 The vocabulary need not divide: ranks then differ by one row, so nothing is padded.
 """
 

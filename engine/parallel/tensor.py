@@ -22,7 +22,7 @@ from engine.parallel.layout import TensorParallel
 
 
 def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """This rank's output features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp]."""
+    """This rank's features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp]."""
     if tp.size == 1 and not _takes_products(weight):
         return linear(x, weight, bias)
     out = _Linear.apply(x, weight, tp)
@@ -30,7 +30,7 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorPara
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out], added once -> [t/tp, out]."""
+    """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]."""
     if tp.size == 1 and not _takes_products(weight):
         return linear(x, weight, bias)
     out = scatter_sequence_sum(_Linear.apply(x, weight, None), tp.group)

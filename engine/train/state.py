@@ -12,7 +12,7 @@ from engine.parallel.table import LogicalTensor, Rectangle
 
 
 def pieces(optimizer: ShardedAdamW) -> Iterator[Piece]:
-    """Everything this rank has to save, in fp32: the rectangles of its shards that it owns, as views where they are fp32."""
+    """Everything this rank has to save, in fp32: the rectangles of its shards that it owns; views where fp32 is kept."""
     if not optimizer.parameters.owns:
         return
     for shard in optimizer.shards:

@@ -116,7 +116,8 @@ def _one_f_one_b(num_stages: int, stage: int, num_microbatches: int, num_chunks:
 def _interleaved(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
     """1F1B over several chunks per stage (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
-    Bubble (p − 1)/(v·m) of the ideal time; at most `2 * (p - 1 - stage) + (v - 1) * p + 1` chunks in flight.
+    Bubble (p − 1)/(v·m) of the ideal time; at most `2 * (p - 1 - stage) + (v - 1) * p + 1` chunks in flight, which on
+    stage 0 is 1 + (p − 1)/(p·v) of the model's activations (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2).
     The paper asks for a multiple of p microbatches. Any other number takes the order of the next multiple without its
     first microbatches: no more in flight, and no slower than that multiple.
     """
@@ -136,12 +137,12 @@ def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks:
     with m < p microbatches it is (p − m)·T_W more.
     """
     forwards = [Action(Kind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
-    weights = [Action(Kind.BACKWARD_WEIGHT, microbatch) for microbatch in range(num_microbatches)]
+    weights: list[tuple[Action, ...]] = [()] * stage
+    weights += [(Action(Kind.BACKWARD_WEIGHT, microbatch),) for microbatch in range(num_microbatches)]
     backwards = [
-        (Action(Kind.BACKWARD_INPUT, microbatch), *weights[max(microbatch - stage, 0) : max(microbatch - stage + 1, 0)])
-        for microbatch in range(num_microbatches)
+        (Action(Kind.BACKWARD_INPUT, microbatch), *weights[microbatch]) for microbatch in range(num_microbatches)
     ]
-    left = weights[max(num_microbatches - stage, 0) :]
+    left = chain.from_iterable(weights[num_microbatches:])
     return chain(_in_turn(forwards, backwards, warmup=num_stages - 1 - stage), left)
 
 

@@ -117,7 +117,7 @@ def _interleaved(num_stages: int, stage: int, num_microbatches: int, num_chunks:
     """1F1B over several chunks per stage (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 
     Bubble (p − 1)/(v·m) of the ideal time; at most `2 * (p - 1 - stage) + (v - 1) * p + 1` chunks in flight, which on
-    stage 0 is 1 + (p − 1)/(p·v) of the model's activations (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2).
+    stage 0 is 1 + (p − 1)/(p·v) of one microbatch in all layers (Korthikanti et al. 2022, arXiv 2205.05198).
     The paper asks for a multiple of p microbatches. Any other number takes the order of the next multiple without its
     first microbatches: no more in flight, and no slower than that multiple.
     """

@@ -21,7 +21,7 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 class ColumnLinear(nn.Module):
-    """`x @ weight.T + bias`, cut by output features: [t/tp, in] -> [t, out/tp]; a bias exists where the table has one."""
+    """`x @ weight.T + bias`, cut by output features: [t/tp, in] -> [t, out/tp]. A bias is there if the table has it."""
 
     def __init__(self, parameters: Parameters, path: str, tp: TensorParallel) -> None:
         super().__init__()

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import orjson
+import torch
 
 from engine.config import Config, resolve
 from engine.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
+from engine.data.loader import Batch, collate
+from engine.data.pretrain import Sample
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import Interrupted
 from engine.model.families import PRESETS
@@ -56,6 +59,20 @@ def run_config(directory: Path, *overrides: str, preset: str = "tiny", steps: in
         "log": {"interval": 1, "tensorboard": False},
     }
     return resolve(raw, overrides, presets=PRESETS, source="test")
+
+
+def random_batches(config: Config, *, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
+    """The microbatches of one step of random tokens for one data-parallel rank; the same tokens in every layout."""
+    length, micro = config.data.seq_length, config.batch.micro
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.model.vocab_size, (config.batch.global_, length + 1), generator=generator).numpy()
+    share = config.batch.global_ // dp_size
+    starts = range(dp_rank * share, (dp_rank + 1) * share, micro)
+    nowhere = np.empty(0, dtype=np.int64)
+    return [
+        collate([Sample(row, nowhere) for row in tokens[i : i + micro]], tuple(range(i, i + micro)), document_mask=False)
+        for i in starts
+    ]
 
 
 def run_training(config: Config, world_size: int = 1) -> list[dict[str, Any]]:

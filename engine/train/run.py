@@ -28,19 +28,17 @@ from engine.errors import (
 )
 from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW
-from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import World, arrange, connect, disconnect
 from engine.parallel.table import ParameterTable
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout
 from engine.plan.memory import available, estimate_fullest, require_fit
-from engine.plan.stages import stage_parts, stage_table
 from engine.plan.throughput import flops_per_token, peak_tflops
 from engine.train.evaluate import evaluate
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
 from engine.train.state import pieces, restore
-from engine.train.step import DistributedModel
+from engine.train.step import build
 from engine.train.trainer import Progress, Trainer
 
 T = TypeVar("T")
@@ -210,12 +208,7 @@ def _open_log(config: Config, world: World) -> RunLog:
 
 def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
     """Model, optimizer and trainer, with initial or restored weights."""
-    table, sharded = stage_table(config, world.layout, world.rank), config.parallel.sharded_optimizer
-    parameters = ShardedParameters(table, inputs.dtype, world, sharded=sharded)
-    if not inputs.checkpoints:
-        parameters.initialise(config.run.seed)
-    optimizer = ShardedAdamW(parameters, config.optimizer)
-    model = DistributedModel(config, world, stage_parts(config, world.layout, world.at.pp), parameters)
+    model, optimizer = build(config, world, inputs.dtype, seed=None if inputs.checkpoints else config.run.seed)
     trainer = Trainer(config, world, model, optimizer, inputs.train_data)
     if not inputs.checkpoints:
         log.say(f"start       from scratch: there is no checkpoint in {config.run.dir}")

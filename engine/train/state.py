@@ -12,7 +12,7 @@ from engine.parallel.table import LogicalTensor, Rectangle
 
 
 def pieces(optimizer: ShardedAdamW) -> Iterator[Piece]:
-    """Everything this rank has to save, in fp32: the rectangles of its shards that it owns; views where fp32 is kept."""
+    """Everything this rank has to save: the rectangles that it owns of its shards, in fp32."""
     if not optimizer.parameters.owns:
         return
     for shard in optimizer.shards:

@@ -15,7 +15,9 @@ from engine.parallel.layout import World
 from engine.parallel.pipeline.check import check
 from engine.parallel.pipeline.executor import Pipeline
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, Schedule, build
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, Schedule
+from engine.parallel.pipeline.schedules import build as build_schedule
+from engine.plan.stages import stage_parts, stage_table
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class DistributedModel:
         layout, device = self.world.layout, self.world.device
         key = (name, len(microbatches))
         if key not in self._schedules:
-            self._schedules[key] = build(name, layout.pp, len(microbatches), self.config.parallel.virtual_stages)
+            self._schedules[key] = build_schedule(name, layout.pp, *key[1:], self.config.parallel.virtual_stages)
             check(self._schedules[key])
         loss = self.pipeline.run(self._schedules[key], [batch.to(device) for batch in microbatches], scale)
         return loss if self.world.at.tp == 0 else torch.zeros_like(loss)  # all tp ranks have the same one
@@ -68,6 +70,18 @@ class DistributedModel:
         tokens = self.config.batch.micro * self.config.data.seq_length
         shape = (tokens // self.world.layout.tp, self.config.model.hidden_size)
         return torch.empty(shape, dtype=self.dtype, device=self.world.device)
+
+
+def build(
+    config: Config, world: World, dtype: torch.dtype, *, seed: int | None
+) -> tuple[DistributedModel, ShardedAdamW]:
+    """This rank's parts of the model and their optimizer; initial weights where there is a `seed`, else zeros."""
+    table = stage_table(config, world.layout, world.rank)
+    parameters = ShardedParameters(table, dtype, world, sharded=config.parallel.sharded_optimizer)
+    if seed is not None:
+        parameters.initialise(seed)
+    model = DistributedModel(config, world, stage_parts(config, world.layout, world.at.pp), parameters)
+    return model, ShardedAdamW(parameters, config.optimizer)
 
 
 def _part_function(decoder: Decoder, z_loss: float) -> Callable[[torch.Tensor | None, Batch], torch.Tensor]:

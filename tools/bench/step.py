@@ -18,21 +18,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from engine.checkpoint.hf_config import hf_config
-from engine.config import ModelConfig, OptimizerConfig
-from engine.data.loader import Batch
+from engine.config import ModelConfig, OptimizerConfig, resolve
+from engine.data.loader import Batch, collate
+from engine.data.pretrain import Sample
 from engine.errors import ConfigError, TriaxisError, run_program
-from engine.model.decoder import Decoder
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
 from engine.ops.linear import matmul_transposed
-from engine.optim.optimizer import ShardedAdamW
-from engine.parallel.data import ShardedParameters
-from engine.train.step import train_step
+from engine.parallel.layout import connect
+from engine.train.step import build, train_step
 
 OPTIMIZER = OptimizerConfig()
 HIDDEN_SIZE = 256  # without a preset
@@ -114,38 +114,33 @@ def _timed(step: Step) -> float:
 
 def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
     """Our step, and its initial weights under their Hugging Face names."""
-    table = parameter_table(model)
-    parameters = ShardedParameters(table, torch.float32, torch.device("cpu"), group=None)
-    parameters.initialise(seed=0)
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    raw: dict[str, Any] = {
+        "model": model.model_dump(),
+        "data": {"tokenizer": "byte", "train": [{"path": "unused"}], "seq_length": length},
+        "batch": {"micro": rows, "global": rows},
+        "train": {"steps": 1},
+    }
+    config = resolve(raw, presets=PRESETS, source="the benchmark")
+    decoder, optimizer = build(config, connect("cpu"), torch.float32, seed=0)
+    by_path = optimizer.parameters.by_path
     weights = {
         tensor.name: part.clone()
-        for parameter in table.parameters
-        for tensor, part in parameter.split(parameters.by_path[parameter.path].detach())
+        for parameter in parameter_table(model).parameters
+        for tensor, part in parameter.split(by_path[parameter.path].detach())
     }
-    optimizer = ShardedAdamW(parameters, OPTIMIZER)
-    decoder = Decoder(model, parameters.by_path)
     batch = _batch(tokens)
-    count = batch.tokens.numel()
 
     def step() -> float:
-        result = train_step(decoder, optimizer, [batch], step=1, lr=OPTIMIZER.lr, tokens=count)
+        result = train_step(decoder, optimizer, [batch], step=1, lr=OPTIMIZER.lr, tokens=rows * length)
         return result.loss.item()
 
     return step, weights
 
 
 def _batch(tokens: torch.Tensor) -> Batch:
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    rows, length = inputs.shape
-    return Batch(
-        tokens=inputs,
-        labels=labels,
-        loss_mask=torch.ones(rows, length),
-        positions=torch.arange(length).repeat(rows, 1),
-        cu_seqlens=tuple(range(0, rows * length + 1, length)),
-        sample_numbers=tuple(range(rows)),
-        num_tokens=labels.numel(),
-    )
+    samples = [Sample(row, np.empty(0, dtype=np.int64)) for row in tokens.numpy()]
+    return collate(samples, tuple(range(len(samples))), document_mask=False)
 
 
 def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, torch.Tensor], attention: str) -> Step:

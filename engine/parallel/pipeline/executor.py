@@ -58,8 +58,8 @@ class Pipeline(Generic[B]):
     ) -> None:
         """
         Args:
-            parts: one a chunk: hidden states (None in the first part of the model) and a microbatch -> hidden states, or
-                the summed loss in the last part of the model.
+            parts: for each chunk a function of hidden states (None in the first part of the model) and a microbatch,
+                to hidden states, or to the summed loss in the last part of the model.
             flow: told where a backward pass stands.
             new_boundary: makes an empty tensor for the hidden states that travel between parts.
         """

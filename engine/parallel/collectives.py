@@ -52,9 +52,78 @@ def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
     assert parts[rank].shape == out.shape and out.is_contiguous() and x.is_contiguous()
     if dist.get_backend(group) != "gloo":
         return _Started([_native_reduce_scatter(out, x, group=group, async_op=True)])
-    ...
+    buffers = list(torch.empty_like(x).chunk(group.size()))
+    buffers[rank] = out
+    works = [
+        dist.scatter(buffer, list(parts) if i == rank else None, group=group, group_src=i, async_op=True)
+        for i, buffer in enumerate(buffers)
+    ]
+    others = [i for i in range(group.size()) if i != rank]
+    return _SummedOnWait(out, works[rank], [(works[i], buffers[i]) for i in others])
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Pending:
     """Sum x over the ranks, in place and bitwise equal on all of them. Until `wait`, x must not be touched."""
     return _Started([dist.all_reduce(x, group=group, async_op=True)])
+
+
+def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """All tokens from every rank's part: [t/n, h] -> [t, h]. Backward sums the ranks' gradients and keeps our part."""
+    return x if group is None else _GatherSequence.apply(x, group)
+
+
+def scatter_sequence_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """This rank's tokens of the sum over the ranks: [t, h] -> [t/n, h]. Backward gathers the ranks' gradients."""
+    return x if group is None else _ScatterSequenceSum.apply(x, group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+        all_gather(out, x.contiguous(), group).wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return scatter_sequence_sum(grad_outputs[0], ctx.group), None
+
+
+class _ScatterSequenceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+        reduce_scatter(out, x.contiguous(), group).wait()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return gather_sequence(grad_outputs[0], ctx.group), None
+
+
+@dataclass
+class _Started:
+    """Native calls; they keep their tensors alive."""
+
+    works: Sequence[Work]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+@dataclass
+class _SummedOnWait:
+    """Every rank's addend under way to its own tensor, this rank's to `out`."""
+
+    out: Tensor
+    own: Work
+    others: Sequence[tuple[Work, Tensor]]
+
+    def wait(self) -> None:
+        self.own.wait()
+        for work, addend in self.others:
+            work.wait()
+            self.out.add_(addend)

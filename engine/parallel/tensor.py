@@ -61,12 +61,13 @@ def vocabulary_cross_entropy(
     `labels` and `loss_mask` [t]. See `linear_cross_entropy`."""
     if tp.size == 1:
         return linear_cross_entropy(hidden, weight, labels, loss_mask, z_loss=z_loss)
-    shard = VocabularyShard(tp.share(vocab_size)[0], lambda x: _stack(x, tp))
+    shard = VocabularyShard(tp.share(vocab_size)[0], -(-vocab_size // tp.size), lambda x: _stack(x, tp))
     everything = gather_sequence(hidden, tp.group)
     return linear_cross_entropy(everything, weight, labels, loss_mask, z_loss=z_loss, shard=shard)
 
 
 def _stack(x: Tensor, tp: TensorParallel) -> Tensor:
+    assert tp.group is not None
     out = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
     all_gather(out, x.contiguous(), tp.group).wait()
     return out.unflatten(0, (tp.size, -1))

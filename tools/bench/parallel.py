@@ -1,0 +1,197 @@
+"""Training steps of several layouts in turn: tokens/s beside one rank, memory, and where the time of a pipeline goes.
+
+Every rank is a process with one thread, connected by gloo; the tokens are the same in every layout. A round runs every
+layout once, so that whatever else the machine does hits all alike; compare the ratios of the medians.
+
+    python tools/bench/parallel.py --hidden-size 1024 --rounds 3
+    python tools/bench/parallel.py --layouts one pp2 zb2 --timeline pipeline.png
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.config import Config, resolve
+from engine.errors import ConfigError, run_program
+from engine.model.families import PRESETS
+from engine.parallel.layout import Layout
+from engine.parallel.pipeline.check import Costs, Span, Timeline, simulate
+from engine.parallel.pipeline.schedules import Kind, build
+from engine.plan import timeline
+from engine.testing.distributed import run_ranks, world_of
+from engine.testing.runs import random_batches
+from engine.train.step import build as build_model
+from engine.train.step import train_step
+
+LAYOUTS: dict[str, tuple[Layout, list[str]]] = {
+    "one": (Layout(), []),
+    "dp2": (Layout(dp=2), []),
+    "dp2-plain": (Layout(dp=2), ["--parallel.sharded_optimizer", "false"]),
+    "tp2": (Layout(tp=2), []),
+    "pp2": (Layout(pp=2), []),
+    "pp2-gpipe": (Layout(pp=2), ["--parallel.schedule", "gpipe"]),
+    "pp2-zero-bubble": (Layout(pp=2), ["--parallel.schedule", "zero_bubble"]),
+    "pp2-interleaved": (Layout(pp=2), ["--parallel.schedule", "interleaved", "--parallel.virtual_stages", "2"]),
+    "tp2-pp2": (Layout(tp=2, pp=2), []),
+}
+_DEFAULT = ["one", "dp2", "tp2", "pp2", "pp2-zero-bubble", "pp2-interleaved"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank saw: seconds of each step, its peak memory in bytes, and the actions of the last step."""
+
+    seconds: list[float]
+    peak_bytes: int
+    spans: tuple[Span, ...]
+    loss: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    configs = {name: _config(options, LAYOUTS[name][1]) for name in options.layouts}
+    model = next(iter(configs.values())).model
+    print(
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}; {model.num_layers} layers, "
+        f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, sequence {options.seq_length}, {options.global_batch} "
+        f"sequences a step, fp32, one thread a rank"
+    )
+    results: dict[str, list[list[Measured]]] = {name: [] for name in options.layouts}
+    for number in range(options.rounds):
+        for name, config in configs.items():
+            started = time.perf_counter()
+            layout = LAYOUTS[name][0]
+            results[name].append(run_ranks(layout.world_size, measure, config, layout, options.steps, timeout_s=3600))
+            print(f"round {number + 1}/{options.rounds}  {name:16} {time.perf_counter() - started:.0f} s", flush=True)
+    _print(results, options.global_batch * options.seq_length)
+    if options.timeline:
+        _draw(configs, results, options.timeline)
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, examples = (__doc__ or "").partition("\n\n    ")
+    parser = argparse.ArgumentParser(
+        description=description.split("\n")[0],
+        epilog=f"examples:\n    {examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=_DEFAULT, metavar="LAYOUT", help=", ".join(LAYOUTS)
+    )
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--global-batch", type=int, default=8, help="sequences in a step, one a microbatch")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, behind one that is not")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--timeline", type=Path, help="draw measured and predicted pipelines into this picture")
+    return parser
+
+
+def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
+    hidden = options.hidden_size
+    if hidden % 64:
+        raise ConfigError(f"--hidden-size {hidden}: expected a multiple of the head size, 64")
+    raw: dict[str, Any] = {
+        "model": {
+            "preset": "tiny",
+            "num_layers": options.layers,
+            "hidden_size": hidden,
+            "intermediate_size": hidden * 11 // 4,
+            "num_heads": hidden // 64,
+            "num_kv_heads": hidden // 64,
+            "head_dim": 64,
+            "vocab_size": options.vocab_size,
+        },
+        "data": {"tokenizer": "byte", "train": [{"path": "unused"}], "seq_length": options.seq_length},
+        "batch": {"micro": 1, "global": options.global_batch},
+        "train": {"steps": 1},
+    }
+    return resolve(raw, overrides, presets=PRESETS, source="the benchmark")
+
+
+def measure(config: Config, layout: Layout, steps: int) -> Measured:
+    """Runs on every rank: one step to warm up, then `steps` timed ones."""
+    world = world_of(layout)
+    before = _peak_bytes()
+    model, optimizer = build_model(config, world, torch.float32, seed=0)
+    batches = random_batches(config, dp_rank=world.at.dp, dp_size=layout.dp)
+    tokens = config.batch.global_ * config.data.seq_length
+    seconds: list[float] = []
+    for step in range(1, steps + 2):
+        spans: list[Span] = []
+        model.pipeline.observe = lambda action, start, end, spans=spans: spans.append(Span(action, start, end))
+        if world.control_group is not None:
+            dist.barrier(world.control_group)
+        started = time.perf_counter()
+        result = train_step(model, optimizer, batches, step=step, lr=1e-4, tokens=tokens)
+        result.grad_norm.item()
+        seconds.append(time.perf_counter() - started)
+    loss = result.loss.clone()
+    world.sum_on_device(loss)
+    return Measured(seconds[1:], _peak_bytes() - before, tuple(spans), loss.item())
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _print(results: dict[str, list[list[Measured]]], tokens: int) -> None:
+    medians = {name: _median(rounds) for name, rounds in results.items()}
+    first = next(iter(medians))
+    print(f"\n{'layout':16} {'tokens/s':>9} {'beside ' + first:>12} {'peak GiB per rank':>18} {'loss':>9}")
+    for name, rounds in results.items():
+        peak = max(rank.peak_bytes for ranks in rounds for rank in ranks) / 2**30
+        ratio = medians[first] / medians[name]
+        print(f"{name:16} {tokens / medians[name]:9,.0f} {ratio:11.2f}× {peak:18.2f} {rounds[-1][0].loss:9.5f}")
+
+
+def _median(rounds: list[list[Measured]]) -> float:
+    """Seconds of a step, which is over when its slowest rank is done."""
+    return statistics.median(
+        max(seconds) for ranks in rounds for seconds in zip(*(r.seconds for r in ranks), strict=True)
+    )
+
+
+def _draw(configs: dict[str, Config], results: dict[str, list[list[Measured]]], path: Path) -> None:
+    """Measured and predicted timelines of the pipelines without tensor and data parallelism."""
+    panels: dict[str, Timeline] = {}
+    for name, rounds in results.items():
+        layout, config = LAYOUTS[name][0], configs[name]
+        if layout.pp == 1 or layout.world_size != layout.pp:
+            continue
+        spans = tuple(rank.spans for rank in rounds[-1])
+        schedule = build(config.parallel.schedule, layout.pp, config.batch.global_, config.parallel.virtual_stages)
+        panels[f"{name}, measured"] = spans
+        panels[f"{name}, predicted"] = simulate(schedule, _costs(spans, schedule.num_chunks))
+    if not panels:
+        raise ConfigError("--timeline needs a layout that is a pipeline, like pp2")
+    timeline.draw(panels, path)
+    print(f"written: {path}")
+
+
+def _costs(spans: Timeline, num_chunks: int) -> Costs:
+    """Median duration of each kind of action, of a microbatch through all chunks of a stage."""
+
+    def median(kind: Kind) -> float:
+        times = [span.end - span.start for stage in spans for span in stage if span.action.kind is kind]
+        return statistics.median(times) * num_chunks if times else 0.0
+
+    whole = median(Kind.BACKWARD)
+    return Costs(
+        median(Kind.FORWARD), whole / 2 or median(Kind.BACKWARD_INPUT), whole / 2 or median(Kind.BACKWARD_WEIGHT)
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -25,10 +25,12 @@ class VocabularyShard:
 
     Attributes:
         first_label: the label of the first row here.
+        most_rows: rows of the largest part on any rank; the ranks cut the tokens alike by it.
         gather: every rank's copy of a tensor, stacked along a new first dimension; a collective.
     """
 
     first_label: int
+    most_rows: int
     gather: Callable[[Tensor], Tensor]
 
 
@@ -114,7 +116,8 @@ def _loss_and_gradients(
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
     # [h, v]: this way round the small operand is the one that the product transposes
     grad_weight = torch.zeros(weight.shape[::-1], dtype=wide, device=weight.device) if for_weight else None
-    rows = chunk_rows(weight.shape[0], hidden.device.type)
+    vocab_size = weight.shape[0] if options.shard is None else options.shard.most_rows
+    rows = chunk_rows(vocab_size, hidden.device.type)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         x, mask = hidden[part], loss_mask[part, None]

@@ -1,9 +1,19 @@
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from engine.ops import cross_entropy
-from engine.ops.cross_entropy import chunk_rows, linear_cross_entropy, linear_cross_entropy_reference
+from engine.ops.cross_entropy import (
+    VocabularyShard,
+    chunk_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from engine.parallel.layout import TensorParallel
 from tests.ops.op_parity import FP32, assert_same
 
 
@@ -20,10 +30,10 @@ def example(tokens: int, hidden: int = 24, vocab: int = 101) -> tuple[torch.Tens
     return torch.randn(tokens, hidden), torch.randn(vocab, hidden) / 3, labels, mask
 
 
-def both(labels: torch.Tensor, mask: torch.Tensor) -> tuple:
+def both(labels: torch.Tensor, mask: torch.Tensor, z_loss: float = 0.0) -> tuple:
     return (
-        lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, mask),
-        lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, labels, mask),
+        lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, mask, z_loss=z_loss),
+        lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, labels, mask, z_loss=z_loss),
     )
 
 
@@ -61,11 +71,19 @@ def test_fully_masked_is_zero_with_zero_gradients():
     assert not weight.grad.any()
 
 
-def test_gradients_in_double():
+def test_z_loss_is_the_square_of_the_log_of_the_sum():
+    hidden, weight, labels, mask = example(130)
+    z = (hidden @ weight.t()).exp().sum(-1).log()
+    expected = (0.25 * z**2 * mask).sum() + linear_cross_entropy(hidden, weight, labels, mask)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, mask, z_loss=0.25), expected)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_gradients_in_double(z_loss):
     """gradcheck goes backwards many times, so it proves the reference, and the reference the fast path."""
     hidden, weight, labels, mask = example(70, 3, 5)
     inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    fast, reference = both(labels, mask)
+    fast, reference = both(labels, mask, z_loss)
     assert torch.autograd.gradcheck(reference, inputs)
     assert_same(fast, reference, inputs, rtol=1e-10, atol=1e-12)
 
@@ -136,3 +154,61 @@ def test_never_waits_for_the_device():
     hidden, weight, labels, mask = (x.to("meta") for x in example(130))
     linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, mask).backward()
     assert weight.grad.shape == weight.shape
+
+
+def on_shards(shards: int, hidden: torch.Tensor, weight: torch.Tensor, op: Callable) -> list[torch.Tensor]:
+    """op(hidden, weight, shard) on threads that share the vocabulary as ranks do: loss, summed gradient of `hidden`,
+    joined gradient of `weight`."""
+    barrier, slots = Barrier(shards), [torch.empty(0)] * shards
+
+    def run(rank: int) -> tuple[torch.Tensor, ...]:
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            slots[rank] = x.clone()
+            barrier.wait(10)
+            together = torch.stack(slots)
+            barrier.wait(10)
+            return together
+
+        first, rows = TensorParallel(rank, shards).share(len(weight))
+        mine = [x.detach().clone().requires_grad_() for x in (hidden, weight[first : first + rows])]
+        loss = op(*mine, VocabularyShard(first, -(-len(weight) // shards), gather))
+        (0.37 * loss).backward()
+        return loss.detach(), *(x.grad for x in mine)
+
+    with ThreadPoolExecutor(shards) as pool:
+        losses, for_hidden, for_weight = zip(*pool.map(run, range(shards)), strict=True)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    return [losses[0], torch.stack(for_hidden).sum(0), torch.cat(for_weight)]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_ranks_that_share_the_vocabulary_agree_with_the_whole(shards, z_loss, monkeypatch):
+    if cross_entropy._CHUNK_ELEMENTS_CPU > 1:  # in chunks whose number a rank's own share would decide differently
+        monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS_CPU", 128 * (101 // shards))
+    hidden, weight, labels, mask = example(200)
+    hidden, weight, labels = hidden.double(), weight.double(), labels.where(mask > 0, -100)
+
+    def op(hidden: torch.Tensor, weight: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, labels, mask, z_loss=z_loss, shard=shard)
+
+    expected = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss = linear_cross_entropy_reference(*expected, labels, mask, z_loss=z_loss)
+    (0.37 * loss).backward()
+    results = zip(on_shards(shards, hidden, weight, op), (loss.detach(), *(x.grad for x in expected)), strict=True)
+    for got, want in results:
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_ranks_exchange_two_numbers_a_token():
+    hidden, weight, labels, mask = example(130)
+    sent = []
+
+    def op(hidden: torch.Tensor, weight: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+        counted = VocabularyShard(
+            shard.first_label, shard.most_rows, lambda x: sent.append(x.numel()) or shard.gather(x)
+        )
+        return linear_cross_entropy(hidden, weight, labels, mask, shard=counted)
+
+    on_shards(2, hidden, weight, op)
+    assert sum(sent) == 2 * 2 * 130

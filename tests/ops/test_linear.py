@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.ops.linear import linear, linear_reference, matmul_transposed, uses_onednn
+from engine.ops.linear import add_grad_weight, grad_weight, linear, linear_reference, matmul_transposed, uses_onednn
 from tests.ops.op_parity import BF16, assert_same, strided
 
 LARGE = [(130, 257, 129), (2048, 64, 192), (64, 192, 1024), (17, 512, 256)]
@@ -60,3 +60,28 @@ def test_only_the_wanted_gradients_are_computed():
     linear(x, weight).sum().backward()
     assert x.grad is None
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(130, 257, 129), (130, 129, 257), (1, 5, 3), (0, 5, 3)])
+def test_weight_gradients_add_up(dtype, tokens, outputs, inputs):
+    torch.manual_seed(0)
+    grads, xs = (torch.randn(2, tokens, size).to(dtype) for size in (outputs, inputs))
+    out = before = torch.full((outputs, inputs), 7.0)
+    for grad, x in zip(grads, xs, strict=True):
+        add_grad_weight(out, grad, x)
+    assert out is before
+    assert out.dtype == torch.float32
+    expected = 7 + torch.einsum("cto,cti->oi", grads.double(), xs.double()).float()
+    # a bf16 product is rounded once before it is added
+    tolerance = {"rtol": 1e-5, "atol": 2e-4} if dtype == torch.float32 else {"rtol": BF16["rtol"], "atol": 0.3}
+    torch.testing.assert_close(out, expected, **tolerance)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 3), (3, 5), (257, 129), (129, 257)])
+def test_the_weight_gradient_is_that_of_autograd(outputs, inputs):
+    torch.manual_seed(0)
+    x, weight = torch.randn(130, inputs), torch.randn(outputs, inputs, requires_grad=True)
+    grad = torch.randn(130, outputs)
+    linear_reference(x, weight).backward(grad)
+    torch.testing.assert_close(grad_weight(grad, x), weight.grad, rtol=1e-5, atol=2e-4)

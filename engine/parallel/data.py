@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from engine.ops.grad_norm import square_sum
 from engine.parallel.collectives import Pending, all_gather, all_reduce, reduce_scatter
 from engine.parallel.gradients import GradientFlow, TrainedParameter
 from engine.parallel.layout import World
@@ -244,15 +245,10 @@ class ShardedParameters:
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of all gradients, fp32 [1], each logical element counted once; call after `reduce_gradients`."""
-        parts = [
-            bucket.grad_shard[part]
-            for bucket in self.buckets
-            for part in bucket.plan.owned(bucket.begin, bucket.end)
-            if self.owns
-        ]
         square = torch.zeros(1, device=self.world.device)
-        if parts:
-            square += torch.stack(torch._foreach_norm(parts)).square().sum()
+        for bucket in self.buckets if self.owns else ():
+            for part in bucket.plan.owned(bucket.begin, bucket.end):
+                square += square_sum(bucket.grad_shard[part])
         self.world.sum_on_device(square)
         return square.sqrt()
 

@@ -237,6 +237,10 @@ class ShardedParameters:
         if self.world.dp_group is not None and self.sharded:
             bucket.gathering = all_gather(bucket.param, bucket.param_shard, self.world.dp_group)
 
+    def finish_gathering(self) -> None:
+        """Wait for all parameters, before other things than the layers need them or the ranks part."""
+        self._wait_for(self.buckets)
+
     def _wait_for(self, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:
             if bucket.gathering is not None:

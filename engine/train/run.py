@@ -299,6 +299,7 @@ def _evaluate(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
 def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     config, world, progress = trainer.config, trainer.world, trainer.progress
     started = time.perf_counter()
+    trainer.optimizer.parameters.finish_gathering()
     state = State(
         step=progress.step,
         consumed_samples=progress.samples,

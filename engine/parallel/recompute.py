@@ -21,10 +21,10 @@ def again(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 def forgotten(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
     """Within this context, operations that would keep `tensor` for their backward keep `make` instead."""
-    identity = (tensor.data_ptr(), tensor.shape)
+    identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
 
     def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        return make if (kept.data_ptr(), kept.shape) == identity else kept
+        return make if (kept.data_ptr(), kept.shape, kept.stride()) == identity else kept
 
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         if isinstance(kept, Tensor):

@@ -1,0 +1,91 @@
+import torch
+
+from engine.ops.norm import rms_norm
+from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.layout import ALONE
+from engine.parallel.tensor import column_linear, row_linear
+
+
+class Model:
+    """A norm, two layers and a bias; `completed` has the names of the parameters in the order of their completion."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(0)
+        self.completed: list[str] = []
+        self.flow = GradientFlow(lambda parameter: self.completed.append(self.names[parameter]))
+        shapes = {"norm": (6,), "up": (9, 6), "bias": (9,), "down": (6, 9)}
+        values = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self.plain = {name: value.clone().requires_grad_() for name, value in values.items()}
+        self.trained = {
+            name: TrainedParameter.of(value.to(dtype), torch.zeros_like(value, dtype=torch.float32), self.flow)
+            for name, value in values.items()
+        }
+        self.names = {parameter: name for name, parameter in self.trained.items()}
+        self.inputs = torch.randn(3, 5, 6, dtype=torch.float64)
+
+    def loss(self, parameters: dict, x: torch.Tensor) -> torch.Tensor:
+        x = rms_norm(x, parameters["norm"], 1e-6)
+        up = column_linear(x, parameters["up"], parameters["bias"], ALONE)
+        return row_linear(up.tanh(), parameters["down"], None, ALONE).square().sum()
+
+    def backward(self, inputs: int) -> None:
+        dtype = self.trained["norm"].dtype
+        self.loss(self.trained, self.inputs[inputs].to(dtype)).backward()
+
+    def expected(self, passes: int = 3) -> dict[str, torch.Tensor]:
+        sum(self.loss(self.plain, x) for x in self.inputs[:passes]).backward()
+        return {name: parameter.grad.float() for name, parameter in self.plain.items()}
+
+    def assert_gradients(self, passes: int = 3, **tolerance: float) -> None:
+        for name, gradient in self.expected(passes).items():
+            parameter = self.trained[name]
+            assert parameter.grad is None
+            assert parameter.main_grad.dtype == torch.float32
+            torch.testing.assert_close(parameter.main_grad, gradient, **tolerance)
+
+
+def test_gradients_of_all_kinds_add_up_in_fp32():
+    model = Model()
+    for inputs in range(3):
+        model.backward(inputs)
+    model.assert_gradients(rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_parameters_have_fp32_gradients():
+    """The sum of many small gradients does not get stuck, as it would in bf16."""
+    model = Model(torch.bfloat16)
+    for _ in range(600):
+        model.backward(0)
+    once = Model(torch.bfloat16)
+    once.backward(0)
+    for name, parameter in model.trained.items():
+        torch.testing.assert_close(parameter.main_grad, 600 * once.trained[name].main_grad, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_are_complete_in_the_last_pass_only():
+    model = Model()
+    model.backward(0)
+    model.backward(1)
+    assert model.completed == []
+    model.flow.last = True
+    model.backward(2)
+    assert model.completed == ["down", "bias", "up", "norm"]
+
+
+def test_products_can_be_put_off():
+    model = Model()
+    puts_off = []
+    for inputs in range(3):
+        model.flow.last, model.flow.postponed = inputs == 2, []
+        model.backward(inputs)
+        puts_off.append(model.flow.postponed)
+        model.flow.last, model.flow.postponed = False, None
+    assert [len(products) for products in puts_off] == [2, 2, 2]
+    assert not any(model.trained[name].main_grad.any() for name in ("up", "down"))
+    assert model.completed == ["bias", "norm"]  # autograd has brought these; only products wait
+    for number, products in enumerate(puts_off):
+        model.flow.last = number == 2
+        for add in products:
+            add()
+    assert model.completed == ["bias", "norm", "down", "up"]
+    model.assert_gradients(rtol=1e-5, atol=1e-5)

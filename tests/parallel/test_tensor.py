@@ -1,0 +1,183 @@
+"""Layers on ranks against the whole layer on one, in float64, with collectives that are late."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.ops.cross_entropy import linear_cross_entropy_reference
+from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.layout import Layout, TensorParallel
+from engine.parallel.tensor import column_linear, row_linear, vocabulary_cross_entropy, vocabulary_embedding
+from engine.testing.distributed import run_ranks, world_of
+from tests.parallel.late import late
+
+TOKENS, HIDDEN, FEATURES, VOCABULARY = 12, 8, 20, 11
+KINDS = ("plain", "trained", "postponed", "frozen")
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+class Layer:
+    """Parameters of one kind, and their gradients wherever they go."""
+
+    def __init__(self, kind: str, *values: Tensor) -> None:
+        self.kind, self.completed = kind, []
+        self.flow = GradientFlow(lambda parameter: self.completed.append(parameter))
+        self.flow.postponed = [] if kind == "postponed" else None
+        self.parameters = [self._parameter(value.clone()) for value in values]
+
+    def _parameter(self, value: Tensor) -> nn.Parameter:
+        if self.kind in ("plain", "frozen"):
+            return nn.Parameter(value, requires_grad=self.kind == "plain")
+        return TrainedParameter.of(value, torch.zeros_like(value), self.flow)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Those of all parameters; products that were put off are added first, and not before."""
+        if self.kind == "postponed":
+            (weight,) = (p for p in self.parameters if p.ndim == 2)
+            assert not weight.main_grad.any()
+            (add,) = self.flow.postponed
+            add()
+        if self.kind in ("trained", "postponed"):
+            assert all(parameter.grad is None for parameter in self.parameters)
+            return [parameter.main_grad for parameter in self.parameters]
+        return [parameter.grad for parameter in self.parameters]
+
+
+def assert_gradients(layer: Layer, expected: list[Tensor]) -> None:
+    for got, want in zip(layer.gradients(), expected, strict=True):
+        if layer.kind == "frozen":
+            assert got is None
+        else:
+            torch.testing.assert_close(got, want, **EXACT)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def part_of(x: Tensor, tp: TensorParallel, dim: int = 0) -> Tensor:
+    return x.narrow(dim, *tp.share(x.shape[dim])).clone()
+
+
+def tensor_parallel(ranks: int) -> TensorParallel:
+    torch.manual_seed(0)  # the same numbers on every rank
+    return world_of(Layout(tp=ranks)).tp
+
+
+def columns(ranks: int) -> None:
+    tp = tensor_parallel(ranks)
+    for kind in KINDS:
+        for with_bias in (False, True):
+            x, weight, bias = random(TOKENS, HIDDEN), random(FEATURES, HIDDEN), random(FEATURES)
+            grad = random(TOKENS, FEATURES)
+            values = [weight, bias] if with_bias else [weight]
+            layer = Layer(kind, *(part_of(value, tp) for value in values))
+            mine = part_of(x, tp).requires_grad_()
+            with late():
+                out = column_linear(mine, layer.parameters[0], *(layer.parameters[1:] or [None]), tp)
+                out.backward(part_of(grad, tp, 1))
+            expected = x @ weight.t() + (bias if with_bias else 0)
+            torch.testing.assert_close(out, part_of(expected, tp, 1), **EXACT)
+            torch.testing.assert_close(mine.grad, part_of(grad @ weight, tp), **EXACT)
+            gradients = [grad.t() @ x, grad.sum(0)][: len(values)]
+            assert_gradients(layer, [part_of(gradient, tp) for gradient in gradients])
+
+
+def rows(ranks: int) -> None:
+    """The bias is added once, and each rank has its tokens' part of its gradient."""
+    tp = tensor_parallel(ranks)
+    for kind in KINDS:
+        for with_bias in (False, True):
+            x, weight, bias = random(TOKENS, FEATURES), random(HIDDEN, FEATURES), random(HIDDEN)
+            grad = random(TOKENS, HIDDEN)
+            layer = Layer(kind, part_of(weight, tp, 1), *([bias] if with_bias else []))
+            mine = part_of(x, tp, 1).requires_grad_()
+            with late():
+                out = row_linear(mine, layer.parameters[0], *(layer.parameters[1:] or [None]), tp)
+                out.backward(part_of(grad, tp))
+            expected = x @ weight.t() + (bias if with_bias else 0)
+            torch.testing.assert_close(out, part_of(expected, tp), **EXACT)
+            torch.testing.assert_close(mine.grad, part_of(grad @ weight, tp, 1), **EXACT)
+            gradients = [part_of(grad.t() @ x, tp, 1), part_of(grad, tp).sum(0)]
+            assert_gradients(layer, gradients[: 1 + with_bias])
+
+
+def embedding(ranks: int) -> None:
+    tp = tensor_parallel(ranks)
+    tokens = torch.randint(0, VOCABULARY, (TOKENS,))
+    tokens[:3] = torch.tensor([0, VOCABULARY - 1, 0])
+    weight, grad = random(VOCABULARY, HIDDEN), random(TOKENS, HIDDEN)
+    for kind in ("plain", "trained"):
+        layer = Layer(kind, part_of(weight, tp))
+        with late():
+            out = vocabulary_embedding(tokens, layer.parameters[0], VOCABULARY, tp)
+            out.backward(part_of(grad, tp))
+        torch.testing.assert_close(out, part_of(weight[tokens], tp), **EXACT)
+        assert_gradients(layer, [part_of(torch.zeros_like(weight).index_add_(0, tokens, grad), tp)])
+
+
+def cross_entropy(ranks: int) -> None:
+    tp = tensor_parallel(ranks)
+    hidden, weight = random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN)
+    mask = torch.ones(TOKENS).index_fill(0, torch.tensor([1, 4, 5]), 0)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,)).where(mask > 0, -100)
+    for kind in ("plain", "trained"):
+        for z_loss in (0.0, 0.1):
+            layer = Layer(kind, part_of(weight, tp))
+            mine = part_of(hidden, tp).requires_grad_()
+            with late():
+                loss = vocabulary_cross_entropy(mine, layer.parameters[0], labels, mask, VOCABULARY, tp, z_loss)
+                (loss / 3).backward()
+            whole = [value.clone().requires_grad_() for value in (hidden, weight)]
+            expected = linear_cross_entropy_reference(*whole, labels, mask, z_loss=z_loss)
+            (expected / 3).backward()
+            torch.testing.assert_close(loss, expected, **EXACT)
+            torch.testing.assert_close(mine.grad, part_of(whole[0].grad, tp), **EXACT)
+            assert_gradients(layer, [part_of(whole[1].grad, tp)])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("layer", [columns, rows, embedding, cross_entropy])
+def test_ranks_together_are_the_whole_layer(layer: Callable[[int], None], ranks: int):
+    run_ranks(ranks, layer, ranks)
+
+
+def cross_entropy_traffic(vocab_size: int) -> int:
+    tp = tensor_parallel(2)
+    hidden = random(TOKENS // 2, HIDDEN).requires_grad_()
+    weight = part_of(random(vocab_size, HIDDEN), tp).requires_grad_()
+    labels = torch.randint(0, vocab_size, (TOKENS,))
+    with late() as traffic:
+        vocabulary_cross_entropy(hidden, weight, labels, torch.ones(TOKENS), vocab_size, tp).backward()
+    return sum(traffic.elements)
+
+
+def test_cross_entropy_never_sends_logits():
+    """Its hidden states, two numbers a token, and the gradients of the hidden states; whatever the vocabulary."""
+    expected = TOKENS // 2 * HIDDEN + 2 * TOKENS + TOKENS * HIDDEN
+    assert run_ranks(2, cross_entropy_traffic, 50_001) == [expected] * 2
+
+
+def column_backward() -> list[str]:
+    tp = tensor_parallel(2)
+    layer = Layer("trained", random(FEATURES // 2, HIDDEN))
+    (weight,) = layer.parameters
+    out = column_linear(random(TOKENS // 2, HIDDEN).requires_grad_(), weight, None, tp)
+    with late() as traffic:
+        layer.flow.last = True
+        layer.flow.completed = lambda _: traffic.events.append("weight gradient")
+        out.sum().backward()
+    return traffic.events
+
+
+def test_the_backward_of_a_column_layer_computes_while_it_communicates():
+    for events in run_ranks(2, column_backward):
+        assert events == [
+            "start all_gather",
+            "start reduce_scatter",
+            "wait all_gather",
+            "weight gradient",
+            "wait reduce_scatter",
+        ]

@@ -1,4 +1,4 @@
-"""Collectives whose results come when they are waited for, and never before.
+"""Communication whose results come when they are waited for, and never before.
 
 Communication that is fast enough hides a missing wait: the result is there anyway. Here a result is NaN until `wait`,
 and what must not be touched before is looked at then, so a wait too few or too late fails every time.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -79,3 +80,47 @@ class _Late:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+@contextmanager
+def late_messages() -> Iterator[None]:
+    """Within, messages between two ranks are late; at the end every one must be known to have left."""
+    sent: list[_LateSend] = []
+
+    def isend(tensor: Tensor, dst: int, group: ProcessGroup) -> _LateSend:
+        sent.append(_LateSend(tensor, real_isend(tensor, dst, group)))
+        return sent[-1]
+
+    def irecv(tensor: Tensor, src: int, group: ProcessGroup) -> _LateReceive:
+        result = torch.empty_like(tensor)
+        tensor.fill_(torch.nan)
+        return _LateReceive(tensor, result, real_irecv(result, src, group))
+
+    real_isend, real_irecv = dist.isend, dist.irecv
+    with patch.object(dist, "isend", isend), patch.object(dist, "irecv", irecv):
+        yield
+    assert all(send.done for send in sent), "a message was not waited for"
+
+
+class _LateSend:
+    def __init__(self, tensor: Tensor, under_way: dist.Work) -> None:
+        self.tensor, self.given, self.under_way, self.done = tensor, tensor.clone(), under_way, False
+
+    def is_completed(self) -> bool:
+        return False  # as gloo says until it is asked to wait
+
+    def wait(self) -> None:
+        self.under_way.wait()
+        assert torch.equal(self.tensor, self.given), "isend: written before it was done"
+        self.done = True
+
+
+@dataclass
+class _LateReceive:
+    out: Tensor
+    result: Tensor
+    under_way: dist.Work
+
+    def wait(self) -> None:
+        self.under_way.wait()
+        self.out.copy_(self.result)

@@ -1,0 +1,269 @@
+"""Every schedule on real ranks, with small parts and late messages, against the plain loop."""
+
+import random
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.layout import ALONE, Layout, World
+from engine.parallel.pipeline.check import check, peak_activations
+from engine.parallel.pipeline.executor import Pipeline
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, Schedule, build
+from engine.parallel.tensor import column_linear
+from engine.testing.distributed import run_ranks, world_of
+from tests.parallel.late import late_messages
+
+TOKENS, HIDDEN, SCALE = 3, 4, 0.5
+Parts = list[Callable[[Tensor | None, Tensor], Tensor]]
+
+
+class Toy:
+    """A model of layers 2 tanh(x·Wᵀ + b), one a part, of which this rank trains its own.
+
+    Attributes:
+        at_completion: gradients at the moment when they were said to be complete.
+    """
+
+    def __init__(self, world: World, num_chunks: int, num_microbatches: int) -> None:
+        torch.manual_seed(0)  # the same on every rank
+        self.world, num_parts = world, world.layout.pp * num_chunks
+        self.weights = [torch.randn(HIDDEN, HIDDEN + 1, dtype=torch.float64) for _ in range(num_parts)]
+        self.batches = [torch.randn(TOKENS, HIDDEN, dtype=torch.float64) for _ in range(num_microbatches)]
+        self.at_completion: list[tuple[TrainedParameter, Tensor]] = []
+        self.flow = GradientFlow(lambda parameter: self.at_completion.append((parameter, parameter.main_grad.clone())))
+        mine = range(world.at.pp, num_parts, world.layout.pp)
+        self.trained = [[self._trained(part) for part in _split(self.weights[k])] for k in mine]
+        self.parts: Parts = [
+            self._part(*trained, k == num_parts - 1) for trained, k in zip(self.trained, mine, strict=True)
+        ]
+        self.pipeline = Pipeline(self._parts(), world, self.flow, self.new_boundary)
+
+    def _parts(self) -> Parts:
+        """As they are run; for tests that look on."""
+        return self.parts
+
+    def _trained(self, values: Tensor) -> TrainedParameter:
+        return TrainedParameter.of(values.clone(), torch.zeros_like(values), self.flow)
+
+    def _part(self, weight: Tensor, bias: Tensor, is_last: bool) -> Callable[[Tensor | None, Tensor], Tensor]:
+        def run(x: Tensor | None, batch: Tensor) -> Tensor:
+            assert (x is None) == (weight is self.trained[0][0] and self.world.at.pp == 0)
+            out = 2 * column_linear(2 * batch if x is None else x, weight, bias, ALONE).tanh()
+            return (out * batch).sum() if is_last else out
+
+        return run
+
+    @staticmethod
+    def new_boundary() -> Tensor:
+        return torch.empty(TOKENS, HIDDEN, dtype=torch.float64)
+
+    def expected(self) -> tuple[Tensor, list[list[Tensor]]]:
+        """The loss, and the gradients of this rank's parameters, by a loop over the whole model."""
+        parameters = [[part.clone().requires_grad_() for part in _split(weight)] for weight in self.weights]
+        loss = torch.zeros((), dtype=torch.float64)
+        for batch in self.batches:
+            x = 2 * batch
+            for weight, bias in parameters:
+                x = 2 * (x @ weight.t() + bias).tanh()
+            loss = loss + SCALE * (x * batch).sum()
+        loss.backward()
+        mine = parameters[self.world.at.pp :: self.world.layout.pp]
+        return loss.detach(), [[parameter.grad for parameter in part] for part in mine]
+
+
+def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight[:, :-1].contiguous(), weight[:, -1].contiguous()
+
+
+class Slow(Toy):
+    """Parts take their time, at random."""
+
+    def _parts(self) -> Parts:
+        clock = random.Random(self.world.rank)
+
+        def slowed(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return lambda *arguments: time.sleep(clock.choice((0, 0.002, 0.01))) or part(*arguments)
+
+        return [slowed(part) for part in self.parts]
+
+
+def schedules(num_stages: int) -> list[Schedule]:
+    chunks = [("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), *([("interleaved", 2)] if num_stages > 1 else [])]
+    return [build(name, num_stages, m, v) for name, v in chunks for m in (1, 3, 8)]
+
+
+def train(world: World, schedule: Schedule, kind: type[Toy]) -> None:
+    """Run one schedule, and hold everything it leaves behind against the plain loop."""
+    check(schedule)
+    toy = kind(world, schedule.num_chunks, schedule.num_microbatches)
+    actions: list[Action] = []
+    toy.pipeline.observe = lambda action, start, end: actions.append(action) if start <= end else None
+    with late_messages():
+        total = toy.pipeline.run(schedule, toy.batches, SCALE)
+    loss, gradients = toy.expected()
+    assert (total.shape, total.dtype) == ((1,), torch.float32)
+    is_last = world.at.pp == world.layout.pp - 1
+    torch.testing.assert_close(total[0].double(), loss if is_last else 0 * loss, rtol=1e-6, atol=1e-6)
+    for trained, expected in zip(toy.trained, gradients, strict=True):
+        for parameter, gradient in zip(trained, expected, strict=True):
+            torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-12, atol=1e-12)
+    assert len(toy.at_completion) == len({parameter for parameter, _ in toy.at_completion}) == 2 * schedule.num_chunks
+    assert all(torch.equal(parameter.main_grad, gradient) for parameter, gradient in toy.at_completion)
+    assert actions == list(schedule.actions[world.at.pp])
+    assert toy.pipeline.peak_in_flight == peak_activations(schedule)[world.at.pp]
+
+
+def train_all(num_stages: int) -> None:
+    world = world_of(Layout(pp=num_stages))
+    for schedule in schedules(num_stages):
+        train(world, schedule, Toy)
+        if schedule.num_microbatches == 3:
+            train(world, schedule, Slow)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+def test_every_schedule_gives_the_gradients_of_the_plain_loop(num_stages):
+    run_ranks(num_stages, train_all, num_stages)
+
+
+def evaluate(num_chunks: int) -> tuple[float, float, int, bool]:
+    world = world_of(Layout(pp=2))
+    toy = Toy(world, num_chunks, 3)
+    with late_messages():
+        total = toy.pipeline.run(build(FORWARD_ONLY, 2, 3, num_chunks), toy.batches, SCALE)
+    touched = any(parameter.main_grad.any() for trained in toy.trained for parameter in trained)
+    return total.item(), toy.expected()[0].item(), toy.pipeline.peak_in_flight, bool(touched) or total.requires_grad
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_evaluation_keeps_nothing_for_a_backward(num_chunks):
+    (first, _, *nothing), (last, expected, *still_nothing) = run_ranks(2, evaluate, num_chunks)
+    assert first == 0
+    assert last == pytest.approx(expected, rel=1e-6)
+    assert nothing == still_nothing == [0, False]
+
+
+class Counting(Toy):
+    """Follows the storages of what every part keeps for its backward; `most` were alive at once."""
+
+    most = 0
+
+    def _parts(self) -> Parts:
+        self.kept: dict[tuple[int, int], list[StorageWeakRef]] = {}
+        fixed = {tensor.data_ptr() for trained in self.trained for tensor in trained}
+        fixed |= {batch.data_ptr() for batch in self.batches}
+
+        def counted(chunk: int, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(x: Tensor | None, batch: Tensor) -> Tensor:
+                microbatch = [batch is other for other in self.batches].index(True)
+                storages = self.kept[microbatch, chunk] = []
+
+                def pack(tensor: Tensor) -> Tensor:
+                    if tensor.data_ptr() not in fixed:
+                        storages.append(StorageWeakRef(tensor.untyped_storage()))
+                    return tensor.detach()
+
+                with saved_tensors_hooks(pack, lambda tensor: tensor):
+                    out = part(x, batch)
+                assert storages
+                alive = [any(not storage.expired() for storage in kept) for kept in self.kept.values()]
+                self.most = max(self.most, sum(alive))
+                return out
+
+            return run
+
+        return [counted(chunk, part) for chunk, part in enumerate(self.parts)]
+
+
+def alive_at_once(name: str, num_chunks: int) -> int:
+    world = world_of(Layout(pp=2))
+    toy = Counting(world, num_chunks, 8)
+    toy.pipeline.run(build(name, 2, 8, num_chunks), toy.batches, SCALE)
+    assert all(storage.expired() for kept in toy.kept.values() for storage in kept)
+    return toy.most
+
+
+@pytest.mark.parametrize(
+    ("name", "num_chunks", "expected"),
+    [("gpipe", 1, [8, 8]), ("1f1b", 1, [2, 1]), ("zero_bubble", 1, [2, 2]), ("interleaved", 2, [5, 3])],
+)
+def test_no_more_activations_are_alive_than_the_schedule_says(name, num_chunks, expected):
+    """Counted on real tensors: 1F1B holds two microbatches on the first of two stages, and not all eight."""
+    assert run_ranks(2, alive_at_once, name, num_chunks) == expected
+
+
+class _Leave(torch.autograd.Function):
+    """A copy in memory that numpy owns, and nothing kept: it is seen when the memory is given back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory: np.ndarray) -> Tensor:
+        return torch.from_numpy(memory).copy_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+class Leaving(Toy):
+    """Follows the memory of the outputs of the first stage; `most` were there at once."""
+
+    most = 0
+
+    def _parts(self) -> Parts:
+        self.outputs: list[weakref.ref] = []
+        return [self._leaving] if self.world.at.pp == 0 else self.parts
+
+    def _leaving(self, x: Tensor | None, batch: Tensor) -> Tensor:
+        memory = np.empty((TOKENS, HIDDEN))
+        self.outputs.append(weakref.ref(memory))
+        self.most = max(self.most, sum(output() is not None for output in self.outputs))
+        return _Leave.apply(self.parts[0](x, batch), memory)
+
+
+def outputs_at_once(name: str) -> int:
+    world = world_of(Layout(pp=2))
+    toy = Leaving(world, 1, 20)
+    toy.pipeline.run(build(name, 2, 20), toy.batches, SCALE)
+    assert not any(output() is not None for output in getattr(toy, "outputs", []))
+    return toy.most
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", FORWARD_ONLY])
+def test_an_output_is_let_go_once_it_is_sent(name):
+    """The new one, the one before and four that may not have left; not all twenty."""
+    first, _ = run_ranks(2, outputs_at_once, name)
+    assert 1 <= first <= 6
+
+
+class Broken(Toy):
+    """The last part fails in its last microbatch."""
+
+    def _parts(self) -> Parts:
+        def fail(x: Tensor | None, batch: Tensor) -> Tensor:
+            if batch is self.batches[-1]:
+                raise ValueError("broken on purpose")
+            return self.parts[0](x, batch)
+
+        return [fail] if self.world.at.pp == self.world.layout.pp - 1 else self.parts
+
+
+def fail(num_stages: int) -> None:
+    world = world_of(Layout(pp=num_stages))
+    toy = Broken(world, 1, 3)
+    toy.pipeline.run(build(FORWARD_ONLY, num_stages, 3), toy.batches)
+
+
+def test_an_error_in_a_part_comes_out():
+    with pytest.raises(ValueError, match="broken on purpose"):
+        fail(1)
+    with pytest.raises(RuntimeError, match=r"(?s)^rank 1 failed.*broken on purpose"):
+        run_ranks(2, fail, 2)

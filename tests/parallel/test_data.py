@@ -1,13 +1,21 @@
+from collections import defaultdict
+from unittest.mock import patch
+
 import pytest
 import torch
+from torch import Tensor
 
 from engine.config import OptimizerConfig
 from engine.model.decoder import Decoder
-from engine.model.parameters import parameter_table
+from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW
+from engine.parallel import data
 from engine.parallel.data import ShardedParameters, plan_buckets
+from engine.parallel.layout import Layout
+from engine.parallel.pipeline.partition import partition
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.models import logical_state, new_decoder, tiny_config
+from tests.parallel.late import late
 
 MODEL = tiny_config("tiny-qwen2", num_layers=2)  # has biases: decaying and other parameters in a bucket
 
@@ -35,7 +43,14 @@ def test_every_parameter_has_one_place_and_decaying_ones_come_first(ranks, bucke
 def train(
     bucket_size: int, dtype: torch.dtype, sharded: bool = True, steps: int = 3
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """A few updates on this rank's share of 8 fixed sequences."""
+    """A few updates on this rank's share of 8 fixed sequences, with collectives that are late."""
+    with late():
+        return train_on_time(bucket_size, dtype, sharded, steps)
+
+
+def train_on_time(
+    bucket_size: int, dtype: torch.dtype, sharded: bool, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     world = world_of()
     parameters = ShardedParameters(parameter_table(MODEL), dtype, world, sharded=sharded, bucket_size=bucket_size)
     parameters.initialise(1)
@@ -94,8 +109,10 @@ def named_parameter(model: Decoder, path: str) -> torch.nn.Parameter:
 )
 def test_sharded_training_equals_torch(ranks, bucket_size, sharded):
     expected_norms, expected = plain_training()
-    for norms, state in run_ranks(ranks, train, bucket_size, torch.float32, sharded):
+    results = run_ranks(ranks, train, bucket_size, torch.float32, sharded)
+    for norms, state in results:
         assert norms == pytest.approx(expected_norms, rel=1e-5)
+        assert all(torch.equal(value, results[0][1][name]) for name, value in state.items())
         for name, value in expected.items():
             # A key bias has no gradient but rounding noise (softmax ignores it), which Adam blows up.
             tolerance = 1e-3 if name.endswith("k_proj.bias") else 1e-4
@@ -148,3 +165,133 @@ def test_gradients_below_the_limit_are_not_scaled():
         return [shard.exp_avg.clone() for shard in optimizer.shards]
 
     assert all(torch.equal(a, b) for a, b in zip(updated(1e6), updated(0.0), strict=True))
+
+
+def begin(bucket_size: int, model=MODEL) -> tuple[ShardedParameters, Decoder]:
+    parameters = ShardedParameters(parameter_table(model), torch.float32, world_of(), bucket_size=bucket_size)
+    parameters.initialise(1)
+    decoder = Decoder(model, parameters.by_path)
+    for unit in decoder.units():
+        parameters.gathered_before(unit)
+    parameters.begin_step()
+    return parameters, decoder
+
+
+def reduce_while_going_backward() -> None:
+    parameters, model = begin(5000)
+    incomplete: list[int] = []  # parameters whose gradients were still to come when a reduction started
+    started = data.reduce_scatter
+
+    def reduce_scatter(out: Tensor, x: Tensor, group) -> data.Pending:
+        incomplete.append(sum(len(bucket.incomplete) for bucket in parameters.buckets))
+        return started(out, x, group)
+
+    row = torch.arange(17)
+    with patch.object(data, "reduce_scatter", reduce_scatter):
+        _loss(model, row).backward()
+        assert not incomplete
+        assert all(bucket.reducing is None for bucket in parameters.buckets)
+        parameters.flow.last = True
+        _loss(model, row).backward()
+        assert len(incomplete) == len(parameters.buckets) > 5
+        assert incomplete[0] > len(parameters.by_path) / 2  # the head's, when nearly all are to come
+        assert incomplete == sorted(incomplete, reverse=True)
+        assert incomplete[-1] == 0
+        under_way = [bucket.reducing for bucket in parameters.buckets]
+        assert None not in under_way
+        parameters.reduce_gradients()
+        assert len(incomplete) == len(parameters.buckets)  # nothing is reduced twice
+        assert all(bucket.reducing is None for bucket in parameters.buckets)
+
+
+def test_reductions_start_during_the_last_backward_and_not_before():
+    run_ranks(2, reduce_while_going_backward)
+
+
+def gather_while_going_forward() -> None:
+    parameters, model = begin(5000)
+    optimizer = ShardedAdamW(parameters, OptimizerConfig())
+    optimizer.update(1, 1e-3)
+    assert count(parameters) == len(parameters.buckets) > 5
+    pending: list[int] = []
+    for unit in model.units():
+        unit.register_forward_pre_hook(lambda *_: pending.append(count(parameters)))
+    with torch.no_grad():
+        _loss(model, torch.arange(17))
+    assert pending == sorted(pending, reverse=True)
+    assert pending[0] >= len(parameters.buckets) - 2  # the embedding has waited for its own
+    assert pending[-1] == 0
+    optimizer.publish()
+    assert count(parameters) == len(parameters.buckets)
+    parameters.finish_gathering()
+    assert count(parameters) == 0
+
+
+def count(parameters: ShardedParameters) -> int:
+    return sum(bucket.gathering is not None for bucket in parameters.buckets)
+
+
+def test_parameters_are_gathered_while_the_next_forward_goes_on():
+    run_ranks(2, gather_while_going_forward)
+
+
+Summed = tuple[list[tuple[tuple, Tensor, Tensor]], float]
+
+
+def sum_replicas(preset: str, layout: Layout, sharded: bool) -> Summed:
+    """For each logical tensor random gradients and the sums of them that this rank has in the end, NaN outside of its
+    shards; and the norm."""
+    model = tiny_config(preset, num_layers=2)
+    world = world_of(layout, kv_replicas=kv_replicas(model, layout.tp))
+    parts = partition(2, layout.pp, head_cost=0.0)[world.at.pp :: layout.pp]
+    table = parameter_table(model, parts, world.tp)
+    parameters = ShardedParameters(table, torch.float32, world, sharded=sharded, bucket_size=5000)
+    random = torch.Generator().manual_seed(world.rank)
+    parameters.begin_step()
+    for parameter in parameters.by_path.values():
+        parameter.main_grad.normal_(generator=random)
+    before = [bucket.grad.clone() for bucket in parameters.buckets]
+    with late():
+        for parameter in parameters.by_path.values():
+            parameters.flow.completed(parameter)
+        for bucket in parameters.buckets:  # what both ends of a pipeline share waits for the other end
+            assert (bucket.reducing is None) == bool(bucket.plan.ranges("ends"))
+        parameters.reduce_gradients()
+        norm = parameters.gradient_norm().item()
+    found = []
+    for bucket, given in zip(parameters.buckets, before, strict=True):
+        after = torch.full_like(bucket.grad, torch.nan)
+        after[bucket.begin : bucket.end] = bucket.grad_shard
+        for slot in bucket.plan.slots:
+            for tensor, offset in slot.tensors():
+                part = slice(offset, offset + tensor.rectangle.size)
+                found.append(((tensor.name, *tensor.rectangle.start), given[part], after[part]))
+    return found, norm
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(
+    ("preset", "layout"),
+    [
+        ("tiny-qwen2", Layout(tp=4)),  # pairs of ranks share key and value heads and their biases
+        ("tiny-qwen3", Layout(dp=2, tp=2)),
+        ("tiny-starcoder2", Layout(pp=2, dp=2)),  # embedding and head are one tensor
+        ("tiny-starcoder2", Layout(pp=2, tp=2)),
+    ],
+    ids=str,
+)
+def test_gradients_are_summed_over_all_ranks_that_hold_them_and_counted_once(preset, layout, sharded):
+    results = run_ranks(layout.world_size, sum_replicas, preset, layout, sharded)
+    expected: dict[tuple, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
+    for found, _ in results:
+        for key, given, _ in found:
+            expected[key] = expected[key] + given
+    seen = {key: torch.zeros(len(total), dtype=torch.bool) for key, total in expected.items()}
+    for found, _ in results:
+        for key, _, total in found:
+            seen[key] |= ~total.isnan()
+            difference = (total - expected[key])[~total.isnan()]
+            assert not (difference.abs() > 1e-5).any(), key
+    assert all(everywhere.all() for everywhere in seen.values())
+    norm = torch.cat(list(expected.values())).norm().item()
+    assert [found for _, found in results] == pytest.approx([norm] * layout.world_size, rel=1e-6)

@@ -49,7 +49,7 @@ def main() -> None:
             "preprocess_data", "--input", DATA / "stdlib.jsonl", "--tokenizer-model", DATA / "tokenizer.model",
             "--append-eod", "--workers", 2, "--output-prefix", DATA / "stdlib",
         )  # fmt: skip
-    with stage(4, f"Pretraining on 2 ranks, interrupted half-way: SIGTERM after step {STEPS // 2} saves the state"):
+    with stage(4, f"Pretraining on 4 ranks (tensor 2 × pipeline 2), interrupted after step {STEPS // 2} with SIGTERM"):
         train(RUN, stop_after=STEPS // 2)
     with stage(5, "The same command again resumes where it stopped, and evaluates on text it has never seen"):
         train(RUN)
@@ -114,8 +114,8 @@ def show(command: list[str]) -> None:
 
 
 def train(directory: Path, stop_after: int | None = None, log: Path | None = None) -> None:
-    """Train on two ranks; with `stop_after`, send SIGTERM once that step is recorded; with `log`, print into it."""
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "engine", "train", CONFIG]
+    """Train on four ranks; with `stop_after`, send SIGTERM once that step is recorded; with `log`, print into it."""
+    command = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "engine", "train", CONFIG]
     command += ["--run.dir", str(directory), "--train.steps", str(STEPS)]
     if stop_after is None:
         return run(command, log)

@@ -1,7 +1,7 @@
 """Sum of squares of a flat gradient, for the gradient norm.
 
-PyTorch's norm of a long fp32 vector on a CPU adds up in fp32 and is wrong by 0.2 % at 33 million elements. Here rows are
-reduced on their own and their squares summed pairwise, which is as fast and right to seven digits.
+PyTorch's norm of a long fp32 vector on a CPU adds up in fp32 and is wrong by 0.2 % at 33 million elements. Here rows
+are reduced on their own and their squares summed pairwise, which is as fast and right to seven digits.
 Rejected: accumulating in fp64 (25 times slower on a CPU).
 """
 

@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = next(iter(configs.values())).model
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}; {model.num_layers} layers, "
-        f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, sequence {options.seq_length}, {options.global_batch} "
-        f"sequences a step, fp32, one thread a rank"
+        f"hidden {model.hidden_size}, vocabulary {model.vocab_size}, sequence {options.seq_length}, "
+        f"{options.global_batch} sequences a step, fp32, one thread a rank"
     )
     results: dict[str, list[list[Measured]]] = {name: [] for name in options.layouts}
     for number in range(options.rounds):

@@ -1,13 +1,16 @@
-"""Counts the memory of tensors that are alive: not what ought to be kept, but what is.
+"""Counts tensors that are alive: not what ought to be kept, but what is.
 
-Every storage that an operation makes is followed by a weak reference. Rejected: `saved_tensors_hooks`, of which only
-the innermost is called, and which see nothing that a custom function keeps otherwise.
+Storages are followed by weak references. `LiveMemory` sees every operation, and with it what custom functions keep in
+their own ways and what is recomputed; `saved_tensors_hooks`, of which only the innermost is called, tell `LiveCalls`
+which call of a function has kept what.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,3 +46,41 @@ class LiveMemory(TorchDispatchMode):
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class LiveCalls:
+    """Follows what each call of some functions keeps for its backward.
+
+    Attributes:
+        most: calls so far of which something was alive at once.
+    """
+
+    def __init__(self, others: Iterable[Tensor]) -> None:
+        """
+        Args:
+            others: tensors that are there anyway, such as parameters and inputs.
+        """
+        self.others = {tensor.untyped_storage().data_ptr() for tensor in others}
+        self.calls: list[list[StorageWeakRef]] = []
+        self.most = 0
+
+    def follow(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            kept: list[StorageWeakRef] = []
+
+            def pack(tensor: Tensor) -> Tensor:
+                if tensor.untyped_storage().data_ptr() not in self.others:
+                    kept.append(StorageWeakRef(tensor.untyped_storage()))
+                return tensor.detach()
+
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = function(*arguments)
+            assert kept
+            self.calls.append(kept)
+            self.most = max(self.most, self.alive())
+            return out
+
+        return run
+
+    def alive(self) -> int:
+        return sum(any(not storage.expired() for storage in kept) for kept in self.calls)

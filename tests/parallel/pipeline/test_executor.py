@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine.parallel.gradients import GradientFlow, TrainedParameter
 from engine.parallel.layout import ALONE, Layout, World
@@ -21,6 +19,7 @@ from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, Schedule, b
 from engine.parallel.tensor import column_linear
 from engine.testing.distributed import run_ranks, world_of
 from tests.parallel.late import late_messages
+from tests.parallel.live_memory import LiveCalls
 
 TOKENS, HIDDEN, SCALE = 3, 4, 0.5
 Parts = list[Callable[[Tensor | None, Tensor], Tensor]]
@@ -153,43 +152,19 @@ def test_evaluation_keeps_nothing_for_a_backward(num_chunks):
 
 
 class Counting(Toy):
-    """Follows the storages of what every part keeps for its backward; `most` were alive at once."""
-
-    most = 0
+    """Follows what every part keeps for its backward."""
 
     def _parts(self) -> Parts:
-        self.kept: dict[tuple[int, int], list[StorageWeakRef]] = {}
-        fixed = {tensor.data_ptr() for trained in self.trained for tensor in trained}
-        fixed |= {batch.data_ptr() for batch in self.batches}
-
-        def counted(chunk: int, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def run(x: Tensor | None, batch: Tensor) -> Tensor:
-                microbatch = [batch is other for other in self.batches].index(True)
-                storages = self.kept[microbatch, chunk] = []
-
-                def pack(tensor: Tensor) -> Tensor:
-                    if tensor.data_ptr() not in fixed:
-                        storages.append(StorageWeakRef(tensor.untyped_storage()))
-                    return tensor.detach()
-
-                with saved_tensors_hooks(pack, lambda tensor: tensor):
-                    out = part(x, batch)
-                assert storages
-                alive = [any(not storage.expired() for storage in kept) for kept in self.kept.values()]
-                self.most = max(self.most, sum(alive))
-                return out
-
-            return run
-
-        return [counted(chunk, part) for chunk, part in enumerate(self.parts)]
+        self.live = LiveCalls([*self.batches, *(tensor for trained in self.trained for tensor in trained)])
+        return [self.live.follow(part) for part in self.parts]
 
 
 def alive_at_once(name: str, num_chunks: int) -> int:
     world = world_of(Layout(pp=2))
     toy = Counting(world, num_chunks, 8)
     toy.pipeline.run(build(name, 2, 8, num_chunks), toy.batches, SCALE)
-    assert all(storage.expired() for kept in toy.kept.values() for storage in kept)
-    return toy.most
+    assert toy.live.alive() == 0
+    return toy.live.most
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""What parallelism promises to save, counted on real tensors of real models."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.config import Config
+from engine.model.attention import attend_within
+from engine.model.decoder import Decoder
+from engine.parallel.data import ShardedParameters
+from engine.parallel.layout import Layout
+from engine.plan.memory import estimate
+from engine.plan.stages import stage_table
+from engine.testing.distributed import run_ranks, world_of
+from engine.testing.runs import random_batches, run_config
+from engine.train.step import build
+from tests.parallel.live_memory import LiveCalls, LiveMemory
+
+
+def config_of(*overrides: str, preset: str = "tiny") -> Config:
+    return run_config(Path("."), "--batch.global", "8", *overrides, preset=preset)
+
+
+KINDS = [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "bf16")]
+
+
+def optimizer_bytes(layout: Layout, sharded: bool) -> list[int]:
+    """For each kind of model and moments, of all distinct tensors that the optimizer holds and the model does not."""
+    world, found = world_of(layout), []
+    for dtype, moments in KINDS:
+        config = config_of("--optimizer.moments", moments, "--parallel.sharded_optimizer", str(sharded))
+        _, optimizer = build(config, world, dtype, seed=None)
+        storages = [tensor.untyped_storage() for shard in optimizer.shards for tensor in shard.kinds.values()]
+        weights = {bucket.param.untyped_storage().data_ptr() for bucket in optimizer.parameters.buckets}
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        found.append(sum(size for pointer, size in sizes.items() if pointer not in weights))
+    return found
+
+
+@pytest.mark.parametrize(("dp", "sharded", "share"), [(2, True, 2), (4, True, 4), (2, False, 1)])
+def test_the_optimizer_is_divided_among_the_data_parallel_ranks(dp, sharded, share):
+    (whole,) = run_ranks(1, optimizer_bytes, Layout(), True)
+    for found in run_ranks(dp, optimizer_bytes, Layout(dp=dp), sharded):
+        assert found == pytest.approx([size / share for size in whole], rel=0.01)
+
+
+def between_blocks(config: Config, layout: Layout) -> tuple[set[torch.Size], int]:
+    """Shapes of the hidden states that blocks are given and give, and the bytes that a forward pass keeps."""
+    world = world_of(layout)
+    parameters = ShardedParameters(stage_table(config, layout, world.rank), torch.float32, world)
+    decoder = Decoder(config.model, parameters.by_path, tp=world.tp, parallel=config.parallel)
+    shapes: set[torch.Size] = set()
+    for block in decoder.layers:
+        block.register_forward_hook(lambda _, arguments, out: shapes.update((arguments[0].shape, out.shape)))
+    tokens = torch.arange(config.data.seq_length)
+    with LiveMemory() as memory:
+        hidden = decoder(tokens, tokens, attend_within((0, len(tokens)), None))
+        kept = settled(memory)
+    return shapes | {hidden.shape}, kept
+
+
+def settled(memory: LiveMemory) -> int:
+    """Bytes alive once gloo's threads have let go of what they were the last to hold."""
+    if dist.is_initialized():
+        dist.barrier()
+    readings = []
+    for _ in range(10):
+        readings.append(memory.bytes())
+        time.sleep(0.01)
+    return min(readings)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_activations_between_blocks_are_divided_among_the_tensor_parallel_ranks(tp):
+    """Under full recompute these are all that is kept, beside the rotary tables and the rows of the embedding."""
+    config = config_of("--parallel.recompute", "full")
+    tokens, model = config.data.seq_length, config.model
+    tables = tokens * model.head_dim * 4
+    rows = tokens * 9 if tp > 1 else 0  # an integer and a mask
+    for shapes, kept in run_ranks(tp, between_blocks, config, Layout(tp=tp)):
+        assert shapes == {(tokens // tp, model.hidden_size)}
+        assert kept - tables - rows == (model.num_layers + 1) * tokens // tp * model.hidden_size * 4
+
+
+def in_flight(config: Config) -> int:
+    model, optimizer = build(config, world_of(Layout(pp=2)), torch.float32, seed=1)
+    batches = random_batches(config)
+    live = LiveCalls(
+        [bucket.param for bucket in optimizer.parameters.buckets]
+        + [tensor for b in batches for tensor in (b.tokens, b.labels, b.loss_mask, b.positions)]
+    )
+    model.pipeline.parts = [live.follow(part) for part in model.pipeline.parts]
+    model.train(batches, 1.0)
+    assert len(live.calls) == 8
+    assert live.alive() == 0
+    return live.most
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("gpipe", [8, 8]), ("1f1b", [2, 1]), ("zero_bubble", [2, 2])])
+def test_no_more_microbatches_are_alive_than_the_schedule_says(schedule, expected):
+    """With 1F1B two of the eight microbatches on the first of two stages."""
+    assert run_ranks(2, in_flight, config_of("--parallel.schedule", schedule)) == expected
+
+
+def counted_and_estimated(layout: Layout) -> list[tuple[str, list[int], list[int]]]:
+    """For some models, the bytes that a forward pass keeps and that both passes need at most, buckets aside; and what
+    the planner says."""
+    world, found = world_of(layout), []
+    sizes = ("--data.seq_length", "128", "--batch.micro", "2", "--model.num_layers", "6", "--model.vocab_size", "600")
+    for preset in ("tiny", "tiny-starcoder2"):
+        for recompute in ("none", "selective", "full"):
+            config = config_of(*sizes, "--parallel.recompute", recompute, preset=preset)
+            model, _ = build(config, world, torch.float32, seed=1)
+            (batch, *_), (run,) = random_batches(config), model.pipeline.parts
+            with LiveMemory() as memory:
+                loss = run(None, batch)
+                kept = settled(memory)
+                loss.backward()
+            expected = estimate(config, layout, 0, torch.float32, "cpu")
+            head = -(-600 // layout.tp) * config.model.hidden_size * 4  # the loss keeps its gradient
+            estimated = [expected.activations + head, expected.activations + expected.workspace]
+            found.append((f"{preset}, {recompute}", [kept, memory.peak], estimated))
+    return found
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_planner_knows_what_activations_need(tp):
+    for results in run_ranks(tp, counted_and_estimated, Layout(tp=tp)):
+        for case, (kept, peak), (kept_estimate, peak_estimate) in results:
+            assert kept_estimate == pytest.approx(kept, rel=0.1), case
+            assert peak_estimate == pytest.approx(peak, rel=0.15), case

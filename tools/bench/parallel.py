@@ -3,14 +3,20 @@
 Every rank is a process with one thread, connected by gloo; the tokens are the same in every layout. A round runs every
 layout once, so that whatever else the machine does hits all alike; compare the ratios of the medians.
 
-    python tools/bench/parallel.py --hidden-size 1024 --rounds 3
-    python tools/bench/parallel.py --layouts one pp2 zb2 --timeline pipeline.png
+    python tools/bench/parallel.py --rounds 3
+    python tools/bench/parallel.py --layouts one pp2 pp2-zero-bubble --timeline pipeline.png
+    python tools/bench/parallel.py --others olmo_core --python ../other-venv/bin/python
+
+`--others` measures the same model and layouts in OLMo-core or Megatron-core, installed beside --python, in the same
+rounds; see tools/bench/others/.
 """
 
 import argparse
+import json
 import os
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +49,7 @@ LAYOUTS: dict[str, tuple[Layout, list[str]]] = {
     "pp2-interleaved": (Layout(pp=2), ["--parallel.schedule", "interleaved", "--parallel.virtual_stages", "2"]),
     "tp2-pp2": (Layout(tp=2, pp=2), []),
 }
+_OTHER_LAYOUTS = ("one", "dp2", "tp2", "pp2")
 _DEFAULT = ["one", "dp2", "tp2", "pp2", "pp2-zero-bubble", "pp2-interleaved"]
 
 
@@ -66,13 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.global_batch} sequences a step, fp32, one thread a rank"
     )
     results: dict[str, list[list[Measured]]] = {name: [] for name in options.layouts}
+    alternatives: dict[tuple[str, str], list[float]] = {}  # seconds of steps, by layout and project
     for number in range(options.rounds):
         for name, config in configs.items():
             started = time.perf_counter()
             layout = LAYOUTS[name][0]
             results[name].append(run_ranks(layout.world_size, measure, config, layout, options.steps, timeout_s=3600))
             print(f"round {number + 1}/{options.rounds}  {name:16} {time.perf_counter() - started:.0f} s", flush=True)
-    _print(results, options.global_batch * options.seq_length)
+            for other in options.others if name in _OTHER_LAYOUTS else ():
+                alternatives.setdefault((name, other), []).extend(_other(other, name, options))
+    _print(results, alternatives, options.global_batch * options.seq_length)
     if options.timeline:
         _draw(configs, results, options.timeline)
 
@@ -94,12 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--global-batch", type=int, default=8, help="sequences in a step, one a microbatch")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, behind one that is not")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--others", nargs="+", choices=("olmo_core", "megatron_core"), default=[], metavar="PROJECT")
+    parser.add_argument("--python", default="python", help="the interpreter that has the other projects")
     parser.add_argument("--timeline", type=Path, help="draw measured and predicted pipelines into this picture")
     return parser
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
     hidden = options.hidden_size
+    sizes = (hidden, options.layers, options.vocab_size, options.seq_length, options.global_batch)
+    if options.others and sizes != (1024, 4, 8192, 512, 8):
+        raise ConfigError("--others measures the default sizes; leave out the options that change them")
     if hidden % 64:
         raise ConfigError(f"--hidden-size {hidden}: expected a multiple of the head size, 64")
     raw: dict[str, Any] = {
@@ -146,7 +161,27 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _print(results: dict[str, list[list[Measured]]], tokens: int) -> None:
+def _other(project: str, layout: str, options: argparse.Namespace) -> list[float]:
+    """Seconds of each step of another project."""
+    script = Path(__file__).parent / "others" / f"{project}.py"
+    ranks = str(LAYOUTS[layout][0].world_size)
+    launch = [options.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, str(script)]
+    done = subprocess.run(
+        [*launch, "--layout", layout, "--steps", str(options.steps), "--warmup", "1"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    line = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+    if line is None:
+        print(f"    {project} {layout} gave no result: {done.stderr.strip().splitlines()[-1:]}")
+        return []
+    return list(json.loads(line)["step_s"])
+
+
+def _print(
+    results: dict[str, list[list[Measured]]], alternatives: dict[tuple[str, str], list[float]], tokens: int
+) -> None:
     medians = {name: _median(rounds) for name, rounds in results.items()}
     first = next(iter(medians))
     print(f"\n{'layout':16} {'tokens/s':>9} {'beside ' + first:>12} {'peak GiB per rank':>18} {'loss':>9}")
@@ -154,6 +189,10 @@ def _print(results: dict[str, list[list[Measured]]], tokens: int) -> None:
         peak = max(rank.peak_bytes for ranks in rounds for rank in ranks) / 2**30
         ratio = medians[first] / medians[name]
         print(f"{name:16} {tokens / medians[name]:9,.0f} {ratio:11.2f}× {peak:18.2f} {rounds[-1][0].loss:9.5f}")
+    for (name, other), seconds in alternatives.items():
+        if seconds:
+            median = statistics.median(seconds)
+            print(f"{name + ' ' + other:32} {tokens / median:9,.0f} tokens/s; ours is {median / medians[name]:.2f}×")
 
 
 def _median(rounds: list[list[Measured]]) -> float:

@@ -1,11 +1,10 @@
 """Collectives over a group: gather, sum and scatter, sum; plain ones to overlap and differentiable ones for sequences.
 
 Every collective starts at once and returns a `Pending`; the caller computes and then waits. NCCL has a native call for
-each. gloo's native gather and reduce-scatter copy everything through buffers of their own and sum on the transport's
-time, so there the ranks take turns: each broadcasts its part, or scatters its addends, straight from and into the
-caller's memory, and the sum is ours, in an order that never changes (docs/measurements.md has the numbers).
-Rejected: sends and receives between all pairs. Alone they are as fast, but they are posted by the computing thread, and
-where that loses its core while it holds gloo's lock, the transport spins until it returns.
+each. gloo's native gather and reduce-scatter copy through buffers of their own, so there the ranks exchange their parts
+in pairs, straight from and into the callers' memory, and each adds up what it received, always in the same order.
+Rejected: sends and receives. Alone they are as fast, but the computing thread itself posts them, and where the cores
+are full that costs it milliseconds; gloo runs collectives on threads of the group.
 """
 
 from collections.abc import Sequence
@@ -34,32 +33,29 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
 
     x may be this rank's own slice of out. Until `wait`, x must not be written nor out be read.
     """
-    parts, rank = out.chunk(group.size()), group.rank()
+    n, rank = group.size(), group.rank()
+    parts = out.chunk(n)
     assert parts[rank].shape == x.shape and out.is_contiguous() and x.is_contiguous()
     if dist.get_backend(group) != "gloo":
         return _Started([_native_all_gather(out, x, group=group, async_op=True)])
     parts[rank].copy_(x)
-    return _Started([dist.broadcast(part, group=group, group_src=i, async_op=True) for i, part in enumerate(parts)])
+    return _Started([_exchange(parts[(rank - shift) % n], x, shift, group) for shift in range(1, n)])
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
     """Sum the ranks' x [n·k, ...] and keep this rank's part, out [k, ...]; both contiguous, of one dtype.
 
     out may be this rank's own slice of x; the rest of x is then undefined. Until `wait`, x must not be written nor out
-    be read. The addends are taken in the dtype and, on gloo, in the order of the ranks.
+    be read. Sums in the tensors' dtype; repeats bitwise.
     """
-    parts, rank = x.chunk(group.size()), group.rank()
+    n, rank = group.size(), group.rank()
+    parts = x.chunk(n)
     assert parts[rank].shape == out.shape and out.is_contiguous() and x.is_contiguous()
     if dist.get_backend(group) != "gloo":
         return _Started([_native_reduce_scatter(out, x, group=group, async_op=True)])
-    buffers = list(torch.empty_like(x).chunk(group.size()))
-    buffers[rank] = out
-    works = [
-        dist.scatter(buffer, list(parts) if i == rank else None, group=group, group_src=i, async_op=True)
-        for i, buffer in enumerate(buffers)
-    ]
-    others = [i for i in range(group.size()) if i != rank]
-    return _SummedOnWait(out, works[rank], [(works[i], buffers[i]) for i in others])
+    addends = [torch.empty_like(out) for _ in range(1, n)]
+    works = [_exchange(addends[shift - 1], parts[(rank + shift) % n], shift, group) for shift in range(1, n)]
+    return _Summed(out, parts[rank], works, addends)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Pending:
@@ -115,15 +111,27 @@ class _Started:
 
 
 @dataclass
-class _SummedOnWait:
-    """Every rank's addend under way to its own tensor, this rank's to `out`."""
+class _Summed:
+    """Own part and the other ranks' addends, which `works` are bringing."""
 
     out: Tensor
-    own: Work
-    others: Sequence[tuple[Work, Tensor]]
+    own: Tensor
+    works: Sequence[Work]
+    addends: Sequence[Tensor]
 
     def wait(self) -> None:
-        self.own.wait()
-        for work, addend in self.others:
+        total = self.own
+        for work, addend in zip(self.works, self.addends, strict=True):
             work.wait()
-            self.out.add_(addend)
+            total = torch.add(total, addend, out=self.out)
+        if not self.works:
+            self.out.copy_(self.own)
+
+
+def _exchange(received: Tensor, sent: Tensor, shift: int, group: ProcessGroup) -> Work:
+    """Send to the rank `shift` places further and receive from the one `shift` places before, around the group."""
+    n, rank = group.size(), group.rank()
+    receive, send = [0] * n, [0] * n  # rows from and to each rank
+    receive[(rank - shift) % n] = received.shape[0]
+    send[(rank + shift) % n] = sent.shape[0]
+    return dist.all_to_all_single(received, sent, receive, send, group=group, async_op=True)

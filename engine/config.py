@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from engine.errors import ConfigError
 
@@ -75,9 +86,11 @@ class ParallelConfig(Section):
     """How the model is cut. Data parallelism takes the ranks that tp and pp leave: dp = ranks / (tp · pp)."""
 
     tp: PositiveInt | Literal["auto"] = Field(
-        1, description="tensor-parallel ranks, within a node; auto: see `engine/plan/layouts.py`"
+        1,
+        description="ranks that share each layer, best within a node; auto: with pp the smallest tp × pp that fits in "
+        "90 % of the memory, of two as small the one with the larger tp, which divides the ranks of a node",
     )
-    pp: PositiveInt | Literal["auto"] = Field(1, description="pipeline stages; auto: see `engine/plan/layouts.py`")
+    pp: PositiveInt | Literal["auto"] = Field(1, description="stages that share the layers; auto: see tp")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field("1f1b", description="order of a pipeline")
     virtual_stages: PositiveInt = Field(1, description="parts of the model on each stage, for the interleaved schedule")
     layers_per_stage: tuple[NonNegativeInt, ...] | None = Field(
@@ -93,6 +106,15 @@ class ParallelConfig(Section):
         None, description="recompute only in so many layers of each stage (each part); null: in all"
     )
     compile: bool = Field(False, description="torch.compile each layer: saves time on GPUs, costs it on CPUs")
+
+    @field_validator("tp", "pp", mode="wrap")
+    @classmethod
+    def _one_problem(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Not one for each type that it could have been."""
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("size", "expected a number of at least 1, or auto") from None
 
 
 class PrecisionConfig(Section):

@@ -85,10 +85,26 @@ def test_all_problems_are_reported_at_once():
         ({"data": {"split": [0, 1, 1]}}, "the first > 0"),
         ({"data": {"split": [1, 0, 0]}, "train": {"eval_steps": 1}}, "needs a validation share"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "both must be in [0, 1)"),
+        ({"optimizer": {"betas": [0.9, 0.999], "moments": "bf16"}}, "use betas[1] <= 0.99 or moments = fp32"),
+        ({"parallel": {"virtual_stages": 2}}, "virtual_stages = 2 and parallel.schedule = 1f1b: the interleaved"),
+        ({"parallel": {"schedule": "interleaved"}}, "virtual_stages = 1 and parallel.schedule = interleaved"),
+        ({"parallel": {"recompute_layers": 1}}, "recompute_layers = 1 needs parallel.recompute = selective or full"),
+        ({"parallel": {"compile": True, "schedule": "zero_bubble"}}, "choose one of the two"),
+        ({"parallel": {"layers_per_stage": [2, -1]}}, "parallel.layers_per_stage.1 = -1"),
     ],
 )
 def test_settings_that_do_not_fit_together(changes, expected):
     assert expected in message(changes)
+
+
+def test_tp_and_pp_are_numbers_or_auto():
+    parallel = build({"parallel": {"tp": "auto"}}, "--parallel.pp", "4").parallel
+    assert (parallel.tp, parallel.pp) == ("auto", 4)
+    text = message({"parallel": {"tp": "some", "pp": 0}})
+    assert text.splitlines()[1:] == [
+        "  parallel.tp = 'some': expected a number of at least 1, or auto",
+        "  parallel.pp = 0: expected a number of at least 1, or auto",
+    ]
 
 
 def test_arguments_that_are_not_overrides():

@@ -1,6 +1,8 @@
 """What follows from a configuration and a layout, for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from textwrap import wrap
 
 import torch
 
@@ -8,49 +10,81 @@ from engine.config import Config, microbatches
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Coordinates, Layout
 from engine.parallel.pipeline.check import bubble_fraction, simulate
+from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import build
-from engine.plan.memory import estimate
+from engine.plan.memory import estimate, unit_of
 from engine.plan.stages import stage_parts, stage_table
 from engine.plan.throughput import FLOPS_FORMULA, flops_per_token
 
+_LABEL = 12  # width of the first column
+
 
 def describe(config: Config, layout: Layout, reason: str, dtype: torch.dtype, device_type: str) -> Iterator[str]:
-    """Model, layout, batch, steps, and who holds what; a line each."""
+    """Model, layout, batch, steps, and a table of the pipeline stages: who holds what, and in how much memory.
+
+    Args:
+        reason: why it is this layout.
+    """
     batch, count, table = config.batch, microbatches(config, layout.dp), parameter_table(config.model)
     per_step = batch.global_ * config.data.seq_length
     flops = flops_per_token(config, table)
     yield f"model       {table.num_parameters:,} parameters, {flops / 1e9:.4g} GFLOP per token"
     yield f"flops       {FLOPS_FORMULA}"
-    yield (
-        f"layout      {layout.world_size} rank(s) = {layout.tp} tensor- × {layout.pp} pipeline- × {layout.dp} "
-        f"data-parallel; {reason}"
-    )
-    yield (
-        f"batch       {batch.global_} sequences = {layout.dp} data-parallel rank(s) × {count} microbatch(es) × "
-        f"{batch.micro}; {per_step:,} tokens per step"
-    )
+    yield f"layout      {_counted(layout.world_size, 'rank')} = {_grid(layout)}"
+    yield from (f"{'':{_LABEL}}{line}" for line in wrap(reason, 120 - _LABEL))
+    cut = f"dp {layout.dp} × {_counted(count, 'microbatch', 'es')} of {batch.micro}"
+    yield f"batch       {batch.global_} sequences = {cut}; {per_step:,} tokens per step"
     yield f"run         {config.train.steps:,} steps = {config.train.steps * per_step:,} tokens"
     if layout.pp > 1:
         schedule = build(config.parallel.schedule, layout.pp, count, config.parallel.virtual_stages)
-        yield f"pipeline    {schedule.name}; its bubble adds {bubble_fraction(simulate(schedule)):.1%} to the time of a step"
-    for stage in range(layout.pp):
-        yield _stage(config, layout, stage, dtype, device_type)
+        bubble = bubble_fraction(simulate(schedule))
+        chunks = f", {schedule.num_chunks} parts a stage" if schedule.num_chunks > 1 else ""
+        yield f"pipeline    {schedule.name}{chunks}; its bubble adds {bubble:.1%} to the time of a step"
+    yield from _stages(config, layout, dtype, device_type)
 
 
-def _stage(config: Config, layout: Layout, stage: int, dtype: torch.dtype, device_type: str) -> str:
-    first, last = (
-        layout.rank_at(Coordinates(stage, 0, 0, 0)),
-        layout.rank_at(Coordinates(stage, layout.dp - 1, 0, layout.tp - 1)),
-    )
-    ranks = f"rank {first}" if first == last else f"ranks {first}–{last}"
-    parts = stage_parts(config, layout, stage)
-    held = ["embedding"] * parts[0].embeds
-    held += [
-        f"layers {p.layers[0]}–{p.layers[-1]}" if len(p.layers) > 1 else f"layer {p.layers[0]}"
-        for p in parts
-        if p.layers
-    ]
-    held += ["head"] * parts[-1].predicts
-    size = stage_table(config, layout, first).local_size
-    memory = estimate(config, layout, stage, dtype, device_type)
-    return f"stage {stage:<5} {ranks}: {', '.join(held)}; {size:,} parameters and {memory}"
+def _grid(layout: Layout) -> str:
+    """The sizes of the axes and, where there are several, in which order the ranks lie on them."""
+    cut = [axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) > 1]
+    order = f"; neighbours differ in {', then in '.join(cut)}" if len(cut) > 1 else ""
+    return f"tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{order}"
+
+
+def _stages(config: Config, layout: Layout, dtype: torch.dtype, device_type: str) -> Iterator[str]:
+    estimates = [estimate(config, layout, stage, dtype, device_type) for stage in range(layout.pp)]
+    unit, name = unit_of(max(needed.total for needed in estimates))
+    kinds = list(asdict(estimates[0]))[1:]
+    rows = [["per rank", "ranks", "layers", "parameters", "weights", *kinds, f"total {name}"]]
+    for stage, needed in enumerate(estimates):
+        first = layout.rank_at(Coordinates(stage, 0, 0, 0))
+        last = layout.rank_at(Coordinates(stage, layout.dp - 1, 0, layout.tp - 1))
+        sizes = (*asdict(needed).values(), needed.total)
+        rows.append(
+            [
+                f"stage {stage}",
+                f"{first}" if first == last else f"{first}–{last}",
+                _holds(stage_parts(config, layout, stage)),
+                f"{stage_table(config, layout, first).local_size:,}",
+                *(f"{size / unit:.1f}" for size in sizes),
+            ]
+        )
+    yield from _table(rows)
+
+
+def _holds(parts: Sequence[Part]) -> str:
+    """embedding, 0–3, 16–19"""
+    layers = [part.layers for part in parts if part.layers]
+    ranges = [f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in layers]
+    return ", ".join([*["embedding"] * parts[0].embeds, *ranges, *["head"] * parts[-1].predicts])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns aligned, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for label, ranks, layers, *numbers in rows:
+        words = f"{label:{_LABEL}}{ranks:{widths[1]}}  {layers:{widths[2]}}"
+        yield "  ".join([words, *(cell.rjust(width) for cell, width in zip(numbers, widths[3:], strict=True))])
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}{plural if count != 1 else ''}"

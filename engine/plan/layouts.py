@@ -1,123 +1,190 @@
 """From a configuration and a number of ranks to the layout.
 
-`parallel.tp: auto` and `parallel.pp: auto` follow one rule: the smallest tp × pp whose memory fits, because the model is
-cut no further than it must be and communicates least; between equals the larger tp, which stays within a node and has no
-bubble. Rejected: a model of the step time, which would need the speed of every link.
+`parallel.tp: auto` and `parallel.pp: auto` follow one rule: the smallest tp × pp whose fullest rank fits in 90 % of its
+memory; of two as small the larger tp; tp divides the ranks of a node. So the model is cut no further than it must be,
+first along the fast links within a node, and data parallelism, which communicates once a step, takes all other ranks
+(Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). An explicit value is kept, and the rule chooses the other.
+Rejected: a model of the step time, which would need the speed of every link; and choosing `parallel.recompute` too,
+which trades time that only the user can weigh (but where nothing fits, the error says what recomputing would do).
 """
 
-from collections.abc import Iterator
-
-import torch
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 
 from engine.config import Config, microbatches
-from engine.errors import ConfigError
+from engine.errors import ConfigError, OutOfMemoryError
 from engine.parallel.layout import Layout
-from engine.plan.memory import GIB, estimate_fullest
+from engine.plan.memory import GIB, Ranks, estimate, estimate_fullest
 from engine.plan.stages import parts
 
-_USABLE = 0.9  # of a device's memory; fragmentation and libraries take the rest
+_USABLE = 0.9  # of a rank's memory; what is left is for fragmentation and for what the estimate does not know
+_NODE = 8  # ranks of a node, where one that has fewer is thought of with more
 
 
-def choose_layout(
-    config: Config, world_size: int, local_size: int, capacity: int, dtype: torch.dtype, device_type: str
-) -> tuple[Layout, str]:
-    """The layout of `world_size` ranks, and why it is this one.
-
-    Args:
-        local_size: ranks of a node; `auto` keeps tensor parallelism within it.
-        capacity: bytes of memory that a rank has.
+def choose_layout(config: Config, ranks: Ranks) -> tuple[Layout, str]:
+    """The layout of `ranks`, and why it is this one. It may not fit in their memory: see `require_fit`.
 
     Raises:
-        ConfigError: what the configuration asks for cannot work with so many ranks.
+        ConfigError: with everything that stands against what the configuration asks for, and what would work.
     """
-    tp, pp = config.parallel.tp, config.parallel.pp
-    if tp != "auto" and pp != "auto":
-        layout = layout_for(config, world_size, tp, pp)
-        microbatches(config, layout.dp)
-        return layout, "as configured"
-    candidates = list(_candidates(config, world_size, local_size))
-    if not candidates:
-        smallest = layout_for(config, world_size, 1 if tp == "auto" else tp, 1 if pp == "auto" else pp)
-        microbatches(config, smallest.dp)
-        raise ConfigError(
-            f"parallel.tp = {tp} and parallel.pp = {pp}: no layout of {world_size} ranks suits batch.global = "
-            f"{config.batch.global_}"
-        )
-    needs = {layout: estimate_fullest(config, layout, dtype, device_type).total for layout in candidates}
-    limit = int(capacity * _USABLE)
-    fitting = [layout for layout in candidates if needs[layout] <= limit]
-    if not fitting:
-        layout = min(candidates, key=lambda layout: needs[layout])
-        return layout, f"auto: no layout fits in {_USABLE:.0%} of {capacity / GIB:.0f} GiB, this one comes nearest"
-    layout = fitting[0]
-    return layout, (
-        f"auto: the smallest tp × pp whose fullest rank ({needs[layout] / GIB:.1f} GiB) fits in {_USABLE:.0%} of "
-        f"{capacity / GIB:.0f} GiB"
-    )
+    layouts = _possible(config, ranks)
+    automatic = [axis for axis in ("tp", "pp") if getattr(config.parallel, axis) == "auto"]
+    if not automatic:
+        return layouts[0], "as configured" + _crossing(layouts[0], ranks)
+    limit = f"{_USABLE:.0%} of {ranks.capacity / GIB:.1f} GiB"
+    if fitting := _first_fitting(config, layouts, ranks):
+        layout, needed = fitting
+        reason = f"the smallest tp × pp whose fullest rank, {needed / GIB:.1f} GiB, fits in {limit}"
+    else:
+        layout = min(layouts, key=lambda layout: _needed(config, layout, ranks))
+        needed = _needed(config, layout, ranks)
+        reason = f"none fits in {limit}; this one needs least, {needed / GIB:.1f} GiB"
+        if needed <= ranks.capacity:
+            reason += f", and may run out. Safer: {'; '.join(_remedies(config, ranks))}"
+    return layout, f"{' and '.join(automatic)} auto: {reason}{_crossing(layout, ranks)}"
 
 
-def _candidates(config: Config, world_size: int, local_size: int) -> Iterator[Layout]:
-    """Layouts that `auto` may choose, the least cut first."""
-    tp, pp = config.parallel.tp, config.parallel.pp
-    sizes = [
-        (t, p)
-        for t in (range(1, local_size + 1) if tp == "auto" else [tp])
-        for p in (range(1, config.model.num_layers + 1) if pp == "auto" else [pp])
-    ]
-    for t, p in sorted(sizes, key=lambda size: (size[0] * size[1], size[1])):
-        try:
-            layout = layout_for(config, world_size, t, p)
-            microbatches(config, layout.dp)
-        except ConfigError:
-            continue
-        yield layout
-
-
-def layout_for(config: Config, world_size: int, tp: int, pp: int) -> Layout:
-    """The grid of `world_size` ranks with `tp` and `pp` given; data parallelism takes the rest.
+def require_fit(config: Config, layout: Layout, ranks: Ranks) -> None:
+    """Refuse a run that cannot fit, before anything is allocated.
 
     Raises:
-        ConfigError: with everything that stands against it, and what would work.
+        OutOfMemoryError: with the numbers, and what would fit.
     """
-    problems = list(_problems(config, world_size, tp, pp))
-    if problems:
-        raise ConfigError("\n  ".join(problems))
-    return Layout(pp=pp, dp=world_size // (tp * pp), tp=tp)
+    needed = estimate_fullest(config, layout, ranks.dtype, ranks.device_type)
+    if needed.total <= ranks.capacity:
+        return
+    has = "a GPU has" if ranks.device_type == "cuda" else f"each of {ranks.per_node} rank(s) on this machine has"
+    problem = f"{_grid(layout)} needs {needed} on its fullest stage, and {has} {ranks.capacity / GIB:.1f} GiB"
+    remedies = list(_remedies(config, ranks)) or ["a smaller model; neither recomputing nor 16 times the ranks does"]
+    if ranks.device_type == "cpu":
+        remedies.append("--model.preset tiny, to look at the engine on a small machine")
+    raise OutOfMemoryError("\n  ".join([f"{problem}. What would fit:", *remedies]))
+
+
+def _grid(layout: Layout) -> str:
+    return f"tp {layout.tp} × pp {layout.pp} × dp {layout.dp}"
+
+
+def _possible(config: Config, ranks: Ranks) -> list[Layout]:
+    """Layouts that suit the configuration, the least cut first."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    tps = _divisors(ranks.per_node) if tp == "auto" else [tp]
+    pps = [n for n in _divisors(ranks.count) if n <= config.model.num_layers] if pp == "auto" else [pp]
+    sizes = sorted(product(tps, pps), key=lambda size: (size[0] * size[1], size[1]))
+    problems = {size: list(_problems(config, ranks.count, *size)) for size in sizes}
+    layouts = [Layout(pp=p, dp=ranks.count // (t * p), tp=t) for (t, p), found in problems.items() if not found]
+    if layouts:
+        return layouts
+    (t, p), nearest = min(problems.items(), key=lambda item: len(item[1]))
+    tried = f"no layout of {ranks.count} rank(s) works; the nearest, tp {t} × pp {p}, fails because\n  "
+    raise ConfigError((tried if "auto" in (tp, pp) else "") + "\n  ".join(nearest))
+
+
+def _divisors(n: int) -> list[int]:
+    return [size for size in range(1, n + 1) if n % size == 0]
 
 
 def _problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str]:
-    model, parallel = config.model, config.parallel
-    if world_size % (tp * pp):
-        counts = [n * tp * pp for n in (world_size // (tp * pp), world_size // (tp * pp) + 1) if n]
+    """Everything that stands against a layout, each with what would work."""
+    parallel = config.parallel
+    if rest := world_size % (tp * pp):
+        counts = [n for n in (world_size - rest, world_size - rest + tp * pp) if n]
         yield (
-            f"{world_size} ranks are not a multiple of parallel.tp × parallel.pp = {tp} × {pp}; "
+            f"{world_size} rank(s) are not a multiple of parallel.tp × parallel.pp = {tp} × {pp}; "
             f"start {' or '.join(map(str, counts))} ranks, or change parallel.tp or parallel.pp"
         )
-    if reason := tp_problem(config, tp):
-        sizes = ", ".join(str(n) for n in range(1, model.num_heads + 1) if tp_problem(config, n) is None)
-        yield f"{reason}; parallel.tp can be {sizes}"
+    else:
+        yield from _problem(lambda: microbatches(config, world_size // (tp * pp)))
+    if reason := _tp_problem(config, tp):
+        works = [n for n in range(1, config.model.num_heads + 1) if not _tp_problem(config, n)]
+        yield f"parallel.tp = {tp} {reason}; parallel.tp can be {', '.join(map(str, works))}"
     if parallel.virtual_stages > 1 and pp == 1:
         yield (
-            f"parallel.virtual_stages = {parallel.virtual_stages} needs a pipeline, and parallel.pp = 1; raise the second "
-            "or set parallel.virtual_stages = 1 and parallel.schedule = 1f1b"
+            f"parallel.virtual_stages = {parallel.virtual_stages} needs a pipeline, and parallel.pp = 1; make it 2 or "
+            "more, or choose parallel.schedule = 1f1b and parallel.virtual_stages = 1"
         )
+    else:
+        yield from _problem(lambda: parts(config, pp))
+
+
+def _problem(attempt: Callable[[], object]) -> Iterator[str]:
     try:
-        parts(config, pp)
+        attempt()
     except ConfigError as error:
         yield str(error)
 
 
-def tp_problem(config: Config, tp: int) -> str | None:
-    """Why the layers cannot be cut for `tp` ranks; None if they can."""
+def _tp_problem(config: Config, tp: int) -> str:
+    """Why the layers cannot be cut for `tp` ranks; empty where they can."""
     model = config.model
-    tokens = config.batch.micro * config.data.seq_length
-    for name, value in (
-        ("model.num_heads", model.num_heads),
-        ("model.intermediate_size", model.intermediate_size),
-        ("batch.micro × data.seq_length", tokens),
-    ):
-        if value % tp:
-            return f"parallel.tp = {tp} does not divide {name} = {value}"
+    sizes = {
+        "model.num_heads": model.num_heads,
+        "model.intermediate_size": model.intermediate_size,
+        "batch.micro × data.seq_length": config.batch.micro * config.data.seq_length,
+    }
+    if indivisible := [f"{name} = {value}" for name, value in sizes.items() if value % tp]:
+        return f"does not divide {' and '.join(indivisible)}"
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
-        return f"parallel.tp = {tp} neither divides model.num_kv_heads = {model.num_kv_heads} nor is a multiple of it"
+        return f"neither divides model.num_kv_heads = {model.num_kv_heads} nor is a multiple of it"
+    return f"is more than model.vocab_size = {model.vocab_size}" if tp > model.vocab_size else ""
+
+
+def _crossing(layout: Layout, ranks: Ranks) -> str:
+    if ranks.per_node % layout.tp == 0:
+        return ""
+    return f"; tp {layout.tp} reaches across nodes of {ranks.per_node} rank(s), over slower links"
+
+
+def _needed(config: Config, layout: Layout, ranks: Ranks) -> int:
+    return estimate_fullest(config, layout, ranks.dtype, ranks.device_type).total
+
+
+def _first_fitting(config: Config, layouts: list[Layout], ranks: Ranks) -> tuple[Layout, int] | None:
+    """The layout that `auto` takes, and the memory that its fullest rank needs."""
+    limit = _USABLE * ranks.capacity
+    for layout in layouts:
+        stages = (estimate(config, layout, s, ranks.dtype, ranks.device_type) for s in range(layout.pp))
+        if all(needed.total <= limit for needed in stages):
+            return layout, _needed(config, layout, ranks)
     return None
+
+
+def _remedies(config: Config, ranks: Ranks) -> Iterator[str]:
+    """Changes with which the run would fit, the first of each kind, with numbers."""
+    for changes in _changes(config, ranks):
+        for name, changed, more in changes:
+            try:
+                fitting = _first_fitting(changed, _possible(changed, more), more)
+            except ConfigError:
+                continue
+            if fitting:
+                layout, needed = fitting
+                yield f"{name}: {needed / GIB:.1f} GiB with {_grid(layout)}"
+                break
+
+
+def _changes(config: Config, ranks: Ranks) -> Iterator[list[tuple[str, Config, Ranks]]]:
+    """What may be changed, in groups of one kind, the least change first."""
+    parallel = config.parallel
+    if "auto" not in (parallel.tp, parallel.pp):
+        name = "parallel.tp = auto and parallel.pp = auto"
+        yield [(name, _with(config, "parallel", tp="auto", pp="auto"), ranks)]
+    modes = ["none", "selective", "full"]
+    stronger = modes[modes.index(parallel.recompute) + (parallel.recompute_layers is None) :]
+    recomputing = {mode: _with(config, "parallel", recompute=mode, recompute_layers=None) for mode in stronger}
+    yield [(f"parallel.recompute = {mode}", changed, ranks) for mode, changed in recomputing.items()]
+    if config.batch.micro > 1:
+        yield [("batch.micro = 1", _with(config, "batch", micro=1), ranks)]
+    more = [_grown(ranks, ranks.count * factor) for factor in (2, 4, 8, 16)]
+    yield [(f"{grown.count} ranks", config, grown) for grown in more]
+
+
+def _with(config: Config, section: str, **changes: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+
+
+def _grown(ranks: Ranks, count: int) -> Ranks:
+    """So many ranks; a node that is the only one may have been given less than it has."""
+    one_node = ranks.count <= ranks.per_node
+    return replace(ranks, count=count, per_node=min(count, max(_NODE, ranks.per_node)) if one_node else ranks.per_node)

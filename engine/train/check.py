@@ -9,8 +9,8 @@ from engine.config import Config
 from engine.data.indexed import dataset_file
 from engine.errors import ConfigError
 from engine.plan.describe import describe
-from engine.plan.layouts import choose_layout
-from engine.plan.memory import GIB, available, estimate_fullest, require_fit
+from engine.plan.layouts import choose_layout, require_fit
+from engine.plan.memory import GIB, Ranks, available
 from engine.train.run import open_data, open_tokenizer
 
 
@@ -28,19 +28,18 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
         DataError: data that are here do not fit the run.
         OutOfMemoryError: the run does not fit in the GPUs' memory.
     """
-    if world_size < 1:
-        raise ConfigError(f"--world-size {world_size}: expected at least 1")
-    on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
-    dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
-    local_size = min(world_size, ranks_per_node)
-    device_type = "cpu" if on_cpu else "cuda"
-    capacity = available(torch.device("cpu"), local_size) if on_cpu else int(gpu_memory_gib * GIB)
-    hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)
-    layout, reason = choose_layout(config, world_size, local_size, capacity, dtype, device_type)
-    for line in describe(config, layout, reason, dtype, device_type):
+    for option, value in (("world-size", world_size), ("ranks-per-node", ranks_per_node)):
+        if value < 1:
+            raise ConfigError(f"--{option} {value}: expected at least 1")
+    ranks = _ranks(config, world_size, gpu_memory_gib, ranks_per_node)
+    hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
+    layout, reason = choose_layout(config, ranks)
+    for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
-    where = "this machine's memory" if on_cpu else f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
-    print(f"assumed     {str(dtype).removeprefix('torch.')} on {device_type}, {where}, {local_size} rank(s) a node")
+    gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
+    where = gpus if ranks.device_type == "cuda" else "this machine's memory"
+    dtype = str(ranks.dtype).removeprefix("torch.")
+    print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) a node (--ranks-per-node)")
     missing = _missing_files(config)
     for path in missing:
         print(f"data        {path} is not on this machine and not checked")
@@ -48,8 +47,17 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
         tokenizer = open_tokenizer(config)
         for part in ("train", "valid") if config.train.eval_steps else ("train",):
             print(f"data        {open_data(config, part, tokenizer).num_tokens:,} tokens to {part}")
-    require_fit(estimate_fullest(config, layout, dtype, device_type), capacity, "each rank")
+    require_fit(config, layout, ranks)
     print("ok")
+
+
+def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> Ranks:
+    """The ranks as the options and the configuration describe them; on a CPU they are on this machine."""
+    on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
+    per_node = min(world_size, ranks_per_node)
+    capacity = available(torch.device("cpu"), per_node) if on_cpu else int(gpu_memory_gib * GIB)
+    dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
+    return Ranks(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
 
 
 def _missing_files(config: Config) -> list[Path]:

@@ -31,8 +31,8 @@ from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.layout import World, arrange, connect, disconnect
 from engine.parallel.table import ParameterTable
 from engine.plan.describe import describe
-from engine.plan.layouts import choose_layout
-from engine.plan.memory import available, estimate_fullest, require_fit
+from engine.plan.layouts import choose_layout, require_fit
+from engine.plan.memory import Ranks, available
 from engine.plan.throughput import flops_per_token, peak_tflops
 from engine.train.evaluate import evaluate
 from engine.train.metrics import RunLog, StepReporter, duration
@@ -90,11 +90,19 @@ def _arrange(config: Config, world: World) -> tuple[World, str]:
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
-    dtype, device = model_dtype(config, world.device.type), world.device
-    capacity = available(device, world.local_size)
-    size, local = world.layout.world_size, world.local_size
-    layout, reason = together(world, lambda: choose_layout(config, size, local, capacity, dtype, device.type))
+    ranks = _ranks(config, world)
+    layout, reason = together(world, lambda: choose_layout(config, ranks))
+    together(world, lambda: require_fit(config, layout, ranks))
     return arrange(world, layout, kv_replicas=kv_replicas(config.model, layout.tp)), reason
+
+
+def _ranks(config: Config, world: World) -> Ranks:
+    """All ranks as the weakest of them, so that all choose the same layout; a collective."""
+    size, device = world.layout.world_size, world.device
+    mine = [world.local_size, available(device, world.local_size)]
+    everyones = world.sum_on_host([n * (rank == world.rank) for rank in range(size) for n in mine])
+    per_node, capacity = min(everyones[::2]), min(everyones[1::2])
+    return Ranks(size, per_node, capacity, device.type, model_dtype(config, device.type))
 
 
 def model_dtype(config: Config, device_type: str) -> torch.dtype:
@@ -124,9 +132,6 @@ def together(world: World, action: Callable[[], T]) -> T:
 def open_inputs(config: Config, world: World) -> Inputs:
     """Open everything the run reads, and refuse what cannot work."""
     dtype, table = model_dtype(config, world.device.type), parameter_table(config.model)
-    needed = estimate_fullest(config, world.layout, dtype, world.device.type)
-    place = "this GPU" if world.device.type == "cuda" else f"each of {world.local_size} rank(s) on this machine"
-    require_fit(needed, available(world.device, world.local_size), place)
     hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # what could not be exported is not trained
     tokenizer = open_tokenizer(config)
     train_data = open_data(config, "train", tokenizer)

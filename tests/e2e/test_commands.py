@@ -62,9 +62,9 @@ def test_the_7b_example_starts_in_three_ways(workspace, command):
 def test_the_7b_example_says_with_numbers_that_a_laptop_is_too_small(tmp_path):
     done = start(["bash", EXAMPLE], tmp_path, NPROC_PER_NODE="2")
     assert done.returncode == 1  # torchrun's; the rank's own code is in its last line
-    assert (
-        "GiB per rank (parameters 12.6, gradients 25.1, optimizer 37.7, activations 16.1, workspace 1.0)" in done.stderr
-    )
+    assert "tp 2 × pp 1 × dp 1 needs" in done.stderr
+    assert "GiB per rank (parameters 6.3, gradients 12.6, optimizer 37.7, activations 9." in done.stderr
+    assert "What would fit:" in done.stderr
     assert "--model.preset tiny" in done.stderr
     assert "exit 72:" in done.stderr
     assert not any(tmp_path.iterdir())
@@ -129,11 +129,43 @@ def test_check_tells_what_follows_from_the_7b_configuration():
     for part in (
         "6,738,415,616 parameters, 42.86 GFLOP per token",
         "flops       6 · multiplying parameters + 6 · layers · sequence · heads · head size (causal attention)",
-        "1024 sequences = 64 rank(s) × 16 microbatch(es) × 1; 4,194,304 tokens per step",
+        "64 ranks = tp 1 × pp 1 × dp 64\n            tp and pp auto: the smallest tp × pp whose fullest rank, 6",
+        "1024 sequences = dp 64 × 16 microbatches of 1; 4,194,304 tokens per step",
         "100,000 steps = 419,430,400,000 tokens",
-        "58.9 GiB per rank (parameters 12.6, gradients 25.1, optimizer 1.2, activations 16.1, workspace 4.0)",
+        "0–63   embedding, 0–31, head  6,738,415,616     12.6       25.1        1.2  ",
+        "bfloat16 on cuda, GPUs of 80 GiB (--gpu-memory-gib), 8 rank(s) a node (--ranks-per-node)",
     ):
         assert part in done.stdout
+
+
+def test_check_tells_who_holds_which_layers():
+    options = ["--world-size", "64", "--parallel.tp", "2", "--parallel.pp", "4"]
+    done = engine("check", "examples/configs/llama2_7b.yaml", *options, "--parallel.schedule", "zero_bubble")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "64 ranks = tp 2 × pp 4 × dp 8; neighbours differ in tp, then in dp, then in pp\n            as configured",
+        "zero_bubble; its bubble adds 0.8% to the time of a step",
+        "stage 0     0–15   embedding, 0–7  ",
+        "stage 3     48–63  24–31, head     ",
+    ):
+        assert part in done.stdout
+
+
+def test_check_shows_a_layout_that_does_not_fit_and_what_would():
+    options = ["--world-size", "8", "--gpu-memory-gib", "40", "--parallel.tp", "1", "--parallel.pp", "1"]
+    done = engine("check", "examples/configs/llama2_7b.yaml", *options)
+    assert done.returncode == 72
+    assert "stage 0     0–7    embedding, 0–31, head" in done.stdout
+    assert "a GPU has 40.0 GiB. What would fit:\n  parallel.tp = auto and parallel.pp = auto: " in done.stderr
+
+
+def test_all_ranks_refuse_a_layout_and_one_says_why(workspace):
+    options = tiny(workspace, "--parallel.tp", "3", "--parallel.pp", "5")
+    done = start(["torchrun", "--standalone", "--nproc-per-node", "2", EXAMPLE, *options], workspace)
+    assert done.returncode == 1  # torchrun's
+    for part in ("start 15 ranks", "parallel.tp can be 1, 2, 4", "make it at most 4", "exit 64: "):
+        assert done.stderr.count(part) == 1
+    assert not (workspace / "run").exists()
 
 
 def test_config_prints_the_resolved_file_and_the_schema():
@@ -145,8 +177,13 @@ def test_config_prints_the_resolved_file_and_the_schema():
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "3"], 64, "the nearest that work are"),
-        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "0"], 64, "expected at least 1"),
+        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "37"], 64, "the nearest that work are"),
+        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "0"], 64, "--world-size 0: expected at least 1"),
+        (
+            ["check", "examples/configs/tiny.yaml", "--ranks-per-node", "0"],
+            64,
+            "--ranks-per-node 0: expected at least 1",
+        ),
         (["check", "examples/configs/none.yaml"], 64, "no configuration file"),
         (["train", "examples/configs/tiny.yaml", "--trian.steps", "5"], 64, "did you mean 'train'?"),
         (["train", "examples/configs/tiny.yaml", "--data.train", "[{path: /nowhere}]"], 65, "/nowhere"),

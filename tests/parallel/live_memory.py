@@ -5,10 +5,12 @@ their own ways and what is recomputed; `saved_tensors_hooks`, of which only the 
 which call of a function has kept what.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -42,6 +44,17 @@ class LiveMemory(TorchDispatchMode):
         """Of all storages made so far that are still alive."""
         self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
         return sum(size for _, size in self.made.values())
+
+
+def settled(memory: LiveMemory) -> int:
+    """Bytes alive once gloo's threads have let go of what they were the last to hold."""
+    if dist.is_initialized():
+        dist.barrier()
+    readings = []
+    for _ in range(10):
+        readings.append(memory.bytes())
+        time.sleep(0.01)
+    return min(readings)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

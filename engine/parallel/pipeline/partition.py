@@ -1,12 +1,13 @@
 """Which layers are on which pipeline stage.
 
-A model is cut into parts, one after another: one part a stage, or with virtual stages several, dealt out in rounds (part
-k is on stage k mod pp). All layers of a model cost the same; what makes parts unequal is the head, which counts as
-layers of its own weight.
+A model is cut into parts, one after another: one part a stage, or with virtual stages several, dealt out in rounds
+(part k is on stage k mod pp). All layers of a model cost the same; what makes parts unequal is the head, which counts
+as layers of its own weight. The embedding looks up rows and costs next to nothing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 
 from engine.errors import ConfigError
 
@@ -36,10 +37,13 @@ def partition(num_layers: int, num_parts: int, head_cost: float, explicit: Seque
         head_cost: final norm and head, in layers.
 
     Raises:
-        ConfigError: more parts than layers, or an explicit list that does not fit.
+        ConfigError: more parts than layers and no explicit list, or one that does not fit.
     """
-    counts = _by_cost(num_layers, num_parts, head_cost) if explicit is None else list(explicit)
-    _require_fit(counts, num_layers, num_parts)
+    if explicit is None:
+        counts = _by_cost(num_layers, num_parts, head_cost)
+    else:
+        counts = list(explicit)
+        _require_fit(counts, num_layers, num_parts)
     starts = [sum(counts[:k]) for k in range(num_parts)]
     last = num_parts - 1
     return [Part(range(starts[k], starts[k] + counts[k]), k == 0, k == last) for k in range(num_parts)]
@@ -48,26 +52,28 @@ def partition(num_layers: int, num_parts: int, head_cost: float, explicit: Seque
 def _by_cost(num_layers: int, num_parts: int, head_cost: float) -> list[int]:
     if num_parts > num_layers:
         raise ConfigError(
-            f"parallel.pp × parallel.virtual_stages = {num_parts} parts, but the model has model.num_layers = "
-            f"{num_layers} layers; use at most {num_layers} parts, or give stages without layers yourself in "
-            "parallel.layers_per_stage"
+            f"parallel.pp × parallel.virtual_stages = {num_parts} parts are more than model.num_layers = {num_layers}; "
+            f"make it at most {num_layers}, or name stages without layers yourself in parallel.layers_per_stage"
         )
-    counts, costs = [0] * num_parts, [0.0] * num_parts
-    costs[-1] = head_cost
+    counts = [0] * num_parts
+    costs = [(head_cost if k == num_parts - 1 else 0.0, -k) for k in range(num_parts)]
+    heapify(costs)
     for _ in range(num_layers):
-        cheapest = min(range(num_parts), key=lambda k: (costs[k], -k))
-        counts[cheapest] += 1
-        costs[cheapest] += 1
+        cost, behind = costs[0]
+        counts[-behind] += 1
+        heapreplace(costs, (cost + 1, behind))
     return counts
 
 
 def _require_fit(counts: Sequence[int], num_layers: int, num_parts: int) -> None:
-    given = f"parallel.layers_per_stage = {list(counts)}"
+    wrong = []
     if len(counts) != num_parts:
-        raise ConfigError(
-            f"{given} has {len(counts)} numbers; parallel.pp × parallel.virtual_stages = {num_parts} are expected"
-        )
+        wrong.append(f"has {len(counts)} numbers, and parallel.pp × parallel.virtual_stages = {num_parts}")
     if sum(counts) != num_layers:
-        raise ConfigError(f"{given} adds up to {sum(counts)}; the model has model.num_layers = {num_layers}")
+        wrong.append(f"adds up to {sum(counts)}, and model.num_layers = {num_layers}")
     if 0 in counts[1:-1]:
-        raise ConfigError(f"{given}: only the first part (embedding) and the last (head) can be without layers")
+        wrong.append("has a part without layers that is neither the first (embedding) nor the last (head)")
+    if wrong:
+        raise ConfigError(
+            f"parallel.layers_per_stage = {list(counts)} {'; it '.join(wrong)}; null divides the layers by cost"
+        )

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         self.head = Head(model, parameters, tp) if part.predicts else None
         if parallel.compile:
             for block in self.layers:
-                block.forward = torch.compile(block.forward)
+                _compile(block, tp)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states, before the final norm.
@@ -149,3 +149,11 @@ class Decoder(nn.Module):
         """[t, v] for hidden states [t, h] that `forward` returned; without tensor parallelism."""
         assert self.head is not None, "only the part with the head has logits"
         return F.linear(self.head.norm(hidden), self.head.weight)
+
+
+def _compile(block: nn.Module, tp: TensorParallel) -> None:
+    """Compile a block, but not what communicates: the compiler would take the state of the moment for a constant."""
+    layers: list[nn.Module] = [layer for layer in block.modules() if isinstance(layer, ColumnLinear)]
+    for layer in layers if tp.size > 1 else ():
+        layer.forward = torch.compiler.disable(layer.forward)
+    block.forward = torch.compile(block.forward)

@@ -177,7 +177,7 @@ def _changes(config: Config, ranks: Ranks) -> Iterator[list[tuple[str, Config, R
     if config.batch.micro > 1:
         yield [("batch.micro = 1", _with(config, "batch", micro=1), ranks)]
     more = [_grown(ranks, ranks.count * factor) for factor in (2, 4, 8, 16)]
-    yield [(f"{grown.count} ranks", config, grown) for grown in more]
+    yield [(f"{grown.count} such ranks", config, grown) for grown in more]
 
 
 def _with(config: Config, section: str, **changes: object) -> Config:

@@ -97,6 +97,12 @@ def test_tp_stays_within_a_node_unless_it_is_asked_for():
     assert reason == "as configured; tp 8 reaches across nodes of 4 rank(s), over slower links"
 
 
+def test_an_explicit_list_of_layers_says_how_many_stages():
+    layers = ("--parallel.layers_per_stage", "[16, 16]")
+    assert chosen(8, 80, *layers) == (1, 2, 4)
+    assert chosen(8, 80, *layers, "--parallel.tp", "2") == (2, 2, 2)
+
+
 def test_auto_finds_a_layout_for_an_odd_number_of_ranks():
     assert chosen(3, 80) == (1, 3, 1)
     assert chosen(48, 80) == (1, 3, 16)  # 1024 sequences are a multiple of 16 replicas, and of no more of 48 ranks
@@ -175,8 +181,8 @@ AS_ASKED = ("--parallel.tp", "1", "--parallel.pp", "1")
 @pytest.mark.parametrize(
     ("count", "gib", "overrides", "remedies"),
     [
-        (1, 80, (), {"2 ranks": "tp 2 × pp 1 × dp 1"}),
-        (1, 24, (), {"8 ranks": "tp 8 × pp 1 × dp 1"}),
+        (1, 80, (), {"2 such ranks": "tp 2 × pp 1 × dp 1"}),
+        (1, 24, (), {"8 such ranks": "tp 8 × pp 1 × dp 1"}),
         (
             8,
             60,
@@ -200,7 +206,7 @@ AS_ASKED = ("--parallel.tp", "1", "--parallel.pp", "1")
             2,
             36,
             ("--parallel.recompute", "full"),
-            {"4 ranks": "tp 4 × pp 1 × dp 1"},
+            {"4 such ranks": "tp 4 × pp 1 × dp 1"},
         ),
     ],
 )

@@ -89,7 +89,7 @@ def live(config: Config, part: Part, layout: Layout) -> dict[str, tuple[int, int
 def hold_against_estimate(config: Config, part: Part, tp: int, found: dict[str, tuple[int, int]]) -> None:
     """Beside what is counted, layers keep the rotary tables, and a number or two of each row and head."""
     for recompute, (kept, waiting) in found.items():
-        config = run_config(config.run.dir, *WIDE, "--parallel.recompute", recompute, preset=str(config.model.preset))
+        config = config.model_copy(update={"parallel": ParallelConfig(recompute=recompute)})
         tables = 4 * TOKENS * config.model.head_dim
         assert kept - tables == pytest.approx(memory._kept(config, tp, part, 4), rel=0.04)
         assert waiting == memory._waiting(config, tp, part, 4)
@@ -106,9 +106,9 @@ def test_layers_keep_what_is_said(tmp_path, preset):
 
 def test_layers_of_tensor_parallel_ranks_keep_what_is_said(tmp_path):
     """With more ranks than key and value heads."""
-    config = run_config(tmp_path, *WIDE)
-    for found in run_ranks(4, live, config, MIDDLE, Layout(tp=4)):
-        hold_against_estimate(config, MIDDLE, 4, found)
+    config = run_config(tmp_path, *WIDE, "--model.num_kv_heads", "1")
+    for found in run_ranks(2, live, config, MIDDLE, Layout(tp=2)):
+        hold_against_estimate(config, MIDDLE, 2, found)
 
 
 def test_layers_that_are_not_recomputed_keep_all(tmp_path):

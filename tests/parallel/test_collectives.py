@@ -79,13 +79,13 @@ def check_values() -> None:
     n, rank = dist.get_world_size(), dist.get_rank()
     for dtype in TOLERANCE:
         everything = torch.cat([values(i, K, dtype) for i in range(n)])
-        for late in range(n):
+        for late in (0, n - 1):
             for in_place in (False, True):
                 assert torch.equal(gathered(late, dtype, in_place), everything)
-        sums = [reduced_and_scattered(late, dtype, in_place) for late in range(n) for in_place in (False, True)]
+        sums = [reduced_and_scattered(late, dtype, in_place) for late in (0, n - 1) for in_place in (False, True)]
         assert_close(sums[0], total([values(i, n * K, dtype) for i in range(n)])[rank * K : (rank + 1) * K])
         assert all(torch.equal(sums[0], other) for other in sums), "repeats bitwise"
-        sums = [reduced(late, dtype) for late in range(n)]
+        sums = [reduced(late, dtype) for late in (0, n - 1)]
         assert_close(sums[0], total([values(i, K, dtype) for i in range(n)]))
         assert all(torch.equal(sums[0], other) for other in sums), "repeats bitwise"
         dist.broadcast(sums[0], src=0)

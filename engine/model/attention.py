@@ -57,7 +57,11 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return attend(self.layer, q, k, v).flatten(1)  # [t, n d]
+        return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
+
+    def attend(self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The part that depends on the documents of the batch."""
+        return attend(self.layer, q, k, v)
 
 
 def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> Attend:

@@ -152,8 +152,11 @@ class Decoder(nn.Module):
 
 
 def _compile(block: nn.Module, tp: TensorParallel) -> None:
-    """Compile a block, but not what communicates: the compiler would take the state of the moment for a constant."""
-    layers: list[nn.Module] = [layer for layer in block.modules() if isinstance(layer, ColumnLinear)]
-    for layer in layers if tp.size > 1 else ():
-        layer.forward = torch.compiler.disable(layer.forward)
+    """Compile a block without what communicates, where the compiler would take the state of the moment for a constant,
+    and without the attention itself, which it would compile for every cut of a batch into documents."""
+    outside: list[tuple[object, str]] = [(block.attention, "attend")]
+    if tp.size > 1:
+        outside += [(layer, "forward") for layer in block.modules() if isinstance(layer, ColumnLinear)]
+    for module, method in outside:
+        setattr(module, method, torch.compiler.disable(getattr(module, method)))
     block.forward = torch.compile(block.forward)

@@ -1,11 +1,16 @@
+from unittest.mock import patch
+
 import pytest
 import torch
 import transformers
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, ParallelConfig
 from engine.model.attention import KeyValueCache, attend_within
 from engine.model.decoder import Decoder
-from engine.model.parameters import parameter_table
+from engine.model.parameters import parameter_table, whole_model
+from engine.parallel.data import ShardedParameters
+from engine.parallel.layout import Layout
+from engine.testing.distributed import run_ranks, world_of
 from engine.testing.models import logical_state, new_decoder, new_parameters, tiny_config
 
 CONFIGS = {
@@ -113,3 +118,37 @@ def test_generation_with_a_cache_equals_the_whole_sequence(preset):
         parts.append(decoder(tokens[first:last], torch.arange(first, last), cache.attend))
         cache.advance(last - first)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
+
+
+def train_compiled(layout: Layout, parallel: ParallelConfig) -> tuple[list[float], list[torch.Tensor], int]:
+    """Losses of a few batches of different documents, the gradients, and how many graphs were compiled."""
+    from torch._dynamo.utils import counters
+
+    world, model = world_of(layout), tiny_config(num_layers=3)
+    parameters = ShardedParameters(parameter_table(model, tp=world.tp), torch.float32, world, bucket_size=20_000)
+    parameters.initialise(1)
+    compile_quickly = torch.compile  # the compiler's front and its autograd, but no machine code, which takes long
+    with patch.object(torch, "compile", lambda function: compile_quickly(function, backend="aot_eager")):
+        decoder = Decoder(model, parameters.by_path, whole_model(model), world.tp, parallel)
+    tokens, losses = hidden_tokens(32, model.vocab_size), []
+    parameters.begin_step()
+    for documents in ((0, 32), (0, 5, 32), (0, 7, 20, 32), (0, 1, 2, 3, 32)):
+        parameters.flow.last = documents[1] == 1
+        loss = decoder.loss(tokens, torch.arange(32), tokens, torch.ones(32), documents)
+        loss.backward()
+        losses.append(loss.item())
+    assert not any(bucket.incomplete for bucket in parameters.buckets)
+    return losses, [bucket.grad for bucket in parameters.buckets], counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("tp", "recompute"), [(1, "selective"), (2, "full")])
+def test_compiled_layers_compute_the_same(tp, recompute):
+    arguments = (Layout(tp=tp), ParallelConfig(tp=tp, recompute=recompute))
+    plain = run_ranks(tp, train_compiled, *arguments)
+    compiled = run_ranks(tp, train_compiled, arguments[0], arguments[1].model_copy(update={"compile": True}))
+    for (losses, gradients, graphs), (expected_losses, expected, no_graphs) in zip(compiled, plain, strict=True):
+        assert losses == pytest.approx(expected_losses, rel=1e-6)
+        for gradient, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
+        assert no_graphs == 0
+        assert 0 < graphs <= 9  # for the parts of a layer, and not for every layer or cut into documents

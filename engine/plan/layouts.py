@@ -171,7 +171,8 @@ def _changes(config: Config, ranks: Ranks) -> Iterator[list[tuple[str, Config, R
         name = "parallel.tp = auto and parallel.pp = auto"
         yield [(name, _with(config, "parallel", tp="auto", pp="auto"), ranks)]
     modes = ["none", "selective", "full"]
-    stronger = modes[modes.index(parallel.recompute) + (parallel.recompute_layers is None) :]
+    in_all = parallel.recompute_layers is None
+    stronger = modes[modes.index(parallel.recompute) + (1 if in_all else 0) :]
     recomputing = {mode: _with(config, "parallel", recompute=mode, recompute_layers=None) for mode in stronger}
     yield [(f"parallel.recompute = {mode}", changed, ranks) for mode, changed in recomputing.items()]
     if config.batch.micro > 1:

@@ -114,6 +114,9 @@ def test_a_batch_that_suits_no_layout_names_those_that_would():
     assert "batch.global = 999 or 1036" in text
     for batch in ("999", "1036"):
         choose_layout(config_of("--batch.global", batch), gpus(37))
+    odd = message(gpus(37), "--data.seq_length", "4095")  # where larger tp have problems of their own
+    assert "the nearest, tp 1 × pp 1, fails because" in odd
+    assert len(odd.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -202,11 +205,16 @@ AS_ASKED = ("--parallel.tp", "1", "--parallel.pp", "1")
                 "batch.micro = 1": "tp 1 × pp 1 × dp 8",
             },
         ),
+        (2, 36, ("--parallel.recompute", "full"), {"4 such ranks": "tp 4 × pp 1 × dp 1"}),
         (
-            2,
-            36,
-            ("--parallel.recompute", "full"),
-            {"4 such ranks": "tp 4 × pp 1 × dp 1"},
+            4,
+            70,
+            (*AS_ASKED, "--parallel.recompute", "full", "--parallel.recompute_layers", "1"),
+            {
+                "parallel.tp = auto and parallel.pp = auto": "tp 2 × pp 1 × dp 2",
+                "parallel.recompute = full": "tp 1 × pp 1 × dp 4",
+                "32 such ranks": "tp 1 × pp 1 × dp 32",
+            },
         ),
     ],
 )
@@ -224,6 +232,16 @@ def test_a_remedy_is_what_the_change_gives():
     needed = estimate_fullest(changed, Layout(dp=8), torch.bfloat16, "cuda").total / GIB
     assert f"parallel.recompute = full: {needed:.1f} GiB" in refusal(ranks, *AS_ASKED)
     require_fit(changed, choose_layout(changed, ranks)[0], ranks)
+
+
+def test_where_nothing_fits_the_least_is_taken():
+    ranks, config = gpus(16, 8), config_of()
+    sizes = [(tp, pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8, 16) if tp * pp <= 16]
+    layouts = [Layout(tp=tp, pp=pp, dp=16 // (tp * pp)) for tp, pp in sizes]
+    least = min(layouts, key=lambda layout: estimate_fullest(config, layout, torch.bfloat16, "cuda").total)
+    layout, reason = choose_layout(config, ranks)
+    assert layout == least
+    assert "none fits in 90% of 8.0 GiB" in reason and "Safer" not in reason
 
 
 def test_a_fit_that_is_tight_is_taken_and_said():

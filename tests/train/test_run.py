@@ -5,11 +5,14 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from engine.checkpoint.manager import open_checkpoint
+from engine.config import Config
 from engine.errors import (
     CheckpointError,
     ConfigError,
@@ -18,8 +21,11 @@ from engine.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
+from engine.parallel.layout import Layout, connect
+from engine.plan.memory import estimate_fullest
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
+from engine.train import run
 from engine.train.metrics import RunLog
 from engine.train.run import train
 
@@ -228,6 +234,26 @@ def test_a_misspelt_checkpoint_is_never_a_random_start(workspace):
 def test_a_model_that_cannot_fit_is_refused_before_it_is_allocated(workspace):
     match = "(?s)GiB per rank.*model.preset tiny"
     refused(workspace, OutOfMemoryError, match, "--model.num_layers", "100", "--model.hidden_size", "65536")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_layout_that_cannot_be_is_refused_with_all_that_is_wrong(workspace, world_size):
+    match = "(?s)start 15 ranks.*parallel.tp can be 1, 2, 4.*make it at most 4"
+    overrides = ("--parallel.tp", "3", "--parallel.pp", "5")
+    refused(workspace, ConfigError, match, *overrides, world_size=world_size)
+
+
+def layout_with_unlike_memory(config: Config) -> Layout:
+    """Of two ranks, of which the second has so little memory that the model must be cut."""
+    world = connect("cpu")
+    needed = estimate_fullest(config, Layout(dp=2), torch.float32, "cpu").total
+    with patch.object(run, "available", lambda *_: needed * (2, 1)[world.rank]):
+        return run._arrange(config, world)[0].layout
+
+
+def test_ranks_with_unlike_memory_choose_one_layout(workspace):
+    config = run_config(workspace, "--parallel.tp", "auto", "--parallel.pp", "auto")
+    assert run_ranks(2, layout_with_unlike_memory, config) == [Layout(tp=2), Layout(tp=2)]
 
 
 def test_the_run_directory_of_another_model(workspace):

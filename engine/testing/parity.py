@@ -254,7 +254,10 @@ def _train(segment: _Segment) -> Digests:
         try:
             engine.train.run.train(segment.config)
         finally:
-            torch.use_deterministic_algorithms(False)
+            if (
+                torch.are_deterministic_algorithms_enabled()
+            ):  # asking first: to set it, even to what it is, takes a second
+                torch.use_deterministic_algorithms(False)
     return made[0].digests
 
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import OptimizerConfig
+from engine.config import ModelConfig, OptimizerConfig
 from engine.model.decoder import Decoder
 from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel import data
 from engine.parallel.data import ShardedParameters, plan_buckets
-from engine.parallel.layout import Layout
+from engine.parallel.layout import Layout, World
 from engine.parallel.pipeline.partition import partition
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.models import logical_state, new_decoder, tiny_config
@@ -167,10 +167,10 @@ def test_gradients_below_the_limit_are_not_scaled():
     assert all(torch.equal(a, b) for a, b in zip(updated(1e6), updated(0.0), strict=True))
 
 
-def begin(bucket_size: int, model=MODEL) -> tuple[ShardedParameters, Decoder]:
-    parameters = ShardedParameters(parameter_table(model), torch.float32, world_of(), bucket_size=bucket_size)
+def begin(bucket_size: int) -> tuple[ShardedParameters, Decoder]:
+    parameters = ShardedParameters(parameter_table(MODEL), torch.float32, world_of(), bucket_size=bucket_size)
     parameters.initialise(1)
-    decoder = Decoder(model, parameters.by_path)
+    decoder = Decoder(MODEL, parameters.by_path)
     for unit in decoder.units():
         parameters.gathered_before(unit)
     parameters.begin_step()
@@ -238,11 +238,17 @@ def test_parameters_are_gathered_while_the_next_forward_goes_on():
 Summed = tuple[list[tuple[tuple, Tensor, Tensor]], float]
 
 
-def sum_replicas(preset: str, layout: Layout, sharded: bool) -> Summed:
-    """For each logical tensor random gradients and the sums of them that this rank has in the end, NaN outside of its
-    shards; and the norm."""
+def sum_replicas(preset: str, layout: Layout) -> tuple[Summed, Summed]:
+    """Sharded and unsharded: see `sums`."""
     model = tiny_config(preset, num_layers=2)
     world = world_of(layout, kv_replicas=kv_replicas(model, layout.tp))
+    return sums(model, world, sharded=True), sums(model, world, sharded=False)
+
+
+def sums(model: ModelConfig, world: World, *, sharded: bool) -> Summed:
+    """For each logical tensor random gradients and the sums of them that this rank has in the end, NaN outside of its
+    shards; and the norm."""
+    layout = world.layout
     parts = partition(2, layout.pp, head_cost=0.0)[world.at.pp :: layout.pp]
     table = parameter_table(model, parts, world.tp)
     parameters = ShardedParameters(table, torch.float32, world, sharded=sharded, bucket_size=5000)
@@ -269,7 +275,6 @@ def sum_replicas(preset: str, layout: Layout, sharded: bool) -> Summed:
     return found, norm
 
 
-@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize(
     ("preset", "layout"),
     [
@@ -280,18 +285,17 @@ def sum_replicas(preset: str, layout: Layout, sharded: bool) -> Summed:
     ],
     ids=str,
 )
-def test_gradients_are_summed_over_all_ranks_that_hold_them_and_counted_once(preset, layout, sharded):
-    results = run_ranks(layout.world_size, sum_replicas, preset, layout, sharded)
-    expected: dict[tuple, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
-    for found, _ in results:
-        for key, given, _ in found:
-            expected[key] = expected[key] + given
-    seen = {key: torch.zeros(len(total), dtype=torch.bool) for key, total in expected.items()}
-    for found, _ in results:
-        for key, _, total in found:
-            seen[key] |= ~total.isnan()
-            difference = (total - expected[key])[~total.isnan()]
-            assert not (difference.abs() > 1e-5).any(), key
-    assert all(everywhere.all() for everywhere in seen.values())
-    norm = torch.cat(list(expected.values())).norm().item()
-    assert [found for _, found in results] == pytest.approx([norm] * layout.world_size, rel=1e-6)
+def test_gradients_are_summed_over_all_ranks_that_hold_them_and_counted_once(preset, layout):
+    for results in zip(*run_ranks(layout.world_size, sum_replicas, preset, layout), strict=True):
+        expected: dict[tuple, Tensor] = defaultdict(lambda: torch.zeros(1, dtype=torch.float64))
+        for found, _ in results:
+            for key, given, _ in found:
+                expected[key] = expected[key] + given
+        seen = {key: torch.zeros(len(total), dtype=torch.bool) for key, total in expected.items()}
+        for found, _ in results:
+            for key, _, total in found:
+                seen[key] |= ~total.isnan()
+                assert not ((total - expected[key]).abs() > 1e-5).any(), key
+        assert all(everywhere.all() for everywhere in seen.values())
+        norm = torch.cat(list(expected.values())).norm().item()
+        assert [found for _, found in results] == pytest.approx([norm] * layout.world_size, rel=1e-6)

@@ -1,7 +1,5 @@
 """Layers on ranks against the whole layer on one, in float64, with collectives that are late."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,13 +59,7 @@ def part_of(x: Tensor, tp: TensorParallel, dim: int = 0) -> Tensor:
     return x.narrow(dim, *tp.share(x.shape[dim])).clone()
 
 
-def tensor_parallel(ranks: int) -> TensorParallel:
-    torch.manual_seed(0)  # the same numbers on every rank
-    return world_of(Layout(tp=ranks)).tp
-
-
-def columns(ranks: int) -> None:
-    tp = tensor_parallel(ranks)
+def columns(tp: TensorParallel) -> None:
     for kind in KINDS:
         for with_bias in (False, True):
             x, weight, bias = random(TOKENS, HIDDEN), random(FEATURES, HIDDEN), random(FEATURES)
@@ -85,9 +77,8 @@ def columns(ranks: int) -> None:
             assert_gradients(layer, [part_of(gradient, tp) for gradient in gradients])
 
 
-def rows(ranks: int) -> None:
+def rows(tp: TensorParallel) -> None:
     """The bias is added once, and each rank has its tokens' part of its gradient."""
-    tp = tensor_parallel(ranks)
     for kind in KINDS:
         for with_bias in (False, True):
             x, weight, bias = random(TOKENS, FEATURES), random(HIDDEN, FEATURES), random(HIDDEN)
@@ -104,8 +95,7 @@ def rows(ranks: int) -> None:
             assert_gradients(layer, gradients[: 1 + with_bias])
 
 
-def embedding(ranks: int) -> None:
-    tp = tensor_parallel(ranks)
+def embedding(tp: TensorParallel) -> None:
     tokens = torch.randint(0, VOCABULARY, (TOKENS,))
     tokens[:3] = torch.tensor([0, VOCABULARY - 1, 0])
     weight, grad = random(VOCABULARY, HIDDEN), random(TOKENS, HIDDEN)
@@ -118,8 +108,7 @@ def embedding(ranks: int) -> None:
         assert_gradients(layer, [part_of(torch.zeros_like(weight).index_add_(0, tokens, grad), tp)])
 
 
-def cross_entropy(ranks: int) -> None:
-    tp = tensor_parallel(ranks)
+def cross_entropy(tp: TensorParallel) -> None:
     hidden, weight = random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN)
     mask = torch.ones(TOKENS).index_fill(0, torch.tensor([1, 4, 5]), 0)
     labels = torch.randint(0, VOCABULARY, (TOKENS,)).where(mask > 0, -100)
@@ -138,14 +127,20 @@ def cross_entropy(ranks: int) -> None:
             assert_gradients(layer, [part_of(whole[1].grad, tp)])
 
 
+def all_layers(ranks: int) -> None:
+    tp = world_of(Layout(tp=ranks)).tp
+    for layer in (columns, rows, embedding, cross_entropy):
+        torch.manual_seed(0)  # the same numbers on every rank
+        layer(tp)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("layer", [columns, rows, embedding, cross_entropy])
-def test_ranks_together_are_the_whole_layer(layer: Callable[[int], None], ranks: int):
-    run_ranks(ranks, layer, ranks)
+def test_ranks_together_are_the_whole_layer(ranks):
+    run_ranks(ranks, all_layers, ranks)
 
 
 def cross_entropy_traffic(vocab_size: int) -> int:
-    tp = tensor_parallel(2)
+    tp = world_of(Layout(tp=2)).tp
     hidden = random(TOKENS // 2, HIDDEN).requires_grad_()
     weight = part_of(random(vocab_size, HIDDEN), tp).requires_grad_()
     labels = torch.randint(0, vocab_size, (TOKENS,))
@@ -161,7 +156,7 @@ def test_cross_entropy_never_sends_logits():
 
 
 def column_backward() -> list[str]:
-    tp = tensor_parallel(2)
+    tp = world_of(Layout(tp=2)).tp
     layer = Layer("trained", random(FEATURES // 2, HIDDEN))
     (weight,) = layer.parameters
     out = column_linear(random(TOKENS // 2, HIDDEN).requires_grad_(), weight, None, tp)

@@ -134,21 +134,23 @@ def test_every_schedule_gives_the_gradients_of_the_plain_loop(num_stages):
     run_ranks(num_stages, train_all, num_stages)
 
 
-def evaluate(num_chunks: int) -> tuple[float, float, int, bool]:
-    world = world_of(Layout(pp=2))
-    toy = Toy(world, num_chunks, 3)
-    with late_messages():
-        total = toy.pipeline.run(build(FORWARD_ONLY, 2, 3, num_chunks), toy.batches, SCALE)
-    touched = any(parameter.main_grad.any() for trained in toy.trained for parameter in trained)
-    return total.item(), toy.expected()[0].item(), toy.pipeline.peak_in_flight, bool(touched) or total.requires_grad
+def evaluate() -> list[tuple[float, float, int, bool]]:
+    world, found = world_of(Layout(pp=2)), []
+    for num_chunks in (1, 2):
+        toy = Toy(world, num_chunks, 3)
+        with late_messages():
+            total = toy.pipeline.run(build(FORWARD_ONLY, 2, 3, num_chunks), toy.batches, SCALE)
+        touched = any(parameter.main_grad.any() for trained in toy.trained for parameter in trained)
+        found.append((total.item(), toy.expected()[0].item(), toy.pipeline.peak_in_flight, touched))
+        assert not total.requires_grad
+    return found
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2])
-def test_evaluation_keeps_nothing_for_a_backward(num_chunks):
-    (first, _, *nothing), (last, expected, *still_nothing) = run_ranks(2, evaluate, num_chunks)
-    assert first == 0
-    assert last == pytest.approx(expected, rel=1e-6)
-    assert nothing == still_nothing == [0, False]
+def test_evaluation_keeps_nothing_for_a_backward():
+    for (first, _, *nothing), (last, expected, *still_nothing) in zip(*run_ranks(2, evaluate), strict=True):
+        assert first == 0
+        assert last == pytest.approx(expected, rel=1e-6)
+        assert nothing == still_nothing == [0, False]
 
 
 class Counting(Toy):
@@ -159,21 +161,22 @@ class Counting(Toy):
         return [self.live.follow(part) for part in self.parts]
 
 
-def alive_at_once(name: str, num_chunks: int) -> int:
-    world = world_of(Layout(pp=2))
-    toy = Counting(world, num_chunks, 8)
-    toy.pipeline.run(build(name, 2, 8, num_chunks), toy.batches, SCALE)
-    assert toy.live.alive() == 0
-    return toy.live.most
+IN_FLIGHT = {("gpipe", 1): [8, 8], ("1f1b", 1): [2, 1], ("zero_bubble", 1): [2, 2], ("interleaved", 2): [5, 3]}
 
 
-@pytest.mark.parametrize(
-    ("name", "num_chunks", "expected"),
-    [("gpipe", 1, [8, 8]), ("1f1b", 1, [2, 1]), ("zero_bubble", 1, [2, 2]), ("interleaved", 2, [5, 3])],
-)
-def test_no_more_activations_are_alive_than_the_schedule_says(name, num_chunks, expected):
+def alive_at_once() -> list[int]:
+    world, most = world_of(Layout(pp=2)), []
+    for name, num_chunks in IN_FLIGHT:
+        toy = Counting(world, num_chunks, 8)
+        toy.pipeline.run(build(name, 2, 8, num_chunks), toy.batches, SCALE)
+        assert toy.live.alive() == 0
+        most.append(toy.live.most)
+    return most
+
+
+def test_no_more_activations_are_alive_than_the_schedule_says():
     """Counted on real tensors: 1F1B holds two microbatches on the first of two stages, and not all eight."""
-    assert run_ranks(2, alive_at_once, name, num_chunks) == expected
+    assert list(zip(*run_ranks(2, alive_at_once), strict=True)) == [tuple(counts) for counts in IN_FLIGHT.values()]
 
 
 class _Leave(torch.autograd.Function):
@@ -204,19 +207,20 @@ class Leaving(Toy):
         return _Leave.apply(self.parts[0](x, batch), memory)
 
 
-def outputs_at_once(name: str) -> int:
-    world = world_of(Layout(pp=2))
-    toy = Leaving(world, 1, 20)
-    toy.pipeline.run(build(name, 2, 20), toy.batches, SCALE)
-    assert not any(output() is not None for output in getattr(toy, "outputs", []))
-    return toy.most
+def outputs_at_once() -> list[int]:
+    world, most = world_of(Layout(pp=2)), []
+    for name in ("gpipe", "1f1b", FORWARD_ONLY):
+        toy = Leaving(world, 1, 20)
+        toy.pipeline.run(build(name, 2, 20), toy.batches, SCALE)
+        assert not any(output() is not None for output in toy.outputs)
+        most.append(toy.most)
+    return most
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", FORWARD_ONLY])
-def test_an_output_is_let_go_once_it_is_sent(name):
+def test_an_output_is_let_go_once_it_is_sent():
     """The new one, the one before and four that may not have left; not all twenty."""
-    first, _ = run_ranks(2, outputs_at_once, name)
-    assert 1 <= first <= 6
+    first, _ = run_ranks(2, outputs_at_once)
+    assert all(1 <= most <= 6 for most in first)
 
 
 class Broken(Toy):

@@ -21,7 +21,7 @@ from pathlib import Path
 DATA = Path("data/quickstart")
 RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path("runs/quickstart-hf")
 CONFIG = "examples/configs/quickstart.yaml"
-STEPS = 1000
+STEPS = 480
 VOCAB_SIZE = 512
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
 PROMPT = "def main(args):\n"

@@ -9,7 +9,8 @@ import torch
 
 from engine.config import microbatches
 from engine.errors import ConfigError, TriaxisError
-from engine.plan.layouts import layout_for
+from engine.plan.layouts import choose_layout
+from engine.plan.memory import Ranks
 from engine.testing.parity import Outcome
 from engine.testing.runs import run_config
 
@@ -40,7 +41,8 @@ def test_the_plan_meets_every_grid_schedule_and_sharding_with_every_recomputatio
                     ),
                 }
             )
-            assert layout_for(config, case.ranks, given.tp, given.pp).dp == case.dp  # raises where it cannot be
+            ranks = Ranks(case.ranks, case.ranks, 1 << 40, "cpu", torch.float32)
+            assert choose_layout(config, ranks)[0].dp == case.dp  # raises where it cannot be
             assert microbatches(config, case.dp) >= 2
             assert case.ranks <= 8
             met.add((given.tp, given.pp, case.dp, given.schedule, given.sharded_optimizer, given.recompute))

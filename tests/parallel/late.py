@@ -30,7 +30,7 @@ class Traffic:
 
 @contextmanager
 def late() -> Iterator[Traffic]:
-    """Within, the engine's collectives are late."""
+    """Within, the engine's collectives are late; at the end every one must have been waited for, once."""
     traffic = Traffic()
     with ExitStack() as stack:
         for name in ("all_gather", "reduce_scatter", "all_reduce"):
@@ -39,6 +39,8 @@ def late() -> Iterator[Traffic]:
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         yield traffic
+    kinds = [event.split()[0] for event in traffic.events]
+    assert kinds.count("start") == kinds.count("wait"), "a collective was not waited for"
 
 
 def _late(name: str, collective: Collective, traffic: Traffic) -> Collective:

@@ -14,7 +14,7 @@ from engine.parallel.data import ShardedParameters, plan_buckets
 from engine.parallel.layout import Layout, World
 from engine.parallel.pipeline.partition import partition
 from engine.testing.distributed import run_ranks, world_of
-from engine.testing.models import logical_state, new_decoder, tiny_config
+from engine.testing.models import logical_state, new_decoder, new_parameters, tiny_config
 from tests.parallel.late import late
 
 MODEL = tiny_config("tiny-qwen2", num_layers=2)  # has biases: decaying and other parameters in a bucket
@@ -233,6 +233,21 @@ def count(parameters: ShardedParameters) -> int:
 
 def test_parameters_are_gathered_while_the_next_forward_goes_on():
     run_ranks(2, gather_while_going_forward)
+
+
+def publish_twice() -> None:
+    parameters, _ = begin(5000)
+    optimizer = ShardedAdamW(parameters, OptimizerConfig())
+    with late():
+        optimizer.publish()
+        optimizer.publish()
+        parameters.finish_gathering()
+    for path, value in new_parameters(MODEL).items():
+        assert torch.equal(parameters.by_path[path], value)
+
+
+def test_a_gathering_ends_before_the_next_one_begins():
+    run_ranks(2, publish_twice)
 
 
 Summed = tuple[list[tuple[tuple, Tensor, Tensor]], float]

@@ -20,35 +20,34 @@ class Layer:
     """Parameters of one kind, and their gradients wherever they go."""
 
     def __init__(self, kind: str, *values: Tensor) -> None:
-        self.kind, self.completed = kind, []
-        self.flow = GradientFlow(lambda parameter: self.completed.append(parameter))
+        self.kind = kind
+        self.flow = GradientFlow(lambda _: None)
         self.flow.postponed = [] if kind == "postponed" else None
         self.parameters = [self._parameter(value.clone()) for value in values]
 
     def _parameter(self, value: Tensor) -> nn.Parameter:
-        if self.kind in ("plain", "frozen"):
-            return nn.Parameter(value, requires_grad=self.kind == "plain")
-        return TrainedParameter.of(value, torch.zeros_like(value), self.flow)
+        if self.kind == "plain":
+            return nn.Parameter(value)
+        parameter = TrainedParameter.of(value, torch.zeros_like(value), self.flow)
+        parameter.requires_grad_(self.kind != "frozen")
+        return parameter
 
-    def gradients(self) -> list[Tensor | None]:
+    def gradients(self) -> list[Tensor]:
         """Those of all parameters; products that were put off are added first, and not before."""
+        if self.kind == "plain":
+            return [parameter.grad for parameter in self.parameters]
         if self.kind == "postponed":
             (weight,) = (p for p in self.parameters if p.ndim == 2)
             assert not weight.main_grad.any()
             (add,) = self.flow.postponed
             add()
-        if self.kind in ("trained", "postponed"):
-            assert all(parameter.grad is None for parameter in self.parameters)
-            return [parameter.main_grad for parameter in self.parameters]
-        return [parameter.grad for parameter in self.parameters]
+        assert all(parameter.grad is None for parameter in self.parameters)
+        return [parameter.main_grad for parameter in self.parameters]
 
 
 def assert_gradients(layer: Layer, expected: list[Tensor]) -> None:
     for got, want in zip(layer.gradients(), expected, strict=True):
-        if layer.kind == "frozen":
-            assert got is None
-        else:
-            torch.testing.assert_close(got, want, **EXACT)
+        torch.testing.assert_close(got, torch.zeros_like(want) if layer.kind == "frozen" else want, **EXACT)
 
 
 def random(*shape: int) -> Tensor:

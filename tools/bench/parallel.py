@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layouts", nargs="+", choices=LAYOUTS, default=_DEFAULT, metavar="LAYOUT", help=", ".join(LAYOUTS)
     )
     parser.add_argument("--hidden-size", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--global-batch", type=int, default=8, help="sequences in a step, one a microbatch")
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
     hidden = options.hidden_size
     sizes = (hidden, options.layers, options.vocab_size, options.seq_length, options.global_batch)
-    if options.others and sizes != (1024, 4, 8192, 512, 8):
+    if options.others and sizes != (1024, 6, 8192, 512, 8):
         raise ConfigError("--others measures the default sizes; leave out the options that change them")
     if hidden % 64:
         raise ConfigError(f"--hidden-size {hidden}: expected a multiple of the head size, 64")
@@ -163,7 +163,7 @@ def _peak_bytes() -> int:
 
 def _other(project: str, layout: str, options: argparse.Namespace) -> list[float]:
     """Seconds of each step of another project."""
-    script = Path(__file__).parent / "others" / f"{project}.py"
+    script = Path(__file__).parent / "others" / f"step_{project}.py"
     ranks = str(LAYOUTS[layout][0].world_size)
     launch = [options.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, str(script)]
     done = subprocess.run(

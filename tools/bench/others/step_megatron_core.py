@@ -6,8 +6,8 @@ cannot have here: Transformer Engine, Apex and its CUDA kernels, hence no flash 
 spec's attention forms the full square; `--attention sdpa` puts PyTorch's in through the spec, a generous choice) and
 no sequence parallelism (the local spec's norm refuses it).
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 1 megatron_core.py --layout one
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 megatron_core.py --layout tp2
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 1 step_megatron_core.py --layout one
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 step_megatron_core.py --layout tp2
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 warnings.filterwarnings("ignore")
-SEQUENCES, LENGTH, VOCAB = 8, 512, 8192
+SEQUENCES, LENGTH, VOCAB, LAYERS = 8, 512, 8192, 6
 LAYOUTS = ("one", "dp2", "tp2", "pp2")
 
 
@@ -151,7 +151,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
     )
     count = sum(p.numel() for p in gpt.parameters())
     if args.layout in ("one", "dp2"):
-        assert count == 2 * VOCAB * 1024 + 4 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024, count
+        assert count == 2 * VOCAB * 1024 + LAYERS * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024, count
     ddp = DistributedDataParallelConfig(
         overlap_grad_reduce=args.overlap and args.layout == "dp2",
         use_distributed_optimizer=args.sharded,
@@ -173,7 +173,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _config(args: argparse.Namespace) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=4,
+        num_layers=LAYERS,
         hidden_size=1024,
         num_attention_heads=16,
         num_query_groups=16,

@@ -4,8 +4,8 @@ Model, layout, optimizer, clipping and the step itself (`zero_grads`, `train_bat
 only its `Trainer` (data loading, logging, checkpoints) is replaced, by an object that remembers the last loss, so what
 is timed is the bare step. Layouts of two ranks start under `torchrun --nproc-per-node 2`.
 
-    OMP_NUM_THREADS=1 python olmo_core.py --layout one
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 olmo_core.py --layout tp2
+    OMP_NUM_THREADS=1 python step_olmo_core.py --layout one
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 step_olmo_core.py --layout tp2
 """
 
 import argparse
@@ -34,7 +34,7 @@ from olmo_core.train.train_module.transformer import (
     TransformerTrainModuleConfig,
 )
 
-SEQUENCES, LENGTH, VOCAB = 8, 512, 8192
+SEQUENCES, LENGTH, VOCAB, LAYERS = 8, 512, 8192, 6
 VERSION = olmo_core.version.VERSION
 LAYOUTS = ("one", "dp2", "tp2", "pp2")
 
@@ -96,10 +96,10 @@ def _arguments() -> argparse.Namespace:
 
 def _train_module(args: argparse.Namespace) -> Any:
     config = TransformerConfig.llama2_271M(
-        VOCAB, n_layers=4, n_heads=16, attn_backend=AttentionBackendName.torch, init_seed=0
+        VOCAB, n_layers=LAYERS, n_heads=16, attn_backend=AttentionBackendName.torch, init_seed=0
     )
     model = config.build(init_device="meta" if args.layout == "pp2" else "cpu")
-    assert model.num_params == 2 * VOCAB * 1024 + 4 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024
+    assert model.num_params == 2 * VOCAB * 1024 + LAYERS * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024
     parts: dict[str, Any] = {}
     if args.layout != "one":
         parts["dp_config"] = TransformerDataParallelConfig(name=DataParallelType(args.wrapper.split("-")[0]))

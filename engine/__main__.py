@@ -1,4 +1,4 @@
-"""`python -m engine`: train, check and config."""
+"""`python -m engine`: train, check, config and env."""
 
 import argparse
 import json
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train = commands.add_parser("train", help="pretrain: torchrun --nproc-per-node N -m engine train CONFIG")
     check = commands.add_parser("check", help="validate a configuration and show what follows from it")
     show = commands.add_parser("config", help="print the resolved configuration")
+    commands.add_parser("env", help="show what this machine has and which implementations run on it")
     for command in (train, check, show):
         command.epilog, command.allow_abbrev = EPILOG, False
         command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
@@ -36,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
     options, overrides = parser.parse_known_args(arguments)
 
+    if options.command == "env":
+        from engine.train.environment import environment
+
+        if overrides:
+            parser.error(f"env takes no arguments, not {' '.join(overrides)}")
+        print("\n".join(environment()))
+        return
     if options.command == "config" and options.schema:
         print(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
         return

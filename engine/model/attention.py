@@ -13,7 +13,7 @@ from engine.config import ModelConfig
 from engine.model.layers import ColumnLinear, Norm, Parameters, RowLinear
 from engine.model.parameters import kv_share
 from engine.ops.attention import attention, attention_with_cache
-from engine.ops.rope import apply_rope
+from engine.ops.rope import apply_rope, apply_rope_qkv
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import again
 
@@ -53,10 +53,12 @@ class Attention(nn.Module):
         return self.output(self._attend(qkv, cos, sin, attend))
 
     def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        q, k, v = qkv.unflatten(-1, (sum(self.heads), self.head_dim)).split(self.heads, dim=1)
+        qkv = qkv.unflatten(-1, (sum(self.heads), self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q, k, v = qkv.split(self.heads, dim=1)
+            q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        else:
+            q, k, v = apply_rope_qkv(qkv, cos, sin, self.heads[1])
         return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
 
     def attend(self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

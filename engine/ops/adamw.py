@@ -1,7 +1,15 @@
-"""AdamW on flat fp32 tensors, in place (Loshchilov and Hutter, arXiv 1711.05101)."""
+"""AdamW on flat tensors, in place (Loshchilov and Hutter, arXiv 1711.05101).
+
+The kernel also writes the parameter that the model computes with, in the same pass over memory. PyTorch's has moments
+in fp32 alone: bf16 ones are widened piece by piece.
+"""
 
 import torch
 from torch import Tensor
+
+from engine.ops import native
+
+_PIECE = 1 << 24  # elements of bf16 moments widened at a time
 
 
 def adamw_step(
@@ -16,30 +24,45 @@ def adamw_step(
     weight_decay: float,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounded: Tensor | None = None,
 ) -> None:
-    """One update of `param`, `exp_avg` and `exp_avg_sq`, all fp32 and of one shape.
+    """One update of `param`, `exp_avg` and `exp_avg_sq`, flat and of one size; `param` and `grad` are fp32, the moments
+    fp32 or bf16. `rounded` gets the new `param` in its own dtype.
 
     `step` (fp32, one element) is the number of this update, 1 for the first; it is not changed. The gradient is
     divided by `grad_scale` (fp32, one element) and may be overwritten. Where `found_inf` (fp32, one element) is
     not 0, nothing changes. Neither is read on the host.
     """
-    torch._fused_adamw_(
-        [param],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step],
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-    )
+    if native.runs(param):
+        settings = (lr, *betas, eps, weight_decay)
+        torch.ops.triaxis.adamw_(param, grad, exp_avg, exp_avg_sq, rounded, step, grad_scale, found_inf, *settings)
+        return
+    size = max(1, param.numel()) if exp_avg.dtype == torch.float32 else _PIECE
+    tensors = [x.split(size) for x in (param, grad, exp_avg, exp_avg_sq)]
+    for param_part, grad_part, *moments in zip(*tensors, strict=True):
+        widened = [moment.float() for moment in moments]  # fp32 moments are themselves
+        torch._fused_adamw_(
+            [param_part],
+            [grad_part],
+            widened[:1],
+            widened[1:],
+            [],
+            [step],
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        for moment, wide in zip(moments, widened, strict=True):
+            if moment is not wide:
+                moment.copy_(wide)
+    if rounded is not None:
+        rounded.copy_(param)
 
 
 def adamw_step_reference(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.ops import native
 from engine.ops.linear import matmul_transposed
 
 _CHUNK_ELEMENTS_CPU = 2**23  # logits at a time: 32 MB stay in the last cache and in the allocator's pool
@@ -121,15 +122,31 @@ def _loss_and_gradients(
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         x, mask = hidden[part], loss_mask[part, None]
-        logits = matmul_transposed(x, weight).to(wide)
-        chunk_loss, error = _loss_and_error(logits, labels[part, None], mask, options)
+        logits = matmul_transposed(x, weight)
+        if native.runs(logits):
+            chunk_loss, error = _loss_and_error_by_kernel(logits, labels[part], mask, options)
+        else:
+            chunk_loss, error = _loss_and_error(logits.to(wide), labels[part, None], mask, options)
         loss += chunk_loss
         error = error.to(hidden.dtype)
         if grad_hidden is not None:
             torch.mul(matmul_transposed(error, weight.t()), mask, out=grad_hidden[part])
         if grad_weight is not None:
             grad_weight += matmul_transposed((x * mask).to(x.dtype).t(), error.t())
+        del logits, error  # or they would live while the next chunk is computed
     return loss, grad_hidden, None if grad_weight is None else grad_weight.t().contiguous()
+
+
+def _loss_and_error_by_kernel(logits: Tensor, labels: Tensor, mask: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """As below, in two passes over logits of their own dtype; `labels` [c]."""
+    first = 0 if options.shard is None else options.shard.first_label
+    z, at_label = torch.ops.triaxis.cross_entropy_statistics(logits, labels, first)
+    if options.shard is not None:
+        everyones = options.shard.gather(torch.stack((z, at_label), 1))  # [ranks, c, 2]
+        z, at_label = torch.logsumexp(everyones[..., 0], 0), everyones[..., 1].sum(0)
+    loss = ((z - at_label + options.z_loss * z.square()) * mask[:, 0]).sum()
+    torch.ops.triaxis.cross_entropy_gradient_(logits, labels, z, torch.ones_like(z), first, options.z_loss)
+    return loss, logits
 
 
 def _loss_and_error(logits: Tensor, labels: Tensor, mask: Tensor, options: _Options) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension.
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension, alone or behind a residual sum.
 
 Statistics are fp32 (or wider) whatever the dtype of the input; eps sits inside the square root; the result is
 rounded once, after the weight.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.ops import native
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+@dataclass(frozen=True)
+class NormOptions:
+    """Variants that models are published with.
+
+    Attributes:
+        zero_centered: the weight is kept as its distance from 1 (Gemma).
+        hf_rounding: the normalised value is rounded to the dtype of the input before it meets the weight, as Hugging
+            Face's Llama does.
+        memory_efficient: keep the output for the backward pass, which whoever reads it keeps anyway, and not the input;
+            for weights that stay away from 0. The kernels alone do so; elsewhere it changes nothing.
+    """
+
+    zero_centered: bool = False
+    hf_rounding: bool = False
+    memory_efficient: bool = False
+
+
+_PLAIN = NormOptions()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
+    if _by_kernel(x, weight):
+        return _KernelNorm.apply(x, None, weight, None, eps, options)[0]
+    if options.zero_centered or options.hf_rounding:
+        return rms_norm_reference(x, weight, eps, options)
     if uses_fewer_passes(x):
         return _RmsNorm.apply(x, weight, eps)
     if x.dtype == weight.dtype:
@@ -21,33 +48,115 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_reference(x, weight, eps)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = _widened(x)
-    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (normalised * weight).to(x.dtype)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
     """(x − mean) / sqrt(variance + eps) · weight + bias, over the last dimension."""
-    if x.dtype == weight.dtype:
+    if _by_kernel(x, weight):
+        return _KernelNorm.apply(x, None, weight, bias, eps, options)[0]
+    if x.dtype == weight.dtype and not options.zero_centered and not options.hf_rounding:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return layer_norm_reference(x, weight, bias, eps)
+    return layer_norm_reference(x, weight, bias, eps, options)
 
 
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, options: NormOptions = _PLAIN
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual (LayerNorm with a bias, else RMSNorm), and that sum; one pass over memory on a GPU."""
+    if _by_kernel(x, weight):
+        return _KernelNorm.apply(x, residual, weight, bias, eps, options)
+    total = x + residual
+    if bias is None:
+        return rms_norm(total, weight, eps, options), total
+    return layer_norm(total, weight, bias, eps, options), total
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
+    wide = _widened(x)
+    return _scaled(x, wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps), weight, options).to(x.dtype)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
     wide = _widened(x)
     centred = wide - wide.mean(-1, keepdim=True)
     normalised = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
-    return (normalised * weight + bias).to(x.dtype)
+    return (_scaled(x, normalised, weight, options) + bias).to(x.dtype)
+
+
+def _by_kernel(x: Tensor, weight: Tensor) -> bool:
+    return native.runs(x) and x.dtype == weight.dtype
 
 
 def uses_fewer_passes(x: Tensor) -> bool:
-    """The rule: PyTorch's own RMSNorm is one kernel on a GPU and five passes over memory on a CPU."""
+    """The rule where there is no kernel: PyTorch's own RMSNorm is five passes over memory on a CPU."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _scaled(x: Tensor, normalised: Tensor, weight: Tensor, options: NormOptions) -> Tensor:
+    if options.hf_rounding:
+        normalised = normalised.to(x.dtype).to(normalised.dtype)
+    return normalised * (weight.to(normalised.dtype) + 1 if options.zero_centered else weight)
 
 
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _KernelNorm(torch.autograd.Function):
+    """The compiled kernels: (x, residual or None, weight, bias or None) -> (norm, sum)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        options: NormOptions,
+    ) -> tuple[Tensor, Tensor]:
+        flat = None if residual is None else residual.reshape(-1, x.shape[-1])
+        centered = bias is not None
+        y, total, mean, rstd = torch.ops.triaxis.norm_forward(
+            x.reshape(-1, x.shape[-1]), flat, weight, bias, eps, centered, options.zero_centered, options.hf_rounding
+        )
+        y, total = y.view(x.shape), x if residual is None else total.view(x.shape)
+        ctx.save_for_backward(y if options.memory_efficient else total, weight, bias, mean, rstd)
+        ctx.options, ctx.has_residual = options, residual is not None
+        ctx.set_materialize_grads(False)
+        if residual is None:
+            total = x.new_empty(0)
+            ctx.mark_non_differentiable(total)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, weight, bias, mean, rstd = ctx.saved_tensors
+        grad_y, grad_sum = grad_outputs
+        if grad_y is None:
+            grad_y = torch.zeros_like(saved)
+        h = grad_y.shape[-1]
+        grad_x, grad_weight, grad_bias = torch.ops.triaxis.norm_backward(
+            grad_y.reshape(-1, h),
+            None if grad_sum is None or not ctx.has_residual else grad_sum.reshape(-1, h),
+            saved.reshape(-1, h),
+            weight,
+            bias,
+            mean,
+            rstd,
+            bias is not None,
+            ctx.options.zero_centered,
+            ctx.options.hf_rounding,
+            ctx.options.memory_efficient,
+        )
+        grad_x = grad_x.view(grad_y.shape)
+        return (
+            grad_x,
+            grad_x if ctx.has_residual else None,
+            grad_weight,
+            None if bias is None else grad_bias,
+            None,
+            None,
+        )
 
 
 class _RmsNorm(torch.autograd.Function):

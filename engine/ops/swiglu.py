@@ -7,9 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.ops import native
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`gate_up` [..., 2f], gate first: [..., f]."""
+    if native.runs(gate_up):
+        return _KernelSwiGlu.apply(gate_up)
     if uses_recompute(gate_up):
         return _SwiGlu.apply(gate_up)
     return swiglu_reference(gate_up)
@@ -21,8 +25,24 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 def uses_recompute(gate_up: Tensor) -> bool:
-    """The rule: everywhere but under the compiler, which fuses the reference itself."""
+    """The rule where there is no kernel: always, but under the compiler, which fuses the reference itself."""
     return not torch.compiler.is_compiling()
+
+
+class _KernelSwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        out = torch.ops.triaxis.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1]))
+        return out.view(*gate_up.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad = grad_outputs[0]
+        flat = gate_up.reshape(-1, gate_up.shape[-1])
+        return torch.ops.triaxis.swiglu_backward(grad.reshape(-1, grad.shape[-1]), flat).view(gate_up.shape)
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Each bucket is updated by at most two flat calls: the part that decays and the part that does not. Where the model
 itself is fp32, its shard is the master. Skipping a step with non-finite gradients is decided on the device from the
-reduced norm, so all ranks skip together and the host never waits. Moments kept in bf16 are widened piece by piece.
+reduced norm, so all ranks skip together and the host never waits.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,6 @@ import torch
 from engine.config import OptimizerConfig
 from engine.ops.adamw import adamw_step
 from engine.parallel.data import Bucket, ShardedParameters
-
-_PIECE = 1 << 24  # elements of bf16 moments widened at a time
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,12 @@ class ShardState:
     def kinds(self) -> dict[str, torch.Tensor]:
         """Every kind of state, under its name in a checkpoint."""
         return {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    @property
+    def rounded(self) -> torch.Tensor | None:
+        """The shard of what the model computes with, or None where that is `param` itself."""
+        shard = self.bucket.param_shard
+        return None if shard.data_ptr() == self.param.data_ptr() else shard
 
 
 @dataclass(frozen=True)
@@ -70,32 +74,25 @@ class ShardedAdamW:
         scale = (norm / limit).clamp(min=1.0) if limit else torch.ones_like(norm)
         update = Update(lr, torch.full_like(norm, float(step)), scale, skipped)
         for shard in reversed(self.shards):  # the next forward pass needs the last bucket first
-            for first, last, weight_decay in _decay_ranges(shard.bucket, self.config.weight_decay):
-                size = last - first if shard.exp_avg.dtype == torch.float32 else _PIECE
-                for start in range(first, last, size):
-                    self._apply(shard, slice(start, min(start + size, last)), weight_decay, update)
-            self._publish(shard)
+            for part, weight_decay in _decay_ranges(shard.bucket, self.config.weight_decay):
+                self._apply(shard, part, weight_decay, update)
+            self.parameters.gather(shard.bucket)
         return norm, skipped
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the master weights into the model's dtype and begin to hand them to all ranks."""
         for shard in reversed(self.shards):
-            self._publish(shard)
-
-    def _publish(self, shard: ShardState) -> None:
-        if shard.param.data_ptr() != shard.bucket.param_shard.data_ptr():
-            shard.bucket.param_shard.copy_(shard.param)
-        self.parameters.gather(shard.bucket)
+            if shard.rounded is not None:
+                shard.rounded.copy_(shard.param)
+            self.parameters.gather(shard.bucket)
 
     def _apply(self, shard: ShardState, part: slice, weight_decay: float, update: Update) -> None:
-        moments = shard.exp_avg[part], shard.exp_avg_sq[part]
-        exp_avg, exp_avg_sq = widened = [moment.float() for moment in moments]  # fp32 moments are themselves
         adamw_step(
             shard.param[part],
             shard.bucket.grad_shard[part],
-            exp_avg,
-            exp_avg_sq,
+            shard.exp_avg[part],
+            shard.exp_avg_sq[part],
             step=update.step,
             lr=update.lr,
             betas=self.config.betas,
@@ -103,10 +100,8 @@ class ShardedAdamW:
             weight_decay=weight_decay,
             grad_scale=update.scale,
             found_inf=update.skipped,
+            rounded=None if shard.rounded is None else shard.rounded[part],
         )
-        for moment, wide in zip(moments, widened, strict=True):
-            if moment is not wide:
-                moment.copy_(wide)
 
 
 def _shard_state(bucket: Bucket, moments: torch.dtype) -> ShardState:
@@ -115,9 +110,9 @@ def _shard_state(bucket: Bucket, moments: torch.dtype) -> ShardState:
     return ShardState(bucket, master, *(torch.zeros_like(master, dtype=moments) for _ in range(2)))
 
 
-def _decay_ranges(bucket: Bucket, weight_decay: float) -> Iterator[tuple[int, int, float]]:
-    """(first, last, weight decay) in positions of the shard; empty ranges are left out."""
+def _decay_ranges(bucket: Bucket, weight_decay: float) -> Iterator[tuple[slice, float]]:
+    """Parts of the shard and their weight decay; empty ones are left out."""
     boundary = min(max(bucket.plan.decay_end - bucket.begin, 0), bucket.end - bucket.begin)
     for first, last, decay in ((0, boundary, weight_decay), (boundary, bucket.end - bucket.begin, 0.0)):
         if first < last:
-            yield first, last, decay
+            yield slice(first, last), decay

@@ -184,8 +184,7 @@ def _workspace(config: Config, tp: int, parts: Sequence[Part], itemsize: int, de
         rows = _vocabulary(config, tp)
         chunk = min(tokens, chunk_rows(rows, device_type))
         wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, beside the product before or after it is rounded
-        alive = 1 if chunk == tokens else 2  # a chunk is let go when the next is there
-        logits, gradient = alive * chunk * rows * wide, 4 * rows * hidden
+        logits, gradient = chunk * rows * wide, 4 * rows * hidden
         # the gradient that the loss kept is gone when the backward pass comes to the layers
         largest = max(largest - gradient, logits + gradient + tokens * gathered * itemsize)
     return largest + (_GPU_ALLOWANCE if device_type == "cuda" else 0)

@@ -6,7 +6,7 @@ import torch
 from engine.checkpoint.manager import open_checkpoint
 from engine.config import OptimizerConfig
 from engine.model.parameters import parameter_table
-from engine.optim import optimizer as module
+from engine.ops import adamw as module
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
 from engine.testing.distributed import world_of

@@ -1,0 +1,126 @@
+"""Compiles csrc into one library: object by object, as many at once as there are cores, and none twice.
+
+An object's name carries a hash of its source, of every header and of the flags; one that is there is taken as it is.
+Rejected: torch's CUDAExtension (it insists on the CUDA version that torch was built with, and its headers take ten
+times as long), and CMake (one more tool to have, for a dozen files).
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "90a;80+PTX"
+_TORCH_TARGET = "0x020b000000000000"  # the oldest torch that the binary shall run with: 2.11
+
+
+class BuildError(Exception):
+    """A compiler failed, or something that was asked for by name is not there."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The compilers. `nvcc` is None where there is none, or where CUDA is switched off."""
+
+    cxx: str
+    torch: Path
+    nvcc: Path | None = None
+    archs: str = DEFAULT_ARCHS
+
+    @property
+    def cuda(self) -> Path | None:
+        return None if self.nvcc is None else self.nvcc.parent.parent
+
+
+def find_nvcc() -> Path | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = [Path(home) / "bin" / "nvcc" for home in [*homes, "/usr/local/cuda"]]
+    on_path = shutil.which("nvcc")
+    candidates = [*found, *([Path(on_path)] if on_path else [])]
+    return next((path.resolve() for path in candidates if path.is_file()), None)
+
+
+def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
+    """`output`: the operators, with the kernels where there is nvcc."""
+    kernels = sorted((HERE / "kernels").glob("*.cu")) if tools.nvcc else []
+    jobs = [(source, _nvcc_command(tools)) for source in kernels]
+    what = f"CUDA kernels for {tools.archs}" if tools.nvcc else "no kernels: built without CUDA"
+    flags = [f'-DTRIAXIS_BUILD="{what}"', *(["-DTRIAXIS_CUDA"] if tools.nvcc else [])]
+    jobs += [(source, _cxx_command(tools, flags)) for source in _cxx_sources()]
+    objects = compile_objects(jobs, directory)
+    libraries = [f"-L{tools.cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if tools.cuda else []
+    _link(tools, objects, libraries, output)
+
+
+def build_emulated(tools: Toolchain, directory: Path, output: Path, root: Path = HERE) -> None:
+    """`output`: the same operators for CPU tensors, over the kernels as they run on the host; for tests.
+
+    It needs CUDA's headers. `root` is another copy of csrc.
+    """
+    assert tools.cuda is not None
+    flags = ["-DTRIAXIS_EMULATED", "-O1", "-U_FORTIFY_SOURCE", f"-isystem{tools.cuda}/include", "-x", "c++"]
+    sources = [*sorted((root / "kernels").glob("*.cu")), *_cxx_sources(root), root / "emulation" / "cuda.cpp"]
+    objects = compile_objects([(source, _cxx_command(tools, flags)) for source in sources], directory)
+    _link(tools, objects, [], output)
+
+
+def compile_objects(jobs: Sequence[tuple[Path, list[str]]], directory: Path) -> list[Path]:
+    """Objects of (source, command) in that order; the command lacks the source and the output."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: _compile(job[0], job[1], directory), jobs))
+
+
+def _compile(source: Path, command: list[str], directory: Path) -> Path:
+    root = source.parent.parent
+    headers = sorted(path for path in root.rglob("*") if path.suffix in (".h", ".cuh"))
+    digest = hashlib.sha256("\0".join(command).encode())
+    for path in [source, *headers]:
+        digest.update(path.read_bytes())
+    target = directory / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not target.exists():
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        report = run([*command, "-c", str(source), "-o", str(unfinished)])
+        target.with_suffix(".txt").write_text(report, encoding="utf-8")
+        unfinished.rename(target)
+    return target
+
+
+def run(command: Sequence[str]) -> str:
+    """What the command printed. Raises: BuildError: it failed."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}")
+    return done.stdout
+
+
+def _cxx_sources(root: Path = HERE) -> list[Path]:
+    return sorted([*(root / "bind").glob("*.cpp"), *(root / "gemm").glob("*.cpp")])
+
+
+def _cxx_command(tools: Toolchain, flags: Sequence[str]) -> list[str]:
+    includes = [f"-isystem{tools.torch}/include"]
+    return [tools.cxx, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+            f"-DTORCH_TARGET_VERSION={_TORCH_TARGET}", *includes, *flags]  # fmt: skip
+
+
+def _nvcc_command(tools: Toolchain) -> list[str]:
+    codes = []
+    for arch in tools.archs.split(";"):
+        number, _, ptx = arch.partition("+")
+        kind = "compute" if ptx else "sm"
+        codes.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
+    return [str(tools.nvcc), "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v",
+            "--expt-relaxed-constexpr", *codes]  # fmt: skip
+
+
+def _link(tools: Toolchain, objects: Sequence[Path], libraries: Sequence[str], output: Path) -> None:
+    unfinished = output.with_suffix(f".{os.getpid()}")
+    torch_libraries = [f"-L{tools.torch}/lib", "-ltorch", "-ltorch_cpu"]
+    run([tools.cxx, "-shared", *map(str, objects), *torch_libraries, *libraries, "-o", str(unfinished)])
+    unfinished.rename(output)

@@ -1,0 +1,63 @@
+// Vectors: what a thread reads or writes in one access, 16 bytes where the alignment allows, else one element.
+#pragma once
+
+#include "device.cuh"
+
+namespace triaxis {
+
+template <typename T, int kSize = 16 / sizeof(T)>
+struct alignas(kSize * sizeof(T)) Vec {
+  static constexpr int size = kSize;
+  T at[kSize];
+};
+
+template <int kSize, typename T>
+__device__ __forceinline__ Vec<T, kSize> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, kSize>*>(p);
+}
+
+template <typename T>
+__device__ __forceinline__ Vec<T> load_vec(const T* p) {
+  return load<Vec<T>::size>(p);
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
+  *reinterpret_cast<Vec<T, kSize>*>(p) = v;
+}
+
+__host__ __device__ __forceinline__ float to_float(float x) { return x; }
+__host__ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__host__ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__host__ __device__ __forceinline__ T from_float(float x);
+template <>
+__host__ __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__host__ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__host__ __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+
+template <typename T>
+__host__ __device__ __forceinline__ float rounded(float x) { return to_float(from_float<T>(x)); }
+
+// Whether rows from `p` on, `stride` elements apart, all start at multiples of 16 bytes.
+template <typename T>
+bool aligned(const void* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % Vec<T>::size == 0;
+}
+
+inline bool floating(triaxis_dtype dtype) {
+  return dtype == TRIAXIS_F32 || dtype == TRIAXIS_BF16 || dtype == TRIAXIS_F16;
+}
+
+// Calls `f` with a value of the dtype's type.
+template <typename F>
+auto with_dtype(triaxis_dtype dtype, F f) {
+  if (dtype == TRIAXIS_BF16) return f(__nv_bfloat16());
+  if (dtype == TRIAXIS_F16) return f(__half());
+  return f(float());
+}
+
+}  // namespace triaxis

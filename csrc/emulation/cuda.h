@@ -1,0 +1,145 @@
+// Runs an unmodified kernel file on the host: a fiber for every CUDA thread, one block at a time.
+//
+// Warps run in an order drawn from a seed, each as far as it can go before the next: that order shows a barrier that is
+// missing at almost any seed, where taking turns would hide it. A warp that waits for a lane that cannot come, or a
+// barrier that cannot be reached by all, is an error and no hang. Shared memory declared in a kernel is a static
+// variable and keeps the last block's values; dynamic shared memory starts as 0xCD.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <vector_types.h>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream), emulation::launch((grid), (block), (shared_bytes), [=] { (kernel)(__VA_ARGS__); }))
+#define DYNAMIC_SHARED(name) unsigned char* const name = emulation::state().shared.data()
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace emulation {
+
+enum class Wait { none, warp, block, done };
+
+struct Fiber {
+  static constexpr size_t stack_bytes = 64 * 1024;
+  std::unique_ptr<char[]> stack{new char[stack_bytes]};
+  ucontext_t entry{};
+  jmp_buf resume{};
+  bool entered = false;
+  Wait wait = Wait::none;
+  uint3 index{};
+};
+
+struct Warp {
+  uint32_t arrived = 0;
+  uint64_t sent[32], received[32];
+};
+
+struct State {
+  std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;
+  std::function<void()> kernel;
+  jmp_buf scheduler{};
+  Fiber* current = nullptr;
+  int current_index = 0;
+  int threads = 0;
+  std::mt19937_64 random{0};
+  std::mutex one_launch;
+};
+
+State& state();
+void seed(uint64_t value);
+void wait(Wait reason);
+int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel);
+uint64_t exchange(uint32_t mask, uint64_t value, int source_lane);
+
+template <typename T>
+T shuffle(uint32_t mask, T value, int source_lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(mask, bits, source_lane);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline int lane() { return state().current_index % 32; }
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::wait(emulation::Wait::block); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { emulation::exchange(mask, 0, emulation::lane()); }
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int source, int width = 32) {
+  const int lane = emulation::lane();
+  return emulation::shuffle(mask, value, lane / width * width + source % width);
+}
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int distance, int width = 32) {
+  const int lane = emulation::lane(), source = lane ^ distance;
+  return emulation::shuffle(mask, value, source / width == lane / width ? source : lane);
+}
+template <typename T>
+T __shfl_down_sync(uint32_t mask, T value, int distance, int width = 32) {
+  const int lane = emulation::lane(), source = lane + distance;
+  return emulation::shuffle(mask, value, source / width == lane / width ? source : lane);
+}
+
+// Fibers change only where they wait, so nothing comes between.
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at = old + value;
+  return old;
+}
+template <typename T>
+T atomicMax(T* at, T value) {
+  const T old = *at;
+  *at = std::max(old, value);
+  return old;
+}
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}

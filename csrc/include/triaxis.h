@@ -1,0 +1,149 @@
+/* The kernels' C interface: raw pointers, sizes, a stream, a status. Nothing here knows of torch.
+ *
+ * Matrices are row-major [rows, columns]; a stride is the distance between rows in elements, and the elements of a row
+ * are adjacent. Functions start work on `stream` and return 0, or an error that triaxis_error_string names. Kernels
+ * accept any size from 0 up unless a comment says otherwise.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { TRIAXIS_F32, TRIAXIS_BF16, TRIAXIS_F16, TRIAXIS_E4M3, TRIAXIS_E5M2 } triaxis_dtype;
+
+const char* triaxis_error_string(int status);
+
+/* Normalisation over the columns. RMSNorm: x̂ = x / sqrt(mean(x²) + eps); LayerNorm (`centered`): x̂ = (x − mean) /
+ * sqrt(variance + eps). Statistics are fp32. y = x̂ · weight + bias; `zero_centered` adds 1 to the weight, and
+ * `hf_rounding` rounds x̂ to the dtype before it meets the weight, as Hugging Face's Llama does.
+ *
+ * With a `residual`, x + residual is rounded once, written to `sum`, and the rounded value is normalised.
+ */
+typedef struct {
+  const void *x, *residual, *weight, *bias; /* residual and bias may be null; all in `dtype` */
+  void *y, *sum;                            /* contiguous; sum only with a residual */
+  float *mean, *rstd;                       /* [rows]; mean only when centered */
+  int64_t rows, columns, x_stride, residual_stride;
+  float eps;
+  triaxis_dtype dtype; /* F32, BF16 or F16 */
+  int centered, zero_centered, hf_rounding;
+} triaxis_norm_forward_args;
+
+int triaxis_norm_forward(const triaxis_norm_forward_args* args, void* stream);
+
+/* Gradients of the above. `saved` is the normalised input (the sum, where there was a residual), or with `from_output`
+ * the output y, from which x̂ is recovered: one tensor less to keep, for a weight that is nowhere near 0. `grad_sum` is
+ * the gradient that reaches the sum by its other way, and is added to grad_x. Weight gradients are fp32, reduced in a
+ * fixed order; `accumulate` adds them to what is there.
+ */
+typedef struct {
+  const void *grad_y, *grad_sum, *saved, *weight, *bias; /* grad_sum may be null; bias only matters from_output */
+  const float *mean, *rstd;
+  void* grad_x;                     /* contiguous */
+  float *grad_weight, *grad_bias;   /* [columns]; grad_bias null without a bias */
+  float* workspace;                 /* triaxis_norm_backward_workspace() floats */
+  int64_t rows, columns, grad_y_stride, grad_sum_stride, saved_stride;
+  triaxis_dtype dtype;
+  int centered, zero_centered, hf_rounding, from_output, accumulate;
+} triaxis_norm_backward_args;
+
+int64_t triaxis_norm_backward_workspace(const triaxis_norm_backward_args* args);
+int triaxis_norm_backward(const triaxis_norm_backward_args* args, void* stream);
+
+/* SwiGLU: out = silu(gate) · up, for gate_up [rows, 2 columns] with the gate in the first half of a row. */
+typedef struct {
+  const void *gate_up, *grad_out; /* grad_out [rows, columns] in the backward */
+  void* out;                      /* forward [rows, columns]; backward [rows, 2 columns]; contiguous */
+  int64_t rows, columns, gate_up_stride, grad_out_stride;
+  triaxis_dtype dtype;
+} triaxis_swiglu_args;
+
+int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* stream);
+int triaxis_swiglu_backward(const triaxis_swiglu_args* args, void* stream);
+
+/* Heads that rotate by their token's angle, element i with element i + head_size / 2; several groups in one pass. */
+typedef struct {
+  const void* in;
+  void* out;
+  int64_t heads, in_token_stride, in_head_stride, out_token_stride, out_head_stride;
+  int rotate; /* 0 copies */
+} triaxis_heads;
+
+typedef struct {
+  triaxis_heads groups[3]; /* of 0 heads where unused */
+  const float *cos, *sin;  /* [tokens, head_size / 2], contiguous */
+  int64_t tokens, head_size;
+  int back; /* rotate back: the gradient */
+  triaxis_dtype dtype;
+} triaxis_rope_args;
+
+int triaxis_rope(const triaxis_rope_args* args, void* stream);
+
+/* Cross-entropy over a part of the vocabulary, in two steps with room for an exchange between them.
+ *
+ * _statistics: of each row of logits [rows, columns], z = log Σ exp(logit), and the logit of the label where the part
+ * has it (else 0). _gradient: overwrites the logits with the gradient of (z − logit of the label + z_loss · z²) by
+ * each logit, times `scale`; here z is that of the whole vocabulary.
+ */
+typedef struct {
+  void* logits; /* contiguous */
+  const int64_t* labels;
+  float *z, *at_label;   /* [rows] */
+  const float* scale;    /* [rows], in _gradient */
+  int64_t rows, columns, first_label;
+  float z_loss;
+  triaxis_dtype dtype;
+} triaxis_cross_entropy_args;
+
+int triaxis_cross_entropy_statistics(const triaxis_cross_entropy_args* args, void* stream);
+int triaxis_cross_entropy_gradient(const triaxis_cross_entropy_args* args, void* stream);
+
+/* One AdamW update of flat tensors, decoupled weight decay, bias-corrected. The gradient is divided by *grad_scale;
+ * where *skip is not 0 nothing changes. `param`, in `param_dtype`, gets the rounded master weight; it may be null.
+ */
+typedef struct {
+  float* master;
+  const float* grad;
+  void *exp_avg, *exp_avg_sq; /* F32 or BF16 */
+  void* param;
+  const float *grad_scale, *skip, *step; /* on the device, one element; the first two may be null; step counts from 1 */
+  int64_t size;
+  float lr, beta1, beta2, eps, weight_decay;
+  triaxis_dtype moment_dtype, param_dtype;
+} triaxis_adamw_args;
+
+int triaxis_adamw(const triaxis_adamw_args* args, void* stream);
+
+/* Σ x² in fp32, in a fixed order: not finite where an element is not. `workspace` has TRIAXIS_SQUARE_SUM_WORKSPACE
+ * floats. */
+#define TRIAXIS_SQUARE_SUM_WORKSPACE 1024
+int triaxis_square_sum(const float* x, int64_t size, float* out, float* workspace, void* stream);
+
+/* Floats to FP8: x [rows, columns] as it lies (`rowwise`) and transposed (`turned`, [columns, rows]), either or both.
+ *
+ * TRIAXIS_TENSOR multiplies by *scale, and raises *amax (where not null) to the largest magnitude. The others find the
+ * scales of blocks and write what the FP8 numbers are to be multiplied by: TRIAXIS_ROWS for 1 × 128 elements along a row
+ * of the result, as [blocks of a row, rows]; TRIAXIS_SQUARES for 128 × 128, as [blocks down, blocks across]. Strides are
+ * between rows of the scales. Columns, and rows for `turned`, are multiples of 16.
+ */
+typedef enum { TRIAXIS_TENSOR, TRIAXIS_ROWS, TRIAXIS_SQUARES } triaxis_scaling;
+
+typedef struct {
+  const void* x;
+  void *rowwise, *turned;
+  const float* scale;
+  float *amax, *row_scales, *turned_scales;
+  int64_t rows, columns, stride, row_scales_stride, turned_scales_stride;
+  triaxis_dtype dtype, out_dtype; /* F32, BF16 or F16; E4M3 or E5M2 */
+  triaxis_scaling scaling;
+  int power_of_two;
+} triaxis_quantize_args;
+
+int triaxis_quantize(const triaxis_quantize_args* args, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

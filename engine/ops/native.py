@@ -1,0 +1,102 @@
+"""The compiled operators, `torch.ops.triaxis`: whether they are there, and what shapes they return.
+
+Loaded once, when this module is imported; a package without them takes its plain PyTorch paths.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).parent.parent / "_csrc.so"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> str:
+    """Empty, or why there are no compiled operators."""
+    if not LIBRARY.exists():
+        return "csrc was not built"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:  # built for another machine, or for another torch
+        return f"{LIBRARY} cannot be loaded: {error}"
+    return ""
+
+
+WHY_NOT = _load()
+
+
+def runs(x: Tensor) -> bool:
+    """The rule of every operator with a kernel: `x` is on a GPU, of a dtype of the kernels, and csrc has CUDA."""
+    return x.is_cuda and x.dtype in _DTYPES and has_kernels()
+
+
+def has_kernels() -> bool:
+    return not WHY_NOT and torch._C._dispatch_has_kernel_for_dispatch_key("triaxis::norm_forward", "CUDA")
+
+
+def _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding):  # type: ignore[no-untyped-def]
+    rows = x.shape[0]
+    statistics = x.new_empty(rows, dtype=torch.float32)
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, statistics if centered else statistics.new_empty(0), statistics.clone()
+
+
+def _norm_backward(grad_y, grad_sum, saved, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    columns = grad_y.shape[1]
+    floats = grad_y.new_empty(columns, dtype=torch.float32)
+    return grad_y.new_empty(grad_y.shape), floats, floats.new_empty(0 if bias is None else columns)
+
+
+def _rope_qk(qkv, cos, sin, kv_heads):  # type: ignore[no-untyped-def]
+    tokens, heads, size = qkv.shape
+    return qkv.new_empty(tokens, heads - 2 * kv_heads, size), qkv.new_empty(tokens, kv_heads, size)
+
+
+def _rope_qk_backward(grad_q, grad_k, grad_v, cos, sin):  # type: ignore[no-untyped-def]
+    tokens, heads, size = grad_q.shape
+    return grad_q.new_empty(tokens, heads + 2 * grad_k.shape[1], size)
+
+
+def _statistics(logits, labels, first_label):  # type: ignore[no-untyped-def]
+    z = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return z, z.clone()
+
+
+def _quantize(x, dtype, scaling, rowwise, turned, scale, amax, power_of_two):  # type: ignore[no-untyped-def]
+    rows, columns = x.shape
+
+    def scales(wanted: bool, outer: int, inner: int) -> Tensor:
+        blocks = -(-inner // 128)
+        if not wanted or scaling == "tensor":
+            return x.new_empty(0, dtype=torch.float32)
+        shape = (blocks, outer) if scaling == "rows" else (-(-outer // 128), -(-blocks // 4) * 4)
+        return x.new_empty(shape, dtype=torch.float32)
+
+    return (
+        x.new_empty((rows, columns) if rowwise else 0, dtype=dtype),
+        x.new_empty((columns, rows) if turned else 0, dtype=dtype),
+        scales(rowwise, rows, columns),
+        scales(turned, columns, rows),
+    )
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
+    "norm_forward": _norm_forward,
+    "norm_backward": _norm_backward,
+    "swiglu_forward": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    "swiglu_backward": lambda grad_out, gate_up: gate_up.new_empty(gate_up.shape),
+    "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
+    "rope_qk": _rope_qk,
+    "rope_qk_backward": _rope_qk_backward,
+    "cross_entropy_statistics": _statistics,
+    "cross_entropy_gradient_": lambda *args: None,
+    "adamw_": lambda *args: None,
+    "square_sum": lambda x: x.new_empty(()),
+    "quantize": _quantize,
+}
+if not WHY_NOT:
+    for _name, _shapes in _SHAPES.items():
+        torch.library.register_fake(f"triaxis::{_name}", _shapes)

@@ -1,0 +1,76 @@
+"""`python -m engine env`: what this machine has, and which implementation each operator takes here."""
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+
+from engine.ops import native
+
+# distribution, and a module that only the right one has: PyPI's "apex" is another package
+_PACKAGES = (("flash-attn", "flash_attn"), ("transformer-engine", "transformer_engine"), ("apex", "amp_C"),
+             ("nvidia-dali", "nvidia.dali"))  # fmt: skip
+_KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
+_ON_CPU = {
+    "norm": "own RMSNorm of three passes, PyTorch's LayerNorm",
+    "linear": "oneDNN for large fp32 products, else PyTorch",
+    "attention": "PyTorch's scaled_dot_product_attention, documents of one length at a time",
+    "swiglu": "PyTorch, keeping the input alone",
+    "rope": "PyTorch, each half written in place",
+    "cross_entropy": "fused with the output projection, in chunks of tokens",
+    "adamw": "PyTorch's fused AdamW",
+    "grad_norm": "PyTorch, row by row",
+    "quantize": "PyTorch",
+}
+
+
+def environment() -> Iterator[str]:
+    """The lines of the report."""
+    yield f"python      {platform.python_version()} on {platform.machine()}"
+    yield f"torch       {torch.__version__}, {_cuda()}"
+    yield f"csrc        {_csrc()}"
+    for name, module in _PACKAGES:
+        yield f"{name:19} {_package(name, module)}"
+    yield ""
+    yield "operator       here"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, plain in _ON_CPU.items():
+        yield f"{name:14} {_choice(name, plain, device)}"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return f"built with CUDA {torch.version.cuda}, no GPU" if torch.version.cuda else "built without CUDA"
+    names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}))
+    return f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.device_count()} × {names}"
+
+
+def _csrc() -> str:
+    if native.WHY_NOT:
+        return f"{native.WHY_NOT}; plain PyTorch paths"
+    build = ctypes.CDLL(str(native.LIBRARY)).triaxis_build
+    build.restype = ctypes.c_char_p
+    return build().decode()
+
+
+def _package(name: str, module: str) -> str:
+    try:
+        if find_spec(module) is None:
+            return "not installed"
+    except ModuleNotFoundError:  # of the package around it
+        return "not installed"
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "installed"
+
+
+def _choice(name: str, plain: str, device: str) -> str:
+    if device == "cpu":
+        return f"{plain} (no GPU)" if name in _KERNELS else plain
+    if name in _KERNELS:
+        return "csrc kernel" if native.has_kernels() else f"PyTorch ({native.WHY_NOT or 'csrc was built without CUDA'})"
+    return {"linear": "cuBLAS, weight gradients into the fp32 main gradient"}.get(name, plain)

@@ -1,0 +1,60 @@
+"""The operators as torch sees them: schemas, shapes, and what changes in place."""
+
+import pytest
+import torch
+
+from engine.ops.rope import rope_tables
+
+ops = torch.ops.triaxis
+
+
+def cases():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 64), torch.randn(64), torch.randn(64)
+    mean, rstd = torch.randn(4), torch.rand(4)
+    cos, sin = rope_tables(torch.arange(4), 8, 10_000.0)
+    heads = torch.randn(4, 6, 8)
+    labels, one = torch.randint(0, 64, (4,)), torch.ones(1)
+    settings = (1e-3, 0.9, 0.95, 1e-8, 0.1)
+    return {
+        "norm_forward": [
+            (x, x, weight, bias, 1e-5, True, False, False),
+            (x, None, weight, None, 1e-5, False, True, True),
+        ],
+        "norm_backward": [
+            (x, x, x, weight, bias, mean, rstd, True, False, False, False),
+            (x, None, x, weight, None, mean[:0], rstd, False, False, False, True),
+        ],
+        "swiglu_forward": [(x,)],
+        "swiglu_backward": [(x[:, :32], x)],
+        "rope": [(heads, cos, sin, True)],
+        "rope_qk": [(heads, cos, sin, 2)],
+        "rope_qk_backward": [(heads[:, :2], heads[:, 2:4], heads[:, 4:], cos, sin)],
+        "cross_entropy_statistics": [(x, labels, 0)],
+        "cross_entropy_gradient_": [(x.clone(), labels, rstd, rstd, 0, 0.0)],
+        "adamw_": [
+            (weight.clone(), bias, bias.clone(), bias.square(), bias.bfloat16(), one, one, one * 0, *settings),
+            (weight.clone(), bias, bias.clone(), bias.square(), None, one, None, None, *settings),
+        ],
+        "square_sum": [(weight,)],
+        "quantize": [
+            (torch.randn(16, 32), torch.float8_e4m3fn, "tensor", True, True, one, one.clone(), False),
+            (torch.randn(16, 32), torch.float8_e5m2, "rows", True, False, None, None, True),
+            (torch.randn(16, 32), torch.float8_e4m3fn, "squares", False, True, None, None, False),
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", sorted(cases()))
+def test_opcheck(emulated, name):
+    for arguments in cases()[name]:
+        torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+def test_every_operator_is_here(emulated):
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("triaxis::")
+    }
+    assert names == set(cases())

@@ -1,0 +1,94 @@
+"""csrc/kernels/quantize.cu, run on the host, against its reference and against arithmetic on bits."""
+
+import pytest
+import torch
+
+from engine.ops.quantize import quantize_reference
+
+ops = torch.ops.triaxis
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def bits(x):
+    return x.view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("rows, columns", [(16, 16), (128, 128), (144, 272), (32, 400)])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaling", ["tensor", "rows", "squares"])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_as_the_reference(emulated, rows, columns, source, dtype, scaling, power_of_two):
+    torch.manual_seed(rows)
+    x = (torch.randn(rows, columns + 8) * torch.logspace(-3, 2, columns + 8)).to(source)[:, :columns]
+    scale = torch.tensor([3.7]) if scaling == "tensor" else None
+    amax = [torch.tensor([1.0]), torch.tensor([1.0])]
+    expected = quantize_reference(x, dtype, scaling, True, True, scale, amax[0], power_of_two)
+    for seed in range(2):
+        emulated(seed)
+        got = ops.quantize(x, dtype, scaling, True, True, scale, amax[1], power_of_two)
+        for a, b in zip(got[:2], expected[:2], strict=True):
+            assert torch.equal(bits(a), bits(b))
+        for a, b in zip(got[2:], expected[2:], strict=True):
+            assert torch.equal(a, b)
+    if scaling == "tensor":
+        assert torch.equal(*amax)
+        assert amax[1].item() == x.float().abs().max().item()
+
+
+def all_finite(dtype):
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return values[values.isfinite()]
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_rounds_to_nearest_even_and_saturates(emulated, dtype):
+    """Every FP8 number, every middle between two, and what is beyond the largest, found among all numbers there are."""
+    grid = all_finite(dtype).unique()
+    middles = (grid[1:] + grid[:-1]) / 2
+    largest = grid.max()
+    x = torch.cat((grid, middles, middles.nextafter(grid.max()), torch.tensor([2e5, -2e5, 1.01 * largest, torch.inf])))
+    x = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(16, -1)
+    got = ops.quantize(x, dtype, "tensor", True, False, torch.ones(1), None, False)[0]
+    distance = (x.flatten()[:, None].clamp(-largest, largest) - grid).abs()
+    nearest = distance == distance.amin(1, keepdim=True)
+    even = bits(grid.to(dtype)) % 2 == 0
+    tie = nearest.sum(1) > 1
+    choice = torch.where(tie[:, None], nearest & even, nearest).int().argmax(1)
+    assert torch.equal(got.float().flatten(), grid[choice])
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_not_a_number_stays_one(emulated, dtype):
+    x = torch.ones(16, 128)
+    x[3, 4] = torch.nan
+    for scaling, scale in (("tensor", torch.ones(1)), ("rows", None), ("squares", None)):
+        values = ops.quantize(x, dtype, scaling, True, False, scale, None, False)[0].float()
+        assert values[3, 4].isnan()
+        assert values.isnan().sum() == 1
+
+
+def test_zeros_have_a_scale(emulated):
+    values, _, scales, _ = ops.quantize(torch.zeros(16, 256), FP8[0], "rows", True, False, None, None, False)
+    assert (values.float() == 0).all()
+    assert (scales > 0).all()
+
+
+def test_wrong_arguments_are_named(emulated):
+    x = torch.randn(16, 24)
+    with pytest.raises(RuntimeError, match="FP8 takes multiples of 16"):
+        ops.quantize(x, FP8[0], "rows", True, False, None, None, False)
+    with pytest.raises(RuntimeError, match="needs a scale"):
+        ops.quantize(x[:, :16], FP8[0], "tensor", True, False, None, None, False)
+    with pytest.raises(RuntimeError, match="'tensor', 'rows' or 'squares'"):
+        ops.quantize(x[:, :16], FP8[0], "columns", True, False, None, None, False)
+    with pytest.raises(RuntimeError, match="expected float8_e4m3fn or float8_e5m2"):
+        ops.quantize(x[:, :16], torch.bfloat16, "rows", True, False, None, None, False)
+
+
+def test_a_missing_barrier_shows(broken):
+    line = "    store(turned + turned_at(at, down), bytes);\n  }\n  __syncthreads();"
+    code, output = broken(
+        "kernels/quantize.cu", line, line.replace("  __syncthreads();", ""), f"{__file__}::test_as_the_reference"
+    )
+    assert code == 1, output

@@ -66,8 +66,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         normed = self.attention_norm(x)
         with forgotten(normed, lambda: self.attention_norm(x)) if self.recompute else nullcontext():
-            middle = x + self.attention(normed, cos, sin, attend)
-        normed = self.mlp_norm(middle)
+            normed, middle = self.mlp_norm.of_sum(self.attention(normed, cos, sin, attend), x)
         with forgotten(normed, lambda: self.mlp_norm(middle)) if self.recompute else nullcontext():
             return middle + self.mlp(normed)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine.config import ModelConfig
-from engine.ops.norm import layer_norm, rms_norm
+from engine.ops.norm import add_norm, layer_norm, rms_norm
 from engine.parallel.layout import TensorParallel
 from engine.parallel.tensor import column_linear, row_linear, vocabulary_cross_entropy, vocabulary_embedding
 
@@ -53,6 +53,10 @@ class Norm(nn.Module):
         if self.bias is None:
             return rms_norm(x, self.weight, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def of_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and that sum."""
+        return add_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class Embedding(nn.Module):

@@ -118,7 +118,13 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    mode: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    mode: Literal["auto", "fp32", "bf16", "fp8"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, but the layers' products in FP8"
+    )
+    recipe: Literal["delayed", "tensorwise", "blockwise"] = Field("tensorwise", description="how FP8 finds its scales")
+    amax_history: PositiveInt = Field(1024, description="steps that the scales of `delayed` look back")
+    bf16_first_layers: int = Field(0, ge=0, description="layers at the start that FP8 leaves in bf16")
+    bf16_last_layers: int = Field(0, ge=0, description="layers at the end that FP8 leaves in bf16")
 
 
 class DatasetConfig(Section):
@@ -422,6 +428,15 @@ def _cross_checks(config: Config) -> list[str]:
             parallel.compile and parallel.schedule == "zero_bubble",
             "parallel.compile = true compiles both halves of the backward pass into one, which parallel.schedule = "
             "zero_bubble needs apart; choose one of the two",
+        ),
+        (
+            parallel.compile and config.precision.mode == "fp8",
+            "parallel.compile = true would compile the layers' bf16 products, not those of precision.mode = fp8; "
+            "choose one of the two",
+        ),
+        (
+            config.precision.bf16_first_layers + config.precision.bf16_last_layers > model.num_layers,
+            f"precision.bf16_first_layers + bf16_last_layers is more than model.num_layers = {model.num_layers}",
         ),
         (
             config.optimizer.moments == "bf16" and config.optimizer.betas[1] > 0.99,

@@ -1,4 +1,4 @@
-"""Collectives over a group: gather, sum and scatter, sum; plain ones to overlap and differentiable ones for sequences.
+"""Collectives over a group, plain ones to overlap and differentiable ones for sequences.
 
 Every collective starts at once and returns a `Pending`; the caller computes and then waits. NCCL has a native call for
 each. gloo's native gather and reduce-scatter copy through buffers of their own, so there the ranks exchange their parts
@@ -61,6 +61,11 @@ def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
 def all_reduce(x: Tensor, group: ProcessGroup) -> Pending:
     """Sum x over the ranks, in place and bitwise equal on all of them. Until `wait`, x must not be touched."""
     return _Started([dist.all_reduce(x, group=group, async_op=True)])
+
+
+def all_max(x: Tensor, group: ProcessGroup) -> Pending:
+    """Raise x to the largest over the ranks, in place. Until `wait`, x must not be touched."""
+    return _Started([dist.all_reduce(x, dist.ReduceOp.MAX, group=group, async_op=True)])
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:

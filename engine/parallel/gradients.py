@@ -7,11 +7,13 @@ walks private structures for every microbatch).
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor, nn
 
-from engine.ops.linear import add_grad_weight
+if TYPE_CHECKING:
+    from engine.parallel.fp8 import Fp8Layer
 
 
 class GradientFlow:
@@ -34,10 +36,15 @@ class GradientFlow:
 
 
 class TrainedParameter(nn.Parameter):
-    """A trainable tensor whose gradients are added to `main_grad`, fp32 and of its shape."""
+    """A trainable tensor whose gradients are added to `main_grad`, fp32 and of its shape.
+
+    Attributes:
+        fp8: how its layer multiplies in FP8, or None where it does not.
+    """
 
     main_grad: Tensor
     flow: GradientFlow
+    fp8: Union["Fp8Layer", None] = None
 
     @staticmethod
     def of(values: Tensor, main_grad: Tensor, flow: GradientFlow) -> "TrainedParameter":
@@ -46,18 +53,17 @@ class TrainedParameter(nn.Parameter):
         parameter.register_post_accumulate_grad_hook(_take_gradient)
         return parameter
 
-    def add_product(self, grad: Tensor, x: Tensor) -> None:
-        """Add gradᵀ·x, for `grad` [t, out] and `x` [t, in] of a layer x·Wᵀ, now or when the schedule says so."""
-        grad, x = grad.detach(), x.detach()
+    def add_product(self, add: Callable[[Tensor], None]) -> None:
+        """Have `add` add a gradient to the main gradient that it is given, now or when the schedule says so."""
 
-        def add() -> None:
-            add_grad_weight(self.main_grad, grad, x)
+        def run() -> None:
+            add(self.main_grad)
             self.flow.arrived(self)
 
         if self.flow.postponed is None:
-            add()
+            run()
         else:
-            self.flow.postponed.append(add)
+            self.flow.postponed.append(run)
 
 
 @torch.no_grad()

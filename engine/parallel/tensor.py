@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
-from engine.ops.linear import grad_weight, linear, matmul_transposed
+from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, turned
+from engine.ops.linear import add_grad_weight, grad_weight, linear, matmul_transposed
+from engine.ops.quantize import Quantised
 from engine.parallel.collectives import all_gather, gather_sequence, reduce_scatter, scatter_sequence_sum
+from engine.parallel.fp8 import Fp8Layer, gather_rows, own_rows
 from engine.parallel.gradients import TrainedParameter
 from engine.parallel.layout import TensorParallel
 
@@ -25,7 +28,7 @@ def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorPara
     """This rank's features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp]."""
     if tp.size == 1 and not _takes_products(weight):
         return linear(x, weight, bias)
-    out = _Linear.apply(x, weight, tp)
+    out = _product(x, weight, tp)
     return out if bias is None else out + bias
 
 
@@ -33,7 +36,7 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParalle
     """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]."""
     if tp.size == 1 and not _takes_products(weight):
         return linear(x, weight, bias)
-    out = scatter_sequence_sum(_Linear.apply(x, weight, None), tp.group)
+    out = scatter_sequence_sum(_product(x, weight, None), tp.group)
     return out if bias is None else out + bias
 
 
@@ -78,10 +81,15 @@ def _takes_products(weight: Tensor) -> bool:
     return isinstance(weight, TrainedParameter) and not torch.compiler.is_compiling()
 
 
-class _Linear(torch.autograd.Function):
-    """x·Wᵀ for all tokens, with `x` [t/tp, in] gathered over `tp` (None: x has all tokens).
+def _product(x: Tensor, weight: Tensor, tp: TensorParallel | None) -> Tensor:
+    """x·Wᵀ for all tokens, with `x` [t/tp, in] gathered over `tp` (None: x has all tokens, and a share of features)."""
+    if isinstance(weight, TrainedParameter) and weight.fp8 is not None:
+        return _Fp8Linear.apply(x, weight, weight.fp8, tp)
+    return _Linear.apply(x, weight, tp)
 
-    In the backward the gathering of x runs behind the product for the input's gradient, and the scattering of that
+
+class _Linear(torch.autograd.Function):
+    """In the backward the gathering of x runs behind the product for the input's gradient, and the scattering of that
     gradient behind the product for the weight's.
     """
 
@@ -112,6 +120,37 @@ def _grad_weight(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     if not weight.requires_grad:
         return None
     if isinstance(weight, TrainedParameter):
-        weight.add_product(grad, x)
+        grad, x = grad.detach(), x.detach()
+        weight.add_product(lambda out: add_grad_weight(out, grad, x))
         return None
     return grad_weight(grad, x)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """The same in FP8. The quantised input is all that is kept of it, this rank's tokens where they are shared."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Fp8Layer, tp: TensorParallel | None) -> Tensor:
+        ctx.layer, ctx.tp, ctx.dtype = layer, tp if tp is not None and tp.size > 1 else None, x.dtype
+        quantised = layer.input(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), sharded=tp is None)
+        kept = quantised if ctx.tp is None else own_rows(quantised, ctx.tp)
+        ctx.save_for_backward(kept.values, kept.scales)
+        ctx.scaling = kept.scaling
+        return scaled_matmul(quantised, layer.quantised_weight()[0], x.dtype, fast=quantised.scaling == "tensor")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        layer, tp, weight = ctx.layer, ctx.tp, ctx.layer.weight
+        x = Quantised(*ctx.saved_tensors, ctx.scaling)
+        grad, grad_turned = layer.grad(grad_outputs[0].contiguous(), sharded=tp is not None)
+        grad_x = scaled_matmul(grad, layer.quantised_weight()[1], ctx.dtype)
+        if tp is not None:
+            partial, grad_x = grad_x, grad_x.new_empty(grad_x.shape[0] // tp.size, grad_x.shape[1])
+            scattering = reduce_scatter(grad_x, partial, tp.group)
+            x = gather_rows(x, tp.group)
+        x_turned = turned(x)
+        weight.add_product(lambda out: add_scaled_matmul(out, grad_turned, x_turned))
+        if tp is not None:
+            scattering.wait()
+        return grad_x, None, None, None

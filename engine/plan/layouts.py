@@ -125,9 +125,25 @@ def _tp_problem(config: Config, tp: int) -> str:
     }
     if indivisible := [f"{name} = {value}" for name, value in sizes.items() if value % tp]:
         return f"does not divide {' and '.join(indivisible)}"
+    if config.precision.mode == "fp8" and (odd := _no_fp8_sizes(config, tp)):
+        return f"gives products of {' and '.join(odd)}, and FP8 takes multiples of 16"
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
         return f"neither divides model.num_kv_heads = {model.num_kv_heads} nor is a multiple of it"
     return f"is more than model.vocab_size = {model.vocab_size}" if tp > model.vocab_size else ""
+
+
+def _no_fp8_sizes(config: Config, tp: int) -> list[str]:
+    """Sizes of a rank's linear layers that FP8 cannot multiply."""
+    model = config.model
+    queries, kv = model.num_heads // tp, max(1, model.num_kv_heads // tp)
+    sizes = {
+        "tokens (batch.micro × data.seq_length)": config.batch.micro * config.data.seq_length,
+        "model.hidden_size": model.hidden_size,
+        "model.intermediate_size / tp": model.intermediate_size // tp,
+        "heads / tp × model.head_dim": queries * model.head_dim,
+        "(heads + 2 kv heads) / tp × model.head_dim": (queries + 2 * kv) * model.head_dim,
+    }
+    return [f"{name} = {value}" for name, value in sizes.items() if value % 16]
 
 
 def _crossing(layout: Layout, ranks: Ranks) -> str:

@@ -19,6 +19,7 @@ import torch
 from engine.config import Config, microbatches
 from engine.model.parameters import kv_share, parameter_table
 from engine.ops.cross_entropy import chunk_rows
+from engine.parallel.fp8 import multiplies_in_fp8
 from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import Kind, build
@@ -74,17 +75,19 @@ def unit_of(size: int) -> tuple[int, str]:
 def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
     """Memory of a rank of pipeline stage `stage`.
 
-    Weights are in `dtype`, gradients in fp32; moments (and fp32 master weights where the model is not fp32) are divided
-    among the data-parallel ranks; activations are what backward passes to come will need, at the worst moment of the
-    schedule; the workspace is what a layer or the loss needs beside that for a moment, and on a GPU an allowance for
-    libraries.
+    Weights are in `dtype` and, for FP8, once more in 8 bits, as they lie and transposed; gradients in fp32; moments (and
+    fp32 master weights where the model is not fp32) are divided among the data-parallel ranks; activations are what
+    backward passes to come will need, at the worst moment of the schedule (those of bf16, which are more than FP8's); the
+    workspace is what a layer or the loss needs beside that for a moment, and on a GPU an allowance for libraries.
     """
     parts, tp = stage_parts(config, layout, stage), layout.tp
-    size = parameter_table(config.model, parts, TensorParallel(0, tp)).local_size
+    table = parameter_table(config.model, parts, TensorParallel(0, tp))
+    size = table.local_size
+    in_fp8 = sum(p.size for p in table.parameters if multiplies_in_fp8(config, p.path, p.shape))
     states = (0 if dtype == torch.float32 else 4) + (8 if config.optimizer.moments == "fp32" else 4)
     shards = layout.dp if config.parallel.sharded_optimizer else 1
     return MemoryEstimate(
-        parameters=size * dtype.itemsize,
+        parameters=size * dtype.itemsize + 2 * in_fp8,
         gradients=size * 4,
         optimizer=size * states // shards,
         activations=_activations(config, layout, stage, dtype.itemsize),

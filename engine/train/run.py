@@ -38,7 +38,7 @@ from engine.train.evaluate import evaluate
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
 from engine.train.state import pieces, restore
-from engine.train.step import build
+from engine.train.step import DistributedModel, build
 from engine.train.trainer import Progress, Trainer
 
 T = TypeVar("T")
@@ -107,7 +107,8 @@ def _ranks(config: Config, world: World) -> Ranks:
 
 def model_dtype(config: Config, device_type: str) -> torch.dtype:
     """The dtype of the parameters that are multiplied with."""
-    bf16 = config.precision.mode == "bf16" or (config.precision.mode == "auto" and device_type == "cuda")
+    mode = config.precision.mode
+    bf16 = mode in ("bf16", "fp8") or (mode == "auto" and device_type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -219,7 +220,7 @@ def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer
         log.say(f"start       from scratch: there is no checkpoint in {config.run.dir}")
         log.event("start", seed=config.run.seed)
         return trainer
-    checkpoint = _restore_newest(world, optimizer, inputs.checkpoints, log)
+    checkpoint = _restore_newest(world, model, optimizer, inputs.checkpoints, log)
     state = checkpoint.state
     trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
     log.say(f"start       resumes from {checkpoint.path}: step {state.step} of {config.train.steps}")
@@ -234,11 +235,13 @@ def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer
     return trainer
 
 
-def _restore_newest(world: World, optimizer: ShardedAdamW, checkpoints: list[Checkpoint], log: RunLog) -> Checkpoint:
+def _restore_newest(
+    world: World, model: DistributedModel, optimizer: ShardedAdamW, checkpoints: list[Checkpoint], log: RunLog
+) -> Checkpoint:
     """Restore from the first checkpoint that every rank can read completely."""
     for checkpoint, older in zip(checkpoints, [*checkpoints[1:], None], strict=True):
         try:
-            together(world, lambda checkpoint=checkpoint: restore(optimizer, checkpoint))  # type: ignore[misc]
+            together(world, lambda checkpoint=checkpoint: restore(optimizer, checkpoint, model.fp8))  # type: ignore[misc]
             optimizer.publish()
             return checkpoint
         except CheckpointError as error:
@@ -316,7 +319,7 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     try:
         path = save(
             config.run.dir,
-            pieces(trainer.optimizer),
+            pieces(trainer.optimizer, trainer.model.fp8),
             state,
             config_yaml=config.to_yaml(),
             tokenizer_files=inputs.tokenizer.files,

@@ -8,11 +8,19 @@ from engine.checkpoint.manager import Checkpoint, Piece
 from engine.checkpoint.rectangles import flat_slice
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import Bucket
+from engine.parallel.fp8 import Fp8State
 from engine.parallel.table import LogicalTensor, Rectangle
 
+_FP8 = "fp8_amax"
 
-def pieces(optimizer: ShardedAdamW) -> Iterator[Piece]:
-    """Everything this rank has to save: the rectangles that it owns of its shards, in fp32."""
+
+def pieces(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[Piece]:
+    """Everything this rank has to save: the rectangles that it owns of its shards, and the scales' history, in fp32."""
+    at = optimizer.parameters.world.at
+    if fp8 is not None and at.dp == 0 and at.tp == 0:
+        for name, history in fp8.histories().items():
+            shape = tuple(history.shape)
+            yield Piece(_FP8, name, shape, Rectangle((0, 0), shape), history)
     if not optimizer.parameters.owns:
         return
     for shard in optimizer.shards:
@@ -24,8 +32,10 @@ def pieces(optimizer: ShardedAdamW) -> Iterator[Piece]:
 
 
 @torch.no_grad()
-def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint) -> None:
-    """Read this rank's shards; `ShardedAdamW.publish` then hands the parameters to all ranks.
+def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint, fp8: Fp8State | None = None) -> None:
+    """Read this rank's shards, and the history of scales where the checkpoint has one of this length.
+
+    `ShardedAdamW.publish` then hands the parameters to all ranks.
 
     An imported model has weights and no moments; they start at zero then.
 
@@ -41,6 +51,19 @@ def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint) -> None:
             for tensor, rectangle, part in _rectangles(shard.bucket):
                 values = checkpoint.read(kind, tensor.name, rectangle)
                 shard.kinds[kind][part].copy_(values.flatten())
+    if fp8 is not None:
+        _restore_history(fp8, checkpoint)
+
+
+def _restore_history(fp8: Fp8State, checkpoint: Checkpoint) -> None:
+    """A history of another length, or of other layers, is left: the next step takes the scales of the moment."""
+    stored = checkpoint.manifest.tensors.get(_FP8, {})
+    wanted = fp8.histories()
+    if any(name not in stored or stored[name].shape != tuple(into.shape) for name, into in wanted.items()):
+        return
+    for name, into in wanted.items():
+        into.copy_(checkpoint.read(_FP8, name, Rectangle((0, 0), tuple(into.shape))))
+    fp8.restored()
 
 
 def _rectangles(bucket: Bucket) -> Iterator[tuple[LogicalTensor, Rectangle, slice]]:

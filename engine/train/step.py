@@ -11,6 +11,8 @@ from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
+from engine.parallel.fp8 import Fp8State, multiplies_in_fp8
+from engine.parallel.gradients import TrainedParameter
 from engine.parallel.layout import World
 from engine.parallel.pipeline.check import check
 from engine.parallel.pipeline.executor import Pipeline
@@ -45,19 +47,27 @@ class DistributedModel:
         for unit in (unit for decoder in decoders for unit in decoder.units()):
             parameters.gathered_before(unit)
         self.dtype = next(iter(parameters.by_path.values())).dtype
+        self.fp8 = fp8_state(config, parameters, world)
         functions = [_part_function(decoder, config.train.z_loss) for decoder in decoders]
         self.pipeline = Pipeline(functions, world, parameters.flow, self._new_boundary)
         self._schedules: dict[tuple[str, int], Schedule] = {}
 
     def train(self, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
         """Add up the gradients of `scale` times the summed loss; this rank's part of that loss, fp32 [1]."""
-        return self._run(self.config.parallel.schedule, microbatches, scale)
+        if self.fp8 is not None:
+            self.fp8.begin_step()
+        loss = self._run(self.config.parallel.schedule, microbatches, scale)
+        if self.fp8 is not None:
+            self.fp8.end_step()
+        return loss
 
     def evaluate(self, microbatches: Sequence[Batch]) -> torch.Tensor:
         """This rank's part of the summed loss, fp32 [1]."""
         return self._run(FORWARD_ONLY, microbatches, 1.0)
 
     def _run(self, name: str, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
+        if self.fp8 is not None:
+            self.fp8.weights_changed()
         layout, device = self.world.layout, self.world.device
         key = (name, len(microbatches))
         if key not in self._schedules:
@@ -70,6 +80,18 @@ class DistributedModel:
         tokens = self.config.batch.micro * self.config.data.seq_length
         shape = (tokens // self.world.layout.tp, self.config.model.hidden_size)
         return torch.empty(shape, dtype=self.dtype, device=self.world.device)
+
+
+def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp8State | None:
+    """FP8 for those of this rank's layers that use it."""
+    if config.precision.mode != "fp8":
+        return None
+    chosen = {
+        path: parameter
+        for path, parameter in parameters.by_path.items()
+        if isinstance(parameter, TrainedParameter) and multiplies_in_fp8(config, path, tuple(parameter.shape))
+    }
+    return Fp8State(chosen, config.precision.recipe, world, amax_history=config.precision.amax_history)
 
 
 def build(

@@ -1,0 +1,190 @@
+"""FP8 for the parallel linear layers: which scales their products use, and what is remembered for them.
+
+Three recipes. "tensorwise": one scale a tensor, from its largest magnitude now. "delayed": one scale a tensor, from the
+largest magnitudes of earlier steps (Transformer Engine's default), so that quantising need not wait for a maximum.
+"blockwise": scales for 1 × 128 elements of activations and gradients and 128 × 128 of weights, powers of two
+(DeepSeek-V3, arXiv 2412.19437). Activations and weights are E4M3; gradients E5M2, under "blockwise" E4M3.
+
+Ranks that share a layer agree on the scale of every tensor, so a layer's numbers do not depend on how it is cut.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from engine.config import Config
+from engine.ops.quantize import Quantised, quantize
+from engine.parallel.collectives import all_gather, all_max
+from engine.parallel.gradients import TrainedParameter
+from engine.parallel.layout import TensorParallel, World
+
+Recipe = Literal["delayed", "tensorwise", "blockwise"]
+_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+_INPUT, _GRAD = 0, 1
+
+
+@dataclass
+class Fp8Layer:
+    """The scales of one linear layer.
+
+    Attributes:
+        tp: with whom the layer is shared.
+        scales, amax: of input and gradient, fp32 [2]; the scales that "delayed" uses in this step, and the largest
+            magnitudes seen in it.
+        delayed: the scales are those of "delayed".
+        kept: the quantised weight, as it lies and transposed, until the weight changes.
+    """
+
+    recipe: Recipe
+    weight: TrainedParameter
+    tp: TensorParallel
+    scales: Tensor
+    amax: Tensor
+    delayed: bool = False
+    kept: tuple[Quantised, Quantised] | None = None
+
+    def input(self, x: Tensor, *, sharded: bool) -> Quantised:
+        """`x` [t, in] quantised along its rows; `sharded`: the features of x are this rank's share."""
+        return self._quantised(x, _INPUT, _E4M3, sharded)[0]
+
+    def grad(self, grad: Tensor, *, sharded: bool) -> tuple[Quantised, Quantised]:
+        """The gradient of the output, [t, out], along its rows and transposed."""
+        dtype = _E4M3 if self.recipe == "blockwise" else _E5M2
+        return self._quantised(grad, _GRAD, dtype, sharded, turned=True)
+
+    def quantised_weight(self) -> tuple[Quantised, Quantised]:
+        """The weight [out, in] as it lies and transposed; quantised once until `Fp8State.weights_changed`."""
+        if self.kept is None:
+            weight = self.weight.detach()
+            if self.recipe == "blockwise":
+                both = quantize(weight, _E4M3, "squares", turned=True, power_of_two=True)
+            else:
+                both = quantize(weight, _E4M3, "tensor", turned=True, scale=self._scale_now(weight, _E4M3, True))
+            self.kept = _both(both)
+        return self.kept
+
+    def _quantised(
+        self, x: Tensor, which: int, dtype: torch.dtype, sharded: bool, *, turned: bool = False
+    ) -> tuple[Quantised, Quantised]:
+        if self.recipe == "blockwise":
+            return _both(quantize(x, dtype, "rows", turned=turned, power_of_two=True))
+        amax = self.amax[which : which + 1] if self.recipe == "delayed" else None
+        scale = self.scales[which : which + 1] if self.delayed else self._scale_now(x, dtype, sharded)
+        return _both(quantize(x, dtype, "tensor", turned=turned, scale=scale, amax=amax))
+
+    def _scale_now(self, x: Tensor, dtype: torch.dtype, sharded: bool) -> Tensor:
+        amax = x.abs().amax().float().view(1)
+        if sharded and self.tp.group is not None:
+            all_max(amax, self.tp.group).wait()
+        return _scale_for(amax, dtype)
+
+
+def multiplies_in_fp8(config: Config, path: str, shape: tuple[int, ...]) -> bool:
+    """Whether the parameter at `path` of the table is the weight of a product in FP8.
+
+    The linear layers of all blocks are, but of those that stay in bf16. Embedding and head never are.
+    """
+    precision = config.precision
+    if precision.mode != "fp8" or len(shape) != 2 or not path.startswith("layers."):
+        return False
+    layer = int(path.split(".")[1])
+    return precision.bf16_first_layers <= layer < config.model.num_layers - precision.bf16_last_layers
+
+
+class Fp8State:
+    """All linear layers of this rank that multiply in FP8.
+
+    Attributes:
+        by_path: the layers, under the paths of their weights.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, TrainedParameter],
+        recipe: Recipe,
+        world: World,
+        *,
+        amax_history: int,
+    ) -> None:
+        self.recipe, self.world = recipe, world
+        count, device = len(parameters), world.device
+        self._history = torch.zeros(count, 2, amax_history, device=device)  # newest first
+        self._amax = torch.zeros(count, 2, device=device)
+        self._scales = torch.ones(count, 2, device=device)
+        self._largest = torch.tensor([torch.finfo(_E4M3).max, torch.finfo(_E5M2).max], device=device)
+        self._has_history = False
+        self.by_path: dict[str, Fp8Layer] = {}
+        for index, (path, weight) in enumerate(parameters.items()):
+            layer = Fp8Layer(recipe, weight, world.tp, self._scales[index], self._amax[index])
+            self.by_path[path] = weight.fp8 = layer
+
+    def weights_changed(self) -> None:
+        """Forget the quantised weights; call before the first forward pass behind an update."""
+        for layer in self.by_path.values():
+            layer.kept = None
+
+    def begin_step(self) -> None:
+        """Take the scales of the step from what earlier steps saw; the first step of all takes those of the moment."""
+        if self.recipe != "delayed":
+            return
+        self._amax.zero_()
+        top = self._history.amax(2)
+        self._scales.copy_(torch.where(top > 0, self._largest / top, 1.0))
+        for layer in self.by_path.values():
+            layer.delayed = self._has_history
+
+    def end_step(self) -> None:
+        """Remember the largest magnitudes of the step, over all ranks that hold a part of a layer or of the batch."""
+        if self.recipe != "delayed":
+            return
+        for group in (self.world.tp.group, self.world.dp_group):
+            if group is not None:
+                all_max(self._amax, group).wait()
+        newest = torch.where(self._amax.isfinite(), self._amax, 0.0)
+        self._history = torch.cat((newest[..., None], self._history[..., :-1]), -1)
+        self._has_history = True
+
+    def histories(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: fp32 [2, amax_history] for each layer, newest first, input before gradient."""
+        return dict(zip(self.by_path, self._history, strict=True)) if self.recipe == "delayed" else {}
+
+    def restored(self) -> None:
+        """The tensors of `histories` have been filled from a checkpoint."""
+        self._has_history = True
+
+
+def own_rows(x: Quantised, tp: TensorParallel) -> Quantised:
+    """This rank's tokens of `x` [t, in]."""
+    rows = slice(tp.rank * (size := x.values.shape[0] // tp.size), (tp.rank + 1) * size)
+    scales = x.scales[:, rows].contiguous() if x.scaling == "rows" else x.scales
+    return Quantised(x.values[rows].clone(), scales, x.scaling)
+
+
+def gather_rows(x: Quantised, group: ProcessGroup) -> Quantised:
+    """All tokens from every rank's part, in half the bytes of bf16."""
+    values = _gathered(x.values.view(torch.uint8), group).view(x.values.dtype)
+    if x.scaling != "rows":
+        return Quantised(values, x.scales, x.scaling)
+    return Quantised(values, _gathered(x.scales.t().contiguous(), group).t().contiguous(), x.scaling)
+
+
+def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    all_gather(out, x, group).wait()
+    return out
+
+
+def _scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to multiply by so that `amax` becomes the largest FP8 number; 1 for zeros."""
+    largest = torch.full_like(amax, torch.finfo(dtype).max)
+    return torch.where(amax > 0, largest / amax, 1.0)
+
+
+def _both(results: tuple[Quantised | None, Quantised | None]) -> tuple[Quantised, Quantised]:
+    """For callers that know which they asked for; the other is the same again."""
+    first, second = results
+    assert first is not None
+    return first, second if second is not None else first

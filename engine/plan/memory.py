@@ -77,7 +77,7 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
 
     Weights are in `dtype` and, for FP8, once more in 8 bits, as they lie and transposed; gradients in fp32; moments (and
     fp32 master weights where the model is not fp32) are divided among the data-parallel ranks; activations are what
-    backward passes to come will need, at the worst moment of the schedule (those of bf16, which are more than FP8's); the
+    backward passes to come will need, at the worst moment of the schedule (for FP8 those of bf16, which are more); the
     workspace is what a layer or the loss needs beside that for a moment, and on a GPU an allowance for libraries.
     """
     parts, tp = stage_parts(config, layout, stage), layout.tp

@@ -51,7 +51,7 @@ def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
     jobs = [(source, _nvcc_command(tools)) for source in kernels]
     what = f"CUDA kernels for {tools.archs}" if tools.nvcc else "no kernels: built without CUDA"
     flags = [f'-DTRIAXIS_BUILD="{what}"', *(["-DTRIAXIS_CUDA"] if tools.nvcc else [])]
-    jobs += [(source, _cxx_command(tools, flags)) for source in _cxx_sources()]
+    jobs += [(source, _cxx_command(tools, flags)) for source in _cxx_sources(HERE, ("bind", "gemm"))]
     objects = compile_objects(jobs, directory)
     libraries = [f"-L{tools.cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if tools.cuda else []
     _link(tools, objects, libraries, output)
@@ -64,7 +64,11 @@ def build_emulated(tools: Toolchain, directory: Path, output: Path, root: Path =
     """
     assert tools.cuda is not None
     flags = ["-DTRIAXIS_EMULATED", "-O1", "-U_FORTIFY_SOURCE", f"-isystem{tools.cuda}/include", "-x", "c++"]
-    sources = [*sorted((root / "kernels").glob("*.cu")), *_cxx_sources(root), root / "emulation" / "cuda.cpp"]
+    sources = [
+        *sorted((root / "kernels").glob("*.cu")),
+        *_cxx_sources(root, ("bind",)),
+        root / "emulation" / "cuda.cpp",
+    ]
     objects = compile_objects([(source, _cxx_command(tools, flags)) for source in sources], directory)
     _link(tools, objects, [], output)
 
@@ -99,8 +103,8 @@ def run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def _cxx_sources(root: Path = HERE) -> list[Path]:
-    return sorted([*(root / "bind").glob("*.cpp"), *(root / "gemm").glob("*.cpp")])
+def _cxx_sources(root: Path, folders: Sequence[str]) -> list[Path]:
+    return sorted(path for folder in folders for path in (root / folder).glob("*.cpp"))
 
 
 def _cxx_command(tools: Toolchain, flags: Sequence[str]) -> list[str]:

@@ -362,6 +362,11 @@ Tensor square_sum(Tensor x) {
   return out;
 }
 
+triaxis_scaling scaling_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "tensor" || name == "rows" || name == "squares", "scaling is 'tensor', 'rows' or 'squares'");
+  return name == "tensor" ? TRIAXIS_TENSOR : name == "rows" ? TRIAXIS_ROWS : TRIAXIS_SQUARES;
+}
+
 // -> the FP8 matrix and its transpose (empty where not asked for), and the scales of the blocks of both
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
     Tensor x, ScalarType dtype, std::string scaling, bool rowwise, bool turned, OptionalTensor scale, OptionalTensor amax,
@@ -373,13 +378,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
   STD_TORCH_CHECK(columns % 16 == 0 && (!turned || rows % 16 == 0), "quantize: [", rows, ", ", columns,
                   "]: FP8 takes multiples of 16");
   triaxis_quantize_args a{};
-  if (scaling == "tensor") {
-    a.scaling = TRIAXIS_TENSOR;
-    STD_TORCH_CHECK(scale.has_value(), "quantize: scaling 'tensor' needs a scale");
-  } else {
-    STD_TORCH_CHECK(scaling == "rows" || scaling == "squares", "quantize: scaling is 'tensor', 'rows' or 'squares'");
-    a.scaling = scaling == "rows" ? TRIAXIS_ROWS : TRIAXIS_SQUARES;
-  }
+  a.scaling = scaling_of(scaling);
+  STD_TORCH_CHECK(a.scaling != TRIAXIS_TENSOR || scale.has_value(), "quantize: scaling 'tensor' needs a scale");
   x = with_dense_rows(x);
   const auto blocks = [](int64_t size) { return (size + 127) / 128; };
   const auto padded = [](int64_t size) { return (size + 3) / 4 * 4; };  // as cuBLASLt wants the blocks along K
@@ -412,7 +412,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
   return {row_result, turned_result, row_scales, turned_scales};
 }
 
-void register_kernels(torch::stable::detail::StableLibrary& library) {
+#ifndef TRIAXIS_EMULATED
+void fp8_product(
+    const Tensor& a, const Tensor& b, const Tensor& a_scales, const Tensor& b_scales, const std::string& a_scaling,
+    const std::string& b_scaling, const OptionalTensor& bias, const Tensor& out, bool accumulate, bool fast) {
+  const auto fp8 = [](const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) % 16 == 0 && x.size(1) % 16 == 0, name,
+                    ": expected a dense matrix whose sizes are multiples of 16");
+    const ScalarType dtype = x.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2, name,
+                    ": expected float8_e4m3fn or float8_e5m2");
+    return dtype == ScalarType::Float8_e4m3fn ? TRIAXIS_E4M3 : TRIAXIS_E5M2;
+  };
+  triaxis_fp8_matmul_args x{};
+  x.a_dtype = fp8(a, "a");
+  x.b_dtype = fp8(b, "b");
+  STD_TORCH_CHECK(a.size(1) == b.size(1), "a and b: expected rows of one length");
+  STD_TORCH_CHECK(out.size(0) == a.size(0) && out.size(1) == b.size(0) && out.is_contiguous(), "out: wrong shape");
+  x.a = a.data_ptr();
+  x.b = b.data_ptr();
+  x.a_scales = static_cast<const float*>(a_scales.data_ptr());
+  x.b_scales = static_cast<const float*>(b_scales.data_ptr());
+  x.bias = pointer(bias);
+  x.out = out.data_ptr();
+  x.m = a.size(0);
+  x.n = b.size(0);
+  x.k = a.size(1);
+  x.out_dtype = dtype_of(out, "out");
+  x.a_scaling = scaling_of(a_scaling);
+  x.b_scaling = scaling_of(b_scaling);
+  x.accumulate = accumulate;
+  x.fast = fast;
+  x.workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper
+  Tensor workspace = empty(a, {int64_t(x.workspace_bytes)}, ScalarType::Byte);
+  x.workspace = workspace.data_ptr();
+  const OnDevice device(a);
+  check_status(triaxis_fp8_matmul(&x, a.get_device_index(), device.stream), "fp8_matmul");
+}
+
+Tensor fp8_matmul(
+    Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling,
+    OptionalTensor bias, ScalarType dtype, bool fast) {
+  Tensor out = empty(a, {a.size(0), b.size(0)}, dtype);
+  fp8_product(a, b, a_scales, b_scales, a_scaling, b_scaling, bias, out, false, fast);
+  return out;
+}
+
+void fp8_matmul_add_(
+    Tensor out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling) {
+  fp8_product(a, b, a_scales, b_scales, a_scaling, b_scaling, std::nullopt, out, true, false);
+}
+#endif
+
+[[maybe_unused]] void register_kernels(torch::stable::detail::StableLibrary& library) {
   library.impl("norm_forward", TORCH_BOX(&norm_forward));
   library.impl("norm_backward", TORCH_BOX(&norm_backward));
   library.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
@@ -457,10 +509,20 @@ STABLE_TORCH_LIBRARY(triaxis, library) {
   library.def(
       "quantize(Tensor x, ScalarType dtype, str scaling, bool rowwise, bool turned, Tensor? scale, Tensor(a!)? amax, "
       "bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "fp8_matmul(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, str b_scaling, Tensor? bias, "
+      "ScalarType dtype, bool fast) -> Tensor");
+  library.def(
+      "fp8_matmul_add_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, "
+      "str b_scaling) -> ()");
 }
+STABLE_TORCH_LIBRARY_IMPL(triaxis, CUDA, library) {
+  library.impl("fp8_matmul", TORCH_BOX(&fp8_matmul));
+  library.impl("fp8_matmul_add_", TORCH_BOX(&fp8_matmul_add_));
 #ifdef TRIAXIS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(triaxis, CUDA, library) { register_kernels(library); }
+  register_kernels(library);
 #endif
+}
 
 // What was built, for people.
 extern "C" __attribute__((visibility("default"))) const char* triaxis_build() { return TRIAXIS_BUILD; }

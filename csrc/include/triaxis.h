@@ -14,6 +14,8 @@ extern "C" {
 
 typedef enum { TRIAXIS_F32, TRIAXIS_BF16, TRIAXIS_F16, TRIAXIS_E4M3, TRIAXIS_E5M2 } triaxis_dtype;
 
+enum { TRIAXIS_NO_CUBLASLT = 900, TRIAXIS_OLD_CUBLASLT, TRIAXIS_NO_ALGORITHM, TRIAXIS_CUBLASLT_STATUS = 1000 };
+
 const char* triaxis_error_string(int status);
 
 /* Normalisation over the columns. RMSNorm: x̂ = x / sqrt(mean(x²) + eps); LayerNorm (`centered`): x̂ = (x − mean) /
@@ -143,6 +145,24 @@ typedef struct {
 } triaxis_quantize_args;
 
 int triaxis_quantize(const triaxis_quantize_args* args, void* stream);
+
+/* out [m, n] = a [m, k] · bᵀ for b [n, k], both FP8, contiguous and scaled as triaxis_quantize scales; fp32
+ * accumulation. `accumulate` adds to what is in `out`. Sizes are multiples of 16, pointers of 16 bytes. `fast` accumulates
+ * in fewer bits.
+ */
+typedef struct {
+  const void *a, *b;
+  const float *a_scales, *b_scales;
+  const void* bias; /* [n], of the dtype of `out` (bf16 for F32); may be null */
+  void *out, *workspace;
+  uint64_t workspace_bytes;
+  int64_t m, n, k;
+  triaxis_dtype a_dtype, b_dtype, out_dtype;
+  triaxis_scaling a_scaling, b_scaling;
+  int accumulate, fast;
+} triaxis_fp8_matmul_args;
+
+int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int device, void* stream);
 
 #ifdef __cplusplus
 }

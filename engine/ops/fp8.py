@@ -71,14 +71,14 @@ def _require_supported(a: Quantised, b: Quantised) -> None:
 
 def _on_gpu(a: Quantised, b: Quantised, dtype: torch.dtype, out: Tensor | None, fast: bool) -> Tensor:
     """cuBLASLt through csrc, which accumulates into `out`; else PyTorch's call, for one scale a tensor."""
-    if native.has_kernels():
+    if not native.WHY_NOT:
         given = (a.values, b.values, a.scales, b.scales, a.scaling, b.scaling)
         if out is None:
-            return torch.ops.triaxis.fp8_matmul(*given, dtype, fast)
+            return torch.ops.triaxis.fp8_matmul(*given, None, dtype, fast)
         torch.ops.triaxis.fp8_matmul_add_(out, *given)
         return out
     if a.scaling != "tensor":
-        raise ValueError(f"FP8 with scales of blocks needs csrc: {native.WHY_NOT or 'it was built without CUDA'}")
+        raise ValueError(f"FP8 with scales of blocks needs csrc: {native.WHY_NOT}")
     product = torch._scaled_mm(
         a.values, b.values.t(), scale_a=a.scales, scale_b=b.scales, out_dtype=dtype, use_fast_accum=fast
     )

@@ -75,7 +75,7 @@ def unit_of(size: int) -> tuple[int, str]:
 def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
     """Memory of a rank of pipeline stage `stage`.
 
-    Weights are in `dtype` and, for FP8, once more in 8 bits, as they lie and transposed; gradients in fp32; moments (and
+    Weights are in `dtype` and, for FP8, in 8 bits too, as they lie and transposed; gradients in fp32; moments (and
     fp32 master weights where the model is not fp32) are divided among the data-parallel ranks; activations are what
     backward passes to come will need, at the worst moment of the schedule (for FP8 those of bf16, which are more); the
     workspace is what a layer or the loss needs beside that for a moment, and on a GPU an allowance for libraries.

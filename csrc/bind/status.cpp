@@ -1,0 +1,27 @@
+#include <string>
+
+#include "../include/triaxis.h"
+
+#ifdef TRIAXIS_CUDA
+extern "C" const char* cudaGetErrorString(int status);
+#endif
+
+extern "C" const char* triaxis_error_string(int status) {
+  switch (status) {
+    case 0: return "no error";
+    case TRIAXIS_NO_CUBLASLT: return "libcublasLt.so.13 or .12 cannot be loaded";
+    case TRIAXIS_OLD_CUBLASLT: return "scales of blocks need cuBLASLt 12.9 or newer";
+    case TRIAXIS_NO_ALGORITHM: return "cuBLASLt has no product of these sizes, dtypes and scales on this GPU";
+    default: break;
+  }
+  if (status >= TRIAXIS_CUBLASLT_STATUS) {
+    thread_local std::string text;
+    text = "cuBLAS status " + std::to_string(status - TRIAXIS_CUBLASLT_STATUS);
+    return text.c_str();
+  }
+#ifdef TRIAXIS_CUDA
+  return cudaGetErrorString(status);
+#else
+  return "invalid argument";
+#endif
+}

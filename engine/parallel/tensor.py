@@ -142,7 +142,8 @@ class _Fp8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         layer, tp, weight = ctx.layer, ctx.tp, ctx.layer.weight
-        x = Quantised(*ctx.saved_tensors, ctx.scaling)
+        values, scales = ctx.saved_tensors
+        x = Quantised(values, scales, ctx.scaling)
         grad, grad_turned = layer.grad(grad_outputs[0].contiguous(), sharded=tp is not None)
         grad_x = scaled_matmul(grad, layer.quantised_weight()[1], ctx.dtype)
         if tp is not None:

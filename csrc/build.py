@@ -47,14 +47,18 @@ def find_nvcc() -> Path | None:
 
 def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
     """`output`: the operators, with the kernels where there is nvcc."""
-    kernels = sorted((HERE / "kernels").glob("*.cu")) if tools.nvcc else []
-    jobs = [(source, _nvcc_command(tools)) for source in kernels]
+    jobs = kernel_jobs(tools) if tools.nvcc else []
     what = f"CUDA kernels for {tools.archs}" if tools.nvcc else "no kernels: built without CUDA"
     flags = [f'-DTRIAXIS_BUILD="{what}"', *(["-DTRIAXIS_CUDA"] if tools.nvcc else [])]
     jobs += [(source, _cxx_command(tools, flags)) for source in _cxx_sources(HERE, ("bind", "gemm"))]
     objects = compile_objects(jobs, directory)
     libraries = [f"-L{tools.cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if tools.cuda else []
     _link(tools, objects, libraries, output)
+
+
+def kernel_jobs(tools: Toolchain) -> list[tuple[Path, list[str]]]:
+    """The kernels and how nvcc compiles them; beside an object lies a .txt with what the assembler said of each."""
+    return [(source, _nvcc_command(tools)) for source in sorted((HERE / "kernels").glob("*.cu"))]
 
 
 def build_emulated(tools: Toolchain, directory: Path, output: Path, root: Path = HERE) -> None:

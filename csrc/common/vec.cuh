@@ -26,6 +26,18 @@ __device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
   *reinterpret_cast<Vec<T, kSize>*>(p) = v;
 }
 
+// Has the compiler forget what it computed from `v`, so that it keeps the 16 bytes in registers and not 8 floats.
+template <typename T>
+__device__ __forceinline__ void keep_packed(Vec<T>& v) {
+#ifdef __CUDA_ARCH__
+  uint32_t* const words = reinterpret_cast<uint32_t*>(&v);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(words[i]));
+#else
+  (void)v;
+#endif
+}
+
 __host__ __device__ __forceinline__ float to_float(float x) { return x; }
 __host__ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __host__ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }

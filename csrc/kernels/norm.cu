@@ -32,8 +32,10 @@ __device__ __forceinline__ T scaled(const triaxis_norm_forward_args& a, float no
   return from_float<T>(normalised * (weight + (a.zero_centered ? 1.0f : 0.0f)) + bias);
 }
 
+constexpr int kMostThreads = 512;  // of a tuned kernel: with more, its row would not fit in their registers
+
 template <typename T, bool kCentered, int kVectors>
-__global__ void __launch_bounds__(1024) norm_forward(const triaxis_norm_forward_args a) {
+__global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_forward_args a) {
   constexpr int kSize = Vec<T>::size;
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
@@ -154,7 +156,7 @@ __device__ __forceinline__ float normalised(
 // What a row's backward needs from memory, asked for before it is used.
 template <typename T, int kVectors>
 struct BackwardRow {
-  Vec<T> grad_y[kVectors], saved[kVectors], grad_sum[kVectors];
+  Vec<T> grad_y[kVectors], saved[kVectors];
   float mean, rstd;
 
   __device__ __forceinline__ void load(const triaxis_norm_backward_args& a, int64_t row, int row_vectors) {
@@ -165,8 +167,6 @@ struct BackwardRow {
       if (v >= row_vectors) continue;
       grad_y[i] = load_vec(row_of<T>(a.grad_y, row, a.grad_y_stride) + v * Vec<T>::size);
       saved[i] = load_vec(row_of<T>(a.saved, row, a.saved_stride) + v * Vec<T>::size);
-      if (a.grad_sum != nullptr)
-        grad_sum[i] = load_vec(row_of<T>(a.grad_sum, row, a.grad_sum_stride) + v * Vec<T>::size);
     }
     rstd = a.rstd[row];
     mean = a.mean != nullptr ? a.mean[row] : 0.0f;
@@ -174,7 +174,7 @@ struct BackwardRow {
 };
 
 template <typename T, bool kCentered, int kVectors>
-__global__ void __launch_bounds__(512) norm_backward(const triaxis_norm_backward_args a) {
+__global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm_backward_args a) {
   constexpr int kSize = Vec<T>::size;
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
@@ -182,15 +182,17 @@ __global__ void __launch_bounds__(512) norm_backward(const triaxis_norm_backward
   const float columns = float(a.columns), offset = a.zero_centered ? 1.0f : 0.0f;
   const int64_t first = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, step = int64_t(gridDim.x) * blockDim.y;
 
-  Vec<T> weight[kVectors], bias[kVectors];
+  Vec<T> weight[kVectors];
   float grad_weight[kVectors][kSize] = {}, grad_bias[kVectors][kSize] = {};
-  const bool needs_bias = kCentered && a.from_output && a.bias != nullptr;
+  const auto bias_at = [&](int i, int j) {  // only from the output, and then from the cache
+    const bool needed = kCentered && a.from_output && a.bias != nullptr;
+    return needed ? to_float(static_cast<const T*>(a.bias)[(threadIdx.x + i * blockDim.x) * kSize + j]) : 0.0f;
+  };
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
     if (v >= row_vectors) continue;
     weight[i] = load_vec(static_cast<const T*>(a.weight) + v * kSize);
-    if (needs_bias) bias[i] = load_vec(static_cast<const T*>(a.bias) + v * kSize);
   }
   BackwardRow<T, kVectors> now, next;
   next.load(a, first, row_vectors);
@@ -201,9 +203,12 @@ __global__ void __launch_bounds__(512) norm_backward(const triaxis_norm_backward
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
+      keep_packed(weight[i]);
+      keep_packed(now.grad_y[i]);
+      keep_packed(now.saved[i]);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float w = to_float(weight[i].at[j]) + offset, b = needs_bias ? to_float(bias[i].at[j]) : 0.0f;
+        const float w = to_float(weight[i].at[j]) + offset, b = bias_at(i, j);
         const float dy = to_float(now.grad_y[i].at[j]);
         const float x = normalised<kCentered>(a, to_float(now.saved[i].at[j]), w, b, now.mean, now.rstd);
         along += dy * w * x;
@@ -211,19 +216,28 @@ __global__ void __launch_bounds__(512) norm_backward(const triaxis_norm_backward
         grad_weight[i][j] += dy * (a.hf_rounding ? rounded<T>(x) : x);
       }
     }
+    Vec<T> grad_sum[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {  // on its way while the sums are
+      const int v = threadIdx.x + i * blockDim.x;
+      if (v < row_vectors && a.grad_sum != nullptr)
+        grad_sum[i] = load_vec(row_of<T>(a.grad_sum, row, a.grad_sum_stride) + v * kSize);
+    }
     along = row_sum(along) / columns;
     if (kCentered) total = row_sum(total) / columns;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
       if (v >= row_vectors) continue;
+      keep_packed(now.grad_y[i]);
+      keep_packed(now.saved[i]);
       Vec<T> grad_x;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float w = to_float(weight[i].at[j]) + offset, b = needs_bias ? to_float(bias[i].at[j]) : 0.0f;
+        const float w = to_float(weight[i].at[j]) + offset, b = bias_at(i, j);
         const float x = normalised<kCentered>(a, to_float(now.saved[i].at[j]), w, b, now.mean, now.rstd);
         float dx = (to_float(now.grad_y[i].at[j]) * w - total - x * along) * now.rstd;
-        if (a.grad_sum != nullptr) dx += to_float(now.grad_sum[i].at[j]);
+        if (a.grad_sum != nullptr) dx += to_float(grad_sum[i].at[j]);
         grad_x.at[j] = from_float<T>(dx);
       }
       store(static_cast<T*>(a.grad_x) + row * a.columns + v * kSize, grad_x);
@@ -340,7 +354,7 @@ int start_forward(const triaxis_norm_forward_args& a, dim3 block, void* stream) 
 template <typename T, bool kCentered>
 int forward(const triaxis_norm_forward_args& a, void* stream) {
   const int64_t vectors = a.columns / Vec<T>::size;
-  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 4096 && aligned<T>(a.x, a.x_stride) &&
+  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 4 * kMostThreads && aligned<T>(a.x, a.x_stride) &&
                      aligned<T>(a.residual, a.residual_stride) && aligned<T>(a.weight, 0) && aligned<T>(a.bias, 0) &&
                      aligned<T>(a.y, 0) && aligned<T>(a.sum, 0);
   if (!tuned) {
@@ -355,7 +369,7 @@ int forward(const triaxis_norm_forward_args& a, void* stream) {
 template <typename T, bool kCentered>
 Plan backward_plan(const triaxis_norm_backward_args& a) {
   const int64_t vectors = a.columns / Vec<T>::size;
-  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 1024 && aligned<T>(a.grad_y, a.grad_y_stride) &&
+  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 2 * kMostThreads && aligned<T>(a.grad_y, a.grad_y_stride) &&
                      aligned<T>(a.grad_sum, a.grad_sum_stride) && aligned<T>(a.saved, a.saved_stride) &&
                      aligned<T>(a.weight, 0) && aligned<T>(a.bias, 0) && aligned<T>(a.grad_x, 0);
   Plan plan;

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config import Config
+from engine.errors import ConfigError
+from engine.ops import native
 from engine.ops.quantize import Quantised, quantize
 from engine.parallel.collectives import all_gather, all_max
 from engine.parallel.gradients import TrainedParameter
@@ -92,6 +94,21 @@ def multiplies_in_fp8(config: Config, path: str, shape: tuple[int, ...]) -> bool
         return False
     layer = int(path.split(".")[1])
     return precision.bf16_first_layers <= layer < config.model.num_layers - precision.bf16_last_layers
+
+
+def require_device(config: Config, device: torch.device) -> None:
+    """Raises: ConfigError: the GPU has no such products. A CPU emulates all of them."""
+    precision = config.precision
+    if precision.mode != "fp8" or device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    has = f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}"
+    if found < (8, 9):
+        raise ConfigError(f"precision.mode = fp8 needs a GPU of compute capability 8.9 or newer, and {has}; use bf16")
+    if precision.recipe == "blockwise" and found != (9, 0):
+        raise ConfigError(f"precision.recipe = blockwise needs compute capability 9.0, and {has}; use tensorwise")
+    if precision.recipe == "blockwise" and native.WHY_NOT:
+        raise ConfigError(f"precision.recipe = blockwise needs the compiled operators: {native.WHY_NOT}")
 
 
 class Fp8State:

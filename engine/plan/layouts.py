@@ -98,7 +98,12 @@ def _problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str
         yield from _problem(lambda: microbatches(config, world_size // (tp * pp)))
     if reason := _tp_problem(config, tp):
         works = [n for n in range(1, config.model.num_heads + 1) if not _tp_problem(config, n)]
-        yield f"parallel.tp = {tp} {reason}; parallel.tp can be {', '.join(map(str, works))}"
+        can = (
+            f"parallel.tp can be {', '.join(map(str, works))}"
+            if works
+            else "no other parallel.tp works with these sizes"
+        )
+        yield f"parallel.tp = {tp} {reason}; {can}"
     if parallel.virtual_stages > 1 and pp == 1:
         yield (
             f"parallel.virtual_stages = {parallel.virtual_stages} needs a pipeline, and parallel.pp = 1; make it 2 or "

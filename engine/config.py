@@ -127,6 +127,13 @@ class PrecisionConfig(Section):
     bf16_last_layers: int = Field(0, ge=0, description="layers at the end that FP8 leaves in bf16")
 
 
+class OpsConfig(Section):
+    norm: Literal["auto", "triaxis", "torch", "apex", "te"] = Field("auto", description="auto: csrc's, else PyTorch's")
+    attention: Literal["auto", "sdpa", "varlen", "flash_attn"] = Field(
+        "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
+    )
+
+
 class DatasetConfig(Section):
     path: Path = Field(description="prefix of a .bin/.idx pair")
     weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other datasets")
@@ -191,6 +198,7 @@ class Config(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    ops: OpsConfig = OpsConfig()
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,4 +1,4 @@
-"""How far FP8 training stays from bf16: every recipe, alone and on two ranks that share each layer, and the noise of seeds.
+"""How far FP8 training stays from bf16: every recipe, alone and on two ranks of tensor parallelism, beside other seeds.
 
 Each row is a complete training run on this machine (FP8 is emulated on a CPU) of the quickstart's model on the
 quickstart's corpus, with the same tokens in the same order; compared is the mean loss over the last tenth of the
@@ -117,8 +117,9 @@ def _page(losses: dict[Run, float], options: argparse.Namespace, arguments: Sequ
         f"`python tools/fp8_loss.py {shlex.join(arguments)}` ({options.machine}; torch {torch.__version__}; took "
         f"{duration(took)}). This page is the program's output.",
         "",
-        f"{options.steps} steps of 8 × 128 tokens of the quickstart's model on the quickstart's corpus. Loss: mean of the "
-        f"last {max(1, options.steps // 10)} steps. FP8 is emulated: every rounding of a GPU's product but its accumulator's.",
+        f"{options.steps} steps of 8 × 128 tokens of the quickstart's model on the quickstart's corpus. Loss: mean of "
+        f"the last {max(1, options.steps // 10)} steps. FP8 is emulated: every rounding of a GPU's product but its "
+        "accumulator's.",
         f"Between seeds the loss of bf16 varies by {noise:.2%} (standard deviation of {len(SEEDS)}).",
         "",
         "| run | loss | beside bf16 |",

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, OpsConfig
 from engine.model.layers import ColumnLinear, Norm, Parameters, RowLinear
 from engine.model.parameters import kv_share
-from engine.ops.attention import attention, attention_with_cache
+from engine.ops.attention import Implementation, attention, attention_with_cache
 from engine.ops.rope import apply_rope, apply_rope_qkv
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import again
@@ -34,6 +34,7 @@ class Attention(nn.Module):
         tp: TensorParallel,
         *,
         recompute: bool,
+        ops: OpsConfig = OpsConfig(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -43,8 +44,8 @@ class Attention(nn.Module):
         self.recompute = recompute
         self.qkv = ColumnLinear(parameters, f"{path}.qkv", tp)
         self.output = RowLinear(parameters, f"{path}.output", tp)
-        self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps) if model.qk_norm else None
-        self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps) if model.qk_norm else None
+        self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps, ops) if model.qk_norm else None
+        self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps, ops) if model.qk_norm else None
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         qkv = self.qkv(x)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
@@ -66,11 +67,11 @@ class Attention(nn.Module):
         return attend(self.layer, q, k, v)
 
 
-def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> Attend:
-    """Causal attention closed within each segment of the flattened tokens."""
+def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None, by: Implementation = "auto") -> Attend:
+    """Causal attention closed within each segment of the flattened tokens; `by`: see `ops.attention`."""
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, cu_seqlens, sliding_window)
+        return attention(q, k, v, cu_seqlens, sliding_window, by)
 
     return attend
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config import ModelConfig, ParallelConfig
+from engine.config import ModelConfig, OpsConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, attend_within
 from engine.model.layers import ColumnLinear, Embedding, Head, Norm, Parameters, RowLinear
 from engine.model.parameters import whole_model
@@ -53,14 +53,21 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, parameters: Parameters, layer: int, tp: TensorParallel, *, recompute: bool = False
+        self,
+        model: ModelConfig,
+        parameters: Parameters,
+        layer: int,
+        tp: TensorParallel,
+        ops: OpsConfig,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         path = f"layers.{layer}"
         self.recompute = recompute
-        self.attention_norm = Norm(parameters, f"{path}.attention_norm", model.norm_eps)
-        self.attention = Attention(model, parameters, f"{path}.attention", layer, tp, recompute=recompute)
-        self.mlp_norm = Norm(parameters, f"{path}.mlp_norm", model.norm_eps)
+        self.attention_norm = Norm(parameters, f"{path}.attention_norm", model.norm_eps, ops)
+        self.attention = Attention(model, parameters, f"{path}.attention", layer, tp, recompute=recompute, ops=ops)
+        self.mlp_norm = Norm(parameters, f"{path}.mlp_norm", model.norm_eps, ops)
         self.mlp = FeedForward(model, parameters, f"{path}.mlp", tp, recompute=recompute)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -78,6 +85,7 @@ class Decoder(nn.Module):
         parameters: this rank's tensors by path; see `parameters.py`.
         tp: the ranks that share each layer.
         parallel: which layers are recomputed, and whether they are compiled.
+        ops: implementations of operators.
     """
 
     def __init__(
@@ -87,18 +95,20 @@ class Decoder(nn.Module):
         part: Part | None = None,
         tp: TensorParallel = ALONE,
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (immutable)
+        ops: OpsConfig = OpsConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         part = part or whole_model(model)
-        self.config = model
+        self.config, self.ops = model, ops
         self.embedding = Embedding(model, parameters, tp) if part.embeds else None
         recomputed = part.layers[: parallel.recompute_layers] if parallel.recompute != "none" else range(0)
         selective = parallel.recompute == "selective"
         self.layers = nn.ModuleList(
-            Block(model, parameters, layer, tp, recompute=selective and layer in recomputed) for layer in part.layers
+            Block(model, parameters, layer, tp, ops, recompute=selective and layer in recomputed)
+            for layer in part.layers
         )
         self.fully_recomputed = 0 if selective else len(recomputed)
-        self.head = Head(model, parameters, tp) if part.predicts else None
+        self.head = Head(model, parameters, tp, ops) if part.predicts else None
         if parallel.compile:
             for block in self.layers:
                 _compile(block, tp)
@@ -136,9 +146,13 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x` as in `forward`, the rest [t]."""
         assert self.head is not None, "only the part with the head has a loss"
-        hidden = self(x, positions, attend_within(cu_seqlens, self.config.sliding_window))
+        hidden = self(x, positions, self.attend_within(cu_seqlens))
         loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss)
         return loss
+
+    def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:
+        """Attention within the documents of a batch, as this model attends."""
+        return attend_within(cu_seqlens, self.config.sliding_window, self.ops.attention)
 
     def units(self) -> Iterator[nn.Module]:
         """The modules that hold the parameters, in the order in which they run."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, OpsConfig
 from engine.ops.norm import add_norm, layer_norm, rms_norm
 from engine.parallel.layout import TensorParallel
 from engine.parallel.tensor import column_linear, row_linear, vocabulary_cross_entropy, vocabulary_embedding
@@ -43,20 +43,26 @@ class RowLinear(ColumnLinear):
 class Norm(nn.Module):
     """RMSNorm, or LayerNorm where the table has a bias for it."""
 
-    def __init__(self, parameters: Parameters, path: str, eps: float) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        path: str,
+        eps: float,
+        ops: OpsConfig = OpsConfig(),  # noqa: B008 (immutable)
+    ) -> None:
         super().__init__()
         self.weight = parameters[f"{path}.weight"]
         self.bias = parameters.get(f"{path}.bias")
-        self.eps = eps
+        self.eps, self.by = eps, ops.norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps)
-        return layer_norm(x, self.weight, self.bias, self.eps)
+            return rms_norm(x, self.weight, self.eps, by=self.by)
+        return layer_norm(x, self.weight, self.bias, self.eps, by=self.by)
 
     def of_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum."""
-        return add_norm(x, residual, self.weight, self.bias, self.eps)
+        return add_norm(x, residual, self.weight, self.bias, self.eps, by=self.by)
 
 
 class Embedding(nn.Module):
@@ -74,9 +80,9 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Final norm, projection to the vocabulary and loss."""
 
-    def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel) -> None:
+    def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel, ops: OpsConfig) -> None:
         super().__init__()
-        self.norm = Norm(parameters, "norm", model.norm_eps)
+        self.norm = Norm(parameters, "norm", model.norm_eps, ops)
         self.weight = parameters["embedding.weight" if model.tie_embeddings else "head.weight"]
         self.vocab_size, self.tp = model.vocab_size, tp
 

@@ -5,27 +5,63 @@ length share a call; `F.scaled_dot_product_attention` brings the fast kernel of 
 with a block-diagonal mask (quadratic in the microbatch, and the masked flash kernels are slower).
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache, lru_cache
 from itertools import groupby, pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.ops.choice import installed
+
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+Implementation = Literal["auto", "sdpa", "varlen", "flash_attn"]
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[int, ...],
+    sliding_window: int | None = None,
+    by: Implementation = "auto",
 ) -> Tensor:
     """Softmax attention of `q` [t, n, d] over `k`, `v` [t, n_kv, d], causal within each segment: [t, n, d].
 
     Segment i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. With `sliding_window` a token sees itself and the
     window − 1 tokens before it.
     """
+    if (by := chosen(by, q, cu_seqlens, sliding_window)) != "sdpa":
+        return _all_segments(by, q, k, v, cu_seqlens, sliding_window)
     runs = [(length, len(list(run))) for length, run in groupby(b - a for a, b in pairwise(cu_seqlens))]
     if len(runs) == 1:
         return _equal_segments(q, k, v, runs[0][0], sliding_window)
     sizes = [length * count for length, count in runs]
     parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     return torch.cat([_equal_segments(q, k, v, length, sliding_window) for (length, _), q, k, v in parts])
+
+
+def chosen(by: Implementation, q: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None) -> Implementation:
+    """The rule: on a GPU, sequences of one length without a window go to SDPA, whose cuDNN kernel is the fastest;
+    others to kernels that take documents of any length in one call. Those know half precision alone."""
+    if by != "auto":
+        return by
+    lengths = {b - a for a, b in pairwise(cu_seqlens)}
+    plain = len(lengths) == 1 and (sliding_window is None or sliding_window >= max(lengths))
+    if not q.is_cuda or plain or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+        return "sdpa"
+    return "flash_attn" if installed("flash_attn") else "varlen"
 
 
 def attention_reference(
@@ -60,11 +96,47 @@ def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, sliding_window
     return _sdpa(q4, k4, v4, _seen(length, length, sliding_window, q.device)).flatten(0, 1)
 
 
+def _all_segments(
+    by: Implementation, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
+) -> Tensor:
+    """One call of flash attention for documents of any lengths."""
+    offsets, longest = _offsets(cu_seqlens, q.device), max(b - a for a, b in pairwise(cu_seqlens))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before, tokens behind
+    function, options = _varlen() if by == "varlen" else _flash_attn()
+    given = {"causal": True, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
+    out = function(q, k, v, offsets, offsets, longest, longest, **{key: given[key] for key in options})
+    return out[0] if isinstance(out, tuple) else out
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Any], tuple[str, ...]]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, ("window_size", "enable_gqa")
+
+
+@cache
+def _flash_attn() -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """Version 3, for Hopper, where it is installed; else 2. Both know grouped heads by their shapes."""
+    try:
+        from flash_attn_interface import flash_attn_varlen_func
+    except ImportError:
+        from flash_attn import flash_attn_varlen_func
+    return flash_attn_varlen_func, ("causal", "window_size")
+
+
+@lru_cache(maxsize=8)  # all layers of a microbatch ask for the same
+def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    host = torch.tensor(cu_seqlens, dtype=torch.int32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
     """Tensors [b, s, n, d], which SDPA wants as [b, n, s, d]."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
+    with sdpa_kernel(_FASTEST_FIRST, set_priority=True) if q.is_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 

@@ -4,8 +4,10 @@ Statistics are fp32 (or wider) whatever the dtype of the input; eps sits inside 
 rounded once, after the weight.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
+
+Implementation = Literal["auto", "triaxis", "torch", "apex", "te"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,14 @@ class NormOptions:
 _PLAIN = NormOptions()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN, by: Implementation = "auto"
+) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
-    if _by_kernel(x, weight):
+    if _by_kernel(x, weight, by):
         return _KernelNorm.apply(x, None, weight, None, eps, options)[0]
+    if by in ("apex", "te"):
+        return _by_package(by, x, weight, None, eps, options)
     if options.zero_centered or options.hf_rounding:
         return rms_norm_reference(x, weight, eps, options)
     if uses_fewer_passes(x):
@@ -48,25 +56,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAI
     return rms_norm_reference(x, weight, eps)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, options: NormOptions = _PLAIN, by: Implementation = "auto"
+) -> Tensor:
     """(x − mean) / sqrt(variance + eps) · weight + bias, over the last dimension."""
-    if _by_kernel(x, weight):
+    if _by_kernel(x, weight, by):
         return _KernelNorm.apply(x, None, weight, bias, eps, options)[0]
+    if by in ("apex", "te"):
+        return _by_package(by, x, weight, bias, eps, options)
     if x.dtype == weight.dtype and not options.zero_centered and not options.hf_rounding:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     return layer_norm_reference(x, weight, bias, eps, options)
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, options: NormOptions = _PLAIN
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    options: NormOptions = _PLAIN,
+    by: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual (LayerNorm with a bias, else RMSNorm), and that sum; one pass over memory on a GPU."""
-    if _by_kernel(x, weight):
+    if _by_kernel(x, weight, by):
         return _KernelNorm.apply(x, residual, weight, bias, eps, options)
     total = x + residual
     if bias is None:
-        return rms_norm(total, weight, eps, options), total
-    return layer_norm(total, weight, bias, eps, options), total
+        return rms_norm(total, weight, eps, options, by), total
+    return layer_norm(total, weight, bias, eps, options, by), total
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
@@ -81,8 +99,38 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, op
     return (_scaled(x, normalised, weight, options) + bias).to(x.dtype)
 
 
-def _by_kernel(x: Tensor, weight: Tensor) -> bool:
-    return native.runs(x) and x.dtype == weight.dtype
+def _by_kernel(x: Tensor, weight: Tensor, by: Implementation) -> bool:
+    return by in ("auto", "triaxis") and native.runs(x) and x.dtype == weight.dtype
+
+
+def _by_package(
+    by: Implementation, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, options: NormOptions
+) -> Tensor:
+    """apex or Transformer Engine, which `require_implementations` has found."""
+    if options.hf_rounding or (options.zero_centered and by == "apex"):
+        raise ValueError(f"ops.norm = {by} has no {options}")
+    if by == "te":
+        return _te_norm(bias is not None, weight.shape[0], eps, options.zero_centered)(x, weight, bias)
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    keep = {"memory_efficient": options.memory_efficient}
+    if bias is None:
+        return fused_rms_norm_affine(x, weight, weight.shape, eps, **keep)
+    return fused_layer_norm_affine(x, weight, bias, weight.shape, eps, **keep)
+
+
+@cache
+def _te_norm(centered: bool, hidden_size: int, eps: float, zero_centered: bool) -> Callable[..., Tensor]:
+    """Transformer Engine's module, called with our parameters instead of its own."""
+    import transformer_engine.pytorch as te
+
+    module = (te.LayerNorm if centered else te.RMSNorm)(hidden_size, eps=eps, zero_centered_gamma=zero_centered)
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        given = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        return torch.func.functional_call(module, given, (x,))
+
+    return call
 
 
 def uses_fewer_passes(x: Tensor) -> bool:

@@ -4,15 +4,13 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 import torch
 
 from engine.ops import native
+from engine.ops.choice import installed
 
-# distribution, and a module that only the right one has: PyPI's "apex" is another package
-_PACKAGES = (("flash-attn", "flash_attn"), ("transformer-engine", "transformer_engine"), ("apex", "amp_C"),
-             ("nvidia-dali", "nvidia.dali"))  # fmt: skip
+_PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "te", "apex": "apex", "nvidia-dali": "dali"}
 _KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
 _ON_CPU = {
     "norm": "own RMSNorm of three passes, PyTorch's LayerNorm",
@@ -32,8 +30,8 @@ def environment() -> Iterator[str]:
     yield f"python      {platform.python_version()} on {platform.machine()}"
     yield f"torch       {torch.__version__}, {_cuda()}"
     yield f"csrc        {_csrc()}"
-    for name, module in _PACKAGES:
-        yield f"{name:19} {_package(name, module)}"
+    for name, package in _PACKAGES.items():
+        yield f"{name:19} {_package(name, package)}"
     yield ""
     yield "operator       here"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,11 +54,8 @@ def _csrc() -> str:
     return build().decode()
 
 
-def _package(name: str, module: str) -> str:
-    try:
-        if find_spec(module) is None:
-            return "not installed"
-    except ModuleNotFoundError:  # of the package around it
+def _package(name: str, package: str) -> str:
+    if not installed(package):
         return "not installed"
     try:
         return version(name)
@@ -73,4 +68,8 @@ def _choice(name: str, plain: str, device: str) -> str:
         return f"{plain} (no GPU)" if name in _KERNELS else plain
     if name in _KERNELS:
         return "csrc kernel" if native.has_kernels() else f"PyTorch ({native.WHY_NOT or 'csrc was built without CUDA'})"
-    return {"linear": "cuBLAS, weight gradients into the fp32 main gradient"}.get(name, plain)
+    several = "flash-attn" if installed("flash_attn") else "varlen_attn"
+    return {
+        "linear": "cuBLAS, weight gradients into the fp32 main gradient",
+        "attention": f"scaled_dot_product_attention (cuDNN first) for sequences of one length, else {several}",
+    }[name]

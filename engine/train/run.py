@@ -27,6 +27,7 @@ from engine.errors import (
     error_of,
 )
 from engine.model.parameters import kv_replicas, parameter_table
+from engine.ops.choice import require_implementations
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.fp8 import require_device
 from engine.parallel.layout import World, arrange, connect, disconnect
@@ -134,6 +135,7 @@ def together(world: World, action: Callable[[], T]) -> T:
 def open_inputs(config: Config, world: World) -> Inputs:
     """Open everything the run reads, and refuse what cannot work."""
     require_device(config, world.device)
+    require_implementations(config.ops, world.device)
     dtype, table = model_dtype(config, world.device.type), parameter_table(config.model)
     hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # what could not be exported is not trained
     tokenizer = open_tokenizer(config)

@@ -7,7 +7,6 @@ import torch
 
 from engine.config import Config
 from engine.data.loader import Batch
-from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
@@ -43,7 +42,9 @@ class DistributedModel:
 
     def __init__(self, config: Config, world: World, parts: Sequence[Part], parameters: ShardedParameters) -> None:
         self.config, self.world = config, world
-        decoders = [Decoder(config.model, parameters.by_path, part, world.tp, config.parallel) for part in parts]
+        decoders = [
+            Decoder(config.model, parameters.by_path, part, world.tp, config.parallel, config.ops) for part in parts
+        ]
         for unit in (unit for decoder in decoders for unit in decoder.units()):
             parameters.gathered_before(unit)
         self.dtype = next(iter(parameters.by_path.values())).dtype
@@ -118,9 +119,7 @@ def _part_function(decoder: Decoder, z_loss: float) -> Callable[[torch.Tensor | 
             labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
             weight = z_loss if torch.is_grad_enabled() else 0.0
             return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight)
-        hidden: torch.Tensor = decoder(
-            inputs, positions, attend_within(batch.cu_seqlens, decoder.config.sliding_window)
-        )
+        hidden: torch.Tensor = decoder(inputs, positions, decoder.attend_within(batch.cu_seqlens))
         return hidden
 
     return run

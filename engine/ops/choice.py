@@ -1,0 +1,47 @@
+"""Which implementation of an operator runs, where there are several.
+
+`auto` takes the fastest that is here and never fails; one that is asked for by name runs, or is an error before the
+first step. Other packages are found by what only the right one has: PyPI's "apex" is a web toolkit.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+from engine.config import OpsConfig
+from engine.errors import ConfigError
+from engine.ops import native
+
+# of norms and attention: what to import, and what to install
+_PACKAGES = {
+    "apex": (("amp_C",), "NVIDIA's apex, built with its CUDA extensions"),
+    "te": (("transformer_engine.pytorch",), "transformer-engine[pytorch]"),
+    "flash_attn": (("flash_attn", "flash_attn_interface"), "flash-attn"),
+    "dali": (("nvidia.dali",), "nvidia-dali"),
+}
+
+
+def require_implementations(ops: OpsConfig, device: torch.device) -> None:
+    """Raises: ConfigError: an implementation that was asked for by name cannot run here."""
+    for name, wanted in ops.model_dump().items():
+        if wanted in ("auto", "torch", "sdpa"):
+            continue
+        if device.type != "cuda":
+            raise ConfigError(f"ops.{name} = {wanted} needs a GPU, and this run is on {device.type}; use auto")
+        if wanted == "triaxis" and not native.has_kernels():
+            why = native.WHY_NOT or "csrc was built without CUDA"
+            raise ConfigError(f"ops.{name} = triaxis needs the kernels of csrc: {why}; see python -m engine env")
+        if wanted in _PACKAGES and not installed(wanted):
+            raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][1]}, which is not installed; use auto")
+
+
+def installed(package: str) -> bool:
+    """Whether "apex", "te", "flash_attn" or "dali" can be imported."""
+    return any(_found(module) for module in _PACKAGES[package][0])
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False

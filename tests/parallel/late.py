@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.parallel import collectives, data, tensor
+from engine.parallel import collectives, data, fp8, tensor
 from engine.parallel.collectives import Pending
 
 Collective = Callable[..., Pending]
@@ -33,9 +33,9 @@ def late() -> Iterator[Traffic]:
     """Within, the engine's collectives are late; at the end every one must have been waited for, once."""
     traffic = Traffic()
     with ExitStack() as stack:
-        for name in ("all_gather", "reduce_scatter", "all_reduce"):
+        for name in ("all_gather", "reduce_scatter", "all_reduce", "all_max"):
             replacement = _late(name, getattr(collectives, name), traffic)
-            for module in (collectives, data, tensor):
+            for module in (collectives, data, fp8, tensor):
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         yield traffic
@@ -65,7 +65,7 @@ class _Late:
         else:
             self.under_way = collective(self.result.copy_(out), group)
         with torch.no_grad():
-            out.fill_(torch.nan)
+            out.fill_(torch.nan if out.is_floating_point() else 127)  # of bytes: what FP8 has no number for
             if name == "all_gather":  # x may be a part of out, and keeps its values
                 self.x.copy_(self.given)
             elif _overlap(out, self.x):

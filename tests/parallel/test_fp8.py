@@ -12,6 +12,7 @@ from engine.parallel.layout import Layout
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, run_config, run_training, write_dataset
 from engine.train.step import build, train_step
+from tests.parallel.late import late
 
 RECIPES = ["tensorwise", "delayed", "blockwise"]
 
@@ -48,7 +49,9 @@ def steps(config: Config, layout: Layout = Layout(), count: int = 3) -> tuple[li
     batches = random_batches(config, dp_rank=world.at.dp, dp_size=layout.dp)
     losses, norms = [], []
     for step in range(1, count + 1):
-        result = train_step(model, optimizer, batches, step=step, lr=1e-3, tokens=4 * config.data.seq_length)
+        with late():
+            result = train_step(model, optimizer, batches, step=step, lr=1e-3, tokens=4 * config.data.seq_length)
+            optimizer.parameters.finish_gathering()
         world.sum_on_device(loss := result.loss.clone())
         losses.append(loss.item())
         norms.append(result.grad_norm.item())

@@ -15,7 +15,7 @@ LENGTHS = {
 
 def qkv(tokens: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(tokens)
-    return [torch.randn(tokens, n, size).to(dtype) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(tokens, n, size, device="cuda").to(dtype) for n in (heads, kv_heads, kv_heads)]
 
 
 def with_gradients(function, inputs, grad):
@@ -25,15 +25,15 @@ def with_gradients(function, inputs, grad):
     return [x.float() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("by, dtype", [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("varlen", torch.bfloat16)])
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (4, 1, 16)])
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_equals_one_masked_softmax(emulated, name, window, heads, kv_heads, size, dtype):
+def test_equals_one_masked_softmax(name, window, heads, kv_heads, size, by, dtype):
     cu_seqlens = LENGTHS[name]
     inputs = qkv(cu_seqlens[-1], heads, kv_heads, size, dtype)
     grad = torch.randn_like(inputs[0])
-    got = with_gradients(lambda *given: attention(*given, cu_seqlens, window), inputs, grad)
+    got = with_gradients(lambda *given: attention(*given, cu_seqlens, window, by), inputs, grad)
     wide = [x.float() for x in inputs]
     expected = with_gradients(lambda *given: attention_reference(*given, cu_seqlens, window), wide, grad)
     for a, b in zip(got, expected, strict=True):
@@ -41,7 +41,7 @@ def test_equals_one_masked_softmax(emulated, name, window, heads, kv_heads, size
 
 
 @pytest.mark.parametrize("window", [None, 64])
-def test_the_future_and_other_documents_are_not_seen(emulated, window):
+def test_the_future_and_other_documents_are_not_seen(window):
     inputs = qkv(512, 4, 4, 128, torch.bfloat16)
     changed = [x.clone() for x in inputs]
     for x in changed:
@@ -50,7 +50,7 @@ def test_the_future_and_other_documents_are_not_seen(emulated, window):
     assert torch.equal(*both)
 
 
-def test_no_tokens(emulated):
+def test_no_tokens():
     inputs = [x.requires_grad_() for x in qkv(0, 4, 4, 16, torch.bfloat16)]
     attention(*inputs, (0, 0)).sum().backward()
     assert inputs[0].grad.shape == (0, 4, 16)

@@ -58,7 +58,11 @@ def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
 
 def kernel_jobs(tools: Toolchain) -> list[tuple[Path, list[str]]]:
     """The kernels and how nvcc compiles them; beside an object lies a .txt with what the assembler said of each."""
-    return [(source, _nvcc_command(tools)) for source in sorted((HERE / "kernels").glob("*.cu"))]
+    return [(source, _nvcc_command(tools)) for source in kernel_sources(HERE)]
+
+
+def kernel_sources(root: Path) -> list[Path]:
+    return sorted(path for folder in ("kernels", "gemm") for path in (root / folder).glob("*.cu"))
 
 
 def build_emulated(tools: Toolchain, directory: Path, output: Path, root: Path = HERE) -> None:
@@ -69,7 +73,7 @@ def build_emulated(tools: Toolchain, directory: Path, output: Path, root: Path =
     assert tools.cuda is not None
     flags = ["-DTRIAXIS_EMULATED", "-O1", "-U_FORTIFY_SOURCE", f"-isystem{tools.cuda}/include", "-x", "c++"]
     sources = [
-        *sorted((root / "kernels").glob("*.cu")),
+        *kernel_sources(root),
         *_cxx_sources(root, ("bind",)),
         root / "emulation" / "cuda.cpp",
     ]

@@ -412,10 +412,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
   return {row_result, turned_result, row_scales, turned_scales};
 }
 
-#ifndef TRIAXIS_EMULATED
-void fp8_product(
-    const Tensor& a, const Tensor& b, const Tensor& a_scales, const Tensor& b_scales, const std::string& a_scaling,
-    const std::string& b_scaling, const OptionalTensor& bias, const Tensor& out, bool accumulate, bool fast) {
+// Checks and pointers that the FP8 products share.
+triaxis_fp8_matmul_args fp8_product(
+    const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& a_scales, const Tensor& b_scales,
+    const std::string& a_scaling, const std::string& b_scaling) {
   const auto fp8 = [](const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) % 16 == 0 && x.size(1) % 16 == 0, name,
                     ": expected a dense matrix whose sizes are multiples of 16");
@@ -433,7 +433,6 @@ void fp8_product(
   x.b = b.data_ptr();
   x.a_scales = static_cast<const float*>(a_scales.data_ptr());
   x.b_scales = static_cast<const float*>(b_scales.data_ptr());
-  x.bias = pointer(bias);
   x.out = out.data_ptr();
   x.m = a.size(0);
   x.n = b.size(0);
@@ -441,8 +440,11 @@ void fp8_product(
   x.out_dtype = dtype_of(out, "out");
   x.a_scaling = scaling_of(a_scaling);
   x.b_scaling = scaling_of(b_scaling);
-  x.accumulate = accumulate;
-  x.fast = fast;
+  return x;
+}
+
+#ifndef TRIAXIS_EMULATED
+void run_cublaslt(triaxis_fp8_matmul_args x, const Tensor& a) {
   x.workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper
   Tensor workspace = empty(a, {int64_t(x.workspace_bytes)}, ScalarType::Byte);
   x.workspace = workspace.data_ptr();
@@ -454,15 +456,53 @@ Tensor fp8_matmul(
     Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling,
     OptionalTensor bias, ScalarType dtype, bool fast) {
   Tensor out = empty(a, {a.size(0), b.size(0)}, dtype);
-  fp8_product(a, b, a_scales, b_scales, a_scaling, b_scaling, bias, out, false, fast);
+  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling);
+  x.bias = pointer(bias);
+  x.fast = fast;
+  run_cublaslt(x, a);
   return out;
 }
 
 void fp8_matmul_add_(
     Tensor out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling) {
-  fp8_product(a, b, a_scales, b_scales, a_scaling, b_scaling, std::nullopt, out, true, false);
+  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling);
+  x.accumulate = true;
+  run_cublaslt(x, a);
 }
 #endif
+
+void run_sm90(const triaxis_fp8_matmul_args& x, const Tensor& a, const Tensor& a_scales, const Tensor& b_scales) {
+  STD_TORCH_CHECK(x.a_dtype == TRIAXIS_E4M3 && x.b_dtype == TRIAXIS_E4M3, "a and b: expected float8_e4m3fn");
+  STD_TORCH_CHECK(x.a_scaling == TRIAXIS_ROWS && x.b_scaling != TRIAXIS_TENSOR,
+                  "expected scalings 'rows' and 'rows', or 'rows' and 'squares'");
+  const int64_t blocks = (x.k + 127) / 128;
+  const auto check = [](const Tensor& scales, int64_t rows, int64_t columns, const char* name) {
+    STD_TORCH_CHECK(scales.dim() == 2 && scales.size(0) == rows && scales.size(1) == columns && scales.is_contiguous() &&
+                        scales.scalar_type() == ScalarType::Float,
+                    name, ": expected dense float32 [", rows, ", ", columns, "]");
+  };
+  check(a_scales, blocks, x.m, "a_scales");
+  if (x.b_scaling == TRIAXIS_ROWS) check(b_scales, blocks, x.n, "b_scales");
+  if (x.b_scaling == TRIAXIS_SQUARES) check(b_scales, (x.n + 127) / 128, (blocks + 3) / 4 * 4, "b_scales");
+  const OnDevice device(a);
+  check_status(triaxis_fp8_matmul_sm90(&x, a.get_device_index(), device.stream), "fp8_matmul_sm90");
+}
+
+Tensor fp8_matmul_sm90(
+    Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "dtype: expected float32 or bfloat16");
+  Tensor out = empty(a, {a.size(0), b.size(0)}, dtype);
+  run_sm90(fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling), a, a_scales, b_scales);
+  return out;
+}
+
+void fp8_matmul_sm90_add_(
+    Tensor out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling) {
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out: expected float32");
+  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling);
+  x.accumulate = true;
+  run_sm90(x, a, a_scales, b_scales);
+}
 
 [[maybe_unused]] void register_kernels(torch::stable::detail::StableLibrary& library) {
   library.impl("norm_forward", TORCH_BOX(&norm_forward));
@@ -477,6 +517,8 @@ void fp8_matmul_add_(
   library.impl("adamw_", TORCH_BOX(&adamw_));
   library.impl("square_sum", TORCH_BOX(&square_sum));
   library.impl("quantize", TORCH_BOX(&quantize));
+  library.impl("fp8_matmul_sm90", TORCH_BOX(&fp8_matmul_sm90));
+  library.impl("fp8_matmul_sm90_add_", TORCH_BOX(&fp8_matmul_sm90_add_));
 }
 
 }  // namespace
@@ -514,6 +556,12 @@ STABLE_TORCH_LIBRARY(triaxis, library) {
       "ScalarType dtype, bool fast) -> Tensor");
   library.def(
       "fp8_matmul_add_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, "
+      "str b_scaling) -> ()");
+  library.def(
+      "fp8_matmul_sm90(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, str b_scaling, "
+      "ScalarType dtype) -> Tensor");
+  library.def(
+      "fp8_matmul_sm90_add_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, "
       "str b_scaling) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(triaxis, CUDA, library) {

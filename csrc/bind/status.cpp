@@ -12,6 +12,8 @@ extern "C" const char* triaxis_error_string(int status) {
     case TRIAXIS_NO_CUBLASLT: return "libcublasLt.so.13 or .12 cannot be loaded";
     case TRIAXIS_OLD_CUBLASLT: return "scales of blocks need cuBLASLt 12.9 or newer";
     case TRIAXIS_NO_ALGORITHM: return "cuBLASLt has no product of these sizes, dtypes and scales on this GPU";
+    case TRIAXIS_NOT_HOPPER: return "this kernel needs a GPU of compute capability 9.0 (H100, H200)";
+    case TRIAXIS_NO_TENSOR_MAP: return "the driver makes no tensor map of these matrices (cuTensorMapEncodeTiled)";
     default: break;
   }
   if (status >= TRIAXIS_CUBLASLT_STATUS) {

@@ -17,6 +17,13 @@ void wait(Wait reason) {
   if (_setjmp(self->resume) == 0) _longjmp(s.scheduler, 1);
 }
 
+void wait_until(const std::function<bool()>& happened) {
+  Fiber* const self = state().current;
+  for (self->polling = true; !happened();) wait(Wait::event);
+  self->polling = false;
+  state().progress = true;
+}
+
 namespace {
 
 void fiber_main() {
@@ -43,6 +50,7 @@ void resume(State& s, int index) {
   Fiber& next = *s.fibers[index];
   s.current = &next;
   s.current_index = index;
+  s.progress |= !next.polling;
   threadIdx = next.index;
   if (_setjmp(s.scheduler) == 0) {
     if (next.entered) _longjmp(next.resume, 1);
@@ -69,7 +77,7 @@ std::string stuck(const State& s) {
   for (int i = 0; i < s.threads; ++i)
     if (s.fibers[i]->wait == Wait::warp)
       return "deadlock: thread " + std::to_string(i) + " waits for lanes of its warp that never come";
-  return "deadlock";
+  return "deadlock: threads wait for what no other thread brings about";
 }
 
 void run_block(State& s) {
@@ -80,23 +88,27 @@ void run_block(State& s) {
   for (int i = 0; i < s.threads; ++i) {
     Fiber& f = fiber(s, i);
     f.wait = Wait::none;
+    f.polling = false;
     f.index = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x % blockDim.y, unsigned(i) / blockDim.x / blockDim.y};
   }
   for (;;) {
     std::shuffle(order.begin(), order.end(), s.random);
+    s.progress = false;
     for (const int warp : order) run_warp(s, warp);
-    bool waiting = false;
+    bool waiting = false, polling = false;
     for (int i = 0; i < s.threads; ++i) {
-      if (s.fibers[i]->wait == Wait::warp) {
+      polling |= s.fibers[i]->wait == Wait::event;
+      if (s.fibers[i]->wait == Wait::warp || (polling && !s.progress)) {
         const std::string reason = stuck(s);
         s.fibers.clear();  // their stacks are in the middle of a kernel
         throw std::runtime_error(reason);
       }
       waiting |= s.fibers[i]->wait == Wait::block;
     }
-    if (!waiting) return;
+    if (!waiting && !polling) return;
+    const Wait over = polling ? Wait::event : Wait::block;
     for (int i = 0; i < s.threads; ++i)
-      if (s.fibers[i]->wait == Wait::block) s.fibers[i]->wait = Wait::none;
+      if (s.fibers[i]->wait == over) s.fibers[i]->wait = Wait::none;
   }
 }
 

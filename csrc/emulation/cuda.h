@@ -30,12 +30,14 @@
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__
 
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -47,14 +49,14 @@ inline dim3 blockDim, gridDim;
 
 namespace emulation {
 
-enum class Wait { none, warp, block, done };
+enum class Wait { none, warp, block, event, done };
 
 struct Fiber {
   static constexpr size_t stack_bytes = 64 * 1024;
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   ucontext_t entry{};
   jmp_buf resume{};
-  bool entered = false;
+  bool entered = false, polling = false;
   Wait wait = Wait::none;
   uint3 index{};
 };
@@ -73,6 +75,7 @@ struct State {
   Fiber* current = nullptr;
   int current_index = 0;
   int threads = 0;
+  bool progress = false;  // a fiber did more than to find that it still waits
   std::mt19937_64 random{0};
   std::mutex one_launch;
 };
@@ -80,6 +83,7 @@ struct State {
 State& state();
 void seed(uint64_t value);
 void wait(Wait reason);
+void wait_until(const std::function<bool()>& happened);  // what other threads of the block bring about
 int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel);
 uint64_t exchange(uint32_t mask, uint64_t value, int source_lane);
 

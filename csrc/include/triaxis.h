@@ -14,7 +14,14 @@ extern "C" {
 
 typedef enum { TRIAXIS_F32, TRIAXIS_BF16, TRIAXIS_F16, TRIAXIS_E4M3, TRIAXIS_E5M2 } triaxis_dtype;
 
-enum { TRIAXIS_NO_CUBLASLT = 900, TRIAXIS_OLD_CUBLASLT, TRIAXIS_NO_ALGORITHM, TRIAXIS_CUBLASLT_STATUS = 1000 };
+enum {
+  TRIAXIS_NO_CUBLASLT = 900,
+  TRIAXIS_OLD_CUBLASLT,
+  TRIAXIS_NO_ALGORITHM,
+  TRIAXIS_NOT_HOPPER,
+  TRIAXIS_NO_TENSOR_MAP,
+  TRIAXIS_CUBLASLT_STATUS = 1000
+};
 
 const char* triaxis_error_string(int status);
 
@@ -163,6 +170,12 @@ typedef struct {
 } triaxis_fp8_matmul_args;
 
 int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int device, void* stream);
+
+/* The same by a kernel of this library, for GPUs of compute capability 9.0: E4M3 matrices, `a` scaled by TRIAXIS_ROWS and
+ * `b` by TRIAXIS_ROWS or TRIAXIS_SQUARES, `out` bf16, or fp32 which it can accumulate into; no bias. Each 128 elements
+ * along k are summed by the tensor cores, and those sums in fp32. It needs no workspace.
+ */
+int triaxis_fp8_matmul_sm90(const triaxis_fp8_matmul_args* args, int device, void* stream);
 
 #ifdef __cplusplus
 }

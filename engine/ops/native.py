@@ -98,6 +98,8 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "fp8_matmul": lambda a, b, *rest: a.new_empty(a.shape[0], b.shape[0], dtype=rest[-2]),
     "fp8_matmul_add_": lambda *args: None,
+    "fp8_matmul_sm90": lambda a, b, *rest: a.new_empty(a.shape[0], b.shape[0], dtype=rest[-1]),
+    "fp8_matmul_sm90_add_": lambda *args: None,
 }
 if not WHY_NOT:
     for _name, _shapes in _SHAPES.items():

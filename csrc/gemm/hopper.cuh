@@ -1,0 +1,280 @@
+// What a Hopper multiprocessor does beside its threads: barriers that count bytes, copies of boxes of a matrix to shared
+// memory (TMA), products of a warpgroup (wgmma). Each in PTX, and in plain C++ that moves the same data for the emulation.
+//
+// PTX ISA 8.0, sections on mbarrier, cp.async.bulk.tensor and wgmma. The instructions exist for sm_90a alone; a kernel
+// returns at once where it is compiled for another (kCompiledFor), and the host refuses other GPUs.
+#pragma once
+
+#include "../common/fp8.cuh"
+#include "../common/vec.cuh"
+
+#ifdef __CUDACC__
+#include <cuda.h>
+#endif
+
+namespace triaxis {
+namespace hopper {
+
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kCompiledFor = false;
+#else
+constexpr bool kCompiledFor = true;
+#endif
+
+constexpr int kWarpgroup = 128;     // threads that multiply together
+constexpr int kSwizzle = 128;       // bytes of a row of a swizzled box
+constexpr int kSwizzleRows = 8;     // rows after which the swizzle repeats, from a multiple of their bytes on
+constexpr int kProductK = 32;       // FP8 elements along k of one product
+constexpr int kProductM = 64, kProductN = 128;
+constexpr int kFragment = kProductM * kProductN / kWarpgroup;  // elements of a product that a thread holds
+
+// Where a swizzled box keeps byte `at` of the unswizzled one: units of 16 bytes change places with the row, so that
+// neither a row nor a column of units meets one bank twice. `at` counts from a multiple of 1024.
+__host__ __device__ constexpr uint32_t swizzled(uint32_t at) { return at ^ ((at / kSwizzle % kSwizzleRows) * 16); }
+
+// Row and column of element i of a thread's fragment, for the thread's place in its warpgroup.
+__host__ __device__ constexpr int fragment_row(int thread, int i) {
+  return thread / kWarp * 16 + thread % kWarp / 4 + i / 2 % 2 * 8;
+}
+__host__ __device__ constexpr int fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+
+// A matrix in swizzled shared memory at `address`, 128 bytes a row, as wgmma is told of it: the start and the distance
+// between groups of eight rows, in units of 16 bytes, and the 128-byte swizzle. The other distance has no meaning then.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t distance = kSwizzle * kSwizzleRows / 16, swizzle_128 = 1;
+  return (address & 0x3ffff) / 16 | uint64_t(1) << 16 | distance << 32 | swizzle_128 << 62;
+}
+
+// The same, so many bytes further along the rows.
+__device__ __forceinline__ uint64_t along(uint64_t descriptor, int bytes) { return descriptor + bytes / 16; }
+
+#ifdef __CUDACC__
+
+using TensorMap = CUtensorMap;
+
+struct Barrier {
+  uint64_t state;
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void init(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes barriers that this thread initialised known to the copies; a __syncthreads() makes them known to the block.
+__device__ __forceinline__ void fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Arrives, and has the phase last until so many bytes have come.
+__device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of this parity is over; a new barrier is in its phase of parity 0, the one before is over.
+__device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
+  uint32_t over;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred over;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, over;\n\t}"
+        : "=r"(over)
+        : "r"(shared_address(&barrier)), "r"(parity)
+        : "memory");
+  } while (over == 0);
+}
+
+// Copies the map's box from (row, column) on to `to`, zeros for what lies outside; its bytes count for the barrier.
+__device__ __forceinline__ void copy(const TensorMap& map, void* to, Barrier& barrier, int row, int column) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Has the compiler keep what it does with a fragment on its side of this point.
+__device__ __forceinline__ void pin(float (&d)[kFragment]) {
+#pragma unroll
+  for (int i = 0; i < kFragment; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Before the first product that writes `d`.
+__device__ __forceinline__ void begin_products(float (&d)[kFragment]) {
+  pin(d);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// d (+)= a · bᵀ for a [64, 32] and b [128, 32] E4M3; under way until finish_products().
+__device__ __forceinline__ void multiply(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
+#define TRIAXIS_8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+  asm volatile(
+      "{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %66, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, add, 1, 1;\n\t}"
+      : TRIAXIS_8(0), TRIAXIS_8(8), TRIAXIS_8(16), TRIAXIS_8(24), TRIAXIS_8(32), TRIAXIS_8(40), TRIAXIS_8(48), TRIAXIS_8(56)
+      : "l"(a), "l"(b), "r"(int(add)));
+#undef TRIAXIS_8
+}
+
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until the products of this warp's part of `d` are done, and their operands may be overwritten.
+__device__ __forceinline__ void finish_products(float (&d)[kFragment]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  pin(d);
+}
+
+// How copies see a row-major matrix of bytes (whose boxes are swizzled) or of floats. Rows start at multiples of 16
+// bytes, and so do the sizes of a box along them. The encoder is the driver's, found at run time.
+template <typename T>
+int make_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns, int box_rows, int box_columns) {
+  static_assert(sizeof(T) == 1 || sizeof(T) == 4);
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    return reinterpret_cast<Encode>(result == cudaDriverEntryPointSuccess ? found : nullptr);
+  }();
+  if (encode == nullptr) return TRIAXIS_NO_TENSOR_MAP;
+  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {columns * sizeof(T)};
+  const cuuint32_t box[] = {cuuint32_t(box_columns), cuuint32_t(box_rows)}, steps[] = {1, 1};
+  const CUresult failed = encode(
+      &map, sizeof(T) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, const_cast<T*>(data), sizes,
+      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      sizeof(T) == 1 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return failed == CUDA_SUCCESS ? 0 : TRIAXIS_NO_TENSOR_MAP;
+}
+
+#else
+
+struct TensorMap {
+  const unsigned char* data;
+  int64_t rows, columns;
+  int bytes, box_rows, box_columns;
+};
+
+struct Barrier {
+  int arrivals, missing, missing_bytes;
+  uint32_t phase;
+
+  void complete() {
+    if (missing != 0 || missing_bytes != 0) return;
+    missing = arrivals;
+    ++phase;
+  }
+};
+
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - emulation::state().shared.data());
+}
+
+inline void init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline void fence_init() {}
+
+inline void arrive(Barrier& barrier) {
+  --barrier.missing;
+  barrier.complete();
+}
+
+inline void arrive_expecting(Barrier& barrier, int bytes) {
+  barrier.missing_bytes += bytes;
+  arrive(barrier);
+}
+
+inline void wait(Barrier& barrier, uint32_t parity) {
+  emulation::wait_until([&] { return barrier.phase % 2 != parity; });
+}
+
+inline void copy(const TensorMap& map, void* to, Barrier& barrier, int row, int column) {
+  for (int r = 0; r < map.box_rows; ++r) {
+    for (int c = 0; c < map.box_columns; ++c) {
+      const uint32_t at = uint32_t(r * map.box_columns + c) * map.bytes;
+      unsigned char* const byte = static_cast<unsigned char*>(to) + (map.bytes == 1 ? swizzled(at) : at);
+      const bool inside = row + r < map.rows && column + c < map.columns;
+      if (inside) std::memcpy(byte, map.data + ((row + r) * map.columns + column + c) * map.bytes, map.bytes);
+      if (!inside) std::memset(byte, 0, map.bytes);
+    }
+  }
+  barrier.missing_bytes -= map.box_rows * map.box_columns * map.bytes;
+  barrier.complete();
+}
+
+inline void prefetch(const TensorMap&) {}
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
+inline void begin_products(float (&)[kFragment]) {}
+inline void commit_products() {}
+inline void finish_products(float (&)[kFragment]) {}
+
+// Element k of a row of the matrix that a descriptor tells of.
+inline float operand(uint64_t descriptor, int row, int k) {
+  static const std::vector<float> numbers = [] {
+    std::vector<float> all(256);
+    for (int i = 0; i < 256; ++i) all[i] = __half2float(__half(__nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t(i), __NV_E4M3)));
+    return all;
+  }();
+  const uint32_t start = (descriptor & 0x3fff) * 16, distance = (descriptor >> 32 & 0x3fff) * 16;
+  const uint32_t at = start + row / kSwizzleRows * distance + row % kSwizzleRows * kSwizzle + k;
+  return numbers[emulation::state().shared[descriptor >> 62 == 1 ? swizzled(at) : at]];
+}
+
+inline void multiply(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
+  const int thread = threadIdx.x % kWarpgroup;
+  float row[2][kProductK], column[kProductK];
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < kProductK; ++k) row[half][k] = operand(a, fragment_row(thread, 2 * half), k);
+  for (int i = 0; i < kFragment; i += i % 2 == 0 ? 1 : 3) {  // elements i and i + 2 share a column
+    for (int k = 0; k < kProductK; ++k) column[k] = operand(b, fragment_column(thread, i), k);
+    for (int half = 0; half < 2; ++half) {
+      float sum = add ? d[i + 2 * half] : 0.0f;
+      for (int k = 0; k < kProductK; ++k) sum += row[half][k] * column[k];
+      d[i + 2 * half] = sum;
+    }
+  }
+}
+
+template <typename T>
+int make_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns, int box_rows, int box_columns) {
+  map = {reinterpret_cast<const unsigned char*>(data), rows, columns, int(sizeof(T)), box_rows, box_columns};
+  return 0;
+}
+
+#endif
+
+}  // namespace hopper
+}  // namespace triaxis

@@ -1,0 +1,116 @@
+"""csrc/gemm/fp8_sm90.cu, run on the host, against the product of what its operands stand for."""
+
+import pytest
+import torch
+
+from engine.ops.fp8 import dequantised
+from engine.ops.quantize import Quantised, quantize
+
+ops = torch.ops.triaxis
+E4M3 = torch.float8_e4m3fn
+
+
+def operand(rows: int, k: int, scaling) -> Quantised:
+    """Every block of 128 along k, and every row of it, with a size of its own: no scale can stand for another."""
+    sizes = torch.exp2(torch.randint(-6, 7, (rows, -(-k // 128))).float())
+    x = torch.randn(rows, k) * sizes.repeat_interleave(128, 1)[:, :k]
+    result, _ = quantize(x, E4M3, scaling)
+    assert result is not None
+    return result
+
+
+def given(a: Quantised, b: Quantised):
+    return a.values, b.values, a.scales, b.scales, a.scaling, b.scaling
+
+
+def expected(a: Quantised, b: Quantised):
+    return (dequantised(a).double() @ dequantised(b).double().t()).float()
+
+
+def error(got, exact):
+    return ((got.float() - exact).norm() / exact.norm()).item()
+
+
+# One tile and less of it, edges along each dimension, tiles of several blocks, rings that go round, groups of tiles.
+SHAPES = [
+    (16, 16, 16),
+    (48, 16, 144),
+    (192, 128, 128),
+    (144, 272, 48),
+    (272, 144, 272),
+    (400, 128, 1424),
+    (1744, 272, 16),
+]
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize("scaling", ["rows", "squares"])
+def test_product(emulated, m, n, k, scaling):
+    torch.manual_seed(m + n + k)
+    a, b = operand(m, k, "rows"), operand(n, k, scaling)
+    exact = expected(a, b)
+    for seed, dtype, most in ((0, torch.float32, 1e-6), (1, torch.bfloat16, 3e-3)):
+        emulated(seed)
+        got = ops.fp8_matmul_sm90(*given(a, b), dtype)
+        assert got.dtype == dtype
+        assert error(got, exact) < most
+        by_row = (got.float() - exact).norm(dim=1) / exact.norm(dim=1)  # a small row in error is one, too
+        assert by_row.max() < 4 * most
+
+
+@pytest.mark.parametrize("scaling", ["rows", "squares"])
+def test_adds_to_what_is_there(emulated, scaling):
+    torch.manual_seed(0)
+    a, b = operand(208, 144, "rows"), operand(144, 144, scaling)
+    around = torch.randn(208 + 2, 144)
+    out = around[1:-1]
+    before = around.clone()
+    ops.fp8_matmul_sm90_add_(out, *given(a, b))
+    assert error(out - before[1:-1], expected(a, b)) < 1e-5
+    assert torch.equal(around[[0, -1]], before[[0, -1]])  # nothing beyond the edges
+
+
+def test_of_nothing(emulated):
+    a, b = operand(16, 128, "rows"), operand(16, 128, "rows")
+    none = Quantised(a.values[:0], a.scales[:, :0].contiguous(), "rows")
+    assert ops.fp8_matmul_sm90(*given(none, b), torch.float32).shape == (0, 16)
+
+
+def test_not_a_number_stays_in_its_row(emulated):
+    a, b = operand(32, 128, "rows"), operand(16, 128, "squares")
+    a.values.view(torch.uint8)[3, 5] = 0x7F
+    got = ops.fp8_matmul_sm90(*given(a, b), torch.float32)
+    assert got[3].isnan().all()
+    assert got.isnan().sum() == 16
+
+
+def test_wrong_arguments_are_named(emulated):
+    a, b = operand(16, 128, "rows"), operand(32, 128, "squares")
+    with pytest.raises(RuntimeError, match="expected scalings 'rows' and 'rows', or 'rows' and 'squares'"):
+        ops.fp8_matmul_sm90(*given(b, a), torch.float32)
+    with pytest.raises(RuntimeError, match=r"b_scales: expected dense float32 \[1, 32\]"):
+        ops.fp8_matmul_sm90(a.values, b.values, a.scales, b.scales, "rows", "rows", torch.float32)
+    with pytest.raises(RuntimeError, match="dtype: expected float32 or bfloat16"):
+        ops.fp8_matmul_sm90(*given(a, b), torch.float16)
+    with pytest.raises(RuntimeError, match="out: expected float32"):
+        ops.fp8_matmul_sm90_add_(torch.zeros(16, 32, dtype=torch.bfloat16), *given(a, b))
+    e5m2 = a.values.to(torch.float8_e5m2)
+    with pytest.raises(RuntimeError, match="a and b: expected float8_e4m3fn"):
+        ops.fp8_matmul_sm90(e5m2, b.values, a.scales, b.scales, "rows", "squares", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (
+            "copy(p.a_scales, shared.a_scales[ring.stage], full, k,",
+            "copy(p.a_scales, shared.a_scales[ring.stage], full, 0,",
+        ),
+        ("wait(shared.empty[ring.stage], ring.parity ^ 1);", ""),
+        ("    parity ^= 1;\n", ""),
+    ],
+    ids=["scale of another block", "stage not waited for", "phase not counted"],
+)
+def test_what_is_broken_shows(broken, old, new):
+    code, output = broken("gemm/fp8_sm90.cu", old, new, f"{__file__}::test_product[rows-400-128-1424]")
+    assert code == 1, output

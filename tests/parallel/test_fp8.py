@@ -91,6 +91,24 @@ def test_layouts_agree(tmp_path, recipe, name):
             torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(scales[path]), rtol=0.1, atol=0)
 
 
+def scales_of_unequal_shares() -> list[float]:
+    """The scales that a rank uses where the ranks' shares differ in size; where it holds everything they would too."""
+    world = world_of(Layout(tp=2))
+    values = torch.full((16, 16), 1.0 + world.at.tp)
+    parameter = TrainedParameter.of(values, torch.zeros(16, 16), GradientFlow(lambda _: None))
+    state = Fp8State({"w": parameter}, "tensorwise", world, amax_history=1)
+    layer = state.by_path["w"]
+    weight, x = layer.quantised_weight()[0], layer.input(3 * values, sharded=True)
+    grad, whole = layer.grad(5 * values, sharded=True)[0], layer.input(3 * values, sharded=False)
+    return [q.scales.item() for q in (weight, x, grad, whole)]
+
+
+def test_ranks_use_the_scale_of_the_largest_share():
+    first, second = run_ranks(2, scales_of_unequal_shares)
+    assert first[:3] == second[:3] == pytest.approx([2 / 448, 6 / 448, 10 / 57344])
+    assert first[3] == pytest.approx(3 / 448)
+
+
 def test_some_layers_stay_in_bf16(tmp_path):
     overrides = ("--model.num_layers", "4", "--precision.bf16_first_layers", "1", "--precision.bf16_last_layers", "2")
     config = fp8_config(tmp_path, *overrides)

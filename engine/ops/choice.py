@@ -35,6 +35,17 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
             raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][1]}, which is not installed; use auto")
 
 
+def in_words(ops: OpsConfig, device: torch.device) -> str:
+    """What a run takes, for its start: `python -m engine env` says more."""
+    if device.type != "cuda":
+        kernels = "plain PyTorch (no GPU)"
+    elif native.has_kernels():
+        kernels = "csrc kernels"
+    else:
+        kernels = f"plain PyTorch ({native.WHY_NOT or 'csrc was built without CUDA'})"
+    return ", ".join([kernels, *(f"{name} {wanted}" for name, wanted in ops.model_dump().items())])
+
+
 def installed(package: str) -> bool:
     """Whether "apex", "te", "flash_attn" or "dali" can be imported."""
     return any(_found(module) for module in _PACKAGES[package][0])

@@ -1,10 +1,10 @@
-// FP8 products with scales of blocks, for Hopper: D = A · Bᵀ, both E4M3, each 128 elements along k with scales of their own.
+// FP8 products with scales of blocks, for Hopper: D = A · Bᵀ, both E4M3, with scales for each 128 elements along k.
 //
 // One block a multiprocessor goes from tile to tile of D. A warp of it copies tiles of A and B, and their scales, into a
 // ring of stages; three warpgroups multiply 64 rows each. The tensor cores add up the 128 products between two scales,
-// in about 14 bits; times the scales, these sums are added in fp32 registers. Three warpgroups and not two, since L2
-// could not feed tiles of 128 × 128: 192 × 128 read a sixth less, and two sets of accumulators leave no registers for
-// more. While one of them adds up, the tensor cores work for the others.
+// in about 14 bits; times the scales, these sums are added in fp32 registers, and meanwhile the tensor cores work for the
+// other two warpgroups. Tiles of 192 × 128 ask a sixth less of L2 than tiles of 128 × 128; two sets of accumulators leave
+// no registers for larger ones. Rejected: clusters that share what they copy, which the emulation could not run.
 
 #include "hopper.cuh"
 
@@ -27,7 +27,8 @@ struct Shared {
 };
 constexpr int kAlignment = kSwizzle * kSwizzleRows;
 constexpr int kSharedBytes = sizeof(Shared) + kAlignment;  // room to start at a multiple
-static_assert(kSharedBytes <= 227 * 1024 && sizeof(Shared::a[0]) % kAlignment == 0 && sizeof(Shared::b[0]) % kAlignment == 0);
+static_assert(kSharedBytes <= 227 * 1024);
+static_assert(sizeof(Shared::a[0]) % kAlignment == 0 && sizeof(Shared::b[0]) % kAlignment == 0);
 
 struct Product {
   TensorMap a, b, a_scales, b_scales;
@@ -154,7 +155,8 @@ __device__ __forceinline__ void store_tile(
 
 template <typename T, bool kBRows>
 __device__ void consume(const Product& p, Shared& shared) {
-  const int group = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+  const int thread = threadIdx.x % kWarpgroup;
+  const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / kWarpgroup, 0);  // has the compiler know it as uniform
   Ring ring;
   for (int index = blockIdx.x; index < p.tiles_m * p.tiles_n; index += gridDim.x) {
     float total[kFragment] = {}, part[kFragment];
@@ -206,7 +208,8 @@ int start(const Product& p, int device, void* stream) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) return TRIAXIS_NOT_HOPPER;
-  if (const int failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) return failed;
+  const int failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (failed != 0) return failed;
 #else
   (void)device;
 #endif
@@ -216,8 +219,9 @@ int start(const Product& p, int device, void* stream) {
 
 bool valid(const triaxis_fp8_matmul_args& x) {
   const auto size = [](int64_t s) { return s >= 0 && s % 16 == 0 && s <= 1 << 24; };
-  return size(x.m) && size(x.n) && size(x.k) && x.a_dtype == TRIAXIS_E4M3 && x.b_dtype == TRIAXIS_E4M3 &&
-         x.a_scaling == TRIAXIS_ROWS && x.b_scaling != TRIAXIS_TENSOR && x.bias == nullptr &&
+  return size(x.m) && size(x.n) && size(x.k) && x.k > 0 && reinterpret_cast<uintptr_t>(x.out) % 16 == 0 &&
+         x.a_dtype == TRIAXIS_E4M3 && x.b_dtype == TRIAXIS_E4M3 && x.a_scaling == TRIAXIS_ROWS &&
+         x.b_scaling != TRIAXIS_TENSOR && x.bias == nullptr &&
          (x.out_dtype == TRIAXIS_F32 || (x.out_dtype == TRIAXIS_BF16 && !x.accumulate)) &&
          ceil_div(x.m, kTileM) * ceil_div(x.n, kTileN) < 1 << 30;
 }
@@ -241,13 +245,16 @@ extern "C" int triaxis_fp8_matmul_sm90(const triaxis_fp8_matmul_args* args, int 
   p.tiles_n = int(blocks_n);
   p.blocks_k = int(blocks_k);
   p.accumulate = x.accumulate;
-  const auto bytes = [](const void* data) { return static_cast<const uint8_t*>(data); };
-  int failed = make_tensor_map(p.a, bytes(x.a), x.m, x.k, kTileM, kTileK);
-  if (failed == 0) failed = make_tensor_map(p.b, bytes(x.b), x.n, x.k, kTileN, kTileK);
+  const auto* const a = static_cast<const uint8_t*>(x.a);
+  const auto* const b = static_cast<const uint8_t*>(x.b);
+  int failed = make_tensor_map(p.a, a, x.m, x.k, kTileM, kTileK);
+  if (failed == 0) failed = make_tensor_map(p.b, b, x.n, x.k, kTileN, kTileK);
   if (failed == 0) failed = make_tensor_map(p.a_scales, x.a_scales, blocks_k, x.m, 1, kTileM);
-  if (failed == 0 && b_rows) failed = make_tensor_map(p.b_scales, x.b_scales, blocks_k, x.n, 1, kTileN);
-  if (failed == 0 && !b_rows) failed = make_tensor_map(p.b_scales, x.b_scales, blocks_n, ceil_div(blocks_k, 4) * 4, 1, kSquareScales);
+  if (failed == 0)
+    failed = b_rows ? make_tensor_map(p.b_scales, x.b_scales, blocks_k, x.n, 1, kTileN)
+                    : make_tensor_map(p.b_scales, x.b_scales, blocks_n, ceil_div(blocks_k, 4) * 4, 1, kSquareScales);
   if (failed != 0) return failed;
-  if (x.out_dtype == TRIAXIS_F32) return b_rows ? start<float, true>(p, device, stream) : start<float, false>(p, device, stream);
+  if (x.out_dtype == TRIAXIS_F32)
+    return b_rows ? start<float, true>(p, device, stream) : start<float, false>(p, device, stream);
   return b_rows ? start<__nv_bfloat16, true>(p, device, stream) : start<__nv_bfloat16, false>(p, device, stream);
 }

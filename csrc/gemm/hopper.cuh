@@ -5,7 +5,6 @@
 // returns at once where it is compiled for another (kCompiledFor), and the host refuses other GPUs.
 #pragma once
 
-#include "../common/fp8.cuh"
 #include "../common/vec.cuh"
 
 #ifdef __CUDACC__
@@ -98,10 +97,6 @@ __device__ __forceinline__ void copy(const TensorMap& map, void* to, Barrier& ba
           shared_address(to)),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier))
       : "memory");
-}
-
-__device__ __forceinline__ void prefetch(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 template <int kRegisters>
@@ -232,7 +227,6 @@ inline void copy(const TensorMap& map, void* to, Barrier& barrier, int row, int 
   barrier.complete();
 }
 
-inline void prefetch(const TensorMap&) {}
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>

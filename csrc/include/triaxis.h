@@ -172,8 +172,8 @@ typedef struct {
 int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int device, void* stream);
 
 /* The same by a kernel of this library, for GPUs of compute capability 9.0: E4M3 matrices, `a` scaled by TRIAXIS_ROWS and
- * `b` by TRIAXIS_ROWS or TRIAXIS_SQUARES, `out` bf16, or fp32 which it can accumulate into; no bias. Each 128 elements
- * along k are summed by the tensor cores, and those sums in fp32. It needs no workspace.
+ * `b` by TRIAXIS_ROWS or TRIAXIS_SQUARES; `out` bf16, or fp32, which it can accumulate into; no bias; k > 0. The tensor
+ * cores sum 128 elements along k, and fp32 registers these sums. It needs no workspace.
  */
 int triaxis_fp8_matmul_sm90(const triaxis_fp8_matmul_args* args, int device, void* stream);
 

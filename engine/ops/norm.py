@@ -169,6 +169,7 @@ class _KernelNorm(torch.autograd.Function):
         y, total = y.view(x.shape), x if residual is None else total.view(x.shape)
         ctx.save_for_backward(y if options.memory_efficient else total, weight, bias, mean, rstd)
         ctx.options, ctx.has_residual = options, residual is not None
+        ctx.takers = [_taker(parameter) for parameter in (weight, bias)]
         ctx.set_materialize_grads(False)
         if residual is None:
             total = x.new_empty(0)
@@ -197,14 +198,25 @@ class _KernelNorm(torch.autograd.Function):
             ctx.options.memory_efficient,
         )
         grad_x = grad_x.view(grad_y.shape)
-        return (
-            grad_x,
-            grad_x if ctx.has_residual else None,
-            grad_weight,
-            None if bias is None else grad_bias,
-            None,
-            None,
-        )
+        gradients = [
+            _given(take, gradient) if needed else None
+            for take, gradient, needed in zip(
+                ctx.takers, (grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True
+            )
+        ]
+        return grad_x, grad_x if ctx.has_residual else None, *gradients, None, None
+
+
+def _given(take: Callable[[Tensor], None] | None, gradient: Tensor) -> Tensor | None:
+    if take is None:
+        return gradient
+    take(gradient)
+    return None
+
+
+def _taker(parameter: Tensor | None) -> Callable[[Tensor], None] | None:
+    """How a parameter takes its fp32 gradient itself, where autograd would round it to the parameter's dtype."""
+    return None if torch.compiler.is_compiling() else getattr(parameter, "add_gradient", None)
 
 
 class _RmsNorm(torch.autograd.Function):

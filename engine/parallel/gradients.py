@@ -65,14 +65,18 @@ class TrainedParameter(nn.Parameter):
         else:
             self.flow.postponed.append(run)
 
+    def add_gradient(self, grad: Tensor) -> None:
+        """Add a gradient, of any dtype, to the main gradient now."""
+        self.main_grad.add_(grad)
+        self.flow.arrived(self)
+
 
 @torch.no_grad()
 def _take_gradient(parameter: Tensor) -> None:
-    """For gradients that do come through autograd: norms, biases, embedding and head. It is also called where a layer
-    has handed over a product, and then there is no gradient."""
+    """For gradients that do come through autograd: biases, embedding and head, and norms where no kernel sums theirs in
+    fp32. It is also called where a layer has handed over its gradient, and then there is none."""
     assert isinstance(parameter, TrainedParameter)
     if parameter.grad is None:
         return
-    parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
-    parameter.flow.arrived(parameter)
+    grad, parameter.grad = parameter.grad, None
+    parameter.add_gradient(grad)

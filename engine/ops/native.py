@@ -14,20 +14,6 @@ LIBRARY = Path(__file__).parent.parent / "_csrc.so"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _load() -> str:
-    """Empty, or why there are no compiled operators."""
-    if not LIBRARY.exists():
-        return "csrc was not built"
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:  # built for another machine, or for another torch
-        return f"{LIBRARY} cannot be loaded: {error}"
-    return ""
-
-
-WHY_NOT = _load()
-
-
 def runs(x: Tensor) -> bool:
     """The rule of every operator with a kernel: `x` is on a GPU, of a dtype of the kernels, and csrc has CUDA."""
     return x.is_cuda and x.dtype in _DTYPES and has_kernels()
@@ -101,6 +87,23 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "fp8_matmul_sm90": lambda a, b, *rest: a.new_empty(a.shape[0], b.shape[0], dtype=rest[-1]),
     "fp8_matmul_sm90_add_": lambda *args: None,
 }
+
+
+def _load() -> str:
+    """Empty, or why there are no compiled operators."""
+    if not LIBRARY.exists():
+        return "csrc was not built"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:  # built for another machine, or for another torch
+        return f"{LIBRARY} cannot be loaded: {error}"
+    known = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "triaxis::" in name}
+    if missing := _SHAPES.keys() - known:
+        return f"{LIBRARY} is of another version of this package (without {min(missing)}); install the package again"
+    return ""
+
+
+WHY_NOT = _load()
 if not WHY_NOT:
     for _name, _shapes in _SHAPES.items():
         torch.library.register_fake(f"triaxis::{_name}", _shapes)

@@ -98,6 +98,11 @@ def test_a_library_of_another_torch_is_named(tmp_path):
     assert "_csrc.so cannot be loaded" in done.stdout
 
 
+def test_a_library_of_an_older_package_is_named(monkeypatch):
+    monkeypatch.setitem(native._SHAPES, "next_years_operator", lambda: None)
+    assert "of another version of this package (without next_years_operator); install" in native._load()
+
+
 def test_what_is_installed_is_built():
     """This very environment: a compiler is here, so the operators are."""
     if shutil.which("g++"):

@@ -1,0 +1,429 @@
+"""What each row of kernel_table.py runs on a GPU: our kernel, the reference that checks it, and the alternatives.
+
+Every case has buffers of its own for a few calls, since one set that fits into the L2 would measure the L2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.ops.adamw import adamw_step_reference
+from engine.ops.choice import installed
+from engine.ops.fp8 import dequantised
+from engine.ops.norm import layer_norm, rms_norm
+from engine.ops.quantize import Quantised, quantize, quantize_reference
+from engine.ops.rope import apply_rope_reference, rope_tables
+from engine.ops.swiglu import swiglu_reference
+from tools.bench.kernel_table import ADAMW_STATE_BYTES, FFN, HEADS, HIDDEN, PARAMETERS, TOKENS, VOCABULARY, Row
+
+DEVICE = "cuda"
+EPS, SETS = 1e-5, 4
+PIECE = 2**28  # elements at a time of what PyTorch takes as a list of tensors
+BF16, ROUNDING = torch.bfloat16, 4e-3  # relative L2 error of results that are rounded to bf16
+_SETTINGS = (1e-4, 0.9, 0.95, 1e-8, 0.1)
+
+Call = Callable[[], Any]
+Maker = Callable[..., Call]
+"""From the tensors of a buffer set to what is timed."""
+
+
+@dataclass
+class Case:
+    """What a row runs. `calls` and each of `others` hold one call for each buffer set.
+
+    Attributes:
+        check: raises where the result is wrong.
+        others: alternatives by name; made when it is their turn.
+        refresh: puts back, outside of the timing, what the calls overwrite.
+        share: of the row's work that one call does, where all of it does not fit into this GPU's memory.
+    """
+
+    calls: list[Call]
+    check: Call
+    others: dict[str, Callable[[], list[Call]]] = field(default_factory=dict)
+    refresh: Call | None = None
+    share: float = 1.0
+
+
+def _random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def _case(
+    ours: Maker,
+    plain: Callable[..., Any],
+    buffers: Callable[[], tuple[Tensor, ...]],
+    *,
+    gradients: int = 0,
+    others: dict[str, Callable[..., Any] | None] | None = None,
+) -> Case:
+    """A case of `plain` in PyTorch: in fp32 the reference, as it is and compiled two alternatives. Where the first
+    `gradients` tensors of a set are gradients of the results, what is wanted are those of the other tensors."""
+    made = [buffers() for _ in range(SETS)]
+    wrap = partial(_differentiated, gradients) if gradients else _called
+    functions = {"torch": plain, "torch.compile": torch.compile(plain, dynamic=False), **(others or {})}
+
+    def check() -> None:
+        wide = [x.float() if x.is_floating_point() else x for x in made[0]]
+        require_close(ours(*made[0])(), wrap(plain)(*wide)(), ROUNDING)
+
+    return Case(
+        [ours(*tensors) for tensors in made],
+        check,
+        {
+            name: lambda function=function: [wrap(function)(*tensors) for tensors in made]  # type: ignore[misc]
+            for name, function in functions.items()
+            if function is not None
+        },
+    )
+
+
+def _called(function: Callable[..., Any]) -> Maker:
+    return lambda *tensors: partial(function, *tensors)
+
+
+def _differentiated(count: int, function: Callable[..., Any]) -> Maker:
+    def maker(*tensors: Tensor) -> Call:
+        leaves = [x.detach().requires_grad_() for x in tensors[count:]]
+        results = function(*leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        return lambda: torch.autograd.grad(results, leaves, tensors[:count], retain_graph=True)
+
+    return maker
+
+
+def require_close(got: Any, expected: Any, limit: float) -> None:
+    """Raises: ValueError: a tensor of `expected` and its peer in `got` differ by more than `limit`, in relative L2."""
+    for number, (a, b) in enumerate(zip(_tensors(got), _tensors(expected), strict=False)):
+        error = ((a.float() - b.float()).norm() / b.float().norm()).item()
+        if a.shape != b.shape or not error <= limit:  # what is not a number is wrong
+            raise ValueError(f"wrong: result {number} is off by {error:.1e} of its norm, more than {limit:.0e}")
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those that hold something, in order."""
+    flat = [values] if isinstance(values, Tensor) else [x for x in values if isinstance(x, Tensor)]
+    return [x for x in flat if x.numel()]
+
+
+def _optional(module: str, name: str) -> Any:
+    """A function of another package; None where that is not installed."""
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def _norm(centered: bool, *, residual: bool = False, by: str = "torch") -> Callable[..., Any]:
+    """Of (x, [residual,] weight [, bias]); with a residual the sum too."""
+
+    def function(x: Tensor, *rest: Tensor) -> Any:
+        total = x + rest[0] if residual else x
+        weight, *bias = rest[1:] if residual else rest
+        if by == "torch":
+            y = F.layer_norm(total, (HIDDEN,), weight, bias[0], EPS) if centered else F.rms_norm(
+                total, (HIDDEN,), weight, EPS)  # fmt: skip
+        elif centered:
+            y = layer_norm(total, weight, bias[0], EPS, by=by)  # type: ignore[arg-type]
+        else:
+            y = rms_norm(total, weight, EPS, by=by)  # type: ignore[arg-type]
+        return (y, total) if residual else y
+
+    return function
+
+
+def _other_norms(centered: bool, **options: Any) -> dict[str, Callable[..., Any] | None]:
+    found: dict[str, Callable[..., Any] | None] = {
+        name: _norm(centered, by=by, **options)
+        for by, name in (("apex", "apex"), ("te", "Transformer Engine"))
+        if installed(by)
+    }
+    flash = _optional("flash_attn.ops.triton.layer_norm", "layer_norm_fn" if centered else "rms_norm_fn")
+    if flash is not None and not options:
+        found["flash-attn"] = lambda x, weight, *bias: flash(x, weight, bias[0] if bias else None, eps=EPS)
+    elif flash is not None:
+        found["flash-attn"] = lambda x, other, weight: flash(x, weight, None, residual=other, eps=EPS, prenorm=True)
+    return found
+
+
+def _weights(centered: bool) -> tuple[Tensor, ...]:
+    return tuple(_random(HIDDEN) for _ in range(2 if centered else 1))
+
+
+def _norm_forward(residual: bool, centered: bool) -> Case:
+    weights = _weights(centered)
+
+    def ours(x: Tensor, *rest: Tensor) -> Call:
+        other, weight, bias = rest[0] if residual else None, weights[0], weights[1] if centered else None
+        return partial(torch.ops.triaxis.norm_forward, x, other, weight, bias, EPS, centered, False, False)
+
+    options: dict[str, Any] = {"residual": True} if residual else {}
+    return _case(
+        ours,
+        _norm(centered, **options),
+        lambda: (*(_random(TOKENS, HIDDEN) for _ in range(2 if residual else 1)), *weights),
+        others=_other_norms(centered, **options),
+    )
+
+
+def _norm_backward(residual: bool, centered: bool) -> Case:
+    """With a residual, the gradient of the sum comes in and is added: for PyTorch the input is a result too."""
+    weights, count = _weights(centered), 2 if residual else 1
+
+    def ours(*tensors: Tensor) -> Call:
+        grad, grad_sum, x = tensors[0], tensors[1] if residual else None, tensors[count]
+        bias = weights[1] if centered else None
+        _, _, mean, rstd = torch.ops.triaxis.norm_forward(x, None, weights[0], bias, EPS, centered, False, False)
+        given = (grad, grad_sum, x, weights[0], bias, mean, rstd)
+        return partial(torch.ops.triaxis.norm_backward, *given, centered, False, False, False)
+
+    def passed_on(norm: Callable[..., Any]) -> Callable[..., Any]:
+        return (lambda x, *rest: (norm(x, *rest), x.view_as(x))) if residual else norm
+
+    return _case(
+        ours,
+        passed_on(_norm(centered)),
+        lambda: (*(_random(TOKENS, HIDDEN) for _ in range(count + 1)), *weights),
+        gradients=count,
+        others={name: passed_on(norm) for name, norm in _other_norms(centered).items() if norm is not None},
+    )
+
+
+def _quantise(scaling: str) -> Case:
+    scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensor" else None
+    given = (torch.float8_e4m3fn, scaling, True, True, scale, None, scaling == "rows")
+    return _case(
+        lambda x: partial(torch.ops.triaxis.quantize, x, *given),
+        lambda x: quantize_reference(x, *given),  # type: ignore[arg-type]
+        lambda: (_random(TOKENS, HIDDEN),),
+    )
+
+
+def _swiglu_forward() -> Case:
+    return _case(_called(torch.ops.triaxis.swiglu_forward), swiglu_reference, lambda: (_random(TOKENS, 2 * FFN),))
+
+
+def _swiglu_backward() -> Case:
+    return _case(
+        _called(torch.ops.triaxis.swiglu_backward),
+        swiglu_reference,
+        lambda: (_random(TOKENS, FFN), _random(TOKENS, 2 * FFN)),
+        gradients=1,
+    )
+
+
+def _rope() -> Case:
+    size = HIDDEN // HEADS
+    cos, sin = rope_tables(torch.arange(TOKENS, device=DEVICE), size, 10_000.0)
+    flash = _optional("flash_attn.layers.rotary", "apply_rotary_emb")
+
+    def plain(qkv: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, _ = qkv.chunk(3, 1)
+        return apply_rope_reference(q, cos, sin), apply_rope_reference(k, cos, sin)
+
+    def by_flash(qkv: Tensor) -> Any:
+        return flash(qkv[None, :, : 2 * HEADS], cos.to(BF16), sin.to(BF16))
+
+    return _case(
+        lambda qkv: partial(torch.ops.triaxis.rope_qk, qkv, cos, sin, HEADS),
+        plain,
+        lambda: (_random(TOKENS, 3 * HEADS, size),),
+        others={"flash-attn": by_flash if flash is not None else None},
+    )
+
+
+def _cross_entropy() -> Case:
+    logits = 4 * _random(TOKENS, VOCABULARY)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), device=DEVICE)
+    ones, copies = torch.ones(TOKENS, device=DEVICE), [logits.clone() for _ in range(SETS)]
+    flash = _optional("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+
+    def ours(x: Tensor) -> tuple[Tensor, Tensor]:
+        z, at_label = torch.ops.triaxis.cross_entropy_statistics(x, labels, 0)
+        torch.ops.triaxis.cross_entropy_gradient_(x, labels, z, ones, 0, 0.0)
+        return z - at_label, x
+
+    def plain(x: Tensor) -> Tensor:
+        return F.cross_entropy(x.float(), labels, reduction="none")
+
+    def trained(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        losses = function(leaf)
+        return losses.detach(), torch.autograd.grad(losses, leaf, ones)[0]
+
+    def refresh() -> None:
+        for copy in copies:
+            copy.copy_(logits)
+
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "torch": plain,
+        "torch, bf16": lambda x: F.cross_entropy(x, labels, reduction="none").float(),
+        "torch.compile": torch.compile(plain, dynamic=False),
+    }
+    if flash is not None:
+        functions["flash-attn"] = lambda x: flash(x, labels, inplace_backward=True)[0]
+    return Case(
+        [partial(ours, copy) for copy in copies],
+        lambda: require_close(ours(logits.clone()), trained(plain, logits.float()), ROUNDING),
+        {
+            name: lambda function=function: [partial(trained, function, copy) for copy in copies]  # type: ignore[misc]
+            for name, function in functions.items()
+        },
+        refresh,
+    )
+
+
+def _adamw() -> Case:
+    """As many parameters as fit; only the ends and the middle are checked, which is where an index would overflow."""
+    count = min(PARAMETERS, int(torch.cuda.mem_get_info()[0] * 0.9) // ADAMW_STATE_BYTES)
+    master, grad, average = (torch.empty(count, device=DEVICE).normal_() for _ in range(3))
+    square = torch.empty(count, device=DEVICE).uniform_()
+    param, step = torch.empty(count, dtype=BF16, device=DEVICE), torch.ones(1, device=DEVICE)
+    state = (master, grad, average, square)
+    learning_rate, beta1, beta2, eps, decay = _SETTINGS
+
+    def ours() -> None:
+        torch.ops.triaxis.adamw_(*state, param, step, None, None, *_SETTINGS)
+
+    def check() -> None:
+        ends = [slice(0, 4096), slice(count // 2, count // 2 + 4096), slice(count - 4096, count)]
+        before = [[x[end].clone() for x in state] for end in ends]
+        ours()
+        for end, (x, *others) in zip(ends, before, strict=True):
+            adamw_step_reference(x, others[0], others[1], others[2], step, learning_rate, (beta1, beta2), eps, decay)
+            require_close([tensor[end] for tensor in state], [x, *others], 1e-5)
+            require_close(param[end], x, ROUNDING)
+
+    def by_torch() -> None:
+        pieces = [list(x.split(PIECE)) for x in state]
+        settings = {"lr": learning_rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
+        steps = [step] * len(pieces[0])
+        torch._fused_adamw_(*pieces, [], steps, amsgrad=False, maximize=False, **settings)  # type: ignore[call-overload]
+        torch._foreach_copy_(list(param.split(PIECE)), pieces[0])
+
+    return Case([ours], check, {"torch, fused": lambda: [by_torch]}, share=count / PARAMETERS)
+
+
+def _gradient_norm() -> Case:
+    grad = torch.empty(PARAMETERS, device=DEVICE).normal_()
+    pieces = grad.split(PIECE)
+
+    def expected() -> Tensor:
+        return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
+
+    return Case(
+        [partial(torch.ops.triaxis.square_sum, grad)],
+        lambda: require_close(torch.ops.triaxis.square_sum(grad), expected(), 1e-5),
+        {
+            "torch": lambda: [partial(torch.linalg.vector_norm, grad)],
+            "torch, foreach": lambda: [lambda: torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)))],
+        },
+    )
+
+
+def _quantised(x: Tensor, scaling: str) -> Quantised:
+    scale = torch.finfo(torch.float8_e4m3fn).max / x.abs().amax().float().view(1) if scaling == "tensor" else None
+    result, _ = quantize(x, torch.float8_e4m3fn, scaling, scale=scale, power_of_two=True)  # type: ignore[arg-type]
+    assert result is not None
+    return result
+
+
+def _factors(m: int, n: int, k: int, scalings: tuple[str, str]) -> list[tuple[Tensor, Tensor, Quantised, Quantised]]:
+    """Both factors of each set, in bf16 and quantised."""
+    made = [(_random(m, k), _random(n, k)) for _ in range(SETS)]
+    return [(a, b, _quantised(a, scalings[0]), _quantised(b, scalings[1])) for a, b in made]
+
+
+def _given(a: Quantised, b: Quantised) -> tuple[Any, ...]:
+    return a.values, b.values, a.scales, b.scales, a.scaling, b.scaling
+
+
+def _product(scaling: str, by: str, width: int) -> Case:
+    """x·Wᵀ for x [t, h] and W [width, h]: one scale for each, or blocks of rows by squares."""
+    tensorwise = scaling == "tensor"
+    made = _factors(TOKENS, width, HIDDEN, ("tensor", "tensor") if tensorwise else ("rows", "squares"))
+
+    def cublaslt(a: Quantised, b: Quantised) -> Tensor:
+        return torch.ops.triaxis.fp8_matmul(*_given(a, b), None, BF16, tensorwise)
+
+    def own(a: Quantised, b: Quantised) -> Tensor:
+        return torch.ops.triaxis.fp8_matmul_sm90(*_given(a, b), BF16)
+
+    def by_torch(a: Quantised, b: Quantised) -> Tensor:
+        scales = {"scale_a": a.scales, "scale_b": b.scales}
+        return torch._scaled_mm(a.values, b.values.t(), **scales, out_dtype=BF16, use_fast_accum=True)
+
+    ours = own if by == "own" else cublaslt
+    others: dict[str, Callable[[], list[Call]]] = {
+        "bf16 product": lambda: [partial(torch.mm, x, weight.t()) for x, weight, _, _ in made]
+    }
+    if tensorwise:
+        others["torch._scaled_mm"] = lambda: [partial(by_torch, a, b) for _, _, a, b in made]
+    elif by == "own":
+        others["cuBLASLt"] = lambda: [partial(cublaslt, a, b) for _, _, a, b in made]
+    a, b = made[0][2:]
+    expected = dequantised(a) @ dequantised(b).t()
+    limit = 1e-2 if tensorwise else 3e-3  # fast accumulation; else 2e-3, and the rounding to bf16
+    return Case(
+        [partial(ours, a, b) for _, _, a, b in made], lambda: require_close(ours(a, b), expected, limit), others
+    )
+
+
+def _weight_gradient(by: str, width: int) -> Case:
+    """dyᵀ·x for dy [t, width] and x [t, h], both quantised in blocks along the tokens, added to an fp32 gradient."""
+    made = _factors(width, HIDDEN, TOKENS, ("rows", "rows"))
+    outs = [torch.zeros(width, HIDDEN, device=DEVICE) for _ in range(SETS)]
+
+    def cublaslt(out: Tensor, a: Quantised, b: Quantised) -> None:
+        torch.ops.triaxis.fp8_matmul_add_(out, *_given(a, b))
+
+    def own(out: Tensor, a: Quantised, b: Quantised) -> None:
+        torch.ops.triaxis.fp8_matmul_sm90_add_(out, *_given(a, b))
+
+    def calls(function: Callable[..., None]) -> list[Call]:
+        return [partial(function, out, a, b) for out, (_, _, a, b) in zip(outs, made, strict=True)]
+
+    def check() -> None:
+        a, b = made[0][2:]
+        start = torch.randn_like(outs[0])
+        (own if by == "own" else cublaslt)(out := start.clone(), a, b)
+        require_close(out - start, dequantised(a) @ dequantised(b).t(), 2e-3)
+
+    others: dict[str, Callable[[], list[Call]]] = {
+        "bf16 product": lambda: [partial(torch.mm, grad, x.t()) for grad, x, _, _ in made]
+    }
+    if by == "own":
+        others["cuBLASLt"] = lambda: calls(cublaslt)
+    return Case(calls(own if by == "own" else cublaslt), check, others)
+
+
+def case_of(row: Row) -> Case:
+    """The case of a row, with its buffers on the current GPU."""
+    name, width = row.name, int(row.shape.split("×")[1].split()[0]) if "GEMM" in row.name else 0
+    makers: dict[str, Callable[[], Case]] = {
+        "RMSNorm forward": partial(_norm_forward, False, False),
+        "residual add + RMSNorm": partial(_norm_forward, True, False),
+        "RMSNorm backward + residual": partial(_norm_backward, True, False),
+        "LayerNorm forward": partial(_norm_forward, False, True),
+        "LayerNorm backward": partial(_norm_backward, False, True),
+        "quantise row + column, 1×128": partial(_quantise, "rows"),
+        "quantise row + column, one scale": partial(_quantise, "tensor"),
+        "SwiGLU forward": _swiglu_forward,
+        "SwiGLU backward": _swiglu_backward,
+        "RoPE on q and k": _rope,
+        "cross-entropy forward + backward": _cross_entropy,
+        "AdamW": _adamw,
+        "gradient norm": _gradient_norm,
+        "FP8 GEMM tensorwise": partial(_product, "tensor", "cuBLASLt", width),
+        "FP8 GEMM blockwise": partial(_product, "squares", "cuBLASLt", width),
+        "FP8 GEMM blockwise, own kernel": partial(_product, "squares", "own", width),
+        "FP8 GEMM blockwise, weight gradient": partial(_weight_gradient, "cuBLASLt", width),
+        "FP8 GEMM blockwise, weight gradient, own kernel": partial(_weight_gradient, "own", width),
+    }
+    return makers[name]()

@@ -1,0 +1,169 @@
+"""The rows of the table of GPU kernels: what each moves or computes, its target, and how results are shown.
+
+Pure: it needs no GPU, so that the table can be tested and printed anywhere. What a row runs is in kernel_cases.py.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError, StorageError
+
+TOKENS, HIDDEN, FFN, VOCABULARY, HEADS = 8192, 4096, 11008, 32000, 32
+PARAMETERS = 6_738_415_616  # of Llama-2-7B
+ADAMW_BYTES, ADAMW_STATE_BYTES = 30, 18  # moved, and held, for a parameter
+BEGIN, END = "<!-- kernels: written by tools/bench/kernels.py -->", "<!-- kernels: end -->"
+HEADER = ("what", "shape", "floor", "target", "bound", "this run", "rate", "device copy", "best alternative")
+_MATRIX = TOKENS * HIDDEN * 2  # bytes in bf16
+_FFN_MATRIX = TOKENS * FFN * 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `work`: bytes that have to be moved, or FLOPs; 0 where step.py measures a training step."""
+
+    name: str
+    shape: str
+    unit: str
+    floor: float
+    target: float
+    bound: float
+    work: int = 0
+
+
+def rows() -> list[Row]:
+    """Floors are what others reach, bounds 4.3 TB/s (a device copy of one H200) or what its products reach at best."""
+    matrix, tall = f"{TOKENS}×{HIDDEN} bf16", f"{TOKENS}×{FFN} bf16"
+    table = [
+        Row("RMSNorm forward", matrix, "µs", 39, 34.7, 31.2, 2 * _MATRIX),
+        Row("residual add + RMSNorm", matrix, "µs", 78, 69, 62.4, 4 * _MATRIX),
+        Row("RMSNorm backward + residual", matrix, "µs", 89, 73, 66, 4 * _MATRIX),
+        Row("LayerNorm forward", matrix, "µs", 39, 35, 31, 2 * _MATRIX),
+        Row("LayerNorm backward", matrix, "µs", 66, 55, 47, 3 * _MATRIX),
+        Row("quantise row + column, 1×128", matrix, "µs", 42, 35, 31.2, 2 * _MATRIX),
+        Row("quantise row + column, one scale", matrix, "µs", 42, 35, 31.2, 2 * _MATRIX),
+        Row("SwiGLU forward", tall, "µs", 157, 140, 126, 3 * _FFN_MATRIX),
+        Row("SwiGLU backward", tall, "µs", 262, 233, 210, 5 * _FFN_MATRIX),
+        Row("RoPE on q and k", f"{TOKENS}×{2 * HIDDEN} bf16", "µs", 78, 69, 62, 4 * _MATRIX),
+        Row("cross-entropy forward + backward", f"{TOKENS}×{VOCABULARY} bf16", "µs", 610, 430, 366,
+            3 * 2 * TOKENS * VOCABULARY),
+        Row("AdamW", f"{PARAMETERS / 1e9:.2f}e9", "ms", 63, 52, 47, ADAMW_BYTES * PARAMETERS),
+        Row("gradient norm", f"{PARAMETERS / 1e9:.2f}e9", "ms", 8.5, 7, 6.3, 4 * PARAMETERS),
+    ]  # fmt: skip
+    table += list(_products())
+    whole = f"S 4096, {16 * 4096:,} tokens a step"
+    table += [
+        Row("llama2-7b bf16, whole step", whole, "tokens/s", 12_000, 13_700, 16_400),
+        Row("llama2-7b fp8, whole step", whole, "tokens/s", 15_000, 17_500, 24_600),
+    ]
+    return table
+
+
+def _products() -> Iterator[Row]:
+    kinds = [
+        ("tensorwise", (1100, 1250, 1400)),
+        ("blockwise", (950, 1100, 1250)),
+        ("blockwise, own kernel", (950, 1100, 1250)),
+        ("blockwise, weight gradient", (750, 900, 1000)),
+        ("blockwise, weight gradient, own kernel", (750, 900, 1000)),
+    ]
+    for name, targets in kinds:
+        for width in (3 * HIDDEN, 2 * FFN):
+            shape = f"{TOKENS}×{width}×{HIDDEN}"
+            yield Row(f"FP8 GEMM {name}", shape, "TFLOP/s", *targets, 2 * TOKENS * width * HIDDEN)
+
+
+def key(row: Row) -> str:
+    """A row's name in a file of results."""
+    return f"{row.name} {row.shape}" if "GEMM" in row.name else row.name
+
+
+def cells(row: Row, result: dict[str, Any] | None) -> list[str]:
+    """A line of the table, in the order of HEADER."""
+    line = [row.name, row.shape, *(_number(x, row.unit) for x in (row.floor, row.target)), ""]
+    line[4] = f"{_number(row.bound, row.unit)} {row.unit}"
+    if result is None:
+        return [*line, "not yet run on a GPU", "", "", ""]
+    if "error" in result:
+        return [*line, f"failed: {result['error']}", "", "", ""]
+    if row.unit == "tokens/s":
+        rate = f"{result['mfu']:.1%} MFU, {result['peak_gib']:.0f} GiB"
+        return [*line, f"**{_number(result['value'], row.unit)}**", rate, "", ""]
+    seconds = result["seconds"]
+    if result["share"] < 1:
+        line[1] += f" (measured on {result['share']:.0%})"
+    teraflops = row.work / seconds / 1e12
+    value = teraflops if row.unit == "TFLOP/s" else _in_unit(seconds, row.unit)
+    rate = f"{seconds * 1e6:,.0f} µs" if row.unit == "TFLOP/s" else f"{row.work / seconds / 1e9:,.0f} GB/s"
+    copy = f"{_number(_in_unit(result['copy'], row.unit), row.unit)}" if "copy" in result else ""
+    return [*line, f"**{_number(value, row.unit)}**", rate, copy, _best(result)]
+
+
+def _best(result: dict[str, Any]) -> str:
+    """The fastest alternative, and how much longer it takes than ours."""
+    ran = {name: time for name, time in result["others"].items() if not isinstance(time, str)}
+    if not ran:
+        return "none ran"
+    name = min(ran, key=lambda name: ran[name])
+    return f"{name}, {ran[name] / result['seconds']:.2f}×"
+
+
+def _in_unit(seconds: float, unit: str) -> float:
+    return seconds * {"µs": 1e6, "ms": 1e3}[unit]
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:,.0f}" if unit in ("TFLOP/s", "tokens/s") or value >= 1000 else f"{value:.1f}".removesuffix(".0")
+
+
+def table(results: dict[str, Any], *, markdown: bool) -> str:
+    """All rows, with the results that there are."""
+    lines = [list(HEADER), *(cells(row, results.get(key(row))) for row in rows())]
+    if markdown:
+        lines.insert(1, ["---"] * len(HEADER))
+        return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines).replace("**", "  ")
+
+
+def section(documents: Sequence[dict[str, Any]]) -> str:
+    """What stands between the markers of a document."""
+    results = {name: result for document in documents for name, result in document["rows"].items()}
+    machines = [document["machine"] for document in documents]
+    said = "Not yet run on a GPU; `bash tools/bench/gpu.sh` fills in the table."
+    if machines:
+        names = sorted({f"{m['gpu']}, torch {m['torch']}, {m['commit']}" for m in machines})
+        said = f"`bash tools/bench/gpu.sh` ({'; '.join(names)})."
+    for found in (m for m in machines if "copy_tb_s" in m):
+        said += f" Here a device copy of 8 GB moves {found['copy_tb_s']:.2f} TB/s, a bf16 product of 8192³ runs at "
+        said += f"{found['bf16_tflops']:.0f} TFLOP/s."
+    return f"{said}\n\n{table(results, markdown=True)}"
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replaces what stands between the two markers of a document.
+
+    Raises:
+        ConfigError: it does not have both markers, once each and in order.
+    """
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in before + after:
+        raise ConfigError(f"--into {path}: expected a document with one line {BEGIN} and, behind it, one line {END}")
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results that this program or step.py wrote."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"--results {path}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"--results {path}: expected a file that --json wrote: {error}") from None
+    if not {"machine", "rows"} <= document.keys():
+        raise ConfigError(f"--results {path}: expected a file that --json wrote")
+    return document

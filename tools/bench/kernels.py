@@ -1,0 +1,205 @@
+"""Every kernel on a GPU beside its target, a device copy of as many bytes, and the best alternative that is installed.
+
+    python tools/bench/kernels.py                                     # all rows, some minutes
+    python tools/bench/kernels.py --only RMSNorm 'FP8 GEMM' --json kernels.json
+    python tools/bench/kernels.py --results kernels.json step.json --into docs/measurements.md
+
+A row is checked against its reference, then timed: a CUDA graph of calls on four sets of random buffers in turn (the
+footprint of four is many times the L2), replayed 50 times without waiting between replays; medians. The alternatives
+(PyTorch, torch.compile, flash-attn, apex, Transformer Engine) run in the same process in the same way. `--results`
+prints, or writes into a document between its two markers, what was measured before; rows of no file stay empty.
+Rejected: timing call by call, which shows the time of launching wherever a kernel is shorter than that.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError, run_program
+from engine.ops import native
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench.kernel_cases import SETS, Call, Case, case_of
+from tools.bench.kernel_table import (
+    Row,
+    cells,
+    key,
+    read,
+    rows,
+    section,
+    table,
+    write_between_markers,
+)
+
+ROTATIONS, SAMPLES = 5, 50
+LARGEST_COPY = 16 * 10**9  # bytes; more are scaled
+
+
+def samples(calls: Sequence[Call], refresh: Call | None = None) -> list[float]:
+    """Seconds of one call, of each replay of a graph of all."""
+    rotations = 1 if refresh or len(calls) == 1 else ROTATIONS
+    for call in [*calls, *calls, *calls]:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(rotations):
+            results = [call() for call in calls]  # each to its own memory, as the inputs are each their own
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(SAMPLES + 5)]
+    for start, end in marks:  # the device is never waited for, so that it always has work in its queue
+        if refresh is not None:
+            refresh()
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    del results
+    return [start.elapsed_time(end) / 1000 / (rotations * len(calls)) for start, end in marks[5:]]
+
+
+def copy_seconds(size: int) -> float:
+    """Of a device copy that moves `size` bytes, half of them read and half written."""
+    once = min(size, LARGEST_COPY)
+    count = SETS if once < 2 * 10**9 else 1
+    pairs = [
+        [torch.randint(256, (once // 2,), dtype=torch.uint8, device="cuda") for _ in range(2)] for _ in range(count)
+    ]
+    return statistics.median(samples([partial(to.copy_, source) for to, source in pairs])) * size / once
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """The result of a row: seconds of ours, of a copy, and of each alternative (or why it did not run); or an error."""
+    torch.manual_seed(0)
+    result: dict[str, Any] = {}
+    try:
+        if row.unit != "TFLOP/s":
+            result["copy"] = copy_seconds(row.work)
+        torch.cuda.empty_cache()
+        case = case_of(row)
+        case.check()
+        times = sorted(time / case.share for time in samples(case.calls, case.refresh))
+        result |= {"seconds": statistics.median(times), "range": [times[0], times[-1]], "share": case.share}
+    except Exception as error:  # the other rows are still worth having
+        return {"error": _first_line(error)}
+    result["others"] = {name: _alternative(make, case) for name, make in case.others.items()}
+    return result
+
+
+def _alternative(make: Callable[[], list[Call]], case: Case) -> float | str:
+    try:
+        return statistics.median(samples(make(), case.refresh)) / case.share
+    except Exception as error:  # of another package, or for want of memory: its line says so
+        return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def machine(commit: str | None) -> dict[str, Any]:
+    """What the numbers belong to, with the two ceilings of the device."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    product = statistics.median(samples([partial(torch.mm, a, b)]))
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": commit or _commit(),
+        "copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12,
+        "bf16_tflops": 2 * 8192**3 / product / 1e12,
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run(chosen: Sequence[Row], commit: str | None) -> dict[str, Any]:
+    """Measures the rows; {"machine": …, "rows": {key: result}}."""
+    torch._functorch.config.donated_buffer = False  # backward passes are repeated
+    with torch.cuda.stream(torch.cuda.Stream()):  # graphs capture none of the default stream
+        document: dict[str, Any] = {"machine": machine(commit), "rows": {}}
+        for row in chosen:
+            result = document["rows"][key(row)] = measure(row)
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            print("  ".join(cells(row, result)), flush=True)
+            for name, time in result.get("others", {}).items():
+                print(f"    {name}: {time if isinstance(time, str) else f'{time * 1e6:,.1f} µs'}")
+    return document
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.results is None:
+        chosen = choose(options.only)
+        require_kernels()
+        documents = [run(chosen, options.commit)]
+    else:
+        documents = [read(path) for path in options.results]
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(documents[0], indent=1, ensure_ascii=False), encoding="utf-8")
+    results = {name: result for document in documents for name, result in document["rows"].items()}
+    print(f"\n{section(documents) if options.markdown else table(results, markdown=False)}")
+    if options.into is not None:
+        write_between_markers(options.into, section(documents))
+    return 1 if any("error" in result for result in results.values()) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n\n    ")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n    {rest.partition(chr(10) * 2)[0]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose name contains one of these")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--results", type=Path, nargs="*", metavar="FILE", help="show these results; measure nothing")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="write the table between the markers of a document")
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    return parser
+
+
+def choose(names: Sequence[str] | None) -> list[Row]:
+    """The rows to measure, the largest of them last.
+
+    Raises:
+        ConfigError: a name is part of no row's.
+    """
+    measured = [row for row in rows() if row.work]
+    for name in names or ():
+        if not any(name.lower() in key(row).lower() for row in measured):
+            known = ", ".join(dict.fromkeys(row.name for row in measured))
+            raise ConfigError(f"--only {name}: no row has that in its name; there are {known}")
+    return [row for row in measured if not names or any(name.lower() in key(row).lower() for name in names)]
+
+
+def require_kernels() -> None:
+    """Raises: ConfigError: there is no GPU, or there are no kernels for it."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "this measures kernels on a GPU, and torch finds none; --results shows what was measured before"
+        )
+    if not native.has_kernels():
+        why = native.WHY_NOT or "csrc was built without CUDA"
+        raise ConfigError(f"there are no kernels to measure: {why}; TRIAXIS_CUDA=on pip install -e . builds them")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,196 @@
+"""The benchmark of the kernels: its arithmetic, its table, and its cases as they run on the host."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.errors import ConfigError, StorageError
+from tests.csrc.conftest import emulated, toolchain  # noqa: F401
+from tools.bench import kernel_cases, kernel_table, kernels
+from tools.bench.kernel_table import BEGIN, END, cells, key, rows, section, table, write_between_markers
+
+COUNT = len(rows())
+COPY_BYTES_PER_S = 4.3e12  # of one H200
+DONE = {"seconds": 35e-6, "range": [34e-6, 36e-6], "share": 1.0, "copy": 32e-6, "others": {"a": 70e-6, "b": "failed"}}
+STEP = {"value": 13_456.7, "mfu": 0.583, "peak_gib": 130.2}
+
+
+def row(name: str):
+    return next(row for row in rows() if row.name == name)
+
+
+def test_bounds_are_the_bytes_at_the_speed_of_a_copy():
+    moved = [row for row in rows() if row.unit in ("µs", "ms")]
+    assert len(moved) == 13
+    for row in moved:
+        seconds = row.work / COPY_BYTES_PER_S
+        assert row.bound / {"µs": 1e6, "ms": 1e3}[row.unit] == pytest.approx(seconds, rel=0.07), row.name
+
+
+def test_targets_lie_between_floor_and_bound():
+    for row in rows():
+        assert row.floor < row.target < row.bound or row.floor > row.target > row.bound, row.name
+    assert len({key(row) for row in rows()}) == COUNT
+
+
+def test_products_have_the_flops_of_their_shape():
+    products = [row for row in rows() if row.unit == "TFLOP/s"]
+    assert len(products) == 10
+    for row in products:
+        m, n, k = map(int, row.shape.split("×"))
+        assert row.work == 2 * m * n * k
+
+
+def test_cells():
+    assert cells(row("RMSNorm forward"), DONE)[2:] == [
+        "39", "34.7", "31.2 µs", "**35**", "3,835 GB/s", "32", "a, 2.00×"
+    ]  # fmt: skip
+    halved = cells(row("AdamW"), DONE | {"share": 0.5, "seconds": 0.052, "copy": 0.05})
+    assert halved[1] == "6.74e9 (measured on 50%)"
+    assert halved[4:8] == ["47 ms", "**52**", "3,888 GB/s", "50"]
+    product = cells(row("FP8 GEMM tensorwise"), {"seconds": 660e-6, "share": 1.0, "others": {"a": "no"}})
+    assert product[4:] == ["1,400 TFLOP/s", "**1,249**", "660 µs", "", "none ran"]
+    assert cells(row("llama2-7b bf16, whole step"), STEP)[5:7] == ["**13,457**", "58.3% MFU, 130 GiB"]
+    assert cells(row("RMSNorm forward"), {"error": "wrong"})[5] == "failed: wrong"
+    assert {len(cells(row, None)) for row in rows()} == {len(kernel_table.HEADER)}
+
+
+def test_tables():
+    results = {"RMSNorm forward": DONE}
+    lines = table(results, markdown=True).splitlines()
+    assert len(lines) == COUNT + 2
+    assert (
+        lines[2] == "| RMSNorm forward | 8192×4096 bf16 | 39 | 34.7 | 31.2 µs | **35** | 3,835 GB/s | 32 | a, 2.00× |"
+    )
+    assert lines[3].endswith("| not yet run on a GPU | | | |")
+    plain = table(results, markdown=False).splitlines()
+    assert len(plain) == COUNT + 1
+    assert plain[0].index("shape") == plain[1].index("8192×4096")
+
+
+def document(tmp_path, name: str, content: dict):
+    path = tmp_path / name
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_results_go_between_the_markers(tmp_path, capsys):
+    machine = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc"}
+    measured = {"machine": {**machine, "copy_tb_s": 4.31, "bf16_tflops": 788.4}, "rows": {"RMSNorm forward": DONE}}
+    whole = {"machine": machine, "rows": {"llama2-7b bf16, whole step": STEP}}
+    files = [document(tmp_path, "a.json", measured), document(tmp_path, "b.json", whole)]
+    target = tmp_path / "doc.md"
+    target.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n", encoding="utf-8")
+    for _ in range(2):  # the second time changes nothing
+        assert kernels.main(["--results", *map(str, files), "--into", str(target)]) == 0
+        written = target.read_text(encoding="utf-8")
+    assert written.startswith(
+        f"above\n{BEGIN}\n`bash tools/bench/gpu.sh` (NVIDIA H200, torch 2.11.0, abc). Here a device"
+    )
+    assert written.endswith(f"|\n{END}\nbelow\n")
+    assert "moves 4.31 TB/s, a bf16 product of 8192³ runs at 788 TFLOP/s" in written
+    assert "| **13,457** | 58.3% MFU, 130 GiB |" in written
+    assert "old" not in written
+    assert "RMSNorm forward" in capsys.readouterr().out
+
+
+def test_what_is_in_the_docs_is_what_the_tool_writes():
+    text = (Path(__file__).parents[3] / "docs" / "measurements.md").read_text(encoding="utf-8")
+    between = text.partition(BEGIN)[2].partition(END)[0]
+    for row in rows():
+        assert f"| {row.name} | {row.shape}" in between
+    if "Not yet run" in between:
+        assert between == f"\n{section([])}\n"
+
+
+@pytest.mark.parametrize("content", ["no markers", f"{END}\n{BEGIN}\n", f"{BEGIN}\n", f"{BEGIN}\n{BEGIN}\n{END}\n"])
+def test_a_document_without_its_markers(tmp_path, content):
+    target = tmp_path / "doc.md"
+    target.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected a document with one line"):
+        write_between_markers(target, "text")
+    assert target.read_text(encoding="utf-8") == content
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(ConfigError, match=r"--only nonsense: no row .* there are RMSNorm forward, residual add"):
+        kernels.main(["--only", "nonsense"])
+    assert {row.name for row in kernels.choose(["rmsnorm", "22016"])} >= {"RMSNorm forward", "FP8 GEMM tensorwise"}
+    assert len(kernels.choose(None)) == COUNT - 2  # whole steps are step.py's
+    with pytest.raises(StorageError, match=r"none\.json"):
+        kernels.main(["--results", str(tmp_path / "none.json")])
+    with pytest.raises(ConfigError, match="expected a file that --json wrote"):
+        kernels.main(["--results", str(document(tmp_path, "a.json", {"rows": {}}))])
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds none"):
+        kernels.main([])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels.native, "has_kernels", lambda: False)
+    with pytest.raises(ConfigError, match="there are no kernels to measure"):
+        kernels.main([])
+
+
+def test_a_failing_row_or_alternative_leaves_the_others(monkeypatch, capsys):
+    def case(row):
+        if row.name == "RMSNorm forward":
+            raise RuntimeError("no such kernel\nat all")
+        calls = [lambda: None]
+        return kernel_cases.Case(calls, lambda: None, {"good": lambda: calls, "bad": lambda: 1 / 0}, share=0.5)
+
+    monkeypatch.setattr(kernels, "case_of", case)
+    monkeypatch.setattr(kernels, "samples", lambda calls, refresh=None: [3.0, 1.0, 2.0])
+    monkeypatch.setattr(kernels, "copy_seconds", lambda size: size / COPY_BYTES_PER_S)
+    assert kernels.measure(row("RMSNorm forward")) == {"error": "RuntimeError: no such kernel"}
+    result = kernels.measure(row("LayerNorm forward"))
+    assert result["seconds"] == 4.0
+    assert result["range"] == [2.0, 6.0]
+    assert result["others"] == {"good": 4.0, "bad": "ZeroDivisionError: division by zero"}
+
+
+@pytest.fixture
+def small(emulated, monkeypatch):  # noqa: F811
+    """The cases at sizes for the host."""
+    sizes = {"TOKENS": 32, "HIDDEN": 256, "FFN": 96, "VOCABULARY": 48, "HEADS": 2, "PARAMETERS": 20_000, "PIECE": 7000}
+    for name, size in sizes.items():
+        monkeypatch.setattr(kernel_cases, name, size)
+    monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+
+
+def on_the_host():
+    names = {row.name: row for row in rows() if row.work}
+    return [row for row in names.values() if "GEMM" not in row.name or "own" in row.name]
+
+
+@pytest.mark.parametrize("row", on_the_host(), ids=lambda row: row.name)
+def test_cases_are_right_and_their_alternatives_too(small, row):
+    torch.manual_seed(0)
+    if "GEMM" in row.name:
+        row = kernel_table.Row(row.name, "32×384×256", row.unit, row.floor, row.target, row.bound, row.work)
+    case = kernel_cases.case_of(row)
+    case.check()
+    assert len(case.calls) == (1 if row.unit == "ms" else kernel_cases.SETS)
+    for name, make in case.others.items():
+        if name == "cuBLASLt":  # on a GPU alone
+            continue
+        if case.refresh is not None:
+            case.refresh()
+        calls = make()
+        assert len(calls) == len(case.calls)
+        if row.unit == "µs" and name != "torch, bf16":
+            expected = kernel_cases._tensors(calls[0]())
+            kernel_cases.require_close(case.calls[0](), expected, 2e-2)
+
+
+def test_a_wrong_result_is_found():
+    good = torch.randn(64)
+    kernel_cases.require_close((good, torch.empty(0), good), (good, good), 1e-6)
+    for bad in (good * 1.01, good * torch.nan, good[:, None]):
+        with pytest.raises(ValueError, match="result 1 is off"):
+            kernel_cases.require_close((good, bad), (good, good), 1e-3)

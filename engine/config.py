@@ -132,6 +132,9 @@ class OpsConfig(Section):
     attention: Literal["auto", "sdpa", "varlen", "flash_attn"] = Field(
         "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
     )
+    fp8_matmul: Literal["auto", "cublaslt", "triaxis", "torch"] = Field(
+        "auto", description="auto: cuBLASLt through csrc, else PyTorch; triaxis: own kernel, for scales of blocks"
+    )
 
 
 class DatasetConfig(Section):

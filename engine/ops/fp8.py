@@ -5,6 +5,8 @@ the quantised factors are multiplied in fp32: every rounding of a real product b
 would refuse is refused everywhere.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,12 @@ MULTIPLE = 16  # of every size of an FP8 product
 _PAIRS = {("tensor", "tensor"), ("rows", "squares"), ("squares", "rows"), ("rows", "rows")}
 
 
-def scaled_matmul(a: Quantised, b: Quantised, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
+Implementation = Literal["auto", "cublaslt", "triaxis", "torch"]
+
+
+def scaled_matmul(
+    a: Quantised, b: Quantised, dtype: torch.dtype, *, fast: bool = False, by: Implementation = "auto"
+) -> Tensor:
     """a·bᵀ for `a` [m, k] and `b` [n, k]: [m, n] of `dtype`.
 
     `fast` lets a GPU accumulate in fewer bits, which per-tensor scales alone admit.
@@ -26,15 +33,15 @@ def scaled_matmul(a: Quantised, b: Quantised, dtype: torch.dtype, *, fast: bool 
     """
     _require_supported(a, b)
     if a.values.is_cuda:
-        return _on_gpu(a, b, dtype, None, fast)
+        return _on_gpu(a, b, dtype, None, fast, by)
     return matmul_transposed(dequantised(a), dequantised(b)).to(dtype)
 
 
-def add_scaled_matmul(out: Tensor, a: Quantised, b: Quantised) -> None:
+def add_scaled_matmul(out: Tensor, a: Quantised, b: Quantised, *, by: Implementation = "auto") -> None:
     """Adds a·bᵀ to `out` fp32 [m, n]."""
     _require_supported(a, b)
     if a.values.is_cuda:
-        _on_gpu(a, b, torch.float32, out, fast=False)
+        _on_gpu(a, b, torch.float32, out, False, by)
     else:
         out.add_(matmul_transposed(dequantised(a), dequantised(b)))
 
@@ -69,17 +76,24 @@ def _require_supported(a: Quantised, b: Quantised) -> None:
         raise ValueError(f"there is no FP8 product of matrices scaled by {a.scaling} and by {b.scaling}")
 
 
-def _on_gpu(a: Quantised, b: Quantised, dtype: torch.dtype, out: Tensor | None, fast: bool) -> Tensor:
-    """cuBLASLt through csrc, which accumulates into `out`; else PyTorch's call, for one scale a tensor."""
-    if not native.WHY_NOT:
-        given = (a.values, b.values, a.scales, b.scales, a.scaling, b.scaling)
-        if out is None:
-            return torch.ops.triaxis.fp8_matmul(*given, None, dtype, fast)
-        torch.ops.triaxis.fp8_matmul_add_(out, *given)
-        return out
-    if a.scaling != "tensor":
-        raise ValueError(f"FP8 with scales of blocks needs csrc: {native.WHY_NOT}")
-    product = torch._scaled_mm(
-        a.values, b.values.t(), scale_a=a.scales, scale_b=b.scales, out_dtype=dtype, use_fast_accum=fast
-    )
-    return product if out is None else out.add_(product)
+def _on_gpu(
+    a: Quantised, b: Quantised, dtype: torch.dtype, out: Tensor | None, fast: bool, by: Implementation
+) -> Tensor:
+    """The rule: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's call, which does not, for a
+    scale a tensor. The own kernel is for Hopper and for scales of blocks, and has to be asked for by name."""
+    if by == "auto":
+        by = "torch" if native.WHY_NOT else "cublaslt"
+    given = (a.values, b.values, a.scales, b.scales, a.scaling, b.scaling)
+    if by == "torch":
+        if a.scaling != "tensor":
+            raise ValueError("PyTorch's FP8 product has one scale a tensor; scales of blocks need csrc")
+        product = torch._scaled_mm(a.values, b.values.t(), a.scales, b.scales, out_dtype=dtype, use_fast_accum=fast)
+        return product if out is None else out.add_(product)
+    own = by == "triaxis" and a.scaling != "tensor"
+    if out is None:
+        if own:
+            return torch.ops.triaxis.fp8_matmul_sm90(*given, dtype)
+        return torch.ops.triaxis.fp8_matmul(*given, None, dtype, fast)
+    add = torch.ops.triaxis.fp8_matmul_sm90_add_ if own else torch.ops.triaxis.fp8_matmul_add_
+    add(out, *given)
+    return out

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.ops import native
+from engine.ops.fp8 import Implementation
 from engine.ops.quantize import Quantised, quantize
 from engine.parallel.collectives import all_gather, all_max
 from engine.parallel.gradients import TrainedParameter
@@ -36,6 +37,7 @@ class Fp8Layer:
         tp: with whom the layer is shared.
         scales, amax: of input and gradient, fp32 [2]; the scales that "delayed" uses in this step, and the largest
             magnitudes seen in it.
+        by: the implementation of the products.
         delayed: the scales are those of "delayed".
         kept: the quantised weight, as it lies and transposed, until the weight changes.
     """
@@ -45,6 +47,7 @@ class Fp8Layer:
     tp: TensorParallel
     scales: Tensor
     amax: Tensor
+    by: Implementation = "auto"
     delayed: bool = False
     kept: tuple[Quantised, Quantised] | None = None
 
@@ -107,8 +110,14 @@ def require_device(config: Config, device: torch.device) -> None:
         raise ConfigError(f"precision.mode = fp8 needs a GPU of compute capability 8.9 or newer, and {has}; use bf16")
     if precision.recipe == "blockwise" and found != (9, 0):
         raise ConfigError(f"precision.recipe = blockwise needs compute capability 9.0, and {has}; use tensorwise")
-    if precision.recipe == "blockwise" and native.WHY_NOT:
-        raise ConfigError(f"precision.recipe = blockwise needs the compiled operators: {native.WHY_NOT}")
+    by = config.ops.fp8_matmul
+    if native.WHY_NOT and (precision.recipe == "blockwise" or by in ("cublaslt", "triaxis")):
+        raise ConfigError(
+            f"precision.recipe = {precision.recipe} with ops.fp8_matmul = {by} needs csrc: {native.WHY_NOT}"
+        )
+    if (by == "torch" and precision.recipe == "blockwise") or (by == "triaxis" and precision.recipe != "blockwise"):
+        has = "one scale a tensor" if by == "torch" else "scales of blocks"
+        raise ConfigError(f"ops.fp8_matmul = {by} has {has}, not precision.recipe = {precision.recipe}; use cublaslt")
 
 
 class Fp8State:
@@ -125,6 +134,7 @@ class Fp8State:
         world: World,
         *,
         amax_history: int,
+        by: Implementation = "auto",
     ) -> None:
         self.recipe, self.world = recipe, world
         count, device = len(parameters), world.device
@@ -135,7 +145,7 @@ class Fp8State:
         self._has_history = False
         self.by_path: dict[str, Fp8Layer] = {}
         for index, (path, weight) in enumerate(parameters.items()):
-            layer = Fp8Layer(recipe, weight, world.tp, self._scales[index], self._amax[index])
+            layer = Fp8Layer(recipe, weight, world.tp, self._scales[index], self._amax[index], by)
             self.by_path[path] = weight.fp8 = layer
 
     def weights_changed(self) -> None:

@@ -136,7 +136,9 @@ class _Fp8Linear(torch.autograd.Function):
         kept = quantised if ctx.tp is None else own_rows(quantised, ctx.tp)
         ctx.save_for_backward(kept.values, kept.scales)
         ctx.scaling = kept.scaling
-        return scaled_matmul(quantised, layer.quantised_weight()[0], x.dtype, fast=quantised.scaling == "tensor")
+        return scaled_matmul(
+            quantised, layer.quantised_weight()[0], x.dtype, fast=quantised.scaling == "tensor", by=layer.by
+        )
 
     @staticmethod
     @once_differentiable
@@ -145,13 +147,13 @@ class _Fp8Linear(torch.autograd.Function):
         values, scales = ctx.saved_tensors
         x = Quantised(values, scales, ctx.scaling)
         grad, grad_turned = layer.grad(grad_outputs[0].contiguous(), sharded=tp is not None)
-        grad_x = scaled_matmul(grad, layer.quantised_weight()[1], ctx.dtype)
+        grad_x = scaled_matmul(grad, layer.quantised_weight()[1], ctx.dtype, by=layer.by)
         if tp is not None:
             partial, grad_x = grad_x, grad_x.new_empty(grad_x.shape[0] // tp.size, grad_x.shape[1])
             scattering = reduce_scatter(grad_x, partial, tp.group)
             x = gather_rows(x, tp.group)
         x_turned = turned(x)
-        weight.add_product(lambda out: add_scaled_matmul(out, grad_turned, x_turned))
+        weight.add_product(lambda out: add_scaled_matmul(out, grad_turned, x_turned, by=layer.by))
         if tp is not None:
             scattering.wait()
         return grad_x, None, None, None

@@ -92,7 +92,8 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
         for path, parameter in parameters.by_path.items()
         if isinstance(parameter, TrainedParameter) and multiplies_in_fp8(config, path, tuple(parameter.shape))
     }
-    return Fp8State(chosen, config.precision.recipe, world, amax_history=config.precision.amax_history)
+    precision = config.precision
+    return Fp8State(chosen, precision.recipe, world, amax_history=precision.amax_history, by=config.ops.fp8_matmul)
 
 
 def build(

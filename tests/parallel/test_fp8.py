@@ -6,7 +6,7 @@ import torch
 from engine.config import Config
 from engine.errors import ConfigError
 from engine.model.layers import ColumnLinear
-from engine.parallel.fp8 import Fp8State, multiplies_in_fp8
+from engine.parallel.fp8 import Fp8State, multiplies_in_fp8, require_device
 from engine.parallel.gradients import GradientFlow, TrainedParameter
 from engine.parallel.layout import Layout
 from engine.testing.distributed import run_ranks, world_of
@@ -159,3 +159,30 @@ def test_what_fp8_cannot_do_is_said_before_the_start(tmp_path):
     write_dataset(tmp_path / "corpus")
     with pytest.raises(RuntimeError, match=r"data\.seq_length\) = 24.* and FP8 takes multiples of 16"):
         run_training(fp8_config(tmp_path, "--data.seq_length", "24"))
+
+
+@pytest.mark.parametrize(
+    "capability, overrides, message",
+    [
+        ((8, 0), (), "needs a GPU of compute capability 8.9 or newer, and A GPU has compute capability 8.0; use bf16"),
+        ((8, 9), ("--precision.recipe", "blockwise"), "needs compute capability 9.0"),
+        ((9, 0), ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "torch"), "has one scale a tensor"),
+        (
+            (9, 0),
+            ("--ops.fp8_matmul", "triaxis"),
+            "has scales of blocks, not precision.recipe = tensorwise; use cublaslt",
+        ),
+        ((9, 0), ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "triaxis"), ""),
+        ((8, 9), (), ""),
+    ],
+)
+def test_what_a_gpu_lacks_is_named(tmp_path, monkeypatch, capability, overrides, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    config, gpu = fp8_config(tmp_path, *overrides), torch.device("cuda")
+    if not message:
+        require_device(config, gpu)
+        return
+    with pytest.raises(ConfigError, match=message):
+        require_device(config, gpu)
+    require_device(config, torch.device("cpu"))

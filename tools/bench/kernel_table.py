@@ -1,13 +1,16 @@
 """The rows of the table of GPU kernels: what each moves or computes, its target, and how results are shown.
 
-Pure: it needs no GPU, so that the table can be tested and printed anywhere. What a row runs is in kernel_cases.py.
+It needs no GPU, so that the table can be tested and printed anywhere. What a row runs is in kernel_cases.py.
 """
 
 import json
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine.errors import ConfigError, StorageError
 
@@ -89,7 +92,8 @@ def cells(row: Row, result: dict[str, Any] | None) -> list[str]:
     if "error" in result:
         return [*line, f"failed: {result['error']}", "", "", ""]
     if row.unit == "tokens/s":
-        rate = f"{result['mfu']:.1%} MFU, {result['peak_gib']:.0f} GiB"
+        mfu = "n/a" if result["mfu"] is None else f"{result['mfu']:.1%}"
+        rate = f"MFU {mfu}, {result['peak_gib']:.0f} GiB {result['settings']}".rstrip()
         return [*line, f"**{_number(result['value'], row.unit)}**", rate, "", ""]
     seconds = result["seconds"]
     if result["share"] < 1:
@@ -167,3 +171,16 @@ def read(path: Path) -> dict[str, Any]:
     if not {"machine", "rows"} <= document.keys():
         raise ConfigError(f"--results {path}: expected a file that --json wrote")
     return document
+
+
+def source(commit: str | None) -> dict[str, Any]:
+    """What results belong to."""
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit or _commit()}
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown commit"

@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
 
 from engine.errors import ConfigError, run_program
 from engine.ops import native
@@ -37,6 +37,7 @@ from tools.bench.kernel_table import (
     read,
     rows,
     section,
+    source,
     table,
     write_between_markers,
 )
@@ -109,26 +110,13 @@ def machine(commit: str | None) -> dict[str, Any]:
     """What the numbers belong to, with the two ceilings of the device."""
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     product = statistics.median(samples([partial(torch.mm, a, b)]))
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit or _commit(),
-        "copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12,
-        "bf16_tflops": 2 * 8192**3 / product / 1e12,
-    }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    ceilings = {"copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12, "bf16_tflops": 2 * 8192**3 / product / 1e12}
+    return source(commit) | ceilings
 
 
 def run(chosen: Sequence[Row], commit: str | None) -> dict[str, Any]:
     """Measures the rows; {"machine": …, "rows": {key: result}}."""
-    torch._functorch.config.donated_buffer = False  # backward passes are repeated
+    functorch_config.donated_buffer = False  # backward passes are repeated
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs capture none of the default stream
         document: dict[str, Any] = {"machine": machine(commit), "rows": {}}
         for row in chosen:

@@ -6,12 +6,20 @@ alike; compare the ratios. Ours is what `engine train` runs, gradient norm and c
 and the time of the matrix products alone, which no implementation on the same library can beat.
 
     python tools/bench/step.py --vocab-size 32000 2048 --threads 1 2 --rounds 9
+
+On a GPU, with a preset, it measures our whole step alone: tokens/s, MFU and peak memory, beside the target where there
+is one. Settings of a run (`--section.key VALUE`) can follow.
+
+    python tools/bench/step.py --preset llama2-7b --precision bf16 --json step.json
+    python tools/bench/step.py --preset llama2-7b --precision fp8 --optimizer.moments bf16
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,24 +32,41 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from engine.checkpoint.hf_config import hf_config
-from engine.config import ModelConfig, OptimizerConfig, resolve
+from engine.config import Config, ModelConfig, OptimizerConfig, resolve
 from engine.data.loader import Batch, collate
 from engine.data.pretrain import Sample
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
 from engine.ops.linear import matmul_transposed
-from engine.parallel.layout import connect
+from engine.parallel.fp8 import require_device
+from engine.parallel.layout import Layout, connect
+from engine.plan.layouts import require_fit
+from engine.plan.memory import GIB, Ranks, available
+from engine.plan.throughput import FLOPS_FORMULA, flops_per_token, peak_tflops
+from engine.testing.runs import random_batches
 from engine.train.step import build, train_step
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench.kernel_table import cells, rows, source
 
 OPTIMIZER = OptimizerConfig()
 HIDDEN_SIZE = 256  # without a preset
+DEFAULTS = {  # sequences in a step, their length, steps of each side
+    "cpu": {"batch": 4, "seq_length": 512, "rounds": 9},
+    "cuda": {"batch": 16, "seq_length": 4096, "rounds": 8},
+}
+WARM_UP = 2  # steps: the first finds algorithms, and with delayed scales the second is the first that uses them
 Step = Callable[[], float]
 """One training step; returns its loss."""
 
 
 def main() -> None:
     args = _arguments()
+    if args.device == "cuda":
+        _measure_on_gpu(args)
+        return
     print(f"{_cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {_versions()}")
     for vocab_size in args.vocab_size:
         model = _model(args, vocab_size)
@@ -53,15 +78,22 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[32000, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each side")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
-    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, help="steps of each side")
+    parser.add_argument("--batch", type=int, help="sequences in a step")
+    parser.add_argument("--seq-length", type=int)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--preset", help="a size of engine/model/families.py instead of 6 layers, hidden 256")
-    args = parser.parse_args()
+    parser.add_argument("--precision", choices=("bf16", "fp8"), help="on a GPU; bf16 unless given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="on a GPU: write the result there, for kernels.py")
+    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    args, overrides = parser.parse_known_args()
+    args.overrides = overrides
+    args.device = _device(args)
+    for name, value in DEFAULTS[args.device].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     numbers = {"--vocab-size": min(args.vocab_size), "--threads": min(args.threads), "--rounds": args.rounds}
     numbers |= {"--batch": args.batch, "--seq-length": args.seq_length, "--heads": args.heads}
     for flag, value in numbers.items():
@@ -70,6 +102,16 @@ def _arguments() -> argparse.Namespace:
     if HIDDEN_SIZE % (2 * args.heads):
         raise ConfigError(f"--heads {args.heads}: hidden size {HIDDEN_SIZE} needs 1, 2, 4, ... or {HIDDEN_SIZE // 2}")
     return args
+
+
+def _device(args: argparse.Namespace) -> str:
+    """A GPU measures a preset; the comparison is the CPU's."""
+    if args.preset is not None and torch.cuda.is_available():
+        return "cuda"
+    given = {"--precision": args.precision, "--json": args.json}
+    for name in [*(name for name, value in given.items() if value is not None), *args.overrides]:
+        raise ConfigError(f"{name}: only for a step on a GPU, which needs one and --preset; leave it out on a CPU")
+    return "cpu"
 
 
 def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
@@ -104,6 +146,70 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
         speeds = f"{count / median:7,.0f} tokens/s ({count / max(times):,.0f} – {count / min(times):,.0f})"
         print(f"  {name:20} {speeds:36} triaxis is {median / our_median:.2f}×")
     _print_split(ours, model, count)
+
+
+def _measure_on_gpu(args: argparse.Namespace) -> None:
+    config, world = gpu_config(args), connect("cuda")
+    require_device(config, world.device)
+    require_fit(config, Layout(), Ranks(1, 1, available(world.device, 1), "cuda", torch.bfloat16))
+    model, optimizer = build(config, world, torch.bfloat16, seed=0)
+    batches, tokens = random_batches(config), args.batch * args.seq_length
+    seconds: list[float] = []
+    for number in range(1, WARM_UP + args.rounds + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = train_step(model, optimizer, batches, step=number, lr=OPTIMIZER.lr, tokens=tokens)
+        loss = result.loss.item()  # waits for the step
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        print(f"step {number}: {seconds[-1]:.3f} s, loss {loss:.4f}", flush=True)
+    result_row = summary(config, seconds[WARM_UP:], torch.cuda.max_memory_allocated(), peak_tflops(world.device))
+    result_row["settings"] = " ".join(args.overrides)
+    _report(args, config, result_row)
+
+
+def gpu_config(args: argparse.Namespace) -> Config:
+    """One rank's run of the preset on random tokens, in microbatches of one sequence."""
+    raw: dict[str, Any] = {
+        "model": {"preset": args.preset},
+        "precision": {"mode": args.precision or "bf16"},
+        "data": {
+            "tokenizer": "byte",
+            "train": [{"path": "unused"}],
+            "seq_length": args.seq_length,
+            "document_mask": False,
+        },
+        "batch": {"micro": 1, "global": args.batch},
+        "train": {"steps": 1},
+    }
+    return resolve(raw, args.overrides, presets=PRESETS, source="the benchmark")
+
+
+def summary(config: Config, seconds: list[float], peak_bytes: int, peak: float | None) -> dict[str, Any]:
+    """A row of kernel_table.py: tokens/s (median, slowest, fastest), MFU by causal FLOPs, GiB."""
+    tokens = config.batch.global_ * config.data.seq_length
+    speed = tokens / statistics.median(seconds)
+    flops = flops_per_token(config, parameter_table(config.model))
+    return {
+        "value": speed,
+        "range": [tokens / max(seconds), tokens / min(seconds)],
+        "mfu": None if peak is None else speed * flops / (peak * 1e12),
+        "peak_gib": peak_bytes / GIB,
+    }
+
+
+def _report(args: argparse.Namespace, config: Config, result: dict[str, Any]) -> None:
+    name = f"{args.preset} {config.precision.mode}, whole step"
+    print(f"\n{name}: {result['value']:,.0f} tokens/s ({result['range'][0]:,.0f} – {result['range'][1]:,.0f})")
+    mfu = "n/a" if result["mfu"] is None else f"{result['mfu']:.1%} of the dense bf16 peak"
+    print(f"MFU {mfu}, by {FLOPS_FORMULA}; peak memory {result['peak_gib']:.1f} GiB")
+    for row in rows():
+        if row.name == name and (args.batch, args.seq_length) == (16, 4096):
+            print("  ".join(cells(row, result)))
+    if args.json is not None:
+        document = {"machine": source(args.commit), "rows": {name: result}}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 def _timed(step: Step) -> float:

@@ -14,7 +14,7 @@ from tools.bench.kernel_table import BEGIN, END, cells, key, rows, section, tabl
 COUNT = len(rows())
 COPY_BYTES_PER_S = 4.3e12  # of one H200
 DONE = {"seconds": 35e-6, "range": [34e-6, 36e-6], "share": 1.0, "copy": 32e-6, "others": {"a": 70e-6, "b": "failed"}}
-STEP = {"value": 13_456.7, "mfu": 0.583, "peak_gib": 130.2}
+STEP = {"value": 13_456.7, "mfu": 0.583, "peak_gib": 130.2, "settings": ""}
 
 
 def row(name: str):
@@ -52,7 +52,9 @@ def test_cells():
     assert halved[4:8] == ["47 ms", "**52**", "3,888 GB/s", "50"]
     product = cells(row("FP8 GEMM tensorwise"), {"seconds": 660e-6, "share": 1.0, "others": {"a": "no"}})
     assert product[4:] == ["1,400 TFLOP/s", "**1,249**", "660 µs", "", "none ran"]
-    assert cells(row("llama2-7b bf16, whole step"), STEP)[5:7] == ["**13,457**", "58.3% MFU, 130 GiB"]
+    assert cells(row("llama2-7b bf16, whole step"), STEP)[5:7] == ["**13,457**", "MFU 58.3%, 130 GiB"]
+    given = {"mfu": None, "settings": "--optimizer.moments bf16"}
+    assert cells(row("llama2-7b fp8, whole step"), STEP | given)[6] == "MFU n/a, 130 GiB --optimizer.moments bf16"
     assert cells(row("RMSNorm forward"), {"error": "wrong"})[5] == "failed: wrong"
     assert {len(cells(row, None)) for row in rows()} == {len(kernel_table.HEADER)}
 
@@ -91,7 +93,7 @@ def test_results_go_between_the_markers(tmp_path, capsys):
     )
     assert written.endswith(f"|\n{END}\nbelow\n")
     assert "moves 4.31 TB/s, a bf16 product of 8192³ runs at 788 TFLOP/s" in written
-    assert "| **13,457** | 58.3% MFU, 130 GiB |" in written
+    assert "| **13,457** | MFU 58.3%, 130 GiB |" in written
     assert "old" not in written
     assert "RMSNorm forward" in capsys.readouterr().out
 

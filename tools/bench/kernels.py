@@ -29,7 +29,8 @@ from engine.ops import native
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.bench.kernel_cases import SETS, Call, Case, case_of
+from tools.bench import kernel_cases
+from tools.bench.kernel_cases import Call, Case, case_of
 from tools.bench.kernel_table import (
     Row,
     cells,
@@ -43,6 +44,7 @@ from tools.bench.kernel_table import (
 )
 
 ROTATIONS, SAMPLES = 5, 50
+PRODUCT = 8192  # rows and columns of the bf16 product beside which others stand
 LARGEST_COPY = 16 * 10**9  # bytes; more are scaled
 
 
@@ -70,11 +72,10 @@ def samples(calls: Sequence[Call], refresh: Call | None = None) -> list[float]:
 def copy_seconds(size: int) -> float:
     """Of a device copy that moves `size` bytes, half of them read and half written."""
     once = min(size, LARGEST_COPY)
-    count = SETS if once < 2 * 10**9 else 1
-    pairs = [
-        [torch.randint(256, (once // 2,), dtype=torch.uint8, device="cuda") for _ in range(2)] for _ in range(count)
-    ]
-    return statistics.median(samples([partial(to.copy_, source) for to, source in pairs])) * size / once
+    count = kernel_cases.SETS if once < 2 * 10**9 else 1
+    options = {"dtype": torch.uint8, "device": kernel_cases.DEVICE}
+    pairs = [[torch.randint(256, (once // 2,), **options) for _ in range(2)] for _ in range(count)]  # type: ignore[call-overload]
+    return statistics.median(samples([partial(a.copy_, b) for a, b in pairs])) * size / once
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -108,22 +109,25 @@ def _first_line(error: Exception) -> str:
 
 def machine(commit: str | None) -> dict[str, Any]:
     """What the numbers belong to, with the two ceilings of the device."""
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=kernel_cases.DEVICE).bfloat16() for _ in range(2))
     product = statistics.median(samples([partial(torch.mm, a, b)]))
-    ceilings = {"copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12, "bf16_tflops": 2 * 8192**3 / product / 1e12}
+    ceilings = {"copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12, "bf16_tflops": 2 * PRODUCT**3 / product / 1e12}
     return source(commit) | ceilings
 
 
-def run(chosen: Sequence[Row], commit: str | None) -> dict[str, Any]:
-    """Measures the rows; {"machine": …, "rows": {key: result}}."""
+def run(chosen: Sequence[Row], commit: str | None, file: Path | None) -> dict[str, Any]:
+    """Measures the rows: {"machine": …, "rows": {key: result}}, also in a file, so that a run cut short leaves some."""
     functorch_config.donated_buffer = False  # backward passes are repeated
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs capture none of the default stream
         document: dict[str, Any] = {"machine": machine(commit), "rows": {}}
         for row in chosen:
             result = document["rows"][key(row)] = measure(row)
-            torch._dynamo.reset()
+            torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
             print("  ".join(cells(row, result)), flush=True)
             for name, time in result.get("others", {}).items():
                 print(f"    {name}: {time if isinstance(time, str) else f'{time * 1e6:,.1f} µs'}")
@@ -135,17 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.results is None:
         chosen = choose(options.only)
         require_kernels()
-        documents = [run(chosen, options.commit)]
+        documents = [run(chosen, options.commit, options.json)]
     else:
         documents = [read(path) for path in options.results]
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(documents[0], indent=1, ensure_ascii=False), encoding="utf-8")
     results = {name: result for document in documents for name, result in document["rows"].items()}
     print(f"\n{section(documents) if options.markdown else table(results, markdown=False)}")
     if options.into is not None:
         write_between_markers(options.into, section(documents))
-    return 1 if any("error" in result for result in results.values()) else 0
+    return 1 if options.results is None and any("error" in result for result in results.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def choose(names: Sequence[str] | None) -> list[Row]:
-    """The rows to measure, the largest of them last.
+    """The rows to measure.
 
     Raises:
         ConfigError: a name is part of no row's.

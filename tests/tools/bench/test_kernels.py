@@ -1,6 +1,7 @@
 """The benchmark of the kernels: its arithmetic, its table, and its cases as they run on the host."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,62 @@ def test_a_wrong_result_is_found():
     for bad in (good * 1.01, good * torch.nan, good[:, None]):
         with pytest.raises(ValueError, match="result 1 is off"):
             kernel_cases.require_close((good, bad), (good, good), 1e-3)
+
+
+class Replayed:
+    """Stands for a CUDA graph: runs nothing, for this is about what is done around it."""
+
+    def replay(self):
+        pass
+
+
+class Mark:
+    """Stands for a CUDA event: a millisecond between any two."""
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, other) -> float:
+        return 1.0
+
+
+@pytest.fixture
+def on_gpu(small, monkeypatch):
+    """The host stands for a GPU on which a replay takes a millisecond."""
+    nothing = dict.fromkeys(("synchronize", "empty_cache", "current_stream", "Stream"), lambda: None)
+    fakes = {"is_available": lambda: True, "get_device_name": lambda: "a GPU", "stream": nullcontext}
+    graphs = {"CUDAGraph": Replayed, "Event": Mark, "graph": lambda graph, stream: nullcontext()}
+    for name, fake in (nothing | fakes | graphs).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(kernels.native, "has_kernels", lambda: True)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    monkeypatch.setattr(kernels, "PRODUCT", 64)
+    monkeypatch.setattr(kernels, "LARGEST_COPY", 4096)
+
+
+def test_a_whole_run(on_gpu, tmp_path, capsys):
+    """Every row but those whose kernel the host lacks, which fail and leave the others alone."""
+    results, target = tmp_path / "runs" / "a.json", tmp_path / "doc.md"
+    target.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    names = ["norm", "swiglu", "rope", "quantise", "cross", "adamw"]
+    arguments = ["--only", *names, "--json", str(results), "--commit", "abc", "--into", str(target)]
+    assert kernels.main(arguments) == 0
+    document = json.loads(results.read_text(encoding="utf-8"))
+    assert document["machine"]["gpu"] == "a GPU"
+    assert document["machine"]["commit"] == "abc"
+    assert document["machine"]["bf16_tflops"] == pytest.approx(2 * 64**3 / 1e-3 / 1e12)
+    assert len(document["rows"]) == 13
+    one = document["rows"]["SwiGLU forward"]
+    assert one["seconds"] == pytest.approx(1e-3 / kernels.ROTATIONS / kernel_cases.SETS)
+    assert document["rows"]["cross-entropy forward + backward"]["seconds"] == pytest.approx(1e-3 / kernel_cases.SETS)
+    assert document["rows"]["AdamW"]["seconds"] == pytest.approx(1e-3)
+    assert one["copy"] == pytest.approx(
+        1e-3 / kernels.ROTATIONS / kernel_cases.SETS * row("SwiGLU forward").work / 4096
+    )
+    assert all(isinstance(time, float) for result in document["rows"].values() for time in result["others"].values())
+    assert "failed" not in target.read_text(encoding="utf-8")
+    assert kernels.main(["--only", "tensorwise 8192×12288", "--json", str(results)]) == 1
+    assert "failed: " in capsys.readouterr().out

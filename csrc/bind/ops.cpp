@@ -82,11 +82,48 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType
   return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
 }
 
-// -> output, sum (empty without a residual), mean (empty unless centered), 1 / standard deviation
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
-    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered,
-    bool zero_centered, bool hf_rounding) {
-  STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
+const float* one_float(const OptionalTensor& x, const char* name) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->numel() == 1 && x->scalar_type() == ScalarType::Float, name, ": expected one fp32 element");
+  return static_cast<const float*>(x->data_ptr());
+}
+
+triaxis_scaling scaling_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "tensor" || name == "rows" || name == "squares", "scaling is 'tensor', 'rows' or 'squares'");
+  return name == "tensor" ? TRIAXIS_TENSOR : name == "rows" ? TRIAXIS_ROWS : TRIAXIS_SQUARES;
+}
+
+// How the result of an operator is quantised to E4M3, and where to.
+struct Fp8Result {
+  Tensor values, scales;
+  triaxis_fp8_output output{};
+
+  Fp8Result(const Tensor& like, int64_t rows, int64_t columns, const std::string& scaling, const OptionalTensor& scale,
+            const OptionalTensor& amax, bool power_of_two)
+      : values(empty(like, {rows, columns}, ScalarType::Float8_e4m3fn)),
+        scales(scaling == "rows" ? empty(like, {(columns + 127) / 128, rows}, ScalarType::Float)
+                                 : empty(like, {0}, ScalarType::Float)) {
+    STD_TORCH_CHECK(columns % 16 == 0, "[", rows, ", ", columns, "]: FP8 takes multiples of 16");
+    STD_TORCH_CHECK(scaling == "rows" || (scaling == "tensor" && scale.has_value()),
+                    "scaling is 'rows', or 'tensor' with a scale");
+    output.values = values.data_ptr();
+    output.scale = one_float(scale, "scale");
+    output.amax = const_cast<float*>(one_float(amax, "amax"));
+    output.scales = scaling == "rows" ? static_cast<float*>(scales.data_ptr()) : nullptr;
+    output.scales_stride = rows;
+    output.scaling = scaling_of(scaling);
+    output.power_of_two = power_of_two;
+  }
+};
+
+// What a norm leaves beside its output: the sum (empty without a residual), mean (empty unless centered), 1 / deviation.
+struct NormResult {
+  Tensor sum, mean, rstd;
+};
+
+NormResult run_norm(
+    Tensor x, OptionalTensor residual, const Tensor& weight, const OptionalTensor& bias, double eps, bool centered,
+    bool zero_centered, bool hf_rounding, void* y, const triaxis_fp8_output& fp8) {
   const int64_t rows = x.size(0), columns = x.size(1);
   check_vector(weight, columns, x.scalar_type(), "weight");
   if (bias) check_vector(*bias, columns, x.scalar_type(), "bias");
@@ -95,18 +132,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   x = with_dense_rows(x);
   if (residual) residual = with_dense_rows(*residual);
 
-  Tensor y = empty(x, {rows, columns}, x.scalar_type());
-  Tensor sum = residual ? empty(x, {rows, columns}, x.scalar_type()) : empty(x, {0}, x.scalar_type());
-  Tensor mean = empty(x, {centered ? rows : 0}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  NormResult result{residual ? empty(x, {rows, columns}, x.scalar_type()) : empty(x, {0}, x.scalar_type()),
+                    empty(x, {centered ? rows : 0}, ScalarType::Float), empty(x, {rows}, ScalarType::Float)};
   triaxis_norm_forward_args a{};
   a.x = x.data_ptr();
   a.residual = pointer(residual);
   a.weight = weight.data_ptr();
   a.bias = pointer(bias);
-  a.y = y.data_ptr();
-  a.sum = residual ? sum.data_ptr() : nullptr;
-  a.mean = centered ? static_cast<float*>(mean.data_ptr()) : nullptr;
-  a.rstd = static_cast<float*>(rstd.data_ptr());
+  a.y = y;
+  a.sum = residual ? result.sum.data_ptr() : nullptr;
+  a.mean = centered ? static_cast<float*>(result.mean.data_ptr()) : nullptr;
+  a.rstd = static_cast<float*>(result.rstd.data_ptr());
   a.rows = rows;
   a.columns = columns;
   a.x_stride = row_stride(x);
@@ -116,9 +152,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   a.centered = centered;
   a.zero_centered = zero_centered;
   a.hf_rounding = hf_rounding;
+  a.fp8 = fp8;
   const OnDevice device(x);
   check_status(triaxis_norm_forward(&a, device.stream), "norm_forward");
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
+    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered,
+    bool zero_centered, bool hf_rounding) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
+  Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
+  const auto [sum, mean, rstd] =
+      run_norm(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding, y.data_ptr(), {});
   return {y, sum, mean, rstd};
+}
+
+// -> the output in E4M3 and its scales (empty for one scale a tensor), and what norm_forward leaves
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward_fp8(
+    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered,
+    bool zero_centered, bool hf_rounding, std::string scaling, OptionalTensor scale, OptionalTensor amax,
+    bool power_of_two) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
+  const Fp8Result y(x, x.size(0), x.size(1), scaling, scale, amax, power_of_two);
+  const auto [sum, mean, rstd] =
+      run_norm(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding, nullptr, y.output);
+  return {y.values, y.scales, sum, mean, rstd};
 }
 
 // -> gradients of the input, the weight (fp32) and the bias (fp32, empty without one)
@@ -187,6 +246,19 @@ Tensor swiglu_forward(Tensor gate_up) {
   const OnDevice device(gate_up);
   check_status(triaxis_swiglu_forward(&a, device.stream), "swiglu_forward");
   return out;
+}
+
+// -> the output in E4M3 and its scales (empty for one scale a tensor)
+std::tuple<Tensor, Tensor> swiglu_forward_fp8(
+    Tensor gate_up, std::string scaling, OptionalTensor scale, OptionalTensor amax, bool power_of_two) {
+  STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gate_up: expected a matrix of an even width");
+  gate_up = with_dense_rows(gate_up);
+  const Fp8Result out(gate_up, gate_up.size(0), gate_up.size(1) / 2, scaling, scale, amax, power_of_two);
+  triaxis_swiglu_args a = swiglu_args(gate_up, out.values);
+  a.fp8 = out.output;
+  const OnDevice device(gate_up);
+  check_status(triaxis_swiglu_forward(&a, device.stream), "swiglu_forward_fp8");
+  return {out.values, out.scales};
 }
 
 Tensor swiglu_backward(Tensor grad_out, Tensor gate_up) {
@@ -316,12 +388,6 @@ void cross_entropy_gradient_(
   check_status(triaxis_cross_entropy_gradient(&a, device.stream), "cross_entropy_gradient_");
 }
 
-const float* one_float(const OptionalTensor& x, const char* name) {
-  if (!x) return nullptr;
-  STD_TORCH_CHECK(x->numel() == 1 && x->scalar_type() == ScalarType::Float, name, ": expected one fp32 element");
-  return static_cast<const float*>(x->data_ptr());
-}
-
 void adamw_(
     Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, OptionalTensor param, Tensor step,
     OptionalTensor grad_scale, OptionalTensor skip, double lr, double beta1, double beta2, double eps,
@@ -360,11 +426,6 @@ Tensor square_sum(Tensor x) {
   check_status(triaxis_square_sum(static_cast<const float*>(x.data_ptr()), x.numel(), static_cast<float*>(out.data_ptr()),
                                   static_cast<float*>(workspace.data_ptr()), device.stream), "square_sum");
   return out;
-}
-
-triaxis_scaling scaling_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "tensor" || name == "rows" || name == "squares", "scaling is 'tensor', 'rows' or 'squares'");
-  return name == "tensor" ? TRIAXIS_TENSOR : name == "rows" ? TRIAXIS_ROWS : TRIAXIS_SQUARES;
 }
 
 // -> the FP8 matrix and its transpose (empty where not asked for), and the scales of the blocks of both
@@ -506,8 +567,10 @@ void fp8_matmul_sm90_add_(
 
 [[maybe_unused]] void register_kernels(torch::stable::detail::StableLibrary& library) {
   library.impl("norm_forward", TORCH_BOX(&norm_forward));
+  library.impl("norm_forward_fp8", TORCH_BOX(&norm_forward_fp8));
   library.impl("norm_backward", TORCH_BOX(&norm_backward));
   library.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
+  library.impl("swiglu_forward_fp8", TORCH_BOX(&swiglu_forward_fp8));
   library.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
   library.impl("rope", TORCH_BOX(&rope));
   library.impl("rope_qk", TORCH_BOX(&rope_qk));
@@ -531,10 +594,17 @@ STABLE_TORCH_LIBRARY(triaxis, library) {
       "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, "
       "bool zero_centered, bool hf_rounding) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
+      "norm_forward_fp8(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, "
+      "bool zero_centered, bool hf_rounding, str scaling, Tensor? scale, Tensor(a!)? amax, bool power_of_two) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
       "norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor saved, Tensor weight, Tensor? bias, Tensor mean, "
       "Tensor rstd, bool centered, bool zero_centered, bool hf_rounding, bool from_output) -> "
       "(Tensor, Tensor, Tensor)");
   library.def("swiglu_forward(Tensor gate_up) -> Tensor");
+  library.def(
+      "swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax, bool power_of_two) -> "
+      "(Tensor, Tensor)");
   library.def("swiglu_backward(Tensor grad_out, Tensor gate_up) -> Tensor");
   library.def("rope(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor");
   library.def("rope_qk(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor)");

@@ -25,6 +25,20 @@ enum {
 
 const char* triaxis_error_string(int status);
 
+/* How an operator's result is quantised to E4M3 in the pass that makes it, as triaxis_quantize would quantise the rounded
+ * result; TRIAXIS_TENSOR or TRIAXIS_ROWS. Columns are a multiple of 16.
+ */
+typedef enum { TRIAXIS_TENSOR, TRIAXIS_ROWS, TRIAXIS_SQUARES } triaxis_scaling;
+
+typedef struct {
+  void* values; /* [rows, columns], contiguous; null: the result is written as it is, and nothing here matters */
+  const float* scale;
+  float *amax, *scales; /* amax may be null; scales [blocks of a row, rows] */
+  int64_t scales_stride;
+  triaxis_scaling scaling;
+  int power_of_two;
+} triaxis_fp8_output;
+
 /* Normalisation over the columns. RMSNorm: x̂ = x / sqrt(mean(x²) + eps); LayerNorm (`centered`): x̂ = (x − mean) /
  * sqrt(variance + eps). Statistics are fp32. y = x̂ · weight + bias; `zero_centered` adds 1 to the weight, and
  * `hf_rounding` rounds x̂ to the dtype before it meets the weight, as Hugging Face's Llama does.
@@ -39,6 +53,7 @@ typedef struct {
   float eps;
   triaxis_dtype dtype; /* F32, BF16 or F16 */
   int centered, zero_centered, hf_rounding;
+  triaxis_fp8_output fp8; /* instead of y; for at most 2048 vectors of 16 bytes in a row, all of them aligned */
 } triaxis_norm_forward_args;
 
 int triaxis_norm_forward(const triaxis_norm_forward_args* args, void* stream);
@@ -68,6 +83,7 @@ typedef struct {
   void* out;                      /* forward [rows, columns]; backward [rows, 2 columns]; contiguous */
   int64_t rows, columns, gate_up_stride, grad_out_stride;
   triaxis_dtype dtype;
+  triaxis_fp8_output fp8; /* in the forward, instead of out; for aligned rows */
 } triaxis_swiglu_args;
 
 int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* stream);
@@ -138,8 +154,6 @@ int triaxis_square_sum(const float* x, int64_t size, float* out, float* workspac
  * of the result, as [blocks of a row, rows]; TRIAXIS_SQUARES for 128 × 128, as [blocks down, blocks across]. Strides are
  * between rows of the scales. Columns, and rows for `turned`, are multiples of 16.
  */
-typedef enum { TRIAXIS_TENSOR, TRIAXIS_ROWS, TRIAXIS_SQUARES } triaxis_scaling;
-
 typedef struct {
   const void* x;
   void *rowwise, *turned;

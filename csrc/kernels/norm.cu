@@ -6,6 +6,7 @@
 // registers; a second kernel adds the blocks' shares in a fixed order. Rows of odd sizes, without alignment, or longer
 // than the registers take the general kernels, an element at a time.
 
+#include "../common/fp8.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
 
@@ -34,13 +35,14 @@ __device__ __forceinline__ T scaled(const triaxis_norm_forward_args& a, float no
 
 constexpr int kMostThreads = 512;  // of a tuned kernel: with more, its row would not fit in their registers
 
-template <typename T, bool kCentered, int kVectors>
+template <typename T, bool kCentered, int kVectors, bool kFp8>
 __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_forward_args a) {
   constexpr int kSize = Vec<T>::size;
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
   const int row_vectors = int(a.columns / kSize);
   const float columns = float(a.columns);
+  float top = 0.0f;
   for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += int64_t(gridDim.x) * blockDim.y) {
     Vec<T> x[kVectors];
 #pragma unroll
@@ -92,19 +94,24 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if (v >= row_vectors) continue;
-      const Vec<T> weight = load_vec(static_cast<const T*>(a.weight) + v * kSize);
-      Vec<T> bias, y;
-      if (kCentered && a.bias != nullptr) bias = load_vec(static_cast<const T*>(a.bias) + v * kSize);
+      const bool inside = v < row_vectors;
+      Vec<T> y = {};
+      if (inside) {
+        const Vec<T> weight = load_vec(static_cast<const T*>(a.weight) + v * kSize);
+        Vec<T> bias;
+        if (kCentered && a.bias != nullptr) bias = load_vec(static_cast<const T*>(a.bias) + v * kSize);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const float normalised = (to_float(x[i].at[j]) - mean) * rstd;
-        const float b = kCentered && a.bias != nullptr ? to_float(bias.at[j]) : 0.0f;
-        y.at[j] = scaled<T>(a, normalised, to_float(weight.at[j]), b);
+        for (int j = 0; j < kSize; ++j) {
+          const float normalised = (to_float(x[i].at[j]) - mean) * rstd;
+          const float b = kCentered && a.bias != nullptr ? to_float(bias.at[j]) : 0.0f;
+          y.at[j] = scaled<T>(a, normalised, to_float(weight.at[j]), b);
+        }
+        if (!kFp8) store(static_cast<T*>(a.y) + row * a.columns + v * kSize, y);
       }
-      store(static_cast<T*>(a.y) + row * a.columns + v * kSize, y);
+      if (kFp8) store_fp8(a.fp8, y, row, a.columns, int64_t(v) * kSize, inside, top);
     }
   }
+  if (kFp8) store_amax(a.fp8, top);
 }
 
 template <typename T, bool kCentered>
@@ -346,7 +353,7 @@ dim3 block_for(int64_t row_vectors, int each) {
 
 template <typename T, bool kCentered, int kVectors>
 int start_forward(const triaxis_norm_forward_args& a, dim3 block, void* stream) {
-  const auto kernel = norm_forward<T, kCentered, kVectors>;
+  const auto kernel = a.fp8.values ? norm_forward<T, kCentered, kVectors, true> : norm_forward<T, kCentered, kVectors, false>;
   const int grid = persistent_grid(kernel, block.x * block.y, ceil_div(a.rows, block.y));
   return LAUNCH(kernel, dim3(grid), block, 0, stream, a);
 }
@@ -357,6 +364,7 @@ int forward(const triaxis_norm_forward_args& a, void* stream) {
   const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 4 * kMostThreads && aligned<T>(a.x, a.x_stride) &&
                      aligned<T>(a.residual, a.residual_stride) && aligned<T>(a.weight, 0) && aligned<T>(a.bias, 0) &&
                      aligned<T>(a.y, 0) && aligned<T>(a.sum, 0);
+  if (a.fp8.values != nullptr && !(tuned && valid_output(a.fp8, a.columns))) return kInvalidArgument;
   if (!tuned) {
     const auto kernel = norm_forward_general<T, kCentered>;
     return LAUNCH(kernel, dim3(persistent_grid(kernel, 256, a.rows)), dim3(256), 0, stream, a);

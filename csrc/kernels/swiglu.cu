@@ -1,5 +1,6 @@
 // SwiGLU, forward and backward. A thread keeps to its columns and walks down the rows, so that no index is ever divided.
 
+#include "../common/fp8.cuh"
 #include "../common/vec.cuh"
 
 namespace triaxis {
@@ -14,21 +15,26 @@ __device__ __forceinline__ T* at(const void* matrix, int64_t row, int64_t stride
   return static_cast<T*>(const_cast<void*>(matrix)) + row * stride + column;
 }
 
-template <typename T, int kSize>
+template <typename T, int kSize, bool kFp8>
 __global__ void __launch_bounds__(kThreads) swiglu_forward(const triaxis_swiglu_args a) {
   const int64_t column = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
-  if (column >= a.columns) return;
+  const bool inside = column < a.columns;
+  float top = 0.0f;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
-    const auto gate = load<kSize>(at<T>(a.gate_up, row, a.gate_up_stride, column));
-    const auto up = load<kSize>(at<T>(a.gate_up, row, a.gate_up_stride, a.columns + column));
-    Vec<T, kSize> out;
+    Vec<T, kSize> out = {};
+    if (inside) {
+      const auto gate = load<kSize>(at<T>(a.gate_up, row, a.gate_up_stride, column));
+      const auto up = load<kSize>(at<T>(a.gate_up, row, a.gate_up_stride, a.columns + column));
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float g = to_float(gate.at[j]);
-      out.at[j] = from_float<T>(g * sigmoid(g) * to_float(up.at[j]));
+      for (int j = 0; j < kSize; ++j) {
+        const float g = to_float(gate.at[j]);
+        out.at[j] = from_float<T>(g * sigmoid(g) * to_float(up.at[j]));
+      }
+      if (!kFp8) store(at<T>(a.out, row, a.columns, column), out);
     }
-    store(at<T>(a.out, row, a.columns, column), out);
+    if constexpr (kFp8) store_fp8(a.fp8, out, row, a.columns, column, inside, top);
   }
+  if (kFp8) store_amax(a.fp8, top);
 }
 
 template <typename T, int kSize>
@@ -75,7 +81,11 @@ extern "C" int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* str
   return with_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
     const int size = by_vector<T>(a, false) ? Vec<T>::size : 1;
-    const auto kernel = size == 1 ? swiglu_forward<T, 1> : swiglu_forward<T, Vec<T>::size>;
+    const bool fp8 = a.fp8.values != nullptr;
+    if (fp8 && (size == 1 || !valid_output(a.fp8, a.columns))) return kInvalidArgument;
+    const auto kernel = fp8         ? swiglu_forward<T, Vec<T>::size, true>
+                        : size == 1 ? swiglu_forward<T, 1, false>
+                                    : swiglu_forward<T, Vec<T>::size, false>;
     return LAUNCH(kernel, grid_for(a, size), dim3(kThreads), 0, stream, a);
   });
 }

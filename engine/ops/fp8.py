@@ -79,8 +79,8 @@ def _require_supported(a: Quantised, b: Quantised) -> None:
 def _on_gpu(
     a: Quantised, b: Quantised, dtype: torch.dtype, out: Tensor | None, fast: bool, by: Implementation
 ) -> Tensor:
-    """The rule: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's call, which does not, for a
-    scale a tensor. The own kernel is for Hopper and for scales of blocks, and has to be asked for by name."""
+    """The rule: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's call, which does not and
+    which has one scale a tensor. The own kernel is for Hopper and scales of blocks, and has to be asked for by name."""
     if by == "auto":
         by = "torch" if native.WHY_NOT else "cublaslt"
     given = (a.values, b.values, a.scales, b.scales, a.scaling, b.scaling)

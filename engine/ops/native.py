@@ -30,6 +30,16 @@ def _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_ro
     return x.new_empty(x.shape), total, statistics if centered else statistics.new_empty(0), statistics.clone()
 
 
+def _fp8(like, rows, columns, scaling):  # type: ignore[no-untyped-def]
+    scales = (-(-columns // 128), rows) if scaling == "rows" else (0,)
+    return like.new_empty(rows, columns, dtype=torch.float8_e4m3fn), like.new_empty(scales, dtype=torch.float32)
+
+
+def _norm_forward_fp8(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding, scaling, *rest):  # type: ignore[no-untyped-def]
+    _, *beside = _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding)
+    return *_fp8(x, *x.shape, scaling), *beside
+
+
 def _norm_backward(grad_y, grad_sum, saved, weight, bias, *rest):  # type: ignore[no-untyped-def]
     columns = grad_y.shape[1]
     floats = grad_y.new_empty(columns, dtype=torch.float32)
@@ -71,8 +81,10 @@ def _quantize(x, dtype, scaling, rowwise, turned, scale, amax, power_of_two):  #
 
 _SHAPES: dict[str, Callable[..., Any]] = {
     "norm_forward": _norm_forward,
+    "norm_forward_fp8": _norm_forward_fp8,
     "norm_backward": _norm_backward,
     "swiglu_forward": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8(x, x.shape[0], x.shape[1] // 2, scaling),
     "swiglu_backward": lambda grad_out, gate_up: gate_up.new_empty(gate_up.shape),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
     "rope_qk": _rope_qk,

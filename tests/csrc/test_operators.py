@@ -26,7 +26,12 @@ def cases():
             (x, x, x, weight, bias, mean, rstd, True, False, False, False),
             (x, None, x, weight, None, mean[:0], rstd, False, False, False, True),
         ],
+        "norm_forward_fp8": [
+            (x, x, weight, bias, 1e-5, True, False, False, "rows", None, None, True),
+            (x, None, weight, None, 1e-5, False, False, False, "tensor", one, one.clone(), False),
+        ],
         "swiglu_forward": [(x,)],
+        "swiglu_forward_fp8": [(x, "rows", None, None, False), (x, "tensor", one, one.clone(), False)],
         "swiglu_backward": [(x[:, :32], x)],
         "rope": [(heads, cos, sin, True)],
         "rope_qk": [(heads, cos, sin, 2)],

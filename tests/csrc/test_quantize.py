@@ -86,6 +86,50 @@ def test_wrong_arguments_are_named(emulated):
         ops.quantize(x[:, :16], torch.bfloat16, "rows", True, False, None, None, False)
 
 
+FUSED = [("rows", False), ("rows", True), ("tensor", False)]
+
+
+@pytest.mark.parametrize("columns", [16, 128, 144, 520 * 2, 8192])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaling, power_of_two", FUSED)
+def test_norms_quantise_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
+    torch.manual_seed(columns)
+    emulated(columns)
+    x, residual, weight, bias = (
+        torch.randn(*size).to(source) for size in ((6, columns), (6, columns), (columns,), (columns,))
+    )
+    scale = torch.tensor([20.0]) if scaling == "tensor" else None
+    for arguments in (
+        (x, residual, weight, None, 1e-5, False, False, False),
+        (x, None, weight, bias, 1e-5, True, False, False),
+    ):
+        amax = [torch.tensor([1.0]), torch.tensor([1.0])]
+        y, *beside = ops.norm_forward(*arguments)
+        values, _, scales, _ = ops.quantize(y, FP8[0], scaling, True, False, scale, amax[0], power_of_two)
+        got, got_scales, *got_beside = ops.norm_forward_fp8(*arguments, scaling, scale, amax[1], power_of_two)
+        assert torch.equal(bits(got), bits(values))
+        assert torch.equal(got_scales, scales)
+        assert torch.equal(*amax)
+        assert all(torch.equal(a, b) for a, b in zip(got_beside, beside, strict=True))
+
+
+@pytest.mark.parametrize("columns", [16, 128, 144, 1376])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaling, power_of_two", FUSED)
+def test_swiglu_quantises_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
+    torch.manual_seed(columns)
+    emulated(columns)
+    gate_up = torch.randn(5, 2 * columns).to(source)
+    scale = torch.tensor([20.0]) if scaling == "tensor" else None
+    amax = [torch.tensor([0.1]), torch.tensor([0.1])]
+    out = ops.swiglu_forward(gate_up)
+    values, _, scales, _ = ops.quantize(out, FP8[0], scaling, True, False, scale, amax[0], power_of_two)
+    got, got_scales = ops.swiglu_forward_fp8(gate_up, scaling, scale, amax[1], power_of_two)
+    assert torch.equal(bits(got), bits(values))
+    assert torch.equal(got_scales, scales)
+    assert torch.equal(*amax)
+
+
 def test_a_missing_barrier_shows(broken):
     line = "    store(turned + turned_at(at, down), bytes);\n  }\n  __syncthreads();"
     code, output = broken(

@@ -14,6 +14,7 @@ from tests.train.test_run import assert_bitwise, tensors
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 FP8 = [("--precision.mode", "fp8", "--precision.recipe", recipe) for recipe in ("tensorwise", "delayed", "blockwise")]
+OWN_PRODUCT = (*FP8[2], "--ops.fp8_matmul", "triaxis")
 FP32, BF16 = ("--precision.mode", "fp32"), ("--precision.mode", "bf16")
 
 
@@ -43,7 +44,7 @@ def test_training_in_fp32(tmp_path, preset, recompute):
 
 
 @pytest.mark.parametrize(
-    "overrides", [BF16, (*BF16, "--optimizer.moments", "bf16"), *FP8], ids=lambda o: " ".join(o[1::2])
+    "overrides", [BF16, (*BF16, "--optimizer.moments", "bf16"), *FP8, OWN_PRODUCT], ids=lambda o: " ".join(o[1::2])
 )
 def test_training_in_fewer_bits(tmp_path, overrides):
     on_cpu, on_gpu = (train(tmp_path, device, small(*overrides)) for device in ("cpu", "cuda"))

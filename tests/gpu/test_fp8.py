@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from engine.ops import native
 from engine.ops.fp8 import add_scaled_matmul, dequantised, scaled_matmul, turned
 from engine.ops.quantize import Quantised, quantize
 
@@ -20,7 +19,8 @@ PAIRS = {  # what the three products of a layer multiply
     "rows with rows": ("rows", E4M3, "rows", E4M3),
 }
 SIZES = [(16, 16, 16), (128, 128, 128), (256, 384, 512), (48, 80, 144), (2048, 4096, 11008), (12288, 4096, 8192)]
-ADDED = {"tensors", "a gradient with a weight", "rows with rows"}
+BY = [(pair, "cublaslt") for pair in PAIRS] + [(pair, "triaxis") for pair in ("rows with squares", "rows with rows")]
+ADDED = [(pair, by) for pair, by in BY if pair in ("tensors", "a gradient with a weight", "rows with rows")]
 
 
 def quantised(rows: int, columns: int, scaling: str, dtype: torch.dtype) -> Quantised:
@@ -47,23 +47,23 @@ def factors(pair: str, size: tuple[int, int, int]):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("pair", PAIRS)
-def test_products(emulated, pair, size):
+@pytest.mark.parametrize("pair, by", BY)
+def test_products(emulated, pair, by, size):
     a, b, expected = factors(pair, size)
-    assert error(scaled_matmul(a, b, torch.float32), expected) < ACCURATE
-    assert error(scaled_matmul(a, b, torch.bfloat16), expected) < BF16
+    assert error(scaled_matmul(a, b, torch.float32, by=by), expected) < ACCURATE
+    assert error(scaled_matmul(a, b, torch.bfloat16, by=by), expected) < BF16
     if a.scaling == "tensor":
-        assert error(scaled_matmul(a, b, torch.bfloat16, fast=True), expected) < FAST
+        assert error(scaled_matmul(a, b, torch.bfloat16, fast=True, by=by), expected) < FAST
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("pair", sorted(ADDED))
-def test_products_that_accumulate(emulated, pair, size):
+@pytest.mark.parametrize("pair, by", ADDED)
+def test_products_that_accumulate(emulated, pair, by, size):
     a, b, product = factors(pair, size)
     start = torch.randn_like(product) * product.std()
     out = start.clone()
     for _ in range(2):
-        add_scaled_matmul(out, a, b)
+        add_scaled_matmul(out, a, b, by=by)
     assert error(out - start, 2 * product) < ACCURATE
 
 
@@ -93,21 +93,22 @@ def test_turned(emulated, scaling):
     assert torch.equal(got, expected) if scaling == "tensor" else error(got, expected) < 0.05
 
 
-def test_without_csrc_torch_multiplies(emulated, monkeypatch):
+def test_by_torch(emulated):
+    """What runs without csrc."""
     a, b, expected = factors("tensors", (128, 256, 512))
-    monkeypatch.setattr(native, "WHY_NOT", "for this test")
-    assert error(scaled_matmul(a, b, torch.bfloat16), expected) < BF16
+    assert error(scaled_matmul(a, b, torch.bfloat16, by="torch"), expected) < BF16
     out = torch.zeros_like(expected)
-    add_scaled_matmul(out, a, b)
+    add_scaled_matmul(out, a, b, by="torch")
     assert error(out, expected) < ACCURATE
 
 
 @pytest.mark.parametrize("pair", ["tensors", "rows with squares"])
 def test_opcheck(emulated, pair):
+    """Of the operators that run on a GPU alone."""
     a, b, product = factors(pair, (32, 48, 256))
     given = (a.values, b.values, a.scales, b.scales, a.scaling, b.scaling)
     torch.library.opcheck(torch.ops.triaxis.fp8_matmul.default, (*given, None, torch.bfloat16, False))
-    if pair in ADDED:
+    if pair == "tensors":
         torch.library.opcheck(torch.ops.triaxis.fp8_matmul_add_.default, (product, *given))
 
 

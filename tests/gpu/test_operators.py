@@ -10,9 +10,9 @@ ONE_TENTH_OF_A_SECOND = 200_000_000  # in clock cycles of about 2 GHz
 
 
 def leaves(values):
-    """The tensors among an operator's arguments or results, as bytes."""
+    """The tensors among an operator's arguments or results, as bytes, and copied: an operator may write on."""
     if isinstance(values, torch.Tensor):
-        return [values.contiguous().view(-1).view(torch.uint8)]
+        return [values.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)]
     return [tensor for value in values or () for tensor in leaves(value) if isinstance(value, torch.Tensor)]
 
 

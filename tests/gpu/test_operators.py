@@ -11,9 +11,8 @@ ONE_TENTH_OF_A_SECOND = 200_000_000  # in clock cycles of about 2 GHz
 
 def leaves(values):
     """The tensors among an operator's arguments or results, as bytes, and copied: an operator may write on."""
-    if isinstance(values, torch.Tensor):
-        return [values.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)]
-    return [tensor for value in values or () for tensor in leaves(value) if isinstance(value, torch.Tensor)]
+    flat = [values] if isinstance(values, torch.Tensor) else [x for x in values or () if isinstance(x, torch.Tensor)]
+    return [x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for x in flat]
 
 
 @pytest.mark.parametrize("name", sorted(cases()))

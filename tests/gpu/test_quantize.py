@@ -8,8 +8,10 @@ from tests.csrc.test_quantize import (  # noqa: F401
     FP8,
     bits,
     test_as_the_reference,
+    test_norms_quantise_as_the_two_would_one_after_the_other,
     test_not_a_number_stays_one,
     test_rounds_to_nearest_even_and_saturates,
+    test_swiglu_quantises_as_the_two_would_one_after_the_other,
     test_wrong_arguments_are_named,
     test_zeros_have_a_scale,
 )

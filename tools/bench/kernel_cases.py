@@ -195,6 +195,20 @@ def _norm_backward(residual: bool, centered: bool) -> Case:
     )
 
 
+def _norm_to_fp8() -> Case:
+    """What is quantised is the rounded output, as the two kernels one after the other would do it."""
+    norm, given = _norm(False), (torch.float8_e4m3fn, "rows", True, False, None, None, True)
+
+    def ours(x: Tensor, weight: Tensor) -> Call:
+        options = (None, weight, None, EPS, False, False, False, "rows", None, None, True)
+        return partial(torch.ops.triaxis.norm_forward_fp8, x, *options)
+
+    def plain(x: Tensor, weight: Tensor) -> Any:
+        return quantize_reference(norm(x, weight).to(BF16), *given)  # type: ignore[arg-type]
+
+    return _case(ours, plain, lambda: (_random(TOKENS, HIDDEN), *_weights(False)))
+
+
 def _quantise(scaling: str) -> Case:
     scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensor" else None
     given = (torch.float8_e4m3fn, scaling, True, True, scale, None, scaling == "rows")
@@ -412,6 +426,7 @@ def case_of(row: Row) -> Case:
         "RMSNorm backward + residual": partial(_norm_backward, True, False),
         "LayerNorm forward": partial(_norm_forward, False, True),
         "LayerNorm backward": partial(_norm_backward, False, True),
+        "RMSNorm to E4M3 1×128": _norm_to_fp8,
         "quantise row + column, 1×128": partial(_quantise, "rows"),
         "quantise row + column, one scale": partial(_quantise, "tensor"),
         "SwiGLU forward": _swiglu_forward,

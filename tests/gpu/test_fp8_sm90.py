@@ -1,0 +1,54 @@
+"""csrc/gemm/fp8_sm90.cu on a GPU, whose tensor cores sum 128 products in fewer bits than the host does."""
+
+import pytest
+import torch
+
+from tests.csrc.test_fp8_sm90 import (  # noqa: F401
+    SHAPES,
+    error,
+    expected,
+    given,
+    operand,
+    test_not_a_number_stays_in_its_row,
+    test_of_nothing,
+    test_wrong_arguments_are_named,
+)
+
+ops = torch.ops.triaxis
+ACCURATE = 2e-3  # relative L2
+
+if torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("a kernel for compute capability 9.0 alone", allow_module_level=True)
+
+
+@pytest.mark.parametrize("m, n, k", [*SHAPES, (8192, 12288, 4096), (4096, 11008, 8192)])
+@pytest.mark.parametrize("scaling", ["rows", "squares"])
+def test_product(emulated, m, n, k, scaling):
+    torch.manual_seed(m + n + k)
+    a, b = operand(m, k, "rows"), operand(n, k, scaling)
+    exact = expected(a, b)
+    for dtype, most in ((torch.float32, ACCURATE), (torch.bfloat16, ACCURATE + 1e-3)):
+        got = ops.fp8_matmul_sm90(*given(a, b), dtype)
+        assert error(got, exact) < most
+        by_row = (got.float() - exact).norm(dim=1) / exact.norm(dim=1)  # a small row in error is one, too
+        assert by_row.max() < 4 * most
+
+
+@pytest.mark.parametrize("m, n, k", [(208, 144, 144), (12288, 4096, 8192)])
+@pytest.mark.parametrize("scaling", ["rows", "squares"])
+def test_adds_to_what_is_there(emulated, m, n, k, scaling):
+    torch.manual_seed(0)
+    a, b = operand(m, k, "rows"), operand(n, k, scaling)
+    around = torch.randn(m + 2, n)
+    before = around.clone()
+    ops.fp8_matmul_sm90_add_(around[1:-1], *given(a, b))
+    exact = expected(a, b)
+    assert error(around[1:-1] - before[1:-1], exact) < ACCURATE
+    assert torch.equal(around[[0, -1]], before[[0, -1]])  # nothing beyond the edges
+
+
+def test_repeats_bitwise(emulated):
+    torch.manual_seed(0)
+    a, b = operand(2048, 4096, "rows"), operand(2048, 4096, "squares")
+    first, *others = (ops.fp8_matmul_sm90(*given(a, b), torch.bfloat16) for _ in range(20))
+    assert all(torch.equal(first, other) for other in others)

@@ -121,7 +121,8 @@ def _page(losses: dict[Run, float], options: argparse.Namespace, arguments: Sequ
         f"`python tools/fp8_loss.py {shlex.join(arguments)}` ({options.machine}; torch {torch.__version__}; took "
         f"{duration(took)}). This page is the program's output.",
         "",
-        f"{options.steps} steps of 8 × 128 tokens of the quickstart's model on the quickstart's corpus, learning rate {LR:g}. Loss: mean of "
+        f"{options.steps} steps of 8 × 128 tokens of the quickstart's model on the quickstart's corpus, learning rate "
+        f"{LR:g}. Loss: mean of "
         f"the last {max(1, options.steps // 10)} steps. FP8 is emulated: every rounding of a GPU's product but its "
         "accumulator's.",
         f"Between seeds the loss of bf16 varies by {noise:.2%} (standard deviation of {len(SEEDS)}).",

@@ -17,8 +17,10 @@ from engine.config import ModelConfig, OpsConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, attend_within
 from engine.model.layers import ColumnLinear, Embedding, Head, Norm, Parameters, RowLinear
 from engine.model.parameters import whole_model
+from engine.ops.quantize import Fp8Activation
 from engine.ops.rope import rope_tables
-from engine.ops.swiglu import swiglu
+from engine.ops.swiglu import swiglu, swiglu_to_fp8
+from engine.parallel.fp8 import fused_output
 from engine.parallel.layout import ALONE, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.recompute import again, forgotten
@@ -36,8 +38,10 @@ class FeedForward(nn.Module):
         self.up = ColumnLinear(parameters, f"{path}.up", tp)
         self.down = RowLinear(parameters, f"{path}.down", tp)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Fp8Activation) -> torch.Tensor:
         up = self.up(x)  # [t, 2f/tp] or [t, f/tp]
+        if self.gated and not self.recompute and (output := fused_output(self.down.weight, up, up.shape[1] // 2)):
+            return self.down(swiglu_to_fp8(up, output))
         inner = self._activate(up)
         with forgotten(inner, lambda: self._activate(up)) if self.recompute else nullcontext():
             return self.down(inner)
@@ -71,11 +75,14 @@ class Block(nn.Module):
         self.mlp = FeedForward(model, parameters, f"{path}.mlp", tp, recompute=recompute)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        normed = self.attention_norm(x)
+        normed = self.attention_norm(x, None if self.recompute else self.attention.qkv)
         with forgotten(normed, lambda: self.attention_norm(x)) if self.recompute else nullcontext():
-            normed, middle = self.mlp_norm.of_sum(self.attention(normed, cos, sin, attend), x)
-        with forgotten(normed, lambda: self.mlp_norm(middle)) if self.recompute else nullcontext():
-            return middle + self.mlp(normed)
+            attended = self.attention(normed, cos, sin, attend)
+        mlp_input, middle = self.mlp_norm.of_sum(attended, x, None if self.recompute else self.mlp.up)
+        if isinstance(mlp_input, Fp8Activation) or not self.recompute:
+            return middle + self.mlp(mlp_input)
+        with forgotten(mlp_input, lambda: self.mlp_norm(middle)):
+            return middle + self.mlp(mlp_input)
 
 
 class Decoder(nn.Module):

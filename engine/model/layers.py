@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from engine.config import ModelConfig, OpsConfig
-from engine.ops.norm import add_norm, layer_norm, rms_norm
+from engine.ops.norm import add_norm, layer_norm, norm_to_fp8, rms_norm
+from engine.ops.quantize import Fp8Activation, Fp8Output
+from engine.parallel.fp8 import fused_output
 from engine.parallel.layout import TensorParallel
 from engine.parallel.tensor import column_linear, row_linear, vocabulary_cross_entropy, vocabulary_embedding
 
@@ -29,14 +31,14 @@ class ColumnLinear(nn.Module):
         self.bias = parameters.get(f"{path}.bias")
         self.tp = tp
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Fp8Activation) -> torch.Tensor:
         return column_linear(x, self.weight, self.bias, self.tp)
 
 
 class RowLinear(ColumnLinear):
     """`x @ weight.T + bias`, cut by input features: [t, in/tp] -> [t/tp, out]."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Fp8Activation) -> torch.Tensor:
         return row_linear(x, self.weight, self.bias, self.tp)
 
 
@@ -55,14 +57,26 @@ class Norm(nn.Module):
         self.bias = parameters.get(f"{path}.bias")
         self.eps, self.by = eps, ops.norm
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, feeds: ColumnLinear | None = None) -> torch.Tensor | Fp8Activation:
+        """The norm of x [t, h]; in FP8 alone where it `feeds` a layer that multiplies so."""
+        if output := self._fp8_output(x, feeds):
+            return norm_to_fp8(x, None, self.weight, self.bias, self.eps, output)[0]
         if self.bias is None:
             return rms_norm(x, self.weight, self.eps, by=self.by)
         return layer_norm(x, self.weight, self.bias, self.eps, by=self.by)
 
-    def of_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + residual, and that sum."""
+    def of_sum(
+        self, x: torch.Tensor, residual: torch.Tensor, feeds: ColumnLinear | None = None
+    ) -> tuple[torch.Tensor | Fp8Activation, torch.Tensor]:
+        """The norm of x + residual, as above, and that sum."""
+        if output := self._fp8_output(x, feeds):
+            return norm_to_fp8(x, residual, self.weight, self.bias, self.eps, output)
         return add_norm(x, residual, self.weight, self.bias, self.eps, by=self.by)
+
+    def _fp8_output(self, x: torch.Tensor, feeds: ColumnLinear | None) -> Fp8Output | None:
+        if feeds is None or self.by not in ("auto", "triaxis"):
+            return None
+        return fused_output(feeds.weight, x, x.shape[-1])
 
 
 class Embedding(nn.Module):

@@ -37,7 +37,7 @@ def _fp8(like, rows, columns, scaling):  # type: ignore[no-untyped-def]
 
 def _norm_forward_fp8(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding, scaling, *rest):  # type: ignore[no-untyped-def]
     _, *beside = _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding)
-    return *_fp8(x, *x.shape, scaling), *beside
+    return *_fp8(x, x.shape[0], x.shape[1], scaling), *beside
 
 
 def _norm_backward(grad_y, grad_sum, saved, weight, bias, *rest):  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
+from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
 
 Implementation = Literal["auto", "triaxis", "torch", "apex", "te"]
 
@@ -85,6 +86,14 @@ def add_norm(
     if bias is None:
         return rms_norm(total, weight, eps, options, by), total
     return layer_norm(total, weight, bias, eps, options, by), total
+
+
+def norm_to_fp8(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, output: Fp8Output
+) -> tuple[Fp8Activation, Tensor]:
+    """The norm of x [t, h] (or of x + residual) in FP8, and that sum; where `output.possible`."""
+    carrier, total, values, scales = _KernelNorm.apply(x, residual, weight, bias, eps, _PLAIN, output)
+    return Fp8Activation(output.quantised(values, scales), carrier), total
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
@@ -160,27 +169,42 @@ class _KernelNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         options: NormOptions,
-    ) -> tuple[Tensor, Tensor]:
+        output: Fp8Output | None = None,
+    ) -> tuple[Tensor, ...]:
         flat = None if residual is None else residual.reshape(-1, x.shape[-1])
         centered = bias is not None
-        y, total, mean, rstd = torch.ops.triaxis.norm_forward(
-            x.reshape(-1, x.shape[-1]), flat, weight, bias, eps, centered, options.zero_centered, options.hf_rounding
+        given = (
+            x.reshape(-1, x.shape[-1]),
+            flat,
+            weight,
+            bias,
+            eps,
+            centered,
+            options.zero_centered,
+            options.hf_rounding,
         )
-        y, total = y.view(x.shape), x if residual is None else total.view(x.shape)
+        quantised: tuple[Tensor, ...] = ()
+        if output is None:
+            y, total, mean, rstd = torch.ops.triaxis.norm_forward(*given)
+            y = y.view(x.shape)
+        else:
+            *quantised, total, mean, rstd = torch.ops.triaxis.norm_forward_fp8(*given, *output.arguments)
+            y = carrier_of(x, x.shape)
+        total = x if residual is None else total.view(x.shape)
         ctx.save_for_backward(y if options.memory_efficient else total, weight, bias, mean, rstd)
         ctx.options, ctx.has_residual = options, residual is not None
         ctx.takers = [_taker(parameter) for parameter in (weight, bias)]
         ctx.set_materialize_grads(False)
         if residual is None:
             total = x.new_empty(0)
-            ctx.mark_non_differentiable(total)
-        return y, total
+        ctx.mark_non_differentiable(*([total] if residual is None else []), *quantised)
+        return y, total, *quantised
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, weight, bias, mean, rstd = ctx.saved_tensors
-        grad_y, grad_sum = grad_outputs
+        grad_y, grad_sum = grad_outputs[:2]
         if grad_y is None:
             grad_y = torch.zeros_like(saved)
         h = grad_y.shape[-1]
@@ -204,7 +228,7 @@ class _KernelNorm(torch.autograd.Function):
                 ctx.takers, (grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True
             )
         ]
-        return grad_x, grad_x if ctx.has_residual else None, *gradients, None, None
+        return grad_x, grad_x if ctx.has_residual else None, *gradients, None, None, None
 
 
 def _given(take: Callable[[Tensor], None] | None, gradient: Tensor) -> Tensor | None:

@@ -29,6 +29,47 @@ class Quantised:
     scaling: Scaling
 
 
+@dataclass(frozen=True)
+class Fp8Output:
+    """How an operator quantises its output to E4M3 in the pass that makes it: as `quantize` would; see there."""
+
+    scaling: Literal["tensor", "rows"]
+    scale: Tensor | None = None
+    amax: Tensor | None = None
+    power_of_two: bool = False
+
+    def possible(self, x: Tensor, columns: int) -> bool:
+        """Whether the kernels can, for outputs of `columns` elements a row made from `x`."""
+        vector = 16 // x.element_size()
+        return native.runs(x) and columns % 16 == 0 and columns <= 2048 * vector and x.data_ptr() % 16 == 0
+
+    @property
+    def arguments(self) -> tuple[str, Tensor | None, Tensor | None, bool]:
+        return self.scaling, self.scale, self.amax, self.power_of_two
+
+    def quantised(self, values: Tensor, scales: Tensor) -> Quantised:
+        """What such an operator returned."""
+        return Quantised(values, scales if self.scale is None else self.scale.reciprocal(), self.scaling)
+
+
+@dataclass(frozen=True)
+class Fp8Activation:
+    """An activation [t, h] that exists in FP8 alone.
+
+    Attributes:
+        quantised: what products read.
+        carrier: a tensor of its shape, for autograd; it has no values.
+    """
+
+    quantised: Quantised
+    carrier: Tensor
+
+
+def carrier_of(like: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of a shape that takes no memory."""
+    return like.new_zeros(()).expand(shape)
+
+
 def quantize(
     x: Tensor,
     dtype: torch.dtype,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
+from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -17,6 +18,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if uses_recompute(gate_up):
         return _SwiGlu.apply(gate_up)
     return swiglu_reference(gate_up)
+
+
+def swiglu_to_fp8(gate_up: Tensor, output: Fp8Output) -> Fp8Activation:
+    """The same of `gate_up` [t, 2f] in FP8, where `output.possible`."""
+    carrier, values, scales = _KernelSwiGluFp8.apply(gate_up, output)
+    return Fp8Activation(output.quantised(values, scales), carrier)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -43,6 +50,20 @@ class _KernelSwiGlu(torch.autograd.Function):
         grad = grad_outputs[0]
         flat = gate_up.reshape(-1, gate_up.shape[-1])
         return torch.ops.triaxis.swiglu_backward(grad.reshape(-1, grad.shape[-1]), flat).view(gate_up.shape)
+
+
+class _KernelSwiGluFp8(_KernelSwiGlu):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, output: Fp8Output) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        ctx.save_for_backward(gate_up)
+        values, scales = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments)
+        ctx.mark_non_differentiable(values, scales)
+        return carrier_of(gate_up, values.shape), values, scales
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.ops.triaxis.swiglu_backward(grad_outputs[0], *ctx.saved_tensors), None
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -19,7 +19,7 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.ops import native
 from engine.ops.fp8 import Implementation
-from engine.ops.quantize import Quantised, quantize
+from engine.ops.quantize import Fp8Output, Quantised, quantize
 from engine.parallel.collectives import all_gather, all_max
 from engine.parallel.gradients import TrainedParameter
 from engine.parallel.layout import TensorParallel, World
@@ -54,6 +54,14 @@ class Fp8Layer:
     def input(self, x: Tensor, *, sharded: bool) -> Quantised:
         """`x` [t, in] quantised along its rows; `sharded`: the features of x are this rank's share."""
         return self._quantised(x, _INPUT, _E4M3, sharded)[0]
+
+    def output(self) -> Fp8Output | None:
+        """How whatever makes the layer's input quantises it in one go; None where a maximum has to be found first."""
+        if self.recipe == "blockwise":
+            return Fp8Output("rows", power_of_two=True)
+        if not self.delayed:
+            return None
+        return Fp8Output("tensor", self.scales[_INPUT : _INPUT + 1], self.amax[_INPUT : _INPUT + 1])
 
     def grad(self, grad: Tensor, *, sharded: bool) -> tuple[Quantised, Quantised]:
         """The gradient of the output, [t, out], along its rows and transposed."""
@@ -181,6 +189,16 @@ class Fp8State:
     def restored(self) -> None:
         """The tensors of `histories` have been filled from a checkpoint."""
         self._has_history = True
+
+
+def fused_output(weight: Tensor, x: Tensor, columns: int) -> Fp8Output | None:
+    """How to quantise an input of `columns` features for the layer of `weight` in the pass that makes it from `x`; None
+    where the layer is not in FP8, its scale not known before, or a kernel not there."""
+    layer = getattr(weight, "fp8", None)
+    if layer is None or torch.compiler.is_compiling():
+        return None
+    output: Fp8Output | None = layer.output()
+    return output if output is not None and output.possible(x, columns) else None
 
 
 def own_rows(x: Quantised, tp: TensorParallel) -> Quantised:

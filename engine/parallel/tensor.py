@@ -17,24 +17,24 @@ from torch.autograd.function import once_differentiable
 from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
 from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, turned
 from engine.ops.linear import add_grad_weight, grad_weight, linear, matmul_transposed
-from engine.ops.quantize import Quantised
+from engine.ops.quantize import Fp8Activation, Quantised
 from engine.parallel.collectives import all_gather, gather_sequence, reduce_scatter, scatter_sequence_sum
 from engine.parallel.fp8 import Fp8Layer, gather_rows, own_rows
 from engine.parallel.gradients import TrainedParameter
 from engine.parallel.layout import TensorParallel
 
 
-def column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+def column_linear(x: Tensor | Fp8Activation, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
     """This rank's features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp]."""
-    if tp.size == 1 and not _takes_products(weight):
+    if isinstance(x, Tensor) and tp.size == 1 and not _takes_products(weight):
         return linear(x, weight, bias)
     out = _product(x, weight, tp)
     return out if bias is None else out + bias
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+def row_linear(x: Tensor | Fp8Activation, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
     """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]."""
-    if tp.size == 1 and not _takes_products(weight):
+    if isinstance(x, Tensor) and tp.size == 1 and not _takes_products(weight):
         return linear(x, weight, bias)
     out = scatter_sequence_sum(_product(x, weight, None), tp.group)
     return out if bias is None else out + bias
@@ -81,10 +81,13 @@ def _takes_products(weight: Tensor) -> bool:
     return isinstance(weight, TrainedParameter) and not torch.compiler.is_compiling()
 
 
-def _product(x: Tensor, weight: Tensor, tp: TensorParallel | None) -> Tensor:
+def _product(x: Tensor | Fp8Activation, weight: Tensor, tp: TensorParallel | None) -> Tensor:
     """x·Wᵀ for all tokens, with `x` [t/tp, in] gathered over `tp` (None: x has all tokens, and a share of features)."""
+    if isinstance(x, Fp8Activation):
+        assert isinstance(weight, TrainedParameter)
+        return _Fp8Linear.apply(x.carrier, x.quantised, weight, weight.fp8, tp)
     if isinstance(weight, TrainedParameter) and weight.fp8 is not None:
-        return _Fp8Linear.apply(x, weight, weight.fp8, tp)
+        return _Fp8Linear.apply(x, None, weight, weight.fp8, tp)
     return _Linear.apply(x, weight, tp)
 
 
@@ -130,10 +133,17 @@ class _Fp8Linear(torch.autograd.Function):
     """The same in FP8. The quantised input is all that is kept of it, this rank's tokens where they are shared."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Fp8Layer, tp: TensorParallel | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, own: Quantised | None, weight: Tensor, layer: Fp8Layer, tp: TensorParallel | None
+    ) -> Tensor:
+        """`own`: this rank's tokens in FP8, where they are already; `x` then has no values."""
         ctx.layer, ctx.tp, ctx.dtype = layer, tp if tp is not None and tp.size > 1 else None, x.dtype
-        quantised = layer.input(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), sharded=tp is None)
-        kept = quantised if ctx.tp is None else own_rows(quantised, ctx.tp)
+        if own is None:
+            quantised = layer.input(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), sharded=tp is None)
+            kept = quantised if ctx.tp is None else own_rows(quantised, ctx.tp)
+        else:
+            kept = own
+            quantised = own if ctx.tp is None else gather_rows(own, ctx.tp.group)
         ctx.save_for_backward(kept.values, kept.scales)
         ctx.scaling = kept.scaling
         return scaled_matmul(
@@ -156,4 +166,4 @@ class _Fp8Linear(torch.autograd.Function):
         weight.add_product(lambda out: add_scaled_matmul(out, grad_turned, x_turned, by=layer.by))
         if tp is not None:
             scattering.wait()
-        return grad_x, None, None, None
+        return grad_x, None, None, None, None

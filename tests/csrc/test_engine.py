@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 
 from engine.model.attention import attend_within
 from engine.ops import native
@@ -51,6 +52,23 @@ def test_training_in_bf16(kernels, tmp_path):
     kernels()
     got, _ = train(tmp_path, "tiny", *overrides)
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-starcoder2"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+def test_training_in_fp8(kernels, tmp_path, recipe, preset):
+    """Norms and SwiGLU hand FP8 to the layers where the scale is known before: in blocks, and delayed after a step."""
+    overrides = ("--precision.mode", "fp8", "--precision.recipe", recipe)
+    expected, _ = train(tmp_path, preset, *overrides)
+    kernels()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        got, _ = train(tmp_path, preset, *overrides)
+    torch.testing.assert_close(got[::2], expected[::2], rtol=5e-3, atol=0)  # losses
+    torch.testing.assert_close(got[1::2], expected[1::2], rtol=5e-2, atol=0)  # gradient norms
+    calls = {event.key: event.count for event in trace.key_averages()}
+    fused = {"tensorwise": 0, "delayed": 2, "blockwise": 3}[recipe] * 4 * 4  # steps, microbatches, layers
+    assert calls.get("triaxis::norm_forward_fp8", 0) == 2 * fused
+    assert calls.get("triaxis::swiglu_forward_fp8", 0) == (fused if preset == "tiny" else 0)
 
 
 @pytest.mark.parametrize("bias", [False, True])

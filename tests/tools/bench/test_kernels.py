@@ -122,6 +122,8 @@ def test_arguments(tmp_path):
         kernels.main(["--only", "nonsense"])
     assert {row.name for row in kernels.choose(["rmsnorm", "22016"])} >= {"RMSNorm forward", "FP8 GEMM tensorwise"}
     assert len(kernels.choose(None)) == COUNT - 2  # whole steps are step.py's
+    with pytest.raises(ConfigError, match="--results measures nothing"):
+        kernels.main(["--results", "--only", "RMSNorm"])
     with pytest.raises(StorageError, match=r"none\.json"):
         kernels.main(["--results", str(tmp_path / "none.json")])
     with pytest.raises(ConfigError, match="expected a file that --json wrote"):

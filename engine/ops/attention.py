@@ -127,7 +127,7 @@ def _flash_attn() -> tuple[Callable[..., Any], tuple[str, ...]]:
 
 @lru_cache(maxsize=8)  # all layers of a microbatch ask for the same
 def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    host = torch.tensor(cu_seqlens, dtype=torch.int32)
+    host = torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 

@@ -54,8 +54,10 @@ def test_training_in_bf16(kernels, tmp_path):
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-starcoder2"])
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+@pytest.mark.parametrize(
+    "recipe, preset",
+    [("tensorwise", "tiny"), ("delayed", "tiny"), ("blockwise", "tiny"), ("blockwise", "tiny-starcoder2")],
+)
 def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     """Norms and SwiGLU hand FP8 to the layers where the scale is known before: in blocks, and delayed after a step."""
     overrides = ("--precision.mode", "fp8", "--precision.recipe", recipe)

@@ -67,7 +67,7 @@ struct OnDevice {
       return reinterpret_cast<GetStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
     }();
     STD_TORCH_CHECK(get_stream != nullptr, "this torch has no CUDA streams");
-    STABLE_TORCH_ERROR_CODE_CHECK(get_stream(x.get_device_index(), &stream));
+    STD_TORCH_CHECK(get_stream(x.get_device_index(), &stream) == 0, "no stream on the device of the arguments");
   }
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;

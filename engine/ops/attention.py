@@ -8,6 +8,7 @@ with a block-diagonal mask (quadratic in the microbatch, and the masked flash ke
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, lru_cache
+from inspect import signature
 from itertools import groupby, pairwise
 from typing import Any, Literal
 
@@ -103,6 +104,8 @@ def _all_segments(
     offsets, longest = _offsets(cu_seqlens, q.device), max(b - a for a, b in pairwise(cu_seqlens))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before, tokens behind
     function, options = _varlen() if by == "varlen" else _flash_attn()
+    if by == "varlen" and "enable_gqa" not in options:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     given = {"causal": True, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
     out = function(q, k, v, offsets, offsets, longest, longest, **{key: given[key] for key in options})
     return out[0] if isinstance(out, tuple) else out
@@ -110,9 +113,11 @@ def _all_segments(
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """In torch 2.11 it does not know grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn, ("window_size", "enable_gqa")
+    known = signature(varlen_attn).parameters
+    return varlen_attn, tuple(name for name in ("window_size", "enable_gqa") if name in known)
 
 
 @cache

@@ -45,7 +45,8 @@ def attention(
     """
     if (by := chosen(by, q, cu_seqlens, sliding_window)) != "sdpa":
         return _all_segments(by, q, k, v, cu_seqlens, sliding_window)
-    runs = [(length, len(list(run))) for length, run in groupby(b - a for a, b in pairwise(cu_seqlens))]
+    lengths = [b - a for a, b in pairwise(cu_seqlens)]
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     if len(runs) == 1:
         return _equal_segments(q, k, v, runs[0][0], sliding_window)
     sizes = [length * count for length, count in runs]

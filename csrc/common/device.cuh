@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), int(cudaPeekAtLastError()))
+  (kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), int(cudaGetLastError()))
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
 #include "../emulation/cuda.h"

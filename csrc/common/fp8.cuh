@@ -1,6 +1,8 @@
 // Eight-bit floats: conversions that saturate, and scales.
 #pragma once
 
+#include <cfloat>
+
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -19,6 +21,7 @@ struct Scale {
 template <__nv_fp8_interpretation_t kType>
 __device__ __forceinline__ Scale scale_for(float amax, bool power_of_two) {
   amax = fmaxf(amax, kSmallestAmax);
+  if (!(amax <= FLT_MAX)) return {0.0f, amax};  // an infinity becomes no number, and the step is skipped
   if (!power_of_two) return {largest(kType) / amax, amax / largest(kType)};
   int exponent;
   const float mantissa = frexpf(amax / largest(kType), &exponent);  // in [0.5, 1)

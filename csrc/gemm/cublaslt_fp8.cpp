@@ -54,8 +54,8 @@ struct Library {
 
   Library() {
     void* found = nullptr;
-    for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
-      for (const int how : {RTLD_NOLOAD | RTLD_LAZY, RTLD_LAZY})
+    for (const int how : {RTLD_NOLOAD | RTLD_LAZY, RTLD_LAZY})  // the one that torch has loaded, whichever it is
+      for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
         if (found == nullptr) found = dlopen(name, how);
     find(found, "cublasLtCreate", create);
     find(found, "cublasLtGetVersion", version);
@@ -113,6 +113,12 @@ int set(const Plan& plan, int attribute, const T& value) {
   return library().descriptor_set(plan.descriptor, attribute, &value, sizeof(value));
 }
 
+int set_pointers(const Plan& plan, const triaxis_fp8_matmul_args& x) {
+  if (const int failed = set(plan, kAScale, x.b_scales)) return failed;
+  if (const int failed = set(plan, kBScale, x.a_scales)) return failed;
+  return x.bias == nullptr ? 0 : set(plan, kBiasPointer, x.bias);
+}
+
 int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
   const Library& lt = library();
   Status status;
@@ -124,6 +130,7 @@ int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
     status(set(plan, kAScaleMode, mode_of(x.b_scaling)));
     status(set(plan, kBScaleMode, mode_of(x.a_scaling)));
   }
+  status(set_pointers(plan, x));  // without them it refuses scales of blocks, and may choose what cannot take any
   if (x.bias != nullptr) {
     status(set(plan, kEpilogue, int32_t(kEpilogueBias)));
     status(set(plan, kBiasType, int32_t(type_of(x.out_dtype == TRIAXIS_F32 ? TRIAXIS_BF16 : x.out_dtype))));
@@ -172,9 +179,7 @@ extern "C" int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int devic
   }
   const Plan& plan = found->second;
   Status status;
-  status(set(plan, kAScale, x.b_scales));
-  status(set(plan, kBScale, x.a_scales));
-  if (x.bias != nullptr) status(set(plan, kBiasPointer, x.bias));
+  status(set_pointers(plan, x));
   if (status.value != 0) return status.value;
   const float alpha = 1.0f, beta = x.accumulate ? 1.0f : 0.0f;
   status(lt.matmul(handle, plan.descriptor, &alpha, x.b, plan.a, x.a, plan.b, &beta, x.out, plan.d, x.out, plan.d,

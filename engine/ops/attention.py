@@ -107,7 +107,12 @@ def _all_segments(
     function, options = _varlen() if by == "varlen" else _flash_attn()
     if by == "varlen" and "enable_gqa" not in options:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    given = {"causal": True, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
+    given = {
+        "causal": True,
+        "window_size": window,
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
     out = function(q, k, v, offsets, offsets, longest, longest, **{key: given[key] for key in options})
     return out[0] if isinstance(out, tuple) else out
 
@@ -128,7 +133,7 @@ def _flash_attn() -> tuple[Callable[..., Any], tuple[str, ...]]:
         from flash_attn_interface import flash_attn_varlen_func
     except ImportError:
         from flash_attn import flash_attn_varlen_func
-    return flash_attn_varlen_func, ("causal", "window_size")
+    return flash_attn_varlen_func, ("causal", "window_size", "deterministic")
 
 
 @lru_cache(maxsize=8)  # all layers of a microbatch ask for the same

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
-from engine.ops.linear import matmul_transposed
+from engine.ops.linear import add_grad_weight, matmul_transposed
 
 _CHUNK_ELEMENTS_CPU = 2**23  # logits at a time: 32 MB stay in the last cache and in the allocator's pool
 _CHUNK_ELEMENTS_GPU = 2**28
@@ -115,8 +115,10 @@ def _loss_and_gradients(
     wide = _wide(hidden)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
-    # [h, v]: this way round the small operand is the one that the product transposes
-    grad_weight = torch.zeros(weight.shape[::-1], dtype=wide, device=weight.device) if for_weight else None
+    # [h, v] on a CPU: this way round the small operand is the one that the product transposes
+    turned = not weight.is_cuda
+    shape = weight.shape[::-1] if turned else weight.shape
+    grad_weight = torch.zeros(shape, dtype=wide, device=weight.device) if for_weight else None
     vocab_size = weight.shape[0] if options.shard is None else options.shard.most_rows
     rows = chunk_rows(vocab_size, hidden.device.type)
     for start in range(0, hidden.shape[0], rows):
@@ -132,9 +134,15 @@ def _loss_and_gradients(
         if grad_hidden is not None:
             torch.mul(matmul_transposed(error, weight.t()), mask, out=grad_hidden[part])
         if grad_weight is not None:
-            grad_weight += matmul_transposed((x * mask).to(x.dtype).t(), error.t())
+            masked = (x * mask).to(x.dtype)
+            if turned:
+                grad_weight += matmul_transposed(masked.t(), error.t())
+            else:
+                add_grad_weight(grad_weight, error, masked)
         del logits, error  # or they would live while the next chunk is computed
-    return loss, grad_hidden, None if grad_weight is None else grad_weight.t().contiguous()
+    if grad_weight is not None and turned:
+        grad_weight = grad_weight.t().contiguous()
+    return loss, grad_hidden, grad_weight
 
 
 def _loss_and_error_by_kernel(logits: Tensor, labels: Tensor, mask: Tensor, options: _Options) -> tuple[Tensor, Tensor]:

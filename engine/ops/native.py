@@ -20,7 +20,8 @@ def runs(x: Tensor) -> bool:
 
 
 def has_kernels() -> bool:
-    return not WHY_NOT and torch._C._dispatch_has_kernel_for_dispatch_key("triaxis::norm_forward", "CUDA")
+    """Whether csrc was built with CUDA."""
+    return _HAS_KERNELS
 
 
 def _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding):  # type: ignore[no-untyped-def]
@@ -116,6 +117,8 @@ def _load() -> str:
 
 
 WHY_NOT = _load()
+# asked once: the compiler could not see through the question
+_HAS_KERNELS = not WHY_NOT and torch._C._dispatch_has_kernel_for_dispatch_key("triaxis::norm_forward", "CUDA")
 if not WHY_NOT:
     for _name, _shapes in _SHAPES.items():
         torch.library.register_fake(f"triaxis::{_name}", _shapes)

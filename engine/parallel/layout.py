@@ -220,9 +220,30 @@ def arrange(world: World, layout: Layout, *, kv_replicas: int = 1) -> World:
         kv_group=_group(tensor[first : first + kv_replicas]),
         channels={} if layout.pp == 1 else {kind: dist.new_group(stages, **_LOCAL) for kind in CHANNELS},
     )
+    if layout.pp > 1:
+        _meet(here)
     # Last, because not all ranks make it: PyTorch derives a group's name from the number of groups made before.
     at_end = layout.pp > 1 and here.at.pp in (0, layout.pp - 1)
     return replace(here, ends_group=_group([stages[0], stages[-1]]) if at_end else None)
+
+
+def _meet(world: World) -> None:
+    """One message over every channel between two stages, in one order everywhere.
+
+    NCCL connects a pair of ranks at its first message, and both wait for the other; in the middle of a schedule they
+    would wait for each other over different channels.
+    """
+    stages, here, token = world.layout.peers(world.rank, "pp"), world.at.pp, torch.zeros(1, device=world.device)
+    last = len(stages) - 1
+    neighbours = [(i, i + 1) for i in range(last)]
+    for kind, group in world.channels.items():
+        for low, high in [(0, last)] if "wrap" in kind else neighbours:
+            upwards = kind in ("forward", "backward wrap")
+            source, target = (low, high) if upwards else (high, low)
+            if here == source:
+                dist.send(token, stages[target], group=group)
+            elif here == target:
+                dist.recv(token, stages[source], group=group)
 
 
 def _group(ranks: list[int]) -> dist.ProcessGroup | None:

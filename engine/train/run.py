@@ -275,8 +275,11 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
             reporter(result, trainer.progress, now=save_due)
         except NonFiniteError as error:
             raise _for_all(world, error) from None
+        evaluation_due = last or _due(result.step, config.train.eval_interval)
+        if not (evaluation_due or save_due):
+            continue  # pausing would wait for the device
         with reporter.paused():
-            if last or _due(result.step, config.train.eval_interval):
+            if evaluation_due:
                 _evaluate(trainer, inputs, log)
             if save_due:
                 _save(trainer, inputs, log)

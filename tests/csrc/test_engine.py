@@ -117,3 +117,8 @@ def test_a_block_compiles_as_one_graph(kernels):
         gradients.append([parameter.grad.clone() for parameter in block.parameters()])
     for got, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_the_compiler_sees_through_the_question_for_kernels():
+    compiled = torch.compile(lambda x: x + native.has_kernels(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(1)), torch.zeros(1) + native.has_kernels())

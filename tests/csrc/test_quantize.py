@@ -68,6 +68,17 @@ def test_not_a_number_stays_one(emulated, dtype):
         assert values.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_an_infinity_is_not_trained_on(emulated, power_of_two):
+    """A block with an infinity has no scale: what was infinite is no number, in the kernel and in the reference."""
+    x = torch.ones(16, 256)
+    x[3, 4] = torch.inf
+    for run in (ops.quantize, quantize_reference):
+        values = run(x, FP8[0], "rows", True, False, None, None, power_of_two)[0].float()
+        assert values[3, 4].isnan()
+        assert values[:, 128:].isfinite().all()
+
+
 def test_zeros_have_a_scale(emulated):
     values, _, scales, _ = ops.quantize(torch.zeros(16, 256), FP8[0], "rows", True, False, None, None, False)
     assert (values.float() == 0).all()

@@ -8,6 +8,7 @@ with a block-diagonal mask (quadratic in the microbatch, and the masked flash ke
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, lru_cache
+from importlib import import_module
 from inspect import signature
 from itertools import groupby, pairwise
 from typing import Any, Literal
@@ -16,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from engine.ops.choice import installed
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -63,7 +62,7 @@ def chosen(by: Implementation, q: Tensor, cu_seqlens: tuple[int, ...], sliding_w
     plain = len(lengths) == 1 and (sliding_window is None or sliding_window >= max(lengths))
     if not q.is_cuda or plain or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
         return "sdpa"
-    return "flash_attn" if installed("flash_attn") else "varlen"
+    return "varlen" if _flash_attn(torch.cuda.get_device_capability(q.device)[0]) is None else "flash_attn"
 
 
 def attention_reference(
@@ -103,37 +102,48 @@ def _all_segments(
 ) -> Tensor:
     """One call of flash attention for documents of any lengths."""
     offsets, longest = _offsets(cu_seqlens, q.device), max(b - a for a, b in pairwise(cu_seqlens))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens before, tokens behind
-    function, options = _varlen() if by == "varlen" else _flash_attn()
-    if by == "varlen" and "enable_gqa" not in options:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    given = {
-        "causal": True,
-        "window_size": window,
-        "enable_gqa": q.shape[1] != k.shape[1],
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-    out = function(q, k, v, offsets, offsets, longest, longest, **{key: given[key] for key in options})
+    reach = None if sliding_window is None else sliding_window - 1  # tokens before the one that attends
+    if by == "varlen":
+        function, known = _varlen()
+        if "enable_gqa" not in known:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        options: dict[str, Any] = {"window_size": (-1 if reach is None else reach, 0)}
+        if "enable_gqa" in known:
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        return function(q, k, v, offsets, offsets, longest, longest, **options)
+    options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    options |= {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    if reach is not None:
+        options["window_size"] = (reach, 0)
+    flash_attn = _flash_attn(torch.cuda.get_device_capability(q.device)[0])
+    if flash_attn is None:
+        raise ValueError("ops.attention = flash_attn: no version of it that is installed runs on this GPU; use varlen")
+    out = flash_attn(q, k, v, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
 @cache
-def _varlen() -> tuple[Callable[..., Any], tuple[str, ...]]:
-    """In torch 2.11 it does not know grouped heads."""
+def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
+    """PyTorch's, and the names of its arguments: in torch 2.11 it does not know grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = signature(varlen_attn).parameters
-    return varlen_attn, tuple(name for name in ("window_size", "enable_gqa") if name in known)
+    return varlen_attn, frozenset(signature(varlen_attn).parameters)
 
 
 @cache
-def _flash_attn() -> tuple[Callable[..., Any], tuple[str, ...]]:
-    """Version 3, for Hopper, where it is installed; else 2. Both know grouped heads by their shapes."""
-    try:
-        from flash_attn_interface import flash_attn_varlen_func
-    except ImportError:
-        from flash_attn import flash_attn_varlen_func
-    return flash_attn_varlen_func, ("causal", "window_size", "deterministic")
+def _flash_attn(capability: int) -> Callable[..., Any] | None:
+    """The newest of versions 4, 3 (both for Hopper and later) and 2 that is installed, if any.
+
+    They name their arguments alike, and know grouped heads by their shapes.
+    """
+    modules = ["flash_attn.cute", "flash_attn_interface"] if capability >= 9 else []
+    for name in [*modules, "flash_attn"]:
+        try:
+            function: Callable[..., Any] = import_module(name).flash_attn_varlen_func
+        except (ImportError, AttributeError):
+            continue
+        return function
+    return None
 
 
 @lru_cache(maxsize=8)  # all layers of a microbatch ask for the same

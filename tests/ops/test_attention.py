@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from engine.ops.attention import attention, attention_reference, attention_with_cache
+from engine.ops import attention as module
+from engine.ops.attention import _flash_attn, attention, attention_reference, attention_with_cache
 from tests.ops.op_parity import assert_same, strided
 
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-6}
@@ -93,3 +96,28 @@ def test_never_waits_for_the_device():
     inputs = [x.to("meta") for x in qkv(48)]
     assert attention(*inputs, (0, 16, 48), 4).shape == (48, 4, 16)
     assert attention_with_cache(inputs[0][:3], *inputs[1:], 4).shape == (3, 4, 16)
+
+
+def test_flash_attention_is_taken_in_its_newest_version_that_runs(monkeypatch):
+    """Packages that are not here, by their names: version 4 brings `flash_attn` without the function of version 2."""
+    _flash_attn.cache_clear()
+    found = {}
+    monkeypatch.setattr(module, "import_module", lambda name: found[name])
+
+    class Missing(dict):
+        def __missing__(self, name):
+            raise ImportError(name)
+
+    two, three, four = (SimpleNamespace(flash_attn_varlen_func=lambda: None) for _ in range(3))
+    cases = [
+        ({}, 9, None),
+        ({"flash_attn": two}, 8, two),
+        ({"flash_attn": two, "flash_attn_interface": three}, 9, three),
+        ({"flash_attn": two, "flash_attn_interface": three, "flash_attn.cute": four}, 9, four),
+        ({"flash_attn": SimpleNamespace(), "flash_attn.cute": four}, 8, None),
+    ]
+    for packages, capability, expected in cases:
+        _flash_attn.cache_clear()
+        found = Missing(packages)
+        assert _flash_attn(capability) is (None if expected is None else expected.flash_attn_varlen_func)
+    _flash_attn.cache_clear()

@@ -42,6 +42,7 @@ def test_a_package_that_is_asked_for_by_name_and_missing_is_named(ops, missing):
 
 def test_kernels_that_were_not_built_are_named(monkeypatch):
     monkeypatch.setattr(native, "WHY_NOT", "csrc was not built")
+    monkeypatch.setattr(native, "_HAS_KERNELS", False)
     with pytest.raises(ConfigError, match="needs the kernels of csrc: csrc was not built"):
         require_implementations(OpsConfig(norm="triaxis"), GPU)
 

@@ -129,7 +129,7 @@ class PrecisionConfig(Section):
 
 class OpsConfig(Section):
     norm: Literal["auto", "triaxis", "torch", "apex", "te"] = Field("auto", description="auto: csrc's, else PyTorch's")
-    attention: Literal["auto", "sdpa", "varlen", "flash_attn"] = Field(
+    attention: Literal["auto", "sdpa", "varlen", "flash_attn", "te"] = Field(
         "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
     )
     fp8_matmul: Literal["auto", "cublaslt", "triaxis", "torch"] = Field(

@@ -26,7 +26,7 @@ _FASTEST_FIRST = [
 ]
 
 
-Implementation = Literal["auto", "sdpa", "varlen", "flash_attn"]
+Implementation = Literal["auto", "sdpa", "varlen", "flash_attn", "te"]
 
 
 def attention(
@@ -111,6 +111,11 @@ def _all_segments(
         if "enable_gqa" in known:
             options["enable_gqa"] = q.shape[1] != k.shape[1]
         return function(q, k, v, offsets, offsets, longest, longest, **options)
+    if by == "te":
+        attend = _te_attention(q.shape[1], k.shape[1], q.shape[2])
+        window = None if reach is None else (reach, 0)
+        given = {"cu_seqlens_q": offsets, "cu_seqlens_kv": offsets, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+        return attend(q, k, v, **given, window_size=window).view_as(q)
     options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
     options |= {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
     if reach is not None:
@@ -144,6 +149,17 @@ def _flash_attn(capability: int) -> Callable[..., Any] | None:
             continue
         return function
     return None
+
+
+@cache
+def _te_attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., Tensor]:
+    """Transformer Engine's, which chooses among cuDNN and flash-attn by itself."""
+    import transformer_engine.pytorch as te
+
+    attend: Callable[..., Tensor] = te.DotProductAttention(
+        heads, head_dim, num_gqa_groups=kv_heads, qkv_format="thd", attn_mask_type="padding_causal"
+    )
+    return attend
 
 
 @lru_cache(maxsize=8)  # all layers of a microbatch ask for the same

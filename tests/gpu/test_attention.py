@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.ops.attention import attention, attention_reference
+from engine.ops.choice import installed
 
 LENGTHS = {
     "one": (0, 512),
@@ -25,7 +26,11 @@ def with_gradients(function, inputs, grad):
     return [x.float() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
 
 
-@pytest.mark.parametrize("by, dtype", [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("varlen", torch.bfloat16)])
+BY = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("varlen", torch.bfloat16)]
+BY += [(package, torch.bfloat16) for package in ("flash_attn", "te") if installed(package)]
+
+
+@pytest.mark.parametrize("by, dtype", BY)
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (4, 1, 16)])
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("name", LENGTHS)

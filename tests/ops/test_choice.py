@@ -29,6 +29,7 @@ def test_what_needs_a_gpu_is_refused_without_one(ops):
         ({"norm": "apex"}, "NVIDIA's apex"),
         ({"norm": "te"}, "transformer-engine"),
         ({"attention": "flash_attn"}, "flash-attn"),
+        ({"attention": "te"}, "transformer-engine"),
     ],
 )
 def test_a_package_that_is_asked_for_by_name_and_missing_is_named(ops, missing):

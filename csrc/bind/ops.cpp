@@ -489,8 +489,6 @@ triaxis_fp8_matmul_args fp8_product(
   x.a_dtype = fp8(a, "a");
   x.b_dtype = fp8(b, "b");
   STD_TORCH_CHECK(a.size(1) == b.size(1), "a and b: expected rows of one length");
-  for (const Tensor* x : {&a, &b, &out})  // what cuBLASLt assumes when it chooses
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x->data_ptr()) % 256 == 0, "expected matrices that start at 256 bytes");
   STD_TORCH_CHECK(out.size(0) == a.size(0) && out.size(1) == b.size(0) && out.is_contiguous(), "out: wrong shape");
   x.a = a.data_ptr();
   x.b = b.data_ptr();
@@ -508,6 +506,8 @@ triaxis_fp8_matmul_args fp8_product(
 
 #ifndef TRIAXIS_EMULATED
 void run_cublaslt(triaxis_fp8_matmul_args x, const Tensor& a) {
+  for (const void* matrix : {x.a, x.b, static_cast<const void*>(x.out)})  // what it assumes when it chooses
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(matrix) % 256 == 0, "expected matrices that start at 256 bytes");
   x.workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper
   Tensor workspace = empty(a, {int64_t(x.workspace_bytes)}, ScalarType::Byte);
   x.workspace = workspace.data_ptr();

@@ -29,8 +29,8 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
         if device.type != "cuda":
             raise ConfigError(f"ops.{name} = {wanted} needs a GPU, and this run is on {device.type}; use auto")
         if wanted == "triaxis" and not native.has_kernels():
-            why = native.WHY_NOT or "csrc was built without CUDA"
-            raise ConfigError(f"ops.{name} = triaxis needs the kernels of csrc: {why}; see python -m engine env")
+            why = f"{native.why_no_kernels()}; see python -m engine env"
+            raise ConfigError(f"ops.{name} = triaxis needs the kernels of csrc: {why}")
         if wanted in _PACKAGES and not installed(wanted):
             raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][1]}, which is not installed; use auto")
 
@@ -42,7 +42,7 @@ def in_words(ops: OpsConfig, device: torch.device) -> str:
     elif native.has_kernels():
         kernels = "csrc kernels"
     else:
-        kernels = f"plain PyTorch ({native.WHY_NOT or 'csrc was built without CUDA'})"
+        kernels = f"plain PyTorch ({native.why_no_kernels()})"
     return ", ".join([kernels, *(f"{name} {wanted}" for name, wanted in ops.model_dump().items())])
 
 

@@ -24,6 +24,11 @@ def has_kernels() -> bool:
     return _HAS_KERNELS
 
 
+def why_no_kernels() -> str:
+    """In words, where `has_kernels` says no."""
+    return WHY_NOT or "csrc was built without CUDA"
+
+
 def _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding):  # type: ignore[no-untyped-def]
     rows = x.shape[0]
     statistics = x.new_empty(rows, dtype=torch.float32)

@@ -52,9 +52,9 @@ class _KernelSwiGlu(torch.autograd.Function):
         return torch.ops.triaxis.swiglu_backward(grad.reshape(-1, grad.shape[-1]), flat).view(gate_up.shape)
 
 
-class _KernelSwiGluFp8(_KernelSwiGlu):
+class _KernelSwiGluFp8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, output: Fp8Output) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, gate_up: Tensor, output: Fp8Output) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(gate_up)
         values, scales = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments)
         ctx.mark_non_differentiable(values, scales)
@@ -62,7 +62,7 @@ class _KernelSwiGluFp8(_KernelSwiGlu):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         return torch.ops.triaxis.swiglu_backward(grad_outputs[0], *ctx.saved_tensors), None
 
 

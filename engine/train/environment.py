@@ -67,7 +67,7 @@ def _choice(name: str, plain: str, device: str) -> str:
     if device == "cpu":
         return f"{plain} (no GPU)" if name in _KERNELS else plain
     if name in _KERNELS:
-        return "csrc kernel" if native.has_kernels() else f"PyTorch ({native.WHY_NOT or 'csrc was built without CUDA'})"
+        return "csrc kernel" if native.has_kernels() else f"PyTorch ({native.why_no_kernels()})"
     several = "flash-attn" if installed("flash_attn") else "varlen_attn"
     return {
         "linear": "cuBLAS, weight gradients into the fp32 main gradient",

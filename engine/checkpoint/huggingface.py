@@ -68,9 +68,9 @@ class HuggingFaceDirectory:
         """Names and shapes of the parameters."""
         return {name: file.shape(name) for name, file in self._files.items()}
 
-    def read(self, name: str) -> Tensor:
-        """A tensor in the dtype of the file."""
-        return self._files[name].tensor(name)
+    def read(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
+        """A rectangle (default: all) of a tensor, in the dtype of the file; only its rows are read."""
+        return self._files[name].tensor(name, rectangle)
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
         """Make sure that the tensors are exactly those that config.json implies.

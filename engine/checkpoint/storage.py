@@ -23,7 +23,16 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.rectangles import DTYPE_NAMES, DTYPES, DtypeName, Shape, StoredFile
+from engine.checkpoint.rectangles import (
+    DTYPE_NAMES,
+    DTYPES,
+    DtypeName,
+    Rectangle,
+    Shape,
+    StoredFile,
+    describe,
+    is_inside,
+)
 from engine.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between the hashes and the write
@@ -272,17 +281,29 @@ class SafetensorsFile:
         """The format's name of it, as in `BF16`."""
         return self._table[name]["dtype"]
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of `DTYPES`, read into memory of its own.
+    def tensor(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
+        """A tensor of `DTYPES` in memory of its own; of a rectangle of it, only the rows are read.
 
         Raises:
-            CheckpointError: no such tensor, a dtype that we do not read, or the file cannot be read.
+            CheckpointError: no such tensor or rectangle, a dtype that we do not read, or the file cannot be read.
         """
         if name not in self._table or self.dtype(name) not in DTYPES:
             kind = f"of dtype {self.dtype(name)}" if name in self._table else "not there"
             raise CheckpointError(f"{self.path}: cannot read {name}: {kind}")
-        tensor = torch.empty(self.shape(name), dtype=DTYPES[cast(DtypeName, self.dtype(name))])
+        shape = self.shape(name)
+        if rectangle is not None and rectangle.start:
+            if not is_inside(shape, rectangle):
+                raise CheckpointError(f"{self.path}: {name} has shape {list(shape)}, wanted {describe(rectangle)}")
+            rows = self._rows(name, rectangle.start[0], (rectangle.extent[0], *shape[1:]))
+            inner = zip(rectangle.start[1:], rectangle.extent[1:], strict=True)
+            return rows[(slice(None), *(slice(first, first + count) for first, count in inner))]
+        return self._rows(name, 0, shape)
+
+    def _rows(self, name: str, first: int, shape: Shape) -> Tensor:
+        """Rows from `first` on, as many as `shape` has."""
+        tensor = torch.empty(shape, dtype=DTYPES[cast(DtypeName, self.dtype(name))])
         offset = self._data_start + self._table[name]["data_offsets"][0]
+        offset += first * math.prod(shape[1:]) * tensor.itemsize
         try:
             with open(self.path, "rb", buffering=0) as content:
                 content.seek(offset)

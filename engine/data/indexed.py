@@ -1,5 +1,7 @@
 """Token datasets on disk: `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM's IndexedDataset.
 
+Fine-tuning data have a `PREFIX.mask.bin` beside them: a byte a token, 1 where the token is a target.
+
 The reader believes nothing. The header, the sizes and both ends of every table are checked at each opening;
 whole tables are checked at opening while they are small, entry by entry on access beyond that, and completely
 by `verify`. So a dataset of 10^12 tokens opens in milliseconds, and a damaged one is a `DataFormatError`.
@@ -59,6 +61,8 @@ class DatasetInfo(BaseModel):
     version: str = ""
     sources: tuple[SourceFile, ...] = ()
     skipped: NonNegativeInt = 0
+    chat_template: str | None = None  # of fine-tuning data, Jinja
+    end_of_turn_id: NonNegativeInt | None = None
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -67,7 +71,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def dataset_file(prefix: Path | str, kind: str) -> Path:
-    """`PREFIX.bin`, `PREFIX.idx` or `PREFIX.json`; the prefix may itself contain dots."""
+    """`PREFIX.bin`, `.idx`, `.json` or `.mask.bin`; the prefix may itself contain dots."""
     return Path(f"{prefix}.{kind}")
 
 
@@ -93,6 +97,7 @@ class IndexedDataset:
         self._documents = Table(self._index, "documents", "<i8", HEADER.size + 12 * n, document_indices)
         self._tokens = Table(self._data, "tokens", self.dtype, 0, self.num_tokens)
         self._check_ends()
+        self._mask = self._open_mask()
         if n + document_indices <= CHECKED_AT_OPENING:
             self._check_tables(lambda num_bytes: None)
         self.info = self._read_info()
@@ -102,8 +107,27 @@ class IndexedDataset:
 
     @property
     def num_bytes(self) -> int:
-        """Of both files."""
-        return self._index.size + self._data.size
+        """Of all files but the description."""
+        return self._index.size + self._data.size + (len(self._mask) if self._mask else 0)
+
+    @property
+    def has_mask(self) -> bool:
+        """These are fine-tuning data: each token is a target or not."""
+        return self._mask is not None
+
+    def mask(self, start: int, count: int) -> Array:
+        """Which of the tokens `[start, start + count)` are targets: uint8, read-only, 0 or 1.
+
+        Raises:
+            DataFormatError: something else stands there.
+        """
+        assert self._mask is not None, "only fine-tuning data have a mask"
+        if start < 0 or count < 0 or start + count > self.num_tokens:
+            raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens} in {self.prefix}")
+        self._mask.file.check_size()
+        values = self._mask.span(start, start + count)
+        self._mask.expect_all(values <= 1, start, values, "0 or 1")
+        return values
 
     def tokens(self, start: int, count: int) -> Array:
         """Tokens `[start, start + count)`: read-only, in the type they are stored in."""
@@ -171,7 +195,19 @@ class IndexedDataset:
 
         self._check_tables(advance)
         self._check_tokens(vocab_size, advance)
+        for start, stop in _chunks(len(self._mask) if self._mask else 0):
+            self.mask(start, stop - start)
+            advance(stop - start)
         advance(self.num_bytes - done)
+
+    def _open_mask(self) -> Table | None:
+        path = dataset_file(self.prefix, "mask.bin")
+        if not path.exists():
+            return None
+        file = CheckedFile(path, mapped=True)
+        expected = f"{self.num_tokens}, one for each token of the .bin"
+        file.expect(file.size == self.num_tokens, "size", f"{file.size} bytes", expected)
+        return Table(file, "mask", "u1", 0, self.num_tokens)
 
     def _check_ends(self) -> None:
         """Both ends of every table and the size of the data, in constant time."""
@@ -246,9 +282,12 @@ class IndexedDatasetWriter:
         prefix: files are `PREFIX.bin`, `PREFIX.idx` and, with `info`, `PREFIX.json`. Old ones are replaced.
         dtype: an integer type; see `token_dtype`.
         info: goes into `PREFIX.json` with the counts filled in. May be set until the block is left.
+        masked: these are fine-tuning data; every document comes with a mask, which goes into `PREFIX.mask.bin`.
     """
 
-    def __init__(self, prefix: Path | str, dtype: npt.DTypeLike, info: DatasetInfo | None = None) -> None:
+    def __init__(
+        self, prefix: Path | str, dtype: npt.DTypeLike, info: DatasetInfo | None = None, *, masked: bool = False
+    ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = [code for code, known in DTYPES.items() if np.dtype(known) == self.dtype]
@@ -256,6 +295,7 @@ class IndexedDatasetWriter:
             raise ValueError(f"dtype = {self.dtype.name}; the format stores int8 .. int64, uint8 and uint16")
         self._code = codes[0]
         self.info = info
+        self._masked = masked
         self.num_tokens = 0
         self._lengths = array("i")
 
@@ -267,6 +307,7 @@ class IndexedDatasetWriter:
         with _storage_errors(self.prefix):
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._data = self._partial("bin").open("wb", buffering=1 << 20)
+            self._mask = self._partial("mask.bin").open("wb", buffering=1 << 20) if self._masked else None
         return self
 
     def __exit__(
@@ -279,13 +320,13 @@ class IndexedDatasetWriter:
         finally:
             self._discard()
 
-    def add_document(self, tokens: npt.ArrayLike) -> None:
+    def add_document(self, tokens: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
         """Append one document; it may be empty."""
         ids = np.asarray(tokens, dtype=None if len(tokens) else self.dtype)  # type: ignore[arg-type]
-        self.add_documents(ids, [len(ids)])
+        self.add_documents(ids, [len(ids)], mask)
 
-    def add_documents(self, flat_ids: npt.ArrayLike, lengths: Iterable[int]) -> None:
-        """Append documents given as their ids one after another.
+    def add_documents(self, flat_ids: npt.ArrayLike, lengths: Iterable[int], mask: npt.ArrayLike | None = None) -> None:
+        """Append documents given as their ids one after another, and their mask where the dataset has one.
 
         Raises:
             DataError: an id does not fit the dtype, or a document is too long for the format.
@@ -296,9 +337,16 @@ class IndexedDatasetWriter:
             raise ValueError(f"{ids.shape} ids for documents of {counts.sum()} tokens together")
         if counts.size and counts.max() > MAX_SEQUENCE_LENGTH:
             raise DataError(f"a document has {counts.max():,} tokens; the format allows {MAX_SEQUENCE_LENGTH:,}")
+        targets = None if mask is None else np.asarray(mask).astype(bool)
+        if self._masked != (targets is not None) or (targets is not None and targets.shape != ids.shape):
+            raise ValueError(
+                f"masked = {self._masked}, {ids.shape} ids, mask {None if targets is None else targets.shape}"
+            )
         self._check_ids(ids)
         with _storage_errors(self.prefix):
             self._data.write(np.ascontiguousarray(ids, self.dtype).data)
+            if self._mask is not None and targets is not None:
+                self._mask.write(targets.astype(np.uint8).data)
         self._lengths.frombytes(counts.astype(np.int32).tobytes())
         self.num_tokens += ids.size
 
@@ -314,8 +362,11 @@ class IndexedDatasetWriter:
             )
 
     def _commit(self) -> None:
-        _sync(self._data)
         kinds = ["bin"]
+        _sync(self._data)
+        if self._mask is not None:
+            _sync(self._mask)
+            kinds.append("mask.bin")
         if self.info is not None:
             counted = {"num_documents": self.num_documents, "num_tokens": self.num_tokens}
             with self._partial("json").open("wb") as file:
@@ -325,7 +376,7 @@ class IndexedDatasetWriter:
         with self._partial("idx").open("wb") as file:
             self._write_index(file)
             _sync(file)
-        for kind in ("idx", "json"):  # an index must never stand beside data that are not its own
+        for kind in ("idx", "json", "mask.bin"):  # an index must never stand beside data that are not its own
             dataset_file(self.prefix, kind).unlink(missing_ok=True)
         for kind in (*kinds, "idx"):
             os.replace(self._partial(kind), dataset_file(self.prefix, kind))
@@ -346,9 +397,11 @@ class IndexedDatasetWriter:
 
     def _discard(self) -> None:
         """Remove what is still partial; after a commit nothing is."""
-        with suppress(OSError):
-            self._data.close()
-        for kind in ("bin", "json", "idx"):
+        for file in (self._data, self._mask):
+            with suppress(OSError):
+                if file is not None:
+                    file.close()
+        for kind in ("bin", "mask.bin", "json", "idx"):
             with suppress(OSError):
                 self._partial(kind).unlink(missing_ok=True)
 

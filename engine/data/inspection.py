@@ -115,7 +115,7 @@ def sample(dataset: PretrainDataset, i: int, tokenizer: Tokenizer | None) -> dic
         "number_in_epoch": here.number,
         "first_token": here.start,
         "boundaries": content.boundaries.tolist(),
-        "last_label": int(content.tokens[-1]),
+        "last_label": int(content.labels[-1]),
         "pieces": pieces,
     }
 

@@ -87,17 +87,21 @@ class Batch:
 
 def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool) -> Batch:
     """Samples of one length as a batch."""
-    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))  # [b, s + 1]
-    b, s = tokens.shape[0], tokens.shape[1] - 1
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))  # [b, s]
+    labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
+    b, s = tokens.shape
     starts = np.arange(b) * s
     if document_mask:
         starts = np.concatenate([np.append(0, x.boundaries) + row * s for row, x in enumerate(samples)])
     lengths = np.diff(starts, append=b * s)
     positions = np.arange(b * s) - np.repeat(starts, lengths)
     loss_mask = torch.ones(b, s)
+    for row, sample in enumerate(samples):
+        if sample.learned is not None:
+            loss_mask[row] = torch.from_numpy(sample.learned)
     return Batch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
+        tokens=tokens,
+        labels=labels,
         loss_mask=loss_mask,
         positions=torch.from_numpy(positions.reshape(b, s)),
         cu_seqlens=(*starts.tolist(), b * s),

@@ -21,6 +21,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.config import DatasetConfig
 from engine.data.files import Array, Ints
@@ -36,10 +37,24 @@ PROBE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Sample:
-    """tokens: int64 [S + 1], the last one only a label. boundaries: offsets in (0, S) at which a document starts."""
+    """One row of a batch.
+
+    Attributes:
+        tokens: int64 [S].
+        labels: int64 [S], what follows each of them.
+        boundaries: offsets in (0, S) at which a document starts.
+        learned: bool [S], which labels count; None: all.
+    """
 
     tokens: Ints
+    labels: Ints
     boundaries: Ints
+    learned: npt.NDArray[np.bool_] | None = None
+
+    @classmethod
+    def following(cls, tokens: Ints, boundaries: Ints) -> "Sample":
+        """Of consecutive tokens [S + 1], of which the last is only a label."""
+        return cls(tokens[:-1], tokens[1:], boundaries)
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,8 @@ class PretrainDataset:
         here, length = self.where(i), self.seq_length
         data = self._sources[here.dataset].data
         tokens = data.tokens(here.start, length + 1).astype(np.int64)
-        return Sample(tokens, data.document_starts_in(here.start, here.start + length) - here.start)
+        boundaries = data.document_starts_in(here.start, here.start + length) - here.start
+        return Sample.following(tokens, boundaries)
 
     def where(self, i: int) -> Location:
         """Where sample `i` lies, without reading it."""

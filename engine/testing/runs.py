@@ -68,7 +68,7 @@ def random_batches(config: Config, *, dp_rank: int = 0, dp_size: int = 1) -> lis
     tokens = torch.randint(0, config.model.vocab_size, (config.batch.global_, length + 1), generator=generator).numpy()
     share = config.batch.global_ // dp_size
     starts = range(dp_rank * share, (dp_rank + 1) * share, micro)
-    samples = [Sample(row, np.empty(0, dtype=np.int64)) for row in tokens]
+    samples = [Sample.following(row, np.empty(0, dtype=np.int64)) for row in tokens]
     return [collate(samples[i : i + micro], tuple(range(i, i + micro)), document_mask=False) for i in starts]
 
 

@@ -375,8 +375,8 @@ def test_memory_is_bounded_by_a_tensor_and_not_by_the_model(tmp_path: Path, monk
     alive, most = [0], [0]
     real = SafetensorsFile.tensor
 
-    def counted(file: SafetensorsFile, name: str) -> torch.Tensor:
-        tensor = real(file, name)
+    def counted(file: SafetensorsFile, name: str, rectangle: Rectangle | None = None) -> torch.Tensor:
+        tensor = real(file, name, rectangle)
         alive[0] += 1
         most[0] = max(most[0], alive[0])
         weakref.finalize(tensor, lambda: alive.__setitem__(0, alive[0] - 1))

@@ -23,7 +23,7 @@ class Counting:
     """Sample i holds i * 10, i * 10 + 1, ...; a document starts inside it at 1 + i % 5."""
 
     def sample(self, i: int) -> Sample:
-        return Sample(i * 10 + np.arange(LENGTH + 1), np.array([1 + i % (LENGTH - 1)]))
+        return Sample.following(i * 10 + np.arange(LENGTH + 1), np.array([1 + i % (LENGTH - 1)]))
 
 
 def read(dataset=None, *, rank=0, dp=1, first=0, num=24, B=8, micro=2, mask=True, workers=0, pin=False):
@@ -47,7 +47,7 @@ def numbers(steps) -> list[list[int]]:
 
 
 def test_a_batch_with_document_mask():
-    samples = [Sample(np.arange(5), np.array([1, 3])), Sample(np.arange(10, 15), np.array([], np.int64))]
+    samples = [Sample.following(np.arange(5), np.array([1, 3])), Sample.following(np.arange(10, 15), np.array([], np.int64))]
     batch = collate(samples, (7, 9), document_mask=True)
     assert batch.tokens.tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
     assert batch.labels.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14]]
@@ -62,7 +62,7 @@ def test_a_batch_with_document_mask():
 
 
 def test_a_batch_without_document_mask():
-    samples = [Sample(np.arange(5), np.array([1, 3]))] * 2
+    samples = [Sample.following(np.arange(5), np.array([1, 3]))] * 2
     batch = collate(samples, (0, 1), document_mask=False)
     assert batch.positions.tolist() == [[0, 1, 2, 3]] * 2
     assert batch.cu_seqlens == (0, 4, 8)
@@ -189,7 +189,7 @@ class Telling:
 
     def sample(self, i: int) -> Sample:
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        return Sample(np.array([os.getpid(), os.getpgid(0), torch.get_num_threads(), ignored, 0, 0, 0]), np.array([3]))
+        return Sample.following(np.array([os.getpid(), os.getpgid(0), torch.get_num_threads(), ignored, 0, 0, 0]), np.array([3]))
 
 
 def test_workers_survive_signals_meant_for_the_training_process():

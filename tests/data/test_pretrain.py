@@ -50,8 +50,9 @@ def test_a_sample_is_its_tokens_and_the_next_one(tmp_path):
     data = dataset(write(tmp_path / "web", [10, 30, 0, 25, 40]))
     for i in range(40):
         sample, start = data.sample(i), data.where(i).start
-        assert sample.tokens.tolist() == list(range(start, start + 9))
-        assert sample.tokens.dtype == np.int64
+        assert sample.tokens.tolist() == list(range(start, start + 8))
+        assert sample.labels.tolist() == list(range(start + 1, start + 9))
+        assert sample.tokens.dtype == sample.labels.dtype == np.int64
         assert sample.boundaries.tolist() == [b - start for b in (10, 40, 65) if start < b < start + 8]
 
 

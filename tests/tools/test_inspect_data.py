@@ -77,7 +77,7 @@ def test_a_sample_is_the_one_that_a_run_reads(main, prefix, capsys):
     data = PretrainDataset([DatasetConfig(path=prefix)], (1, 0, 0), "train", 12, 5)
     expected, here = data.sample(9), data.where(9)
     ids = [i for piece in shown["pieces"] for i in piece["ids"]]
-    assert [*ids, shown["last_label"]] == expected.tokens.tolist()
+    assert [*ids, shown["last_label"]] == [*expected.tokens.tolist(), expected.labels[-1]]
     assert shown["boundaries"] == expected.boundaries.tolist()
     assert np.cumsum([piece["num_tokens"] for piece in shown["pieces"]]).tolist() == [*shown["boundaries"], 12]
     assert (shown["first_token"], shown["epoch"]) == (here.start, here.epoch)

@@ -245,7 +245,7 @@ def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, tor
 
 
 def _batch(tokens: torch.Tensor) -> Batch:
-    samples = [Sample(row, np.empty(0, dtype=np.int64)) for row in tokens.numpy()]
+    samples = [Sample.following(row, np.empty(0, dtype=np.int64)) for row in tokens.numpy()]
     return collate(samples, tuple(range(len(samples))), document_mask=False)
 
 

@@ -79,13 +79,20 @@ def attention_reference(
     return torch.einsum("nqk,knd->qnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def attention_with_cache(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None) -> Tensor:
-    """Attention of the newest tokens of one sequence, `q` [t_new, n, d], over all of it, `k`, `v` [t, n_kv, d]."""
-    if sliding_window is not None:
-        reach = sliding_window + q.shape[0] - 1
-        k, v = k[-reach:], v[-reach:]
-    mask = None if q.shape[0] == 1 else _seen(q.shape[0], k.shape[0], sliding_window, q.device)
-    return _sdpa(q[None], k[None], v[None], mask)[0]
+def attention_with_cache(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], sliding_window: int | None = None
+) -> Tensor:
+    """Attention of the newest tokens of b sequences, `q` [b, t_new, n, d], over all of each: [b, t_new, n, d].
+
+    Keys and values `k`, `v` [b, capacity, n_kv, d] of sequence i count up to lengths[i]; what lies behind must be finite.
+    """
+    new = q.shape[1]
+    first = 0 if sliding_window is None else max(0, min(lengths) - new + 1 - sliding_window)
+    k, v = k[:, first : max(lengths)], v[:, first : max(lengths)]
+    sees_all = new == 1 and min(lengths) == max(lengths)
+    ends = tuple(length - first for length in lengths)
+    mask = None if sees_all else _seen_of_each(new, ends, sliding_window, q.device)
+    return _sdpa(q, k, v, mask)
 
 
 def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, sliding_window: int | None) -> Tensor:
@@ -182,3 +189,13 @@ def _seen(queries: int, keys: int, sliding_window: int | None, device: torch.dev
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     seen = distance >= 0
     return seen if sliding_window is None else seen & (distance < sliding_window)
+
+
+@lru_cache(maxsize=8)  # all layers of a step ask for the same
+def _seen_of_each(new: int, ends: tuple[int, ...], sliding_window: int | None, device: torch.device) -> Tensor:
+    """True where a query sees a key, [b, 1, new, longest]; the last query of sequence i stands at key ends[i] - 1."""
+    last = torch.tensor(ends, device="cpu").to(device, non_blocking=True)
+    queries = last[:, None] + torch.arange(-new, 0, device=device)  # [b, new]
+    distance = queries[..., None] - torch.arange(max(ends), device=device)
+    seen = distance >= 0
+    return (seen if sliding_window is None else seen & (distance < sliding_window))[:, None]

@@ -112,11 +112,12 @@ def test_generation_with_a_cache_equals_the_whole_sequence(preset):
     decoder = new_decoder(model)
     tokens = hidden_tokens(60, model.vocab_size)
     whole = decoder(tokens, torch.arange(60), attend_within((0, 60), model.sliding_window))
-    cache = KeyValueCache(model, 60, torch.float32, torch.device("cpu"))
+    cache = KeyValueCache(model, 1, 60, torch.float32, torch.device("cpu"))
     parts = []
     for first, last in ((0, 40), (40, 41), (41, 42), (42, 60)):
-        parts.append(decoder(tokens[first:last], torch.arange(first, last), cache.attend))
-        cache.advance(last - first)
+        positions, attend = cache.extend(range(1), last - first)
+        assert positions.tolist() == list(range(first, last))
+        parts.append(decoder(tokens[first:last], positions, attend))
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
 
 

@@ -1,11 +1,19 @@
 import math
+import os
 
 import pytest
 import torch
+from torch import nn
 
+from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.model.attention import attend_within
-from engine.model.generate import Sampling, draw, generate
+from engine.model.decoder import Decoder
+from engine.model.generate import Sampling, Speaker, draw, generate, generate_batch
+from engine.model.parameters import parameter_table
+from engine.parallel.layout import Layout
+from engine.parallel.table import initialise
+from engine.testing.distributed import run_ranks, world_of
 from engine.testing.models import new_decoder, tiny_config
 
 MODEL = tiny_config(init_std=0.1)
@@ -31,17 +39,97 @@ def test_sampling_repeats_with_its_seed_and_stops():
 
 
 def test_top_p_draws_only_from_the_likeliest():
-    logits = torch.log(torch.tensor([0.5, 0.05, 0.3, 0.15]))
+    logits = torch.log(torch.tensor([0.5, 0.05, 0.3, 0.15])).expand(300, -1)
     random = torch.Generator().manual_seed(0)
 
     def drawn(top_p: float, temperature: float = 1.0) -> set[int]:
-        return {int(draw(logits, Sampling(temperature, top_p), random)) for _ in range(300)}
+        uniform = torch.rand(300, dtype=torch.float64, generator=random)
+        return set(draw(logits, Sampling(temperature, top_p), uniform).tolist())
 
     assert drawn(0.4) == {0}
     assert drawn(0.6) == {0, 2}
     assert drawn(0.9) == {0, 2, 3}
     assert drawn(1.0) == {0, 1, 2, 3}
     assert drawn(1.0, temperature=0.01) == {0}
+
+
+def test_draws_have_the_probabilities_of_the_model():
+    probabilities = torch.tensor([0.125, 0.5, 0.0, 0.375])
+    uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = draw(probabilities.log().expand(1000, -1), Sampling(1.0), uniform)
+    assert drawn.bincount(minlength=4).tolist() == [125, 500, 0, 375]
+    almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities.log()[None], Sampling(1.0), almost_one).item() == 0  # the last that can be drawn
+
+
+PROMPTS = {7: [1, 2, 3, 4, 5, 6, 7, 8, 9], 2: [5], 0: [6, 7, 8], 9: list(range(40))}
+
+
+def continued(decoder, prompts, new, sampling, stop=frozenset()) -> dict[int, list[int]]:
+    ids = {number: [] for number in prompts}
+    for number, token in generate_batch(decoder, prompts, new, sampling, stop):
+        ids[number].append(token)
+    return ids
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-mistral", "tiny-qwen3", "tiny-starcoder2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_who_is_beside_a_prompt_changes_nothing(preset, temperature):
+    model = tiny_config(preset, init_std=0.1)
+    decoder, sampling = new_decoder(model), Sampling(temperature, 0.9, seed=3)
+    together = continued(decoder, PROMPTS, 20, sampling)
+    alone = {n: continued(decoder, {n: prompt}, 20, sampling)[n] for n, prompt in PROMPTS.items()}
+    assert together == alone
+    assert together[0] == list(generate(decoder, PROMPTS[0], 20, sampling))
+    stop = frozenset({together[2][3], together[9][11]})  # some leave early, the others go on
+    shorter = continued(decoder, PROMPTS, 20, sampling, stop)
+    for number, ids in together.items():
+        end = min((ids.index(token) for token in stop if token in ids), default=20)
+        assert shorter[number] == ids[:end]
+    assert len({len(ids) for ids in shorter.values()}) > 1
+
+
+def test_prompts_with_one_text_and_other_numbers_draw_differently():
+    ids = continued(new_decoder(MODEL), {0: [1, 2], 1: [1, 2]}, 20, Sampling(1.0))
+    assert ids[0] != ids[1]
+
+
+def write_on_ranks(model: ModelConfig, sampling: Sampling) -> tuple[dict[int, list[int]], int]:
+    """What rank 0 gets when all ranks share the layers, twice, and how many elements this rank holds."""
+    world = world_of(Layout(tp=int(os.environ["WORLD_SIZE"])))
+    table, parameters = parameter_table(model, tp=world.tp), {}
+    for parameter in table.parameters:
+        values = torch.empty(parameter.shape)
+        initialise(parameter, values, 1)
+        parameters[parameter.path] = nn.Parameter(values, requires_grad=False)
+    decoder = Decoder(model, parameters, tp=world.tp)
+    speaker, ids = Speaker(decoder, world, sampling, frozenset({5}), model.vocab_size), {}
+    if world.is_main:
+        for prompts in ({7: PROMPTS[7], 2: PROMPTS[2]}, {0: PROMPTS[0], 9: PROMPTS[9]}):
+            ids |= {number: [] for number in prompts}
+            for number, token in speaker.write(prompts, 12):
+                ids[number].append(token)
+        speaker.end()
+    else:
+        speaker.follow()
+    return ids, table.local_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [
+        ({}, 2),
+        ({"num_heads": 4, "num_kv_heads": 2, "vocab_size": 259}, 4),  # two ranks hold the same keys and values
+        ({"sliding_window": 5, "tie_embeddings": True}, 2),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ranks_that_share_the_layers_write_what_one_writes(changes, ranks, temperature):
+    model, sampling = tiny_config(init_std=0.1, **changes), Sampling(temperature, 0.9, seed=3)
+    alone, whole = run_ranks(1, write_on_ranks, model, sampling)[0]
+    results = run_ranks(ranks, write_on_ranks, model, sampling)
+    assert results[0][0] == alone
+    assert all(part < whole * 0.7 for _, part in results)
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,31 @@ def test_no_tokens():
 def test_new_tokens_with_a_cache_equal_the_whole(new, window, kv_heads):
     q, k, v = qkv(40, kv_heads=kv_heads)
     whole = attention_reference(q, k, v, (0, 40), window)
-    torch.testing.assert_close(attention_with_cache(q[40 - new :], k, v, window), whole[40 - new :], **TOLERANCE)
+    newest = attention_with_cache(q[None, 40 - new :], k[None], v[None], (40,), window)[0]
+    torch.testing.assert_close(newest, whole[40 - new :], **TOLERANCE)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_sequences_of_a_cache_do_not_see_each_other(new, window, kv_heads):
+    lengths = (40, 3, 17)
+    everyones = [qkv(length, kv_heads=kv_heads) for length in lengths]
+    q = torch.stack([x[0][-new:] for x in everyones])
+    k, v = (torch.full((3, 50, kv_heads, 16), 1e6) for _ in range(2))  # what lies behind a sequence
+    for i, x in enumerate(everyones):
+        k[i, : lengths[i]], v[i, : lengths[i]] = x[1], x[2]
+    out = attention_with_cache(q, k, v, lengths, window)
+    for i, x in enumerate(everyones):
+        whole = attention_reference(*x, (0, lengths[i]), window)
+        torch.testing.assert_close(out[i], whole[-new:], **TOLERANCE)
 
 
 def test_never_waits_for_the_device():
     inputs = [x.to("meta") for x in qkv(48)]
     assert attention(*inputs, (0, 16, 48), 4).shape == (48, 4, 16)
-    assert attention_with_cache(inputs[0][:3], *inputs[1:], 4).shape == (3, 4, 16)
+    q, k, v = (x[None] for x in inputs)
+    assert attention_with_cache(q[:, :3], k, v, (48,), 4).shape == (1, 3, 4, 16)
 
 
 def test_flash_attention_is_taken_in_its_newest_version_that_runs(monkeypatch):

@@ -24,15 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import DatasetConfig
-from engine.data.files import Array, Ints
+from engine.data.files import Ints
 from engine.data.indexed import IndexedDataset
 from engine.data.mixture import Mixture, Permutation, keyed_below
 from engine.errors import ConfigError, DataError
 
 Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, ...] = ("train", "valid", "test")
-PROBES = 64  # places of a dataset at which its token ids are checked at start
-PROBE_TOKENS = 4096
+IDENTITY_TOKENS = 4096  # at each end of a dataset, in its fingerprint
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class PretrainDataset:
         seen: Counter[str] = Counter()
         for dataset in datasets:
             data, name = IndexedDataset(dataset.path), dataset.path.name
-            begin, end = part_range(data, split, part)
+            begin, end = map(data.document_start, part_documents(data.num_documents, split, part))
             samples = (end - begin - seq_length) // seq_length
             if samples < 1:
                 raise DataError(
@@ -141,38 +140,6 @@ class PretrainDataset:
         content = [self._mixture.counts, [source.identity() for source in self._sources]]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Look at token ids all over each dataset (some quarter of a million), so that a run with the wrong
-        tokenizer ends before its first step. `tools/inspect_data.py --verify` looks at every one.
-
-        Raises:
-            DataError: an id is not below `vocab_size`.
-        """
-        for source in self._sources:
-            _check_recorded(source.data, vocab_size)
-            for start, ids in source.probes():
-                wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-                if wrong.size:
-                    raise DataError(
-                        f"{source.data.prefix}.bin: token {start + int(wrong[0])} has id {int(ids[wrong[0]])}; "
-                        f"expected 0 .. {vocab_size - 1} for model.vocab_size = {vocab_size}; "
-                        "were the data made with another tokenizer?"
-                    )
-
-    def check_tokenizer(self, tokenizer_hash: str) -> None:
-        """Compare a tokenizer's hash with the one recorded beside each dataset, where there is a record.
-
-        Raises:
-            DataError: a dataset was made with another tokenizer.
-        """
-        for data in self.datasets:
-            if data.info is not None and data.info.tokenizer_hash != tokenizer_hash:
-                raise DataError(
-                    f"{data.prefix}.json: made with a {data.info.tokenizer_kind} tokenizer of hash "
-                    f"{data.info.tokenizer_hash}; data.tokenizer has {tokenizer_hash}; "
-                    "name the tokenizer of the data, or preprocess the text again"
-                )
-
 
 @dataclass(frozen=True)
 class _Source:
@@ -195,22 +162,16 @@ class _Source:
         offset = keyed_below(self.seq_length, "offset", *key)
         return epoch, number, self.begin + offset + number * self.seq_length
 
-    def probes(self) -> list[tuple[int, Array]]:
-        """Tokens at evenly spaced places, the first and the last among them, each with its offset."""
-        count = min(PROBE_TOKENS, self.end - self.begin)
-        places = np.linspace(self.begin, self.end - count, PROBES).astype(np.int64)
-        return [(start, self.data.tokens(start, count)) for start in np.unique(places).tolist()]
-
     def identity(self) -> list[Any]:
-        count = min(PROBE_TOKENS, self.end - self.begin)
+        count = min(IDENTITY_TOKENS, self.end - self.begin)
         ends = [self.data.tokens(start, count).astype("<i8").tobytes() for start in (self.begin, self.end - count)]
         content = hashlib.blake2b(b"".join(ends), digest_size=16).hexdigest()
         numbers = [self.occurrence, self.begin, self.end, self.num_samples, self.seq_length, self.seed]
         return [self.name, *numbers, content]
 
 
-def part_range(data: IndexedDataset, split: Sequence[float], part: Part) -> tuple[int, int]:
-    """The tokens [begin, end) of a part: its share of the documents, counted cumulatively and rounded.
+def part_documents(num_documents: int, split: Sequence[float], part: Part) -> tuple[int, int]:
+    """The documents [begin, end) of a part: its share of them, counted cumulatively and rounded.
 
     Raises:
         ConfigError: shares that are negative, not finite or all zero.
@@ -218,14 +179,5 @@ def part_range(data: IndexedDataset, split: Sequence[float], part: Part) -> tupl
     if not all(math.isfinite(share) and share >= 0 for share in split) or sum(split) <= 0:
         raise ConfigError(f"data.split = {list(split)}: shares must be finite, >= 0 and not all zero")
     total, at = sum(map(Fraction, split)), PARTS.index(part)
-    cuts = [sum(map(Fraction, split[:k])) * data.num_documents / total for k in (at, at + 1)]
-    begin, end = (data.document_start(int(cut + Fraction(1, 2))) for cut in cuts)
-    return begin, end
-
-
-def _check_recorded(data: IndexedDataset, vocab_size: int) -> None:
-    if data.info is not None and data.info.vocab_size > vocab_size:
-        raise DataError(
-            f"{data.prefix}.json: made with a vocabulary of {data.info.vocab_size}, larger than "
-            f"model.vocab_size = {vocab_size}; raise the latter or use the tokenizer that belongs to the model"
-        )
+    begin, end = (sum(map(Fraction, split[:k])) * num_documents / total for k in (at, at + 1))
+    return int(begin + Fraction(1, 2)), int(end + Fraction(1, 2))

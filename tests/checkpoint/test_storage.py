@@ -8,6 +8,7 @@ import torch
 import xxhash
 
 from engine.checkpoint import storage as storage_module
+from engine.checkpoint.rectangles import Rectangle
 from engine.checkpoint.storage import Entry, SafetensorsFile, Storage, file_hash, tensor_hash
 from engine.errors import CheckpointError
 
@@ -182,3 +183,15 @@ def test_a_tensor_of_another_shape_than_announced_is_refused(tmp_path: Path) -> 
     wrong = Entry("a", (3,), torch.float32, lambda: torch.zeros(4))
     with pytest.raises(ValueError, match=r"shape \[4\], expected \[3\]"):
         Storage().write_safetensors(tmp_path / "a", [wrong])
+
+
+def test_a_rectangle_is_read_without_the_rows_around_it(tmp_path: Path) -> None:
+    tensors = {"m": torch.arange(30.0).view(5, 6), "v": torch.arange(7.0), "s": torch.tensor(3.0)}
+    safetensors.torch.save_file(tensors, tmp_path / "a")
+    file = SafetensorsFile(tmp_path / "a")
+    part = file.tensor("m", Rectangle((1, 2), (3, 4)))
+    assert part.equal(tensors["m"][1:4, 2:6]) and part.untyped_storage().nbytes() == 3 * 6 * 4
+    assert file.tensor("v", Rectangle((5,), (2,))).tolist() == [5, 6]
+    assert file.tensor("s", Rectangle((), ())).item() == 3
+    with pytest.raises(CheckpointError, match=r"m has shape \[5, 6\], wanted"):
+        file.tensor("m", Rectangle((4, 0), (2, 6)))

@@ -400,3 +400,37 @@ def test_mutated_files_give_data_or_a_format_error(tmp_path, monkeypatch, checke
     tracemalloc.stop()
     assert refused > 1000
     assert peak < 1 << 20
+
+
+def masked(prefix: Path) -> IndexedDataset:
+    with IndexedDatasetWriter(prefix, np.uint16, masked=True) as writer:
+        writer.add_document([5, 6, 7], [0, 1, 1])
+        writer.add_documents([8, 9], [1, 1], np.array([True, False]))
+    return IndexedDataset(prefix)
+
+
+def test_a_mask_says_which_tokens_are_targets(tmp_path):
+    data = masked(tmp_path / "chat")
+    assert data.has_mask and data.mask(0, 5).tolist() == [0, 1, 1, 1, 0] and data.mask(2, 1).tolist() == [1]
+    assert (tmp_path / "chat.mask.bin").read_bytes() == b"\0\1\1\1\0"
+    data.verify(10)
+    with pytest.raises(IndexError):
+        data.mask(4, 2)
+
+
+def test_a_mask_that_does_not_belong_to_the_tokens_is_refused(tmp_path):
+    masked(tmp_path / "chat")
+    path = tmp_path / "chat.mask.bin"
+    path.write_bytes(b"\0\1\2\1\0")
+    data = IndexedDataset(tmp_path / "chat")
+    for look in (lambda: data.mask(0, 5), lambda: data.verify(10)):
+        with pytest.raises(DataFormatError, match=r"chat\.mask\.bin: mask\[2\] = 2; expected 0 or 1"):
+            look()
+    path.write_bytes(b"\0\1\1\1")
+    with pytest.raises(DataFormatError, match=r"chat\.mask\.bin: size = 4 bytes; expected 5"):
+        IndexedDataset(tmp_path / "chat")
+    with IndexedDatasetWriter(tmp_path / "plain", np.uint16, masked=True) as writer, pytest.raises(ValueError):
+        writer.add_document([1, 2])
+    with IndexedDatasetWriter(tmp_path / "chat", np.uint16) as writer:  # an old mask must not stay beside new tokens
+        writer.add_document([1, 2, 3, 4, 5])
+    assert not IndexedDataset(tmp_path / "chat").has_mask

@@ -47,7 +47,8 @@ def numbers(steps) -> list[list[int]]:
 
 
 def test_a_batch_with_document_mask():
-    samples = [Sample.following(np.arange(5), np.array([1, 3])), Sample.following(np.arange(10, 15), np.array([], np.int64))]
+    contents = [(np.arange(5), np.array([1, 3])), (np.arange(10, 15), np.array([], np.int64))]
+    samples = [Sample.following(*content) for content in contents]
     batch = collate(samples, (7, 9), document_mask=True)
     assert batch.tokens.tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
     assert batch.labels.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14]]
@@ -189,7 +190,8 @@ class Telling:
 
     def sample(self, i: int) -> Sample:
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        return Sample.following(np.array([os.getpid(), os.getpgid(0), torch.get_num_threads(), ignored, 0, 0, 0]), np.array([3]))
+        told = np.array([os.getpid(), os.getpgid(0), torch.get_num_threads(), ignored, 0, 0, 0])
+        return Sample.following(told, np.array([3]))
 
 
 def test_workers_survive_signals_meant_for_the_training_process():
@@ -235,3 +237,15 @@ def test_a_batch_crosses_processes_without_shared_memory():
     again = rebuild(*fields)
     assert isinstance(again, Batch)
     assert torch.equal(again.positions, batch.positions)
+
+
+def test_labels_that_are_not_learned_do_not_count():
+    learned = np.array([True, False, True, False])
+    samples = [
+        Sample(np.arange(4), np.arange(4) + 7, np.array([2]), learned),
+        Sample.following(np.arange(5), np.array([], int)),
+    ]
+    batch = collate(samples, (0, 1), document_mask=True)
+    assert batch.labels.tolist() == [[7, 8, 9, 10], [1, 2, 3, 4]]
+    assert batch.loss_mask.tolist() == [[1.0, 0.0, 1.0, 0.0], [1.0] * 4]
+    assert batch.num_tokens == 6

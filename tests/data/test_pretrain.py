@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from engine.config import DatasetConfig
-from engine.data.indexed import HEADER, MAGIC, DatasetInfo, IndexedDataset, IndexedDatasetWriter
-from engine.data.pretrain import PretrainDataset, part_range
+from engine.data.indexed import HEADER, MAGIC, DatasetInfo, IndexedDatasetWriter
+from engine.data.pretrain import PretrainDataset, part_documents
 from engine.errors import ConfigError, DataError
 
 ALL = (1.0, 0.0, 0.0)
@@ -109,11 +109,9 @@ def test_a_mixture_reads_each_dataset_epoch_after_epoch_in_the_stated_proportion
         ((0.994, 0.003, 0.003), [0, 99, 100, 100]),  # shares are rounded cumulatively
     ],
 )
-def test_parts_are_contiguous_documents_and_together_everything(tmp_path, split, cuts):
-    data = IndexedDataset(write(tmp_path / "web", [1 + j % 3 for j in range(100)]))
-    starts = [data.document_start(j) for j in cuts]
-    parts = [part_range(data, split, part) for part in ("train", "valid", "test")]
-    assert parts == list(pairwise(starts))
+def test_parts_are_contiguous_documents_and_together_everything(split, cuts):
+    parts = [part_documents(100, split, part) for part in ("train", "valid", "test")]
+    assert parts == list(pairwise(cuts))
 
 
 def test_parts_do_not_share_tokens(tmp_path):
@@ -166,26 +164,6 @@ def test_the_fingerprint_follows_data_and_order_but_not_the_directory(tmp_path):
     assert len({data.fingerprint() for data in [*same, *other]}) == 1 + len(other)
 
 
-def test_ids_beyond_the_vocabulary_are_found_at_start(tmp_path):
-    data = dataset(write(tmp_path / "web", [300]))
-    data.check_vocabulary(300)
-    with pytest.raises(
-        DataError, match=r"web\.bin: token 299 has id 299; expected 0 \.\. 298 for model\.vocab_size = 299"
-    ):
-        data.check_vocabulary(299)
-
-
-def test_the_recorded_vocabulary_and_tokenizer_are_compared(tmp_path):
-    info = DatasetInfo(tokenizer_kind="sentencepiece", tokenizer_hash="abc", vocab_size=32_000, eod_id=2)
-    data = dataset(write(tmp_path / "web", [100], info=info), write(tmp_path / "foreign", [100]))
-    data.check_vocabulary(32_000)
-    data.check_tokenizer("abc")
-    with pytest.raises(DataError, match=r"web\.json: made with a vocabulary of 32000, .*model\.vocab_size = 500"):
-        data.check_vocabulary(500)
-    with pytest.raises(DataError, match=r"web\.json: made with a sentencepiece tokenizer of hash abc; .*has xyz"):
-        data.check_tokenizer("xyz")
-
-
 # ---- 10^12 tokens
 
 MEASURE = """
@@ -193,6 +171,7 @@ import json, sys, time
 from itertools import pairwise
 from pathlib import Path
 from engine.data.pretrain import DatasetConfig, PretrainDataset
+from engine.data.vocabulary import check_vocabulary
 
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
@@ -207,7 +186,7 @@ before, start = resident_mb(), time.perf_counter()
 data = PretrainDataset([DatasetConfig(path=sys.argv[1])], (98, 1, 1), "train", 4096, 1)
 first_batch = [data.sample(i).tokens for i in range(256)]
 first_s = time.perf_counter() - start
-data.check_vocabulary(100), data.fingerprint()
+check_vocabulary(data.datasets[0], 100), data.fingerprint()
 near = far = float("inf")
 for repeat in range(5):
     near = min(near, seconds(range(300)))

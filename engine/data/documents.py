@@ -1,4 +1,4 @@
-"""Documents out of text files: JSON lines and plain text, also compressed.
+"""Documents out of text files: JSON lines and plain text, also compressed; records also from JSON arrays and Parquet.
 
 Two halves, so that the slow one can run in many processes: `read_blocks` cuts files into blocks of whole lines
 (bytes, hardly touched), `parse_block` turns a block into texts. Nothing bad in a file stops the reading: it
@@ -7,16 +7,18 @@ had read before the damage, and of which the one for zstd takes a truncated file
 """
 
 import glob
+import itertools
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 import orjson
 import zstandard
 
+from engine.data import parquet
 from engine.errors import ConfigError, StorageError
 
 BLOCK_BYTES = 1 << 20
@@ -26,13 +28,28 @@ LARGEST_WINDOW = 1 << 31  # of zstd --long=31, in which large corpora are publis
 BOM = b"\xef\xbb\xbf"
 QUOTED = 200  # characters of a rejected line that are kept
 
-Kind = Literal["lines", "text"]
-KINDS: dict[str, Kind] = {
-    ".jsonl": "lines", ".json": "lines", ".txt": "text", ".md": "text", ".rst": "text", ".py": "text",
-}  # fmt: skip
+Kind = Literal["lines", "text", "json", "parquet"]  # json: one array of records, or lines
 COMPRESSIONS = (".gz", ".zst")
-IN_DIRECTORIES = (".jsonl", ".txt")  # others there may be anything, so they have to be named, or matched by a pattern
 REJECTS_SUFFIX = ".rejects.jsonl"
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Which files are read, by their suffix.
+
+    `in_directories` are those that a directory is searched for: others there may be anything, so they have to be
+    named, or matched by a pattern.
+    """
+
+    kinds: dict[str, Kind]
+    in_directories: tuple[str, ...]
+
+
+TEXTS = Accepted(
+    {".jsonl": "lines", ".json": "lines", ".txt": "text", ".md": "text", ".rst": "text", ".py": "text"},
+    in_directories=(".jsonl", ".txt"),
+)
+RECORDS = Accepted({".jsonl": "lines", ".json": "json", ".parquet": "parquet"}, in_directories=(".jsonl", ".parquet"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive lines of a file, or a whole text file.
+    """Consecutive lines of a file, or a whole text file. Elements of an array are lines, as are rows of Parquet.
 
     Attributes:
         first_line: number of the first line, from 1.
@@ -86,13 +103,13 @@ class _Inflater(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def find_sources(inputs: Sequence[str], accepted: Accepted = TEXTS) -> list[Source]:
     """The files that files, directories and glob patterns name, in that order; within one of them sorted.
 
     Raises:
         ConfigError: something is missing, of an unknown kind, unreadable, or named twice.
     """
-    sources = [_source(path) for name in inputs for path in _paths(name)]
+    sources = [_source(path, accepted) for name in inputs for path in _paths(name, accepted)]
     seen: set[str] = set()
     for source in sources:
         real = os.path.realpath(source.path)
@@ -103,54 +120,89 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
 
 def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All lines of all files in order; memory is a block, or the longest line.
+    """All lines of all files in order; memory is a block, or the longest line, or the largest JSON array.
 
     Raises:
         StorageError: a file vanished or the disk fails.
     """
     before = 0
     for source in sources:
-        line = 1
-        try:
-            with open(source.path, "rb") as file:
-                for data in _pieces(source, file, block_bytes):
-                    read = file.tell() if file.seekable() else 0  # a named pipe does not tell
-                    yield Block(source, line, data, before + read)
-                    line += data.count(b"\n")
-        except Unreadable as error:
-            yield Block(source, line, b"", before + source.num_bytes, problem=str(error))
-        except OSError as error:
-            raise StorageError(f"cannot read {source.path}: {error.strerror}") from error
+        for block in _file_blocks(source, block_bytes):
+            yield replace(block, position=before + block.position)
         before += source.num_bytes
+
+
+def _file_blocks(source: Source, block_bytes: int) -> Iterator[Block]:
+    """`read_blocks` for one file; positions are inside it."""
+    line = 1
+    pieces = _parquet_pieces if source.kind == "parquet" else _file_pieces
+    try:
+        for data, lines, position in pieces(source, block_bytes):
+            yield Block(source, line, data, position)
+            line += lines
+    except (Unreadable, parquet.Damaged) as error:
+        yield Block(source, line, b"", source.num_bytes, problem=str(error))
+    except OSError as error:
+        raise StorageError(f"cannot read {source.path}: {error.strerror}") from error
+
+
+def _file_pieces(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+    """Data, the number of lines in them, and the position behind them."""
+    with open(source.path, "rb") as file:
+        for data in _pieces(source, file, block_bytes):
+            yield data, data.count(b"\n"), file.tell() if file.seekable() else 0  # a named pipe does not tell
+
+
+def _parquet_pieces(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+    for data, rows, share in parquet.read_batches(source.path, block_bytes):
+        yield data, rows, int(source.num_bytes * share)
 
 
 def parse_block(block: Block, keys: Sequence[str]) -> tuple[list[tuple[str, ...]], list[Reject]]:
     """The documents of a block, each with one text a key, and what is none. Blank lines are neither."""
     if block.problem is not None:
         return [], [Reject(block.source.path, block.first_line, block.problem, "")]
-    data = block.data.removeprefix(BOM) if block.first_line == 1 else block.data
-    numbered = enumerate(data.split(b"\n"), block.first_line) if block.source.kind == "lines" else [(1, data)]
-    parse = _parse_line if block.source.kind == "lines" else _parse_text
+    parse = _parse_text if block.source.kind == "text" else _parse_line
     documents, rejects = [], []
-    for number, line in numbered:
-        if not line or line.isspace():
-            continue
+    for number, line in numbered_lines(block):
         try:
             documents.append(parse(line, keys))
         except ValueError as error:
-            quoted = line[:QUOTED].decode(errors="replace")
-            rejects.append(Reject(block.source.path, number, str(error), quoted))
+            rejects.append(reject(block, number, str(error), line))
     return documents, rejects
 
 
-def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """Raises ValueError, as `_parse_text` does: with the reason for a person."""
+def numbered_lines(block: Block) -> Iterator[tuple[int, bytes]]:
+    """Number and content of the lines of a block that are not blank; a text file is one line."""
+    lines: Iterable[bytes]
+    if block.source.kind == "parquet":
+        lines = parquet.json_lines(block.data)
+    else:
+        data = block.data.removeprefix(BOM) if block.first_line == 1 else block.data
+        lines = [data] if block.source.kind == "text" else data.split(b"\n")
+    for number, line in enumerate(lines, block.first_line):
+        if line and not line.isspace():
+            yield number, line
+
+
+def reject(block: Block, number: int, reason: str, line: bytes) -> Reject:
+    return Reject(block.source.path, number, reason, line[:QUOTED].decode(errors="replace"))
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Raises ValueError with the reason for a person."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, expected an object")
+    return record
+
+
+def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError, as `_parse_text` does: with the reason for a person."""
+    record = parse_object(line)
     for key in keys:
         if key not in record:
             raise ValueError(f"no key {key!r}; it has {', '.join(map(repr, list(record)[:8])) or 'none'}")
@@ -166,11 +218,11 @@ def _parse_text(data: bytes, keys: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
 
 
-def _paths(name: str) -> list[str]:
+def _paths(name: str, accepted: Accepted) -> list[str]:
     path = Path(name)
     if path.is_dir():
-        found = sorted(str(file) for file in path.rglob("*") if _is_document_file(file))
-        missing = f"no {' or '.join(IN_DIRECTORIES)} files below the directory {name}"
+        found = sorted(str(file) for file in path.rglob("*") if _is_document_file(file, accepted))
+        missing = f"no {' or '.join(accepted.in_directories)} files below the directory {name}"
     elif path.exists():
         return [name]
     else:
@@ -181,8 +233,8 @@ def _paths(name: str) -> list[str]:
     return found
 
 
-def _is_document_file(path: Path) -> bool:
-    wanted = _plain_suffix(path) in IN_DIRECTORIES and not path.name.endswith(REJECTS_SUFFIX)
+def _is_document_file(path: Path, accepted: Accepted) -> bool:
+    wanted = _plain_suffix(path) in accepted.in_directories and not path.name.endswith(REJECTS_SUFFIX)
     return wanted and path.is_file()
 
 
@@ -191,11 +243,13 @@ def _plain_suffix(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _source(path: str) -> Source:
-    kind = KINDS.get(_plain_suffix(Path(path)))
+def _source(path: str, accepted: Accepted) -> Source:
+    kind = accepted.kinds.get(_plain_suffix(Path(path)))
     if kind is None:
-        known = ", ".join(KINDS)
+        known = ", ".join(accepted.kinds)
         raise ConfigError(f"--input: cannot tell what {path} holds; expected {known}, also with .gz or .zst")
+    if kind == "parquet":
+        parquet.require(path)
     if not os.access(path, os.R_OK):
         raise ConfigError(f"--input: no permission to read {path}")
     return Source(path, kind, os.path.getsize(path))
@@ -203,11 +257,46 @@ def _source(path: str) -> Source:
 
 def _pieces(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[bytes]:
     """Blocks of whole lines of about `block_bytes`; a text file in one."""
+    chunks = _chunks(source, file, block_bytes)
+    if source.kind == "json":
+        first = next(chunks, b"")
+        chunks = itertools.chain([first], chunks)
+        if first.removeprefix(BOM).lstrip().startswith(b"["):
+            return _elements(chunks, block_bytes)
+    return _cut(chunks, block_bytes, at_lines=source.kind != "text")
+
+
+def _elements(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
+    """The elements of one JSON array as lines. It is read whole, since nothing in it marks where an element ends."""
+    content = b"".join(_limited(chunks))
+    try:
+        elements = orjson.loads(content.removeprefix(BOM))
+    except orjson.JSONDecodeError as error:
+        raise Unreadable(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno}); left out") from None
+    del content
+    lines = (orjson.dumps(element, option=orjson.OPT_APPEND_NEWLINE) for element in elements)
+    return _cut(lines, block_bytes, at_lines=True)
+
+
+def _limited(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > MAX_DOCUMENT_BYTES:
+            raise Unreadable(
+                f"one JSON array of more than {MAX_DOCUMENT_BYTES:,} bytes, left out; make it one object a line, "
+                f"for instance with jq -c '.[]'"
+            )
+        yield chunk
+
+
+def _cut(chunks: Iterable[bytes], block_bytes: int, *, at_lines: bool) -> Iterator[bytes]:
+    """Blocks of about `block_bytes`, cut behind a line; all in one where that is not wanted."""
     rest: list[bytes] = []
     size = 0
     try:
-        for chunk in _chunks(source, file, block_bytes):
-            cut = chunk.rfind(b"\n") + 1 if source.kind == "lines" and size + len(chunk) >= block_bytes else 0
+        for chunk in chunks:
+            cut = chunk.rfind(b"\n") + 1 if at_lines and size + len(chunk) >= block_bytes else 0
             if cut:
                 yield b"".join([*rest, chunk[:cut]])
                 rest, size = [], 0
@@ -217,7 +306,7 @@ def _pieces(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[bytes]
                 raise Unreadable(f"longer than {MAX_DOCUMENT_BYTES:,} bytes; the file is left out from here on")
     except Unreadable:
         whole = b"".join(rest)
-        if source.kind == "lines" and b"\n" in whole:
+        if at_lines and b"\n" in whole:
             yield whole[: whole.rfind(b"\n") + 1]
         raise
     if size:

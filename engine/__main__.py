@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from engine.config import Config, load
 from engine.errors import ConfigError, run_program
@@ -19,12 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; see `python -m engine --help`."""
     parser = argparse.ArgumentParser(
         prog="python -m engine",
-        description="Pretrain language models; see README.md.",
+        description="Pretrain and fine-tune language models; see README.md.",
         epilog=EPILOG,
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="pretrain: torchrun --nproc-per-node N -m engine train CONFIG")
+    train = commands.add_parser(
+        "train", help="pretrain or fine-tune: torchrun --nproc-per-node N -m engine train CONFIG"
+    )
     check = commands.add_parser("check", help="validate a configuration and show what follows from it")
     show = commands.add_parser("config", help="print the resolved configuration")
     commands.add_parser("env", help="show what this machine has and which implementations run on it")
@@ -65,10 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _load(path: str, overrides: list[str]) -> Config:
     """The configuration; where ranks share a machine, only the first one reports its errors."""
     try:
-        return load(path, overrides, presets=PRESETS)
+        return load(path, overrides, presets=PRESETS, trained=_trained)
     except ConfigError as error:
         error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
+
+
+def _trained(kind: str, path: Path) -> tuple[Mapping[str, Any], str | None]:
+    from engine.checkpoint.initial import trained  # imports torch, which takes seconds
+
+    return trained(kind, path)
 
 
 if __name__ == "__main__":

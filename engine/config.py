@@ -6,7 +6,8 @@ Rejected: argparse flags (two hundred of them and no structure) and Python confi
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, TriaxisError
 
 Presets = Mapping[str, Mapping[str, Any]]
+Trained = Callable[[str, Path], tuple[Mapping[str, Any], str | None]]
+"""Given `from_hf` or `from_checkpoint` and its directory: the fields of the model there, and its tokenizer."""
+SOURCES = ("preset", "from_hf", "from_checkpoint")  # of the architecture
 
 
 class Section(BaseModel):
@@ -55,9 +59,13 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """Architecture of a dense decoder. A preset fills the fields; fields given beside it override it."""
+    """Architecture of a dense decoder. A preset or a trained model fills the fields; those given beside it win."""
 
     preset: str | None = Field(None, description="a named size; see `engine/model/families.py`")
+    from_hf: Path | None = Field(None, description="a Hugging Face directory: its architecture and initial weights")
+    from_checkpoint: Path | None = Field(
+        None, description="a run or a checkpoint, of any layout: its architecture and initial weights, and nothing else"
+    )
     family: Literal["llama", "mistral", "qwen2", "qwen3", "starcoder2"] = Field(
         "llama", description="naming and config.json of the Hugging Face export"
     )
@@ -143,10 +151,18 @@ class DatasetConfig(Section):
 
 
 class DataConfig(Section):
-    tokenizer: str = Field(description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`")
-    train: list[DatasetConfig] = Field(min_length=1)
-    split: tuple[float, float, float] = Field((98, 1, 1), description="train, validation, test; by documents")
+    tokenizer: str = Field(
+        description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
+    )
+    train: list[DatasetConfig] = Field(
+        min_length=1, description="sft: a weight is how often an epoch reads the dataset"
+    )
+    valid: list[DatasetConfig] = Field([], description="evaluate on these, whole, instead of a part of `train`")
+    split: tuple[float, float, float] = Field(
+        (98, 1, 1), description="train, validation, test; by documents: contiguous, or dealt out at random (sft)"
+    )
     seq_length: PositiveInt
+    packing: bool = Field(True, description="sft: several conversations in a sequence, which do not see each other")
     document_mask: bool = Field(True, description="tokens do not attend across documents")
     num_workers: int = Field(1, ge=0, description="processes that read ahead, per rank")
 
@@ -168,14 +184,24 @@ class OptimizerConfig(Section):
 class LrScheduleConfig(Section):
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps, where warmup_steps is 0")
     decay_steps: int | None = Field(None, ge=1, description="wsd only: steps of the final decay (default 10 %)")
     min_lr: float = Field(0.0, ge=0)
 
 
 class TrainConfig(Section):
-    steps: PositiveInt
+    steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as train.epochs take")
+    epochs: int = Field(
+        0, ge=0, description="sft: passes over the data, if train.steps is not reached before; 0: endless"
+    )
     eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates only at the end")
-    eval_steps: int = Field(0, ge=0, description="global batches per evaluation; 0 never evaluates")
+    eval_steps: int = Field(
+        0, ge=0, description="global batches per evaluation; 0 never evaluates; sft: at most all there are"
+    )
+    early_stopping: int = Field(0, ge=0, description="end after so many evaluations without a new best; 0 never does")
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="sft: strength of the noise on embeddings (NEFTune); 5 is usual"
+    )
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits in the training loss")
     max_nonfinite_steps: PositiveInt = Field(
         3,
@@ -186,6 +212,9 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     interval: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves only at the end")
     keep_last: PositiveInt = 3
+    keep_best: bool = Field(
+        False, description="save at every evaluation with a new best loss, and keep that checkpoint"
+    )
 
 
 class LogConfig(Section):
@@ -196,7 +225,7 @@ class LogConfig(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    task: Literal["pretrain"] = "pretrain"
+    task: Literal["pretrain", "sft"] = Field("pretrain", description="sft: supervised fine-tuning on conversations")
     run: RunConfig = RunConfig()
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -221,18 +250,21 @@ def _flow_style(content: dict[str, Any]) -> str:
     return text.strip()
 
 
-def load(path: Path | str, overrides: Sequence[str] = (), *, presets: Presets) -> Config:
+def load(
+    path: Path | str, overrides: Sequence[str] = (), *, presets: Presets, trained: Trained | None = None
+) -> Config:
     """Read a YAML file and apply command-line overrides.
 
     Args:
         path: the YAML file.
         overrides: `["--batch.micro", "2", "--run.dir=runs/a"]`; values are YAML.
         presets: model fields by preset name.
+        trained: looks into the directory of a trained model; without it there are only presets.
 
     Raises:
         ConfigError: with every problem found, one a line.
     """
-    return resolve(read_yaml(Path(path)), overrides, presets=presets, source=str(path))
+    return resolve(read_yaml(Path(path)), overrides, presets=presets, source=str(path), trained=trained)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -250,14 +282,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def resolve(raw: dict[str, Any], overrides: Sequence[str] = (), *, presets: Presets, source: str) -> Config:
+def resolve(
+    raw: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    presets: Presets,
+    source: str,
+    trained: Trained | None = None,
+) -> Config:
     """Build a `Config` from nested mappings; see `load`."""
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
     pairs = _pairs(overrides)
-    if any(key == "model.preset" for key, _ in pairs):
-        merged["model"] = {}  # a preset on the command line replaces the file's model
+    if any(key == f"model.{name}" for key, _ in pairs for name in SOURCES):
+        merged["model"] = {}  # a preset or a trained model on the command line replaces the file's model
     problems = [_apply_override(merged, key, value) for key, value in pairs]
-    problems += [_apply_preset(merged, presets)]
+    problems += [_apply_source(merged, presets, trained)]
     unknown_preset = problems[-1] is not None
     config: Config | None = None
     try:
@@ -278,7 +317,7 @@ def resolve(raw: dict[str, Any], overrides: Sequence[str] = (), *, presets: Pres
 def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
     """What differs between the mapping of an earlier configuration and `config`, where both say something."""
     old, new = _flat(before), _flat(yaml.safe_load(config.to_yaml()))
-    expected = {"run.dir", "run.resume", "model.preset"}
+    expected = {"run.dir", "run.resume", *(f"model.{name}" for name in SOURCES)}
     keys = [key for key in old if key in new and old[key] != new[key] and key not in expected]
     return [f"{key}: {old[key]} -> {new[key]}" for key in keys]
 
@@ -289,6 +328,34 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def with_steps(config: Config, rows: int | None = None) -> Config:
+    """`config` with the steps of the run and of its warm-up as numbers.
+
+    Args:
+        rows: sequences of an epoch, in fine-tuning.
+
+    Raises:
+        ConfigError: the warm-up and the decay take longer than the run.
+    """
+    train, schedule = config.train, config.lr_schedule
+    steps = train.steps
+    if rows is not None and train.epochs:
+        needed = math.ceil(train.epochs * rows / config.batch.global_)
+        steps = min(steps, needed) if steps else needed
+    warmup = schedule.warmup_steps or math.ceil(schedule.warmup_ratio * steps)
+    behind = warmup + (schedule.decay_steps or 0)
+    if behind > steps:
+        raise ConfigError(
+            f"lr_schedule.warmup_steps + decay_steps = {behind} is more than the {steps} steps of the run"
+        )
+    return config.model_copy(
+        update={
+            "train": train.model_copy(update={"steps": steps}),
+            "lr_schedule": schedule.model_copy(update={"warmup_steps": warmup}),
+        }
+    )
 
 
 def microbatches(config: Config, dp: int) -> int:
@@ -340,14 +407,28 @@ def _apply_override(raw: dict[str, Any], key: str, text: str) -> str | None:
     return None
 
 
-def _apply_preset(raw: dict[str, Any], presets: Presets) -> str | None:
+def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None) -> str | None:
+    """Fill the model's fields from where the model says, and the tokenizer where a trained model brings one."""
     model = raw.get("model")
-    if not isinstance(model, dict) or model.get("preset") is None:
+    given = [name for name in SOURCES if isinstance(model, dict) and model.get(name) is not None]
+    if not isinstance(model, dict) or not given:
         return None
-    name = model["preset"]
-    if not isinstance(name, str) or name not in presets:
-        return f"model.preset = {name!r} is unknown{_did_you_mean(str(name), presets)}; known: {', '.join(presets)}"
-    raw["model"] = {**presets[name], **model}
+    name, value = given[0], model[given[0]]
+    if len(given) > 1:
+        return f"model.{' and model.'.join(given)} exclude each other: each is a whole model; keep one of them"
+    if name != "preset" and trained is not None:
+        try:
+            fields, tokenizer = trained(name, Path(str(value)))
+        except TriaxisError as error:
+            return f"model.{name} = {value}: {error}"
+        raw["model"] = {**fields, **model}
+        if tokenizer is not None and isinstance(raw.get("data"), dict):
+            raw["data"].setdefault("tokenizer", tokenizer)
+    elif name == "preset":
+        if not isinstance(value, str) or value not in presets:
+            known = ", ".join(presets)
+            return f"model.preset = {value!r} is unknown{_did_you_mean(str(value), presets)}; known: {known}"
+        raw["model"] = {**presets[value], **model}
     return None
 
 
@@ -391,7 +472,24 @@ def _did_you_mean(name: str, known: Any) -> str:
 def _cross_checks(config: Config) -> list[str]:
     """Problems that concern more than one setting."""
     model, data, schedule, parallel = config.model, config.data, config.lr_schedule, config.parallel
+    train, sft = config.train, config.task == "sft"
     checks = [
+        (
+            not train.steps and not (sft and train.epochs),
+            f"train.steps{' or train.epochs' if sft else ''}: is required and not given",
+        ),
+        (
+            not sft and any((train.epochs, train.neftune_alpha, not data.packing)),
+            "train.epochs, train.neftune_alpha and data.packing are for task = sft",
+        ),
+        (
+            sft and not data.document_mask,
+            "data.document_mask = false would let conversations see each other; task = sft needs true",
+        ),
+        (
+            (train.early_stopping > 0 or config.checkpoint.keep_best) and not train.eval_steps,
+            "train.early_stopping and checkpoint.keep_best compare evaluations; set train.eval_steps and eval_interval",
+        ),
         (
             model.num_heads % model.num_kv_heads != 0,
             f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {model.num_heads}",
@@ -410,8 +508,9 @@ def _cross_checks(config: Config) -> list[str]:
             f"data.split = {list(data.split)}: shares must be >= 0 and the first > 0",
         ),
         (
-            config.train.eval_steps > 0 and data.split[1] == 0,
-            f"train.eval_steps = {config.train.eval_steps} needs a validation share; data.split = {list(data.split)}",
+            train.eval_steps > 0 and data.split[1] == 0 and not data.valid,
+            f"train.eval_steps = {train.eval_steps} needs a validation share in data.split = {list(data.split)}, or "
+            "data.valid",
         ),
         (
             schedule.min_lr > config.optimizer.lr,
@@ -422,9 +521,9 @@ def _cross_checks(config: Config) -> list[str]:
             f"lr_schedule.decay_steps only applies to kind wsd; kind = {schedule.kind}",
         ),
         (
-            schedule.warmup_steps + (schedule.decay_steps or 0) > config.train.steps,
+            train.steps > 0 and schedule.warmup_steps + (schedule.decay_steps or 0) > train.steps,
             f"lr_schedule.warmup_steps + decay_steps = {schedule.warmup_steps + (schedule.decay_steps or 0)} is more "
-            f"than train.steps = {config.train.steps}",
+            f"than train.steps = {train.steps}",
         ),
         (
             (parallel.virtual_stages > 1) != (parallel.schedule == "interleaved"),

@@ -67,8 +67,8 @@ def test_unknown_keys_name_the_nearest_setting():
 
 
 def test_all_problems_are_reported_at_once():
-    text = message({"batch": {"global": "many"}, "train": {"steps": 0}, "nonsense": {}, "model": {"preset": "tinny"}})
-    for part in ("batch.global = 'many'", "train.steps = 0", "nonsense", "'tinny' is unknown (did you mean 'tiny'?)"):
+    text = message({"batch": {"global": "many"}, "train": {"steps": -1}, "nonsense": {}, "model": {"preset": "tinny"}})
+    for part in ("batch.global = 'many'", "train.steps = -1", "nonsense", "'tinny' is unknown (did you mean 'tiny'?)"):
         assert part in text
     assert "problems in test.yaml" in text
 

@@ -82,7 +82,7 @@ def save(
     """Write a checkpoint; every rank calls it, also one that owns nothing.
 
     A valid checkpoint of the same step (a run went back and came here again) is replaced: it is set aside as
-    `step_X.previous`, which `find` knows, until the new one is in place. The `keep_last` newest are kept.
+    `step_X.previous`, which `find` knows, until the new one is in place. The `keep_last` newest are kept, and the best.
 
     Args:
         agree: a collective: every rank calls it with its own problem or None, and all get the first problem of any.
@@ -100,7 +100,7 @@ def save(
     def commit() -> None:
         manifest = _gather(files, partial, state, world_size, _next_save_number(target.parent))
         _commit(files, partial, target, manifest, config_yaml, tokenizer_files, world_size)
-        _retain(files, target.parent, keep_last)
+        _retain(files, target.parent, keep_last, state)
 
     try:
         _together(agree, rank, lambda: _prepare(files, partial) if rank == 0 else None)
@@ -253,11 +253,13 @@ def _set_aside(files: Storage, target: Path) -> Path | None:
     return previous
 
 
-def _retain(files: Storage, root: Path, keep_last: int) -> None:
-    """Remove all but the `keep_last` newest valid checkpoints. Damaged ones are left for a person to look at."""
+def _retain(files: Storage, root: Path, keep_last: int, state: State) -> None:
+    """Remove all but the best and the `keep_last` newest valid checkpoints. Damaged ones stay for a person to see."""
     valid = sorted(valid_checkpoints(root), key=lambda checkpoint: checkpoint.manifest.save_number)
+    best = None if state.best is None else state.best.step
     for checkpoint in valid[: -max(1, keep_last)]:
-        _discard(files, checkpoint.path)
+        if checkpoint.state.step != best:
+            _discard(files, checkpoint.path)
 
 
 def _discard(files: Storage, path: Path) -> None:

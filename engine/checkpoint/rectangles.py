@@ -140,6 +140,15 @@ def shard_name(rank: int, world_size: int) -> str:
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Best:
+    """The evaluation with the lowest loss so far. `worse`: how many evaluations in a row have not been better."""
+
+    step: NonNegativeInt
+    loss: float
+    worse: NonNegativeInt
+
+
+@dataclass(frozen=True)
 class State:
     """What a run must remember beside its tensors.
 
@@ -150,6 +159,7 @@ class State:
         loss_scale: state of the dynamic loss scale, None where there is none.
         data_fingerprint: identifies data and order; empty when the weights were imported.
         layout: the layout that wrote it, for people; loading ignores it.
+        best: None where evaluations are not compared.
     """
 
     step: NonNegativeInt
@@ -158,6 +168,7 @@ class State:
     loss_scale: dict[str, JsonValue] | None
     data_fingerprint: str
     layout: dict[str, JsonValue]
+    best: Best | None = None
 
 
 class _Stored(BaseModel):

@@ -65,6 +65,7 @@ class SftDataset:
         self._owners = np.concatenate(owners)[order].astype(np.int32)
         self._conversations = np.concatenate([source.conversations for source in self._sources])[order]
         self._places = _Places(self.packing, lengths)
+        self._pairs = lengths
 
     @property
     def datasets(self) -> tuple[IndexedDataset, ...]:
@@ -74,6 +75,12 @@ class SftDataset:
     def num_tokens(self) -> int:
         """Places that an epoch fills, over all datasets."""
         return round(self.packing.efficiency * self.num_rows * self.seq_length)
+
+    @property
+    def mean_length(self) -> float:
+        """Of the conversation that a filled place belongs to, over all places."""
+        pairs = self._pairs.astype(np.float64)
+        return float((pairs**2).sum() / pairs.sum())
 
     @property
     def num_rows(self) -> int:

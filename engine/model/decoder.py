@@ -120,13 +120,16 @@ class Decoder(nn.Module):
             for block in self.layers:
                 _compile(block, tp)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Hidden states, before the final norm.
 
         Args:
             x: [t] int64 tokens where this part embeds them, else hidden states [t/tp, h].
             positions: [t] int64, each token's place in its document.
             attend: how the tokens attend; see `attention.py`.
+            noise: [t/tp, h], added to the embeddings.
 
         Returns:
             [t/tp, h] in the parameters' dtype.
@@ -135,6 +138,7 @@ class Decoder(nn.Module):
         cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         if self.embedding is not None:
             x = self.embedding(x)
+            x = x if noise is None else x + noise.to(x.dtype)
         for index, layer in enumerate(self.layers):
             if index < self.fully_recomputed and torch.is_grad_enabled():
                 x = again(layer, x, cos, sin, attend)
@@ -150,10 +154,11 @@ class Decoder(nn.Module):
         loss_mask: torch.Tensor,
         cu_seqlens: tuple[int, ...],
         z_loss: float = 0.0,
+        noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x` as in `forward`, the rest [t]."""
+        """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see `forward`."""
         assert self.head is not None, "only the part with the head has a loss"
-        hidden = self(x, positions, self.attend_within(cu_seqlens))
+        hidden = self(x, positions, self.attend_within(cu_seqlens), noise)
         loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss)
         return loss
 

@@ -34,7 +34,8 @@ def describe(config: Config, layout: Layout, reason: str, dtype: torch.dtype, de
     yield from (f"{'':{_LABEL}}{line}" for line in wrap(reason, 120 - _LABEL))
     cut = f"dp {layout.dp} × {_counted(count, 'microbatch', 'es')} of {batch.micro}"
     yield f"batch       {batch.global_} sequences = {cut}; {per_step:,} tokens per step"
-    yield f"run         {config.train.steps:,} steps = {config.train.steps * per_step:,} tokens"
+    steps, epochs = config.train.steps, config.train.epochs
+    yield f"run         {f'{steps:,} steps = {steps * per_step:,} tokens' if steps else _counted(epochs, 'epoch')}"
     if layout.pp > 1:
         schedule = build(config.parallel.schedule, layout.pp, count, config.parallel.virtual_stages)
         bubble = bubble_fraction(simulate(schedule))

@@ -19,10 +19,11 @@ _PEAK_BF16_TFLOPS = {  # dense, by datasheet
 }
 
 
-def flops_per_token(config: Config, table: ParameterTable) -> int:
-    """FLOPs of a forward and backward pass per token; see `FLOPS_FORMULA`."""
+def flops_per_token(config: Config, table: ParameterTable, length: float | None = None) -> float:
+    """FLOPs of a forward and backward pass per token; see `FLOPS_FORMULA`. `length`: of the sequence it belongs to."""
     model = config.model
-    attention = 6 * model.num_layers * config.data.seq_length * model.num_heads * model.head_dim
+    sequence = config.data.seq_length if length is None else length
+    attention = 6 * model.num_layers * sequence * model.num_heads * model.head_dim
     return 6 * table.num_multiplying + attention
 
 

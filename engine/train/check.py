@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.hf_config import hf_config
-from engine.config import Config
+from engine.config import Config, with_steps
 from engine.data.indexed import dataset_file
+from engine.data.pretrain import Part
 from engine.errors import ConfigError
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, Ranks, available
-from engine.train.run import open_data, open_tokenizer
+from engine.train.inputs import Data, in_rows, open_data, open_tokenizer, rows_of
 
 
 def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
@@ -34,19 +35,21 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     ranks = _ranks(config, world_size, gpu_memory_gib, ranks_per_node)
     hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
     layout, reason = choose_layout(config, ranks)
+    missing = _missing_files(config)
+    opened = [] if missing else _open(config)
+    config = with_steps(config, rows_of(opened[0]) if opened else None) if opened or config.train.steps else config
     for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
     gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
     where = gpus if ranks.device_type == "cuda" else "this machine's memory"
     dtype = str(ranks.dtype).removeprefix("torch.")
     print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) a node (--ranks-per-node)")
-    missing = _missing_files(config)
     for path in missing:
         print(f"data        {path} is not on this machine and not checked")
-    if not missing:
-        tokenizer = open_tokenizer(config)
-        for part in ("train", "valid") if config.train.eval_steps else ("train",):
-            print(f"data        {open_data(config, part, tokenizer).num_tokens:,} tokens to {part}")
+    for purpose, data in zip(("train", "valid"), opened, strict=False):
+        print(f"data        {data.num_tokens:,} tokens to {purpose}")
+        for line in in_rows(data):
+            print(line)
     require_fit(config, layout, ranks)
     print("ok")
 
@@ -60,7 +63,14 @@ def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_nod
     return Ranks(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
 
 
+def _open(config: Config) -> list[Data]:
+    """The data to train with and, where there are evaluations, to validate with."""
+    tokenizer = open_tokenizer(config)
+    parts: list[Part] = ["train", "valid"] if config.train.eval_steps else ["train"]
+    return [open_data(config, part, tokenizer) for part in parts]
+
+
 def _missing_files(config: Config) -> list[Path]:
     tokenizer = [] if config.data.tokenizer == "byte" else [Path(config.data.tokenizer)]
-    paths = tokenizer + [dataset_file(dataset.path, "idx") for dataset in config.data.train]
+    paths = tokenizer + [dataset_file(dataset.path, "idx") for dataset in [*config.data.train, *config.data.valid]]
     return [path for path in paths if not path.exists()]

@@ -1,23 +1,59 @@
 """Loss on held-out data: the same samples every time, whatever the layout."""
 
+import math
+from dataclasses import replace
+
 import torch
 
+from engine.checkpoint.rectangles import Best
 from engine.config import Config
 from engine.data.loader import batches
-from engine.data.pretrain import PretrainDataset
+from engine.data.sft import SftDataset
+from engine.errors import DataError
 from engine.parallel.layout import World
+from engine.train.inputs import Data
 from engine.train.step import DistributedModel
+from engine.train.trainer import Trainer
+
+
+def compares_evaluations(config: Config) -> bool:
+    return config.checkpoint.keep_best or config.train.early_stopping > 0
+
+
+def note_evaluation(trainer: Trainer, loss: float) -> bool:
+    """Compare with the best evaluation so far; whether this is better. That before the first step does not count."""
+    step, best = trainer.progress.step, trainer.best
+    if not compares_evaluations(trainer.config) or step == 0:
+        return False
+    improved = best is None or loss < best.loss
+    if improved:
+        trainer.best = Best(step, loss, 0)
+    elif best is not None and best.step != step:
+        trainer.best = replace(best, worse=best.worse + 1)
+    return improved
+
+
+def stops_early(trainer: Trainer) -> bool:
+    patience = trainer.config.train.early_stopping
+    return trainer.best is not None and 0 < patience <= trainer.best.worse
 
 
 @torch.no_grad()
-def evaluate(model: DistributedModel, dataset: PretrainDataset, config: Config, world: World) -> float:
-    """Mean loss per token, in nats, over the first `train.eval_steps` global batches of `dataset`."""
+def evaluate(model: DistributedModel, dataset: Data, config: Config, world: World) -> float:
+    """Mean loss per token, in nats, over the first `train.eval_steps` global batches; conversations at most once.
+
+    Raises:
+        DataError: none of the tokens is a target.
+    """
+    steps = config.train.eval_steps
+    if isinstance(dataset, SftDataset):
+        steps = min(steps, math.ceil(dataset.num_rows / config.batch.global_))
     total = torch.zeros(1, device=world.device, dtype=torch.float64)
     tokens = 0
-    steps = batches(
+    batches_of_steps = batches(
         dataset,
         first_sample=0,
-        num_samples=config.train.eval_steps * config.batch.global_,
+        num_samples=steps * config.batch.global_,
         global_batch_size=config.batch.global_,
         micro_batch_size=config.batch.micro,
         dp_rank=world.at.dp,
@@ -26,9 +62,11 @@ def evaluate(model: DistributedModel, dataset: PretrainDataset, config: Config, 
         num_workers=0,
         pin_memory=False,
     )
-    for microbatches in steps:
+    for microbatches in batches_of_steps:
         total += model.evaluate(microbatches).double()
         tokens += sum(batch.num_tokens for batch in microbatches) if world.counts_batch else 0
     world.sum_on_device(total)
     (all_tokens,) = world.sum_on_host([tokens])
+    if all_tokens == 0:
+        raise DataError("none of the tokens to evaluate is a target; look at the masks of the validation data")
     return total.item() / all_tokens

@@ -79,11 +79,11 @@ _PERFORMANCE = {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "tflop
 class StepReporter:
     """Watches every step, reports every `log.interval`-th, and gives up when the numbers stay broken."""
 
-    def __init__(self, config: Config, world: World, log: RunLog, flops_per_token: int) -> None:
+    def __init__(self, config: Config, world: World, log: RunLog, flops_per_step: float) -> None:
         self.config = config
         self.world = world
         self.log = log
-        self.flops_per_token = flops_per_token
+        self.flops_per_step = flops_per_step
         self.peak = peak_tflops(world.device)
         self.consecutive = torch.zeros(1, device=world.device)  # steps skipped in a row
         self.skipped = torch.zeros(1, device=world.device)  # steps skipped since the last report
@@ -135,7 +135,7 @@ class StepReporter:
         seconds = max(time.perf_counter() - self.since, 1e-9)
         devices = self.world.layout.world_size
         per_device = self.tokens_since / seconds / devices
-        tflops = per_device * self.flops_per_token / 1e12
+        tflops = self.flops_per_step * self.steps_since / seconds / devices / 1e12
         return {
             "step": result.step,
             "time": time.time(),

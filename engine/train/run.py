@@ -4,21 +4,19 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TypeVar
 
 import torch
 
 import engine
-from engine.checkpoint.hf_config import hf_config
-from engine.checkpoint.manager import Checkpoint, State, candidates, open_checkpoint, save
-from engine.config import Config, changed_settings, read_yaml
-from engine.data.pretrain import PretrainDataset
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.checkpoint.manager import Checkpoint, State, save
+from engine.checkpoint.reader import checkpoints_dir, step_name
+from engine.config import Config, changed_settings, read_yaml, with_steps
+from engine.data.sft import SftDataset
+from engine.data.tokenizer import CHAT_TEMPLATE
 from engine.errors import (
     CheckpointError,
-    ConfigError,
     Interrupted,
     NonFiniteError,
     StorageError,
@@ -26,39 +24,23 @@ from engine.errors import (
     as_triaxis_error,
     error_of,
 )
-from engine.model.parameters import kv_replicas, parameter_table
-from engine.ops.choice import in_words, require_implementations
+from engine.model.parameters import kv_replicas
+from engine.ops.choice import in_words
 from engine.optim.optimizer import ShardedAdamW
-from engine.parallel.fp8 import require_device
 from engine.parallel.layout import World, arrange, connect, disconnect
-from engine.parallel.table import ParameterTable
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import Ranks, available
 from engine.plan.throughput import flops_per_token, peak_tflops
-from engine.train.evaluate import evaluate
+from engine.train.evaluate import compares_evaluations, evaluate, note_evaluation, stops_early
+from engine.train.inputs import Inputs, chat_template, in_rows, model_dtype, open_inputs, rows_of
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
-from engine.train.state import pieces, restore
+from engine.train.state import pieces, restore, restore_weights
 from engine.train.step import DistributedModel, build
 from engine.train.trainer import Progress, Trainer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads; opened and checked before anything large is allocated.
-
-    `checkpoints` are those it may start from, the best first; none for a fresh start.
-    """
-
-    table: ParameterTable
-    dtype: torch.dtype
-    tokenizer: Tokenizer
-    train_data: PretrainDataset
-    valid_data: PretrainDataset | None
-    checkpoints: list[Checkpoint]
 
 
 def train(config: Config) -> None:
@@ -72,7 +54,8 @@ def train(config: Config) -> None:
     try:
         world, reason = _arrange(config, world)
         inputs = together(world, lambda: open_inputs(config, world))
-        log = together(world, lambda: _open_log(config, world))
+        config = together(world, lambda: with_steps(config, rows_of(inputs.train_data)))
+        log = together(world, lambda: _open_log(config, world, chat_template(inputs.train_data)))
         _describe_start(config, world, inputs, log, reason)
         trainer = _build(config, world, inputs, log)
         log.open_metrics(trainer.progress.step, tensorboard=config.log.tensorboard)
@@ -107,13 +90,6 @@ def _ranks(config: Config, world: World) -> Ranks:
     return Ranks(size, per_node, capacity, device.type, model_dtype(config, device.type))
 
 
-def model_dtype(config: Config, device_type: str) -> torch.dtype:
-    """The dtype of the parameters that are multiplied with."""
-    mode = config.precision.mode
-    bf16 = mode in ("bf16", "fp8") or (mode == "auto" and device_type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 def together(world: World, action: Callable[[], T]) -> T:
     """Do something on every rank that may fail on some; then all ranks raise an error of one class. A collective."""
     failure: TriaxisError | None = None
@@ -132,85 +108,13 @@ def together(world: World, action: Callable[[], T]) -> T:
     raise _for_all(world, error_of(code, text or ""))
 
 
-def open_inputs(config: Config, world: World) -> Inputs:
-    """Open everything the run reads, and refuse what cannot work."""
-    require_device(config, world.device)
-    require_implementations(config.ops, world.device)
-    dtype, table = model_dtype(config, world.device.type), parameter_table(config.model)
-    hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # what could not be exported is not trained
-    tokenizer = open_tokenizer(config)
-    train_data = open_data(config, "train", tokenizer)
-    valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None
-    checkpoints = _choose_checkpoints(config, print if world.is_main else lambda _: None)
-    for checkpoint in checkpoints:
-        checkpoint.require("param", {tensor.name: tensor.shape for tensor in table.logical()})
-        _require_same_architecture(checkpoint, config)
-    return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoints)
-
-
-def open_tokenizer(config: Config) -> Tokenizer:
-    """The run's tokenizer, which must not be larger than the model's vocabulary."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} entries of "
-            f"data.tokenizer = {config.data.tokenizer}; set model.vocab_size to at least that"
-        )
-    return tokenizer
-
-
-def open_data(config: Config, part: str, tokenizer: Tokenizer) -> PretrainDataset:
-    """One split of the datasets, checked against the tokenizer and the vocabulary."""
-    data = PretrainDataset(
-        config.data.train,
-        split=config.data.split,
-        part=part,  # type: ignore[arg-type]
-        seq_length=config.data.seq_length,
-        seed=config.run.seed,
-    )
-    data.check_tokenizer(tokenizer.hash)
-    data.check_vocabulary(config.model.vocab_size)
-    return data
-
-
-def _require_same_architecture(checkpoint: Checkpoint, config: Config) -> None:
-    """Tensors of the same shapes can belong to another model. What may differ are settings that mean nothing to trained
-    weights and those that people change on purpose to lengthen the context."""
-    stored, wanted = checkpoint.model_config().model_dump(), config.model.model_dump()
-    may_differ = {"preset", "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
-    different = [
-        f"model.{key} = {wanted[key]}, in the checkpoint {value}"
-        for key, value in stored.items()
-        if value != wanted[key] and key not in may_differ
-    ]
-    if different:
-        raise CheckpointError("\n  ".join([f"{checkpoint.path} is of another model:", *different]))
-
-
-def _choose_checkpoints(config: Config, report: Callable[[str], None]) -> list[Checkpoint]:
-    """Where to start from: what run.dir holds, newest first; else what `run.resume` names; else nothing.
-
-    A path below run.dir is taken literally, so that a run can go back to an older step.
-    """
-    resume, own = config.run.resume, config.run.dir
-    if resume not in ("auto", "never"):
-        named = open_checkpoint(Path(resume))
-        inside = own.resolve() in Path(resume).resolve().parents
-        return [named] if inside else candidates(own, report) or [named]
-    found = candidates(own, report)
-    if resume == "never" and found:
-        raise ConfigError(
-            f"run.resume = never, but {own} holds a checkpoint of step {found[0].state.step}; "
-            "choose another run.dir, or run.resume = auto to go on"
-        )
-    return found
-
-
-def _open_log(config: Config, world: World) -> RunLog:
+def _open_log(config: Config, world: World, template: str | None) -> RunLog:
     try:
         log = RunLog(config.run.dir, active=world.is_main)
         if world.is_main:
             (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            if template is not None:
+                (config.run.dir / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"run.dir = {config.run.dir} cannot be written: {error}") from None
     return log
@@ -218,15 +122,21 @@ def _open_log(config: Config, world: World) -> RunLog:
 
 def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
     """Model, optimizer and trainer, with initial or restored weights."""
-    model, optimizer = build(config, world, inputs.dtype, seed=None if inputs.checkpoints else config.run.seed)
+    weights, fresh = inputs.weights, not inputs.checkpoints
+    model, optimizer = build(config, world, inputs.dtype, seed=config.run.seed if fresh and weights is None else None)
     trainer = Trainer(config, world, model, optimizer, inputs.train_data)
-    if not inputs.checkpoints:
-        log.say(f"start       from scratch: there is no checkpoint in {config.run.dir}")
-        log.event("start", seed=config.run.seed)
+    if fresh:
+        if weights is not None:
+            together(world, lambda: restore_weights(optimizer, weights))
+            optimizer.publish()
+        origin = "from scratch" if weights is None else f"with the weights of {weights.path}"
+        log.say(f"start       {origin}: there is no checkpoint in {config.run.dir}")
+        log.event("start", seed=config.run.seed, weights=None if weights is None else str(weights.path))
         return trainer
     checkpoint = _restore_newest(world, model, optimizer, inputs.checkpoints, log)
     state = checkpoint.state
     trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
+    trainer.best = state.best if compares_evaluations(config) else None
     log.say(f"start       resumes from {checkpoint.path}: step {state.step} of {config.train.steps}")
     log.event("resume", step=state.step, path=str(checkpoint.path))
     for change in changed_settings(read_yaml(checkpoint.config_yaml_path), config):
@@ -259,31 +169,37 @@ def _restore_newest(
 def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     """Drive the loop; everything that happens every n steps happens here."""
     config, world = trainer.config, trainer.world
-    if trainer.progress.step >= config.train.steps:
+    if trainer.progress.step >= config.train.steps or stops_early(trainer):
         log.say(f"nothing to do: step {trainer.progress.step} is done and train.steps = {config.train.steps}")
+        _say_best(trainer, log)
         return
     stop = StopRequest()
-    reporter = StepReporter(config, world, log, flops_per_token(config, inputs.table))
+    reporter = StepReporter(config, world, log, _flops_per_step(config, inputs))
     if trainer.progress.step == 0:
         _evaluate(trainer, inputs, log)
     reporter.restart_clock()
     saved_step = trainer.progress.step
     for result in trainer.steps(stop):
         last = result.step == config.train.steps
+        evaluation_due = last or _due(result.step, config.train.eval_interval)
         save_due = last or _due(result.step, config.checkpoint.interval)
+        may_save = save_due or (evaluation_due and compares_evaluations(config))
         try:
-            reporter(result, trainer.progress, now=save_due)
+            reporter(result, trainer.progress, now=may_save)
         except NonFiniteError as error:
             raise _for_all(world, error) from None
-        evaluation_due = last or _due(result.step, config.train.eval_interval)
         if not (evaluation_due or save_due):
             continue  # pausing would wait for the device
         with reporter.paused():
             if evaluation_due:
-                _evaluate(trainer, inputs, log)
-            if save_due:
+                improved = _evaluate(trainer, inputs, log)
+                save_due = save_due or (improved and config.checkpoint.keep_best)
+            if save_due or stops_early(trainer):
                 _save(trainer, inputs, log)
                 saved_step = result.step
+        if stops_early(trainer):
+            log.say(f"stops early: {config.train.early_stopping} evaluations in a row without a new best")
+            break
     if trainer.stopped_by:
         if saved_step < trainer.progress.step:
             _save(trainer, inputs, log)
@@ -293,22 +209,34 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     log.say(
         f"finished: {trainer.progress.step} steps, {trainer.progress.tokens:,} tokens; checkpoint in {config.run.dir}"
     )
+    _say_best(trainer, log)
+
+
+def _say_best(trainer: Trainer, log: RunLog) -> None:
+    best, root = trainer.best, checkpoints_dir(trainer.config.run.dir)
+    if best is not None:
+        path = root / step_name(best.step)
+        where = f"in {path}" if path.is_dir() else "not kept, see checkpoint.keep_best"
+        log.say(f"best: evaluation loss {best.loss:.4f} at step {best.step}, {where}")
 
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _evaluate(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
+def _evaluate(trainer: Trainer, inputs: Inputs, log: RunLog) -> bool:
+    """Evaluate and record; whether it is a new best."""
     if inputs.valid_data is None:
-        return
+        return False
     started = time.perf_counter()
     loss = evaluate(trainer.model, inputs.valid_data, trainer.config, trainer.world)
+    improved = note_evaluation(trainer, loss)
     perplexity = math.exp(min(loss, 700.0))
     step = trainer.progress.step
     took = duration(time.perf_counter() - started)
     log.say(f"evaluation at step {step} | loss {loss:.4f} | perplexity {perplexity:.2f} | took {took}")
     log.metrics("eval", {"step": step, "time": time.time(), "eval_loss": loss, "eval_ppl": perplexity})
+    return improved
 
 
 def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
@@ -322,14 +250,17 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         loss_scale=None,
         data_fingerprint=inputs.train_data.fingerprint(),
         layout=asdict(world.layout),
+        best=trainer.best,
     )
+    template = [] if chat_template(inputs.train_data) is None else [config.run.dir / CHAT_TEMPLATE]
+    others = [file for file in inputs.tokenizer.files if not (template and file.name == CHAT_TEMPLATE)]
     try:
         path = save(
             config.run.dir,
             pieces(trainer.optimizer, trainer.model.fp8),
             state,
             config_yaml=config.to_yaml(),
-            tokenizer_files=inputs.tokenizer.files,
+            tokenizer_files=[*others, *template],
             keep_last=config.checkpoint.keep_last,
             rank=world.rank,
             world_size=world.layout.world_size,
@@ -357,7 +288,17 @@ def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, r
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:
         log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
+    for line in in_rows(inputs.train_data):
+        log.say(line)
     log.event("layout", world_size=layout.world_size, **asdict(layout), device=str(world.device))
+
+
+def _flops_per_step(config: Config, inputs: Inputs) -> float:
+    """Of the places of a global batch that hold tokens."""
+    data = inputs.train_data
+    filled, length = (data.packing.efficiency, data.mean_length) if isinstance(data, SftDataset) else (1.0, None)
+    places = config.batch.global_ * config.data.seq_length
+    return filled * places * flops_per_token(config, inputs.table, length)
 
 
 def _for_all(world: World, error: TriaxisError) -> TriaxisError:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from engine.checkpoint.initial import InitialWeights
 from engine.checkpoint.manager import Checkpoint, Piece
 from engine.checkpoint.rectangles import flat_slice
 from engine.optim.optimizer import ShardedAdamW
@@ -53,6 +54,20 @@ def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint, fp8: Fp8State | Non
                 shard.kinds[kind][part].copy_(values.flatten())
     if fp8 is not None:
         _restore_history(fp8, checkpoint)
+
+
+@torch.no_grad()
+def restore_weights(optimizer: ShardedAdamW, weights: InitialWeights) -> None:
+    """Read this rank's shards of the parameters from a trained model, and start with moments of zero.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    for shard in optimizer.shards:
+        shard.exp_avg.zero_()
+        shard.exp_avg_sq.zero_()
+        for tensor, rectangle, part in _rectangles(shard.bucket):
+            shard.kinds["param"][part].copy_(weights.read(tensor.name, rectangle).flatten())
 
 
 def _restore_history(fp8: Fp8State, checkpoint: Checkpoint) -> None:

@@ -7,12 +7,13 @@ import torch
 
 from engine.config import Config
 from engine.data.loader import Batch
+from engine.data.mixture import keyed_below
 from engine.model.decoder import Decoder
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
 from engine.parallel.fp8 import Fp8State, multiplies_in_fp8
 from engine.parallel.gradients import TrainedParameter
-from engine.parallel.layout import World
+from engine.parallel.layout import TensorParallel, World
 from engine.parallel.pipeline.check import check
 from engine.parallel.pipeline.executor import Pipeline
 from engine.parallel.pipeline.partition import Part
@@ -49,7 +50,7 @@ class DistributedModel:
             parameters.gathered_before(unit)
         self.dtype = next(iter(parameters.by_path.values())).dtype
         self.fp8 = fp8_state(config, parameters, world)
-        functions = [_part_function(decoder, config.train.z_loss) for decoder in decoders]
+        functions = [_part_function(decoder, config, world.tp) for decoder in decoders]
         self.pipeline = Pipeline(functions, world, parameters.flow, self._new_boundary)
         self._schedules: dict[tuple[str, int], Schedule] = {}
 
@@ -108,22 +109,45 @@ def build(
     return model, ShardedAdamW(parameters, config.optimizer)
 
 
-def _part_function(decoder: Decoder, z_loss: float) -> Callable[[torch.Tensor | None, Batch], torch.Tensor]:
+def _part_function(
+    decoder: Decoder, config: Config, tp: TensorParallel
+) -> Callable[[torch.Tensor | None, Batch], torch.Tensor]:
     """A part of the model as the pipeline calls it: hidden states and a batch in, hidden states or the summed loss out.
 
-    The z-loss belongs to training alone.
+    The z-loss and noise on embeddings belong to training alone.
     """
+    alpha = config.train.neftune_alpha if decoder.embedding is not None else 0.0
 
     def run(x: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         inputs, positions = batch.tokens.flatten() if x is None else x, batch.positions.flatten()
+        noise = embedding_noise(batch, alpha, config, tp) if alpha and torch.is_grad_enabled() else None
         if decoder.head is not None:
             labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
-            weight = z_loss if torch.is_grad_enabled() else 0.0
-            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight)
-        hidden: torch.Tensor = decoder(inputs, positions, decoder.attend_within(batch.cu_seqlens))
+            weight = config.train.z_loss if torch.is_grad_enabled() else 0.0
+            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight, noise)
+        hidden: torch.Tensor = decoder(inputs, positions, decoder.attend_within(batch.cu_seqlens), noise)
         return hidden
 
     return run
+
+
+def embedding_noise(batch: Batch, alpha: float, config: Config, tp: TensorParallel) -> torch.Tensor:
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise, fp32 [t/tp, h], of alpha / sqrt(length · h) at most.
+
+    A function of the seed and the number of the sequence, so that every layout draws the same. The length is that of
+    the conversation that a token belongs to.
+    """
+    rows, s = batch.tokens.shape
+    h, device = config.model.hidden_size, batch.tokens.device
+    first, count = tp.share(rows * s)
+    drawn = []
+    for row in range(first // s, -(-(first + count) // s)):
+        seed = keyed_below(1 << 63, "neftune", config.run.seed, batch.sample_numbers[row])
+        drawn.append(torch.rand(s, h, device=device, generator=torch.Generator(device).manual_seed(seed)))
+    noise = torch.cat(drawn)[first % s :][:count]
+    cuts = torch.tensor(batch.cu_seqlens)
+    lengths = cuts.diff().repeat_interleave(cuts.diff())[first : first + count].to(device)
+    return (noise * 2 - 1) * (alpha / (lengths * h).sqrt())[:, None]
 
 
 def train_step(

@@ -7,9 +7,10 @@ iterates over `steps()`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engine.checkpoint.rectangles import Best
 from engine.config import Config
-from engine.data.loader import Batch, batches
-from engine.data.pretrain import PretrainDataset
+from engine.data.loader import Batch, Samples, batches
+from engine.errors import DataError
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate
 from engine.parallel.layout import World
@@ -31,11 +32,12 @@ class Trainer:
 
     Attributes:
         progress: advanced by each step; set it before `steps()` to resume.
+        best: the best evaluation so far, where evaluations are compared.
         stopped_by: the signal for which all ranks have agreed to stop.
     """
 
     def __init__(
-        self, config: Config, world: World, model: DistributedModel, optimizer: ShardedAdamW, data: PretrainDataset
+        self, config: Config, world: World, model: DistributedModel, optimizer: ShardedAdamW, data: Samples
     ) -> None:
         self.config = config
         self.world = world
@@ -43,6 +45,7 @@ class Trainer:
         self.optimizer = optimizer
         self.data = data
         self.progress = Progress()
+        self.best: Best | None = None
         self.stopped_by: str | None = None
 
     def steps(self, stop: StopRequest) -> Iterator[StepResult]:
@@ -57,6 +60,8 @@ class Trainer:
             )
             if self.stopped_by:
                 return
+            if tokens == 0:
+                raise DataError(f"step {step}: none of its tokens is a target; look at the data's masks (inspect_data)")
             result = train_step(
                 self.model, self.optimizer, microbatches, step=step, lr=self._learning_rate(step), tokens=tokens
             )

@@ -7,7 +7,8 @@ with a model.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +18,18 @@ import numpy.typing as npt
 import xxhash
 
 from engine.data.fast_sentencepiece import FastSentencePiece, UnsupportedModel
+from engine.data.sentencepiece_model import CONTROL, UNKNOWN, fields_of, piece_of
 from engine.errors import ConfigError
 
 Ids = npt.NDArray[np.integer[Any]]
+Span = tuple[int, int]  # [start, end) in characters
 
 MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # looked for in a directory, in this order
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
 BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
+BYTES_END = "<|endoftext|>"  # what the byte tokenizer's end of document is called
 PARTIAL = "\ufffd"  # what decoders put for bytes that are no character (yet)
 
 
@@ -42,6 +47,8 @@ class Tokenizer(Protocol):
     """xxh3-64 of the model file: two tokenizers with the same hash give the same ids."""
     files: list[Path]
     """What a checkpoint or an export has to take along."""
+    special_tokens: dict[str, int]
+    """Ids of the control symbols, by their text."""
 
     @property
     def encoder(self) -> str:
@@ -51,12 +58,18 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]: ...
 
+    def encode_special(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids of a text in which control symbols that are spelt out are meant, and the characters that each stands for.
+
+        Spans never go back. Several ids of one character have the same span.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are no character come out as U+FFFD."""
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Control symbols in a text are text, as SentencePiece has it.
+    """A SentencePiece model. Control symbols in a text are text for `encode`, as SentencePiece has it.
 
     Args:
         path: the model file.
@@ -82,7 +95,11 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{path} has no end-of-sentence piece, which ends documents; train it with eos_id >= 0")
         self.bos_id: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.hash = _hash(self._model)
-        self.files = [path]
+        self.files = [path, *_companions(path)]
+        pieces = [piece_of(value) for number, value in fields_of(self._model) if number == 1]
+        self.special_tokens = {piece.text: i for i, piece in enumerate(pieces) if piece.type == CONTROL}
+        self._added = {piece.text: i for i, piece in enumerate(pieces) if piece.type in (CONTROL, UNKNOWN)}
+        self._cut = _any_of(self._added)
 
     @cached_property
     def _fast(self) -> FastSentencePiece | str:
@@ -113,6 +130,21 @@ class SentencePieceTokenizer:
             return [np.array(self._processor.encode(text), np.int32) for text in texts]
         return [fast.encode(text) for text in texts]
 
+    def encode_special(self, text: str) -> tuple[list[int], list[Span]]:
+        """As all. What stands between control symbols is encoded on its own, as the exported `tokenizer.json` does."""
+        return _encode_parts(text, self._cut, self._added, self._encode_with_spans)
+
+    def _encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        message = self._processor.encode(text, out_type="serialized_proto")  # which all versions have
+        pieces = [dict(fields_of(value)) for number, value in fields_of(message) if number == 2]
+        if text.isascii():
+            spans = [(piece.get(4, 0), piece.get(5, 0)) for piece in pieces]
+        else:  # offsets are in bytes
+            characters = np.cumsum((np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80).tolist()
+            before = [0, *(count - 1 for count in characters[1:]), characters[-1]]
+            spans = [(before[piece.get(4, 0)], before[piece.get(5, 0)]) for piece in pieces]
+        return [piece.get(2, 0) for piece in pieces], _filled(spans)
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([int(i) for i in ids])
         return text
@@ -127,6 +159,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path) -> None:
         try:
             from tokenizers import Tokenizer as Backend
+            from tokenizers import processors
         except ImportError:
             raise ConfigError(f"{path} needs the package tokenizers: pip install 'triaxis[hf]'") from None
         content = _read(path)
@@ -136,6 +169,7 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"{path} is not a tokenizer.json or damaged: {error}") from None
         self._backend.no_truncation()  # saved by some trainers, and would silently cut documents
         self._backend.no_padding()
+        self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # others cut spaces off the spans
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         end = self._special_id(path, "eos_token", END_NAMES)
         if end is None:
@@ -146,7 +180,9 @@ class HuggingFaceTokenizer:
         self.eod_id = end
         self.bos_id = self._special_id(path, "bos_token", BEGIN_NAMES)
         self.hash = _hash(content)
-        self.files = [path, *(path.with_name(name) for name in COMPANIONS if path.with_name(name).is_file())]
+        self.files = [path, *_companions(path)]
+        added = self._backend.get_added_tokens_decoder().items()
+        self.special_tokens: dict[str, int] = {token.content: i for i, token in added if token.special}
 
     def _special_id(self, path: Path, role: str, usual_names: Iterable[str]) -> int | None:
         """The id that `tokenizer_config.json` gives a role; without it, the first usual name among the special tokens.
@@ -172,6 +208,10 @@ class HuggingFaceTokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def encode_special(self, text: str) -> tuple[list[int], list[Span]]:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
@@ -189,12 +229,20 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         self.files: list[Path] = []
+        self.special_tokens = {BYTES_END: self.eod_id}
+        self._cut = _any_of(self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def encode_special(self, text: str) -> tuple[list[int], list[Span]]:
+        return _encode_parts(text, self._cut, self.special_tokens, self._encode_with_spans)
+
+    def _encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        return self.encode(text), [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """As all; the end of document has no text."""
@@ -238,6 +286,49 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             recent = recent[shown:]
         shown = len(recent)
     yield tokenizer.decode(recent)[len(tokenizer.decode(recent[:shown])) :]
+
+
+def _encode_parts(
+    text: str,
+    cut: re.Pattern[str],
+    symbols: Mapping[str, int],
+    encode: Callable[[str], tuple[list[int], list[Span]]],
+) -> tuple[list[int], list[Span]]:
+    """Ids and spans of a text: `symbols` where it spells them out, and what `encode` gives for the parts between."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    at = 0
+    for part in cut.split(text):
+        if part in symbols:
+            ids.append(symbols[part])
+            spans.append((at, at + len(part)))
+        elif part:
+            part_ids, part_spans = encode(part)
+            ids += part_ids
+            spans += [(at + start, at + end) for start, end in part_spans]
+        at += len(part)
+    return ids, spans
+
+
+def _filled(spans: list[Span]) -> list[Span]:
+    """Each empty span becomes the next that is not: SentencePiece gives a character's span to its last byte alone."""
+    following: Span | None = None
+    for i in range(len(spans) - 1, -1, -1):
+        start, end = spans[i]
+        if start < end:
+            following = spans[i]
+        elif following is not None:
+            spans[i] = following
+    return spans
+
+
+def _any_of(symbols: Iterable[str]) -> re.Pattern[str]:
+    """Splits a text at symbols and keeps them; the longest wins."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})")
+
+
+def _companions(path: Path) -> list[Path]:
+    return [path.with_name(name) for name in COMPANIONS if path.with_name(name).is_file()]
 
 
 def _model_file(path: Path) -> Path:

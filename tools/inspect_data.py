@@ -14,7 +14,7 @@ from rich.text import Text
 from engine.config import DatasetConfig
 from engine.data import inspection
 from engine.data.indexed import IndexedDataset
-from engine.data.inspection import Piece
+from engine.data.inspection import Conversation, Piece
 from engine.data.pretrain import PARTS, PretrainDataset
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError, run_program
@@ -24,6 +24,9 @@ examples:
   python tools/inspect_data.py data/corpus_text_document
   python tools/inspect_data.py data/corpus_text_document --verify
   python tools/inspect_data.py data/corpus_text_document --tokenizer tok.model --sample 7 --seq-length 512
+  python tools/inspect_data.py data/chats_sft --tokenizer models/base --sample 7
+
+A sample of a fine-tuning dataset is a conversation: what is learned is green, or in «» where there are no colours.
 """
 HEAD_TOKENS = 64  # of each document that --head shows
 DOCUMENT_TOKENS = 4096  # of the one that --document shows
@@ -50,12 +53,23 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
         data.verify(vocab_size, _Progress())
         report["verified"] = {"tokens": data.num_tokens, "vocab_size": vocab_size}
     report = inspection.summary(data) | report
+    documents = inspection.conversations if data.has_mask else inspection.documents
     if options.head:
         numbers = range(min(options.head, data.num_documents))
-        report["head"] = inspection.documents(data, numbers, tokenizer, HEAD_TOKENS)
+        report["head"] = documents(data, numbers, tokenizer, HEAD_TOKENS)
     if options.document is not None:
-        report["document"] = inspection.documents(data, [options.document], tokenizer, DOCUMENT_TOKENS)
-    if options.sample is not None:
+        report["document"] = documents(data, [options.document], tokenizer, DOCUMENT_TOKENS)
+    if options.sample is not None and data.has_mask:
+        if options.seq_length is not None:
+            raise ConfigError(
+                f"--seq-length has no meaning here: samples of {data.prefix}, with a mask, are conversations"
+            )
+        report["document"] = documents(data, [options.sample], tokenizer, DOCUMENT_TOKENS)
+    elif options.sample is not None:
+        if options.seq_length is None:
+            raise ConfigError(
+                "--sample needs --seq-length, and the seed and split of the run where they are not the default"
+            )
         dataset = DatasetConfig(path=options.prefix, weight=1.0)
         samples = PretrainDataset([dataset], options.split, options.part, options.seq_length, options.seed)
         report["sample"] = inspection.sample(samples, options.sample, tokenizer)
@@ -68,10 +82,6 @@ def _check(options: argparse.Namespace) -> None:
     for flag, (value, low) in lowest.items():
         if value is not None and value < low:
             raise ConfigError(f"{flag} = {value}; expected {low} or more")
-    if options.sample is not None and options.seq_length is None:
-        raise ConfigError(
-            "--sample needs --seq-length, and the seed and split of the run where they are not the default"
-        )
 
 
 def _vocab_size(data: IndexedDataset, tokenizer: Tokenizer | None) -> int | None:
@@ -103,8 +113,11 @@ def _print(report: dict[str, Any]) -> None:
     for name, value in _rows(report):
         console.print(Text(f"{name:<20} ", "bold").append(value, "not bold"))
     for piece in [*report.get("head", []), *report.get("document", [])]:
-        shown = f", the first {len(piece.ids):,}" if len(piece.ids) < piece.num_tokens else ""
-        _print_piece(console, piece, f"document {piece.document:,}: {piece.num_tokens:,} tokens{shown}")
+        if isinstance(piece, Conversation):
+            _print_conversation(console, piece)
+            continue
+        title = f"document {piece.document:,}: {piece.num_tokens:,} tokens"
+        _print_piece(console, piece, title + _shown(len(piece.ids), piece.num_tokens))
     if "sample" in report:
         _print_sample(console, report["sample"])
 
@@ -116,6 +129,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"{report['tokens']:,} as {report['dtype']}"),
         ("size", f"{report['bytes']:,} bytes"),
     ]
+    if (learned := report.get("learned")) is not None:
+        rows.append(("learned tokens", f"{learned:,}, {learned / max(report['tokens'], 1):.1%}"))
     if (lengths := report["document_tokens"]) is not None:
         text = (
             f"min {lengths['min']:,}, median {lengths['median']:,}, mean {lengths['mean']:,.1f}, max {lengths['max']:,}"
@@ -135,7 +150,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         against = (
             f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check them against it"
         )
-        rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}"))
+        mask = "; the mask has one of 0 and 1 for each" if learned is not None else ""
+        rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
     return rows
 
 
@@ -148,6 +164,27 @@ def _print_sample(console: Console, sample: dict[str, Any]) -> None:
     for piece in sample["pieces"]:
         title = f"document {piece.document:,}, {piece.num_tokens:,} tokens from its token {piece.offset:,} on"
         _print_piece(console, piece, title)
+
+
+def _print_conversation(console: Console, conversation: Conversation) -> None:
+    count, learned = conversation.num_tokens, conversation.learned
+    shown = _shown(sum(len(run.ids) for run in conversation.runs), count)
+    title = f"document {conversation.document:,}: {count:,} tokens, {learned:,} learned{shown}"
+    console.print(Text(title, "bold cyan"))
+    coloured = console.color_system is not None and not console.no_color
+    text = Text()
+    for run in conversation.runs:
+        said = _printable(run.text) if run.text is not None else " ".join(map(str, run.ids))
+        if coloured or not run.learned:
+            text.append(said, "bold green" if run.learned else None)
+        else:
+            text.append(f"«{said}»")
+        text.append(" " if run.text is None else "")
+    console.print(text)
+
+
+def _shown(count: int, of: int) -> str:
+    return f", the first {count:,}" if count < of else ""
 
 
 def _print_piece(console: Console, piece: Piece, title: str) -> None:
@@ -175,7 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, metavar="V", help="ids must be below (default: of the tokenizer, or as recorded)")
     add("--head", type=int, default=0, metavar="N", help="show the beginnings of the first N documents")
     add("--document", type=int, metavar="J", help="show document J, counted from 0")
-    add("--sample", type=int, metavar="I", help="show training sample I of this dataset alone; needs --seq-length")
+    add("--sample", type=int, metavar="I", help="show training sample I of this dataset alone (needs "
+        "--seq-length), or conversation I of a fine-tuning dataset")  # fmt: skip
     add("--seq-length", type=int, metavar="S", help="data.seq_length of the run")
     add("--seed", type=int, default=1234, help="run.seed (default %(default)s)")
     add("--split", type=_split, default=(98.0, 1.0, 1.0), help="data.split (default 98,1,1)")

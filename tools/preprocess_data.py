@@ -1,20 +1,35 @@
-"""Turn text into a token dataset: OUTPUT_PREFIX_KEY_document.bin, .idx and .json.
+"""Turn text into a token dataset: OUTPUT_PREFIX_KEY_document.bin, .idx and .json. With --task sft, turn conversations
+into a fine-tuning dataset: OUTPUT_PREFIX_sft.bin, .idx, .mask.bin and .json.
 
-Flags have Megatron's names where Megatron has them. All work is in `engine.data.preprocessing`.
+Flags have Megatron's names where Megatron has them. All work is in `engine.data.preprocessing` and
+`engine.data.supervised`.
 """
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, get_args
 
-from engine.data.documents import Reject, Source, find_sources
+from engine.data.chat import ChatTemplate, TrainOn, find_template
+
+from engine.data.documents import RECORDS, TEXTS, Reject, Source, find_sources
 from engine.data.fast_sentencepiece import EncoderMismatch
-from engine.data.indexed import dataset_file
+from engine.data.indexed import IndexedDataset, dataset_file
+from engine.data.inspection import length_statistics
 from engine.data.preprocessing import Counts, dataset_prefix, preprocess, rejects_path
+from engine.data.supervised import (
+    OnTooLong,
+    Rules,
+    SupervisedCounts,
+    describe,
+    preprocess_conversations,
+    sft_prefix,
+)
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import ConfigError, DataError, run_program
 
@@ -28,15 +43,26 @@ KINDS = {  # --tokenizer-type in lower case: the kind it means
     "byte": "byte",
     "bytetokenizer": "byte",
 }
+OF_TASK = {  # flags that mean nothing to the other task
+    "pretrain": ("--append-eod", "--json-keys"),
+    "sft": ("--chat-template", "--train-on", "--max-length", "--on-too-long"),
+}
 QUOTED_REJECTS = 5  # shown on the terminal; the file has all
+QUOTED_FILES = 10
 SECONDS_BETWEEN_LINES = 5.0
 
 EXAMPLE = """
 inputs: .jsonl and .json (one object a line), .txt (a file is one document), as are .md, .rst and .py;
 each also as .gz and .zst. Directories are searched for .jsonl and .txt; others are named, or matched by a pattern.
 
-example: python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \\
-             --tokenizer-model tokenizer.model --append-eod
+with --task sft: .jsonl, .json (objects or one array) and .parquet, of records in any of these shapes, each seen from
+its keys: messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, text, or
+input_ids with labels or a mask. Directories are searched for .jsonl and .parquet.
+
+examples: python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \\
+              --tokenizer-model tokenizer.model --append-eod
+          python tools/preprocess_data.py --task sft --input chats.jsonl --output-prefix data/chats \\
+              --tokenizer-model models/base --chat-template chatml --max-length 4096
 """
 
 
@@ -44,17 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     _check(options)
     signal.signal(signal.SIGTERM, _end)
-    sources = find_sources(options.input)
-    if not options.append_eod:
+    sft = options.task == "sft"
+    sources = find_sources(options.input, RECORDS if sft else TEXTS)
+    if not sft and not options.append_eod:
         print("warning: without --append-eod the model never learns where a document ends", file=sys.stderr)
     tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=options.encoder == "auto")
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
     print(f"input      {len(sources):,} file{'s'[: len(sources) > 1]}, {_megabytes(sum(s.num_bytes for s in sources))}")
+    run = _run_sft if sft else _run
     try:
-        _run(options, sources, tokenizer)
+        run(options, sources, tokenizer)
     except EncoderMismatch as error:
         print(f"warning: {error}; starting again with plain SentencePiece", file=sys.stderr)
-        _run(options, sources, _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=False))
+        run(options, sources, _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=False))
 
 
 def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer) -> None:
@@ -64,13 +92,42 @@ def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenize
         sources,
         tokenizer,
         options.output_prefix,
-        keys=options.json_keys,
+        keys=_keys(options),
         append_eod=options.append_eod,
         workers=options.workers,
         on_reject=_RejectReporter(options.on_bad_line == "fail"),
         on_progress=_ProgressReporter(sum(source.num_bytes for source in sources), options.log_interval),
     )
     _summarize(options, counts, time.monotonic() - start)
+
+
+def _run_sft(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer) -> None:
+    template = _template(tokenizer, options.chat_template)
+    print(f"template   {template.name if isinstance(template, ChatTemplate) else 'none'}")
+    print(f"encoder    {tokenizer.encoder}; {options.workers} workers", flush=True)
+    rules = Rules(options.train_on or "assistant", options.max_length, options.on_too_long or "truncate")
+    start = time.monotonic()
+    counts = preprocess_conversations(
+        sources,
+        tokenizer,
+        template,
+        options.output_prefix,
+        rules,
+        workers=options.workers,
+        on_reject=_RejectReporter(options.on_bad_line == "fail"),
+        on_progress=_ProgressReporter(sum(source.num_bytes for source in sources), options.log_interval),
+    )
+    _summarize_sft(options, counts, tokenizer, time.monotonic() - start)
+
+
+def _template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate | ConfigError:
+    """The template, or why there is none; plain texts and token ids need none."""
+    try:
+        return find_template(tokenizer, wanted)
+    except ConfigError as error:
+        if wanted is not None:
+            raise
+        return error
 
 
 class _RejectReporter:
@@ -128,9 +185,56 @@ def _summarize(options: argparse.Namespace, counts: Counts, seconds: float) -> N
         print(f"           {counts.empty:,} empty documents left out")
     if counts.rejected:
         print(f"           {counts.rejected:,} lines skipped: {rejects_path(options.output_prefix)}")
-    for key in options.json_keys:
+    for key in _keys(options):
         prefix = dataset_prefix(options.output_prefix, key)
         print(f"           {prefix}.bin .idx .json\nnext       python tools/inspect_data.py {prefix}")
+
+
+def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokenizer: Tokenizer, seconds: float) -> None:
+    data = IndexedDataset(sft_prefix(options.output_prefix))
+    lengths = length_statistics(data)
+    assert data.info is not None and lengths is not None
+    for format_line in _formats(counts):
+        print(format_line)
+    if (end := data.info.end_of_turn_id) is not None:
+        print(f"turn end   {_token_name(tokenizer, end)}, which is learned")
+    kept = counts.conversations
+    print(
+        f"done       {kept:,} conversations, {counts.tokens:,} tokens in {_duration(seconds)}, "
+        f"{kept / max(seconds, 1e-9):,.0f} conversations/s\n"
+        f"           {counts.learned:,} tokens are learned, {counts.learned / counts.tokens:.1%}\n"
+        f"           tokens a document: median {lengths['median']:,}, longest {lengths['max']:,}"
+    )
+    for sentence in describe(counts):
+        print(f"           {sentence}")
+    if counts.outcome["spelled"]:
+        count = f"{counts.outcome['spelled']:,} conversations"
+        print(f"warning: {count} spell a special token of the tokenizer, which becomes that token", file=sys.stderr)
+    if counts.rejected:
+        print(f"           the rejected: {rejects_path(options.output_prefix)}")
+    tokenizer_flag = "" if tokenizer.kind == "byte" else f" --tokenizer {shlex.quote(options.tokenizer_model)}"
+    print(f"           {data.prefix}.bin .idx .mask.bin .json")
+    print(f"next       python tools/inspect_data.py {data.prefix}{tokenizer_flag} --sample 0")
+
+
+def _formats(counts: SupervisedCounts) -> list[str]:
+    """A line for all files, and one for each of the first where they are several."""
+    total = sum(counts.formats.values(), Counter[str]())
+    lines = [f"formats    {_in_words(total)}"]
+    if len(counts.formats) > 1:
+        named = list(counts.formats.items())[:QUOTED_FILES]
+        lines += [f"           {file}: {_in_words(formats)}" for file, formats in named]
+        lines += ["           and more files"][: len(counts.formats) > QUOTED_FILES]
+    return lines
+
+
+def _in_words(formats: Counter[str]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in formats.most_common()) or "nothing kept"
+
+
+def _token_name(tokenizer: Tokenizer, token: int) -> str:
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    return f"{names.get(token, tokenizer.decode([token]))!r} (id {token})"
 
 
 def _tokenizer(type_name: str | None, model: str | None, *, fast: bool) -> Tokenizer:
@@ -153,16 +257,33 @@ def _check(options: argparse.Namespace) -> None:
         )
     if not options.tokenizer_model and KINDS.get((name or "").lower()) != "byte":
         raise ConfigError("--tokenizer-model is missing: a SentencePiece model, a tokenizer.json, or `byte`")
-    for name, value in (("--workers", options.workers), ("--log-interval", options.log_interval)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} = {value}; expected 1 or more")
-    if len(set(options.json_keys)) < len(options.json_keys):
-        raise ConfigError(f"--json-keys names a key twice: {', '.join(options.json_keys)}")
-    prefixes = [dataset_prefix(options.output_prefix, key) for key in options.json_keys]
-    outputs = [dataset_file(prefix, kind) for prefix in prefixes for kind in ("bin", "idx", "json")]
+    lowest = (("--workers", options.workers, 1), ("--log-interval", options.log_interval, 1))
+    for name, value, low in (*lowest, ("--max-length", options.max_length, 2)):
+        if value is not None and value < low:
+            raise ConfigError(f"{name} = {value}; expected {low} or more")
+    _check_task(options)
+    if len(set(_keys(options))) < len(_keys(options)):
+        raise ConfigError(f"--json-keys names a key twice: {', '.join(_keys(options))}")
+    prefixes = [dataset_prefix(options.output_prefix, key) for key in _keys(options)]
+    if options.task == "sft":
+        prefixes = [sft_prefix(options.output_prefix)]
+    outputs = [dataset_file(prefix, kind) for prefix in prefixes for kind in ("bin", "idx", "json", "mask.bin")]
     existing = [str(path) for path in (*outputs, rejects_path(options.output_prefix)) if path.exists()]
     if existing and not options.overwrite:
         raise ConfigError(f"{existing[0]} exists; choose another --output-prefix, or replace it with --overwrite")
+
+
+def _check_task(options: argparse.Namespace) -> None:
+    other = "pretrain" if options.task == "sft" else "sft"
+    for flag in OF_TASK[other]:
+        if getattr(options, flag.removeprefix("--").replace("-", "_")) not in (None, False):
+            raise ConfigError(f"{flag} has no meaning with --task {options.task}, only with --task {other}")
+    if options.on_too_long is not None and options.max_length is None:
+        raise ConfigError(f"--on-too-long {options.on_too_long} needs --max-length, the tokens that are too many")
+
+
+def _keys(options: argparse.Namespace) -> list[str]:
+    return options.json_keys or ["text"]
 
 
 def _end(number: int, frame: object) -> NoReturn:
@@ -186,12 +307,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, directories or glob patterns")
-    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="a dataset is written for each (default: text)")
+    add("--task", choices=tuple(OF_TASK), default="pretrain", help="what the data are for (default: %(default)s)")
+    add("--json-keys", nargs="+", metavar="KEY", help="a dataset is written for each (default: text)")
     add("--output-prefix", required=True, help="where to write, without the ending")
     add("--tokenizer-type", help="SentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or ByteTokenizer; "
         "seen from the model when not given")  # fmt: skip
     add("--tokenizer-model", metavar="PATH", help="SentencePiece model, tokenizer.json, a directory, or `byte`")
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
+    add("--chat-template", metavar="TEMPLATE", help="sft: the name of a built-in one (chatml, llama2, llama3, mistral) "
+        "or a Jinja file (default: the tokenizer's own)")  # fmt: skip
+    add("--train-on", choices=get_args(TrainOn), help="sft: which turns are learned (default: assistant)")
+    add("--max-length", type=int, metavar="TOKENS", help="sft: conversations of more are too long (default: none is)")
+    add("--on-too-long", choices=get_args(OnTooLong),
+        help="sft: truncate keeps the first tokens (default), drop, split into several, error: stop")  # fmt: skip
     add("--workers", type=int, default=_cores(), help="processes that encode (default: the cores, here %(default)s)")
     add("--log-interval", type=int, metavar="DOCUMENTS", help="documents between progress lines (default: by time)")
     add("--on-bad-line", choices=("skip", "fail"), default="skip",

@@ -189,20 +189,14 @@ def reject(block: Block, number: int, reason: str, line: bytes) -> Reject:
     return Reject(block.source.path, number, reason, line[:QUOTED].decode(errors="replace"))
 
 
-def parse_object(line: bytes) -> dict[str, Any]:
-    """Raises ValueError with the reason for a person."""
+def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError, as `_parse_text` does: with the reason for a person."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, expected an object")
-    return record
-
-
-def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """Raises ValueError, as `_parse_text` does: with the reason for a person."""
-    record = parse_object(line)
     for key in keys:
         if key not in record:
             raise ValueError(f"no key {key!r}; it has {', '.join(map(repr, list(record)[:8])) or 'none'}")

@@ -5,15 +5,15 @@ Memory stays bounded whatever the size of the dataset.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 
-from engine.data.files import Ints
+from engine.data.files import CHUNK, Ints
 from engine.data.indexed import IndexedDataset
 from engine.data.pretrain import PretrainDataset
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import Tokenizer, load_tokenizer, stream_text
 from engine.errors import ConfigError, DataError
 
 LOW_BITS = 20  # the median is found in two passes: the high bits of a length, then these
@@ -30,9 +30,29 @@ class Piece:
     text: str | None
 
 
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens that are all learned, or all not. `text` is None without a tokenizer."""
+
+    learned: bool
+    ids: list[int]
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The beginning of a document with a mask; the counts are of all of it."""
+
+    document: int
+    num_tokens: int
+    learned: int
+    runs: list[Run]
+
+
 def summary(data: IndexedDataset) -> dict[str, Any]:
     """Counts, type, size, document lengths and the description beside the dataset."""
-    return {
+    learned = {"learned": count_learned(data)} if data.has_mask else {}
+    return learned | {
         "prefix": str(data.prefix),
         "documents": data.num_documents,
         "sequences": data.num_sequences,
@@ -42,6 +62,12 @@ def summary(data: IndexedDataset) -> dict[str, Any]:
         "document_tokens": length_statistics(data),
         "description": None if data.info is None else data.info.model_dump(),
     }
+
+
+def count_learned(data: IndexedDataset) -> int:
+    """How many tokens are targets."""
+    starts = range(0, data.num_tokens, CHUNK)
+    return sum(int(data.mask(start, min(CHUNK, data.num_tokens - start)).sum(dtype=np.int64)) for start in starts)
 
 
 def length_statistics(data: IndexedDataset) -> dict[str, float] | None:
@@ -88,13 +114,58 @@ def documents(
         ConfigError: there is no such document.
     """
     for j in numbers:
-        if not 0 <= j < data.num_documents:
-            raise ConfigError(f"--document {j}: {data.prefix} has {data.num_documents:,} documents, counted from 0")
+        _check_document(data, j)
     ends = [(data.document_start(j), data.document_start(j + 1)) for j in numbers]
     return [
         Piece(j, 0, stop - start, *_read(data, start, min(stop, start + max_tokens), tokenizer))
         for j, (start, stop) in zip(numbers, ends, strict=True)
     ]
+
+
+def conversations(
+    data: IndexedDataset, numbers: Sequence[int], tokenizer: Tokenizer | None, max_tokens: int
+) -> list[Conversation]:
+    """As `documents`, for a dataset with a mask."""
+    found = []
+    for j in numbers:
+        _check_document(data, j)
+        start, stop = data.document_start(j), data.document_start(j + 1)
+        mask = data.mask(start, stop - start)
+        ids = data.tokens(start, min(max_tokens, stop - start)).tolist()
+        found.append(Conversation(j, stop - start, int(mask.sum()), _runs(ids, mask.astype(bool).tolist(), tokenizer)))
+    return found
+
+
+def _runs(ids: list[int], mask: list[bool], tokenizer: Tokenizer | None) -> list[Run]:
+    texts = [""] * len(ids) if tokenizer is None else token_texts(ids, tokenizer)
+    runs = []
+    for learned, tokens in groupby(zip(mask, ids, texts, strict=False), key=lambda token: token[0]):
+        members = list(tokens)
+        text = None if tokenizer is None else "".join(text for _, _, text in members)
+        runs.append(Run(learned, [i for _, i, _ in members], text))
+    return runs
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """What each id adds to the text. Special tokens are shown by name, ids without a text of their own as numbers."""
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    texts: list[str] = []
+    for plain, group in groupby(ids, key=lambda i: 0 <= i < tokenizer.vocab_size and i not in names):
+        members = list(group)
+        if not plain:
+            texts += [names.get(i, f"<id {i}>") for i in members]
+            continue
+        *added, rest = stream_text(tokenizer, members)
+        added[-1] += rest
+        texts += [
+            text or ("" if tokenizer.decode([i]) else f"<id {i}>") for i, text in zip(members, added, strict=True)
+        ]
+    return texts
+
+
+def _check_document(data: IndexedDataset, j: int) -> None:
+    if not 0 <= j < data.num_documents:
+        raise ConfigError(f"--document {j}: {data.prefix} has {data.num_documents:,} documents, counted from 0")
 
 
 def sample(dataset: PretrainDataset, i: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -5,8 +5,8 @@ went out. Rejected: one output file a worker and merging them, which writes ever
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,10 @@ class EncodedBlock:
     empty: int = 0
     ids: list[Ids] = field(default_factory=list)
     lengths: list[Ids] = field(default_factory=list)
+
+    def write(self, writers: Sequence[IndexedDatasetWriter]) -> None:
+        for writer, ids, lengths in zip(writers, self.ids, self.lengths, strict=True):
+            writer.add_documents(ids, lengths)
 
 
 class BlockEncoder:
@@ -168,30 +172,51 @@ def preprocess(
         raise ConfigError(f"plain text files have one text each, but --json-keys names {len(keys)}: {', '.join(keys)}")
     dtype = token_dtype(tokenizer.vocab_size)
     counts = Counts()
+    writers = [IndexedDatasetWriter(dataset_prefix(output_prefix, key), dtype) for key in keys]
+    encode = BlockEncoder(tokenizer, keys, append_eod)
+    with filled(writers, sources, encode, output_prefix, counts, workers, on_reject, on_progress, "see --json-keys"):
+        for writer, key in zip(writers, keys, strict=True):
+            if writer.num_tokens == 0:
+                raise DataError(_nothing_in(sources, key, counts))
+            writer.info = dataset_info(tokenizer, sources, counts)
+    return counts
+
+
+@contextmanager
+def filled(
+    writers: Sequence[IndexedDatasetWriter],
+    sources: Sequence[Source],
+    encode: Callable[[Block], EncodedBlock],
+    output_prefix: str,
+    counts: Counts,
+    workers: int,
+    on_reject: Callable[[Reject], None],
+    on_progress: Callable[[Counts], None],
+    advice: str,
+) -> Iterator[None]:
+    """All blocks encoded and written; the body may still refuse. Leaving it commits all datasets, then the rejects.
+
+    Raises:
+        DataError: nothing but rejected lines at the beginning; `advice` says which setting may be wrong.
+    """
     with ExitStack() as stack:  # left in reverse order: workers stop, datasets are committed, then the rejects
         rejects = stack.enter_context(RejectFile(rejects_path(output_prefix)))
-        prefixes = [dataset_prefix(output_prefix, key) for key in keys]
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes]
-        encode = BlockEncoder(tokenizer, keys, append_eod)
+        for writer in writers:
+            stack.enter_context(writer)
         for block in stack.enter_context(closing(ordered_map(encode, read_blocks(sources), workers))):
-            for writer, ids, lengths in zip(writers, block.ids, block.lengths, strict=True):
-                writer.add_documents(ids, lengths)
+            block.write(writers)
             rejects.add(block.rejects)
             counts.add(block)
             for reject in block.rejects:
                 on_reject(reject)
             if counts.rejected >= HOPELESS and not counts.documents + counts.empty:
-                raise DataError(f"{counts.rejected:,} lines and no document; {block.rejects[0]}; see --json-keys")
+                raise DataError(f"{counts.rejected:,} lines and no document; {block.rejects[0]}; {advice}")
             on_progress(counts)
         rejects.sync()
-        for writer, key in zip(writers, keys, strict=True):
-            if writer.num_tokens == 0:
-                raise DataError(_nothing_in(sources, key, counts))
-            writer.info = _info(tokenizer, sources, counts)
-    return counts
+        yield
 
 
-def _info(tokenizer: Tokenizer, sources: Sequence[Source], counts: Counts) -> DatasetInfo:
+def dataset_info(tokenizer: Tokenizer, sources: Sequence[Source], counts: Counts) -> DatasetInfo:
     return DatasetInfo(
         tokenizer_kind=tokenizer.kind,
         tokenizer_hash=tokenizer.hash,
@@ -203,9 +228,12 @@ def _info(tokenizer: Tokenizer, sources: Sequence[Source], counts: Counts) -> Da
     )
 
 
+def source_names(sources: Sequence[Source]) -> str:
+    return sources[0].path + (f" and {len(sources) - 1} more files" if len(sources) > 1 else "")
+
+
 def _nothing_in(sources: Sequence[Source], key: str, counts: Counts) -> str:
-    files = sources[0].path + (f" and {len(sources) - 1} more files" if len(sources) > 1 else "")
     return (
-        f"not a single token for key {key!r} in {files}: {counts.empty} empty documents, "
+        f"not a single token for key {key!r} in {source_names(sources)}: {counts.empty} empty documents, "
         f"{counts.rejected} rejected lines; see --input and --json-keys"
     )

@@ -1,0 +1,159 @@
+"""What a chat template may spend, and what its operations cost.
+
+Steps stand for time and memory alike: some 100 ns, or 60 bytes, at most. What an operation reads and writes is worked
+out from its operands and paid before it happens, so that even one that would take all memory is refused in time.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from engine.errors import ConfigError
+
+BASE_BUDGET = 2_000_000  # steps
+STEPS_PER_CHARACTER = 8  # of the conversation
+CHARACTERS_PER_STEP = 16
+LARGEST_INTEGER = 1 << 60  # larger ones cost more than a step, and can be chosen to have the same hash
+CONTAINERS: Any = (list, tuple, range, type({}.keys()), type({}.values()), type({}.items()))
+
+
+class TemplateError(ConfigError):
+    """The template itself is unusable: it does not parse, tries to escape, loops for ever, grows without bound."""
+
+
+class Budget:
+    """What a rendering may still spend, and the two characters that mark what the assistant writes."""
+
+    def __init__(self, characters: int, marks: tuple[str, str]) -> None:
+        self.left = self.full = BASE_BUDGET + STEPS_PER_CHARACTER * characters
+        self.marks = marks
+
+    def draw(self, steps: int) -> None:
+        """Pay for something.
+
+        Raises:
+            TemplateError: there is not enough left.
+        """
+        self.left -= max(0, steps)
+        if self.left < 0:
+            raise TemplateError(
+                f"the chat template loops for ever or grows without bound: it needs more than the {self.full:,} steps "
+                f"that this conversation warrants; use another template"
+            )
+
+    def draw_characters(self, count: int) -> None:
+        self.draw(1 + count // CHARACTERS_PER_STEP)
+
+    def weigh(self, value: Any) -> None:
+        """Pay for reading a value and all that it holds."""
+        if isinstance(value, str):
+            self.draw(1 + len(value) // CHARACTERS_PER_STEP)
+        elif isinstance(value, dict):
+            self.weigh(value.items())
+        elif isinstance(value, CONTAINERS):
+            self.draw(1 + len(value))
+            for item in value:
+                self.weigh(item)
+
+    def counted(self, items: Iterable[Any], steps: int) -> Iterator[Any]:
+        """`items`, each of which costs `steps`."""
+        for item in items:
+            self.draw(steps)
+            yield item
+
+    def listed(self, value: Any) -> Any:
+        """The items of an iterator as a list, which can be weighed; anything else as it is."""
+        return list(self.counted(value, 1)) if isinstance(value, (Iterator, range)) else value
+
+    def draw_widths(self, text: str) -> None:
+        """Pay for the longest that a format string can make of little: `%999d`, `{:>999}`."""
+        self.draw_characters(sum(map(int, re.findall(r"\d{1,19}", text))))
+
+
+def draw_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pay for what grows faster than the operands."""
+    size = len(value) if hasattr(value, "__len__") else 1
+    if name in ("list", "reverse", "unique", "wordcount"):
+        budget.draw(size)
+    elif name == "trim":
+        budget.draw_characters(size * size_of(_argument(args, kwargs, 0, "chars", "")))
+    elif name in ("dictsort", "groupby", "sort"):
+        budget.draw(size * size.bit_length())
+        for _ in range(size.bit_length()):
+            budget.weigh(value)
+    elif name == "join":
+        budget.draw_characters(size * size_of(_argument(args, kwargs, 0, "d", "")))
+    elif name == "indent":
+        width = _argument(args, kwargs, 0, "width", 4)
+        budget.draw_characters((len(str(value).splitlines()) + 1) * size_of(width))
+    elif name == "replace":
+        old, new = (str(_argument(args, kwargs, i, key, "")) for i, key in enumerate(("old", "new")))
+        budget.draw_characters(str(value).count(old) * len(new))
+    elif name == "round":
+        budget.draw(abs(int(_argument(args, kwargs, 0, "precision", 0))) ** 2)
+
+
+def draw_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pay for reading the text and for what is made of it."""
+    budget.weigh(text)
+    if name in ("split", "rsplit", "splitlines"):
+        budget.draw(len(text))
+    if name.startswith(("r", "strip", "lstrip")) and args:  # searched from behind, or character by character
+        budget.draw_characters(len(text) * size_of(args[0]))
+    if name == "join" and args:
+        budget.draw_characters(len(text) * len(args[0]))
+    elif name in ("center", "ljust", "rjust", "zfill"):
+        budget.draw_characters(size_of(_argument(args, kwargs, 0, "width", 0)))
+    elif name == "expandtabs":
+        budget.draw_characters(text.count("\t") * size_of(_argument(args, kwargs, 0, "tabsize", 8)))
+    elif name == "replace" and len(args) > 1:
+        budget.draw_characters(text.count(args[0]) * len(args[1]))
+
+
+def draw_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
+    """Pay for the result of `left operator right`."""
+    if operator == "%" and isinstance(left, str):
+        budget.weigh((left, right))
+        budget.draw_widths(left)
+        if "*" in left:
+            budget.draw_characters(
+                sum(abs(i) for i in (right if isinstance(right, tuple) else ()) if isinstance(i, int))
+            )
+        return
+    if operator == "**" and isinstance(left, int) and isinstance(right, int):
+        budget.draw(left.bit_length() * abs(right))
+    elif operator == "*":
+        many, times = (right, left) if isinstance(left, int) else (left, right)
+        if isinstance(times, int) and isinstance(many, (str, list, tuple)):
+            budget.draw(len(many) * max(0, times) // (CHARACTERS_PER_STEP if isinstance(many, str) else 1))
+    for operand in (left, right):
+        if isinstance(operand, (str, list, tuple)):
+            budget.draw(len(operand) // (CHARACTERS_PER_STEP if isinstance(operand, str) else 1))
+
+
+def checked(value: Any) -> Any:
+    """A result, unless it is a number that a template has no use for.
+
+    Raises:
+        TemplateError: it is.
+    """
+    if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+        raise TemplateError(f"the chat template computes a number of {value.bit_length()} bits; use another template")
+    return value
+
+
+def draw_layout(budget: Budget, value: Any, indent: int, separators: int, depth: int = 1) -> None:
+    """Pay for the white space and the separators that JSON puts around each item."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for item in items:
+        budget.draw_characters(depth * indent + separators)
+        draw_layout(budget, item, indent, separators, depth + 1)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def size_of(value: Any) -> int:
+    """How many characters a width or a separator stands for."""
+    return abs(value) if isinstance(value, int) else len(value) if isinstance(value, str) else 1

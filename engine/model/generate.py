@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional
 
 from engine.config import ModelConfig
@@ -22,7 +21,6 @@ from engine.errors import ConfigError
 from engine.model.attention import KeyValueCache
 from engine.model.decoder import Decoder
 from engine.parallel.collectives import gather_sequence
-from engine.parallel.layout import World
 
 LOWEST_TEMPERATURE = 1e-3  # above 0; logits divided by less may overflow, and it is greedy all the same
 
@@ -172,49 +170,3 @@ def _random(seed: int, number: int) -> torch.Generator:
     """A stream of its own for every prompt, on the host, so that all devices draw alike."""
     key = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-
-
-class Speaker:
-    """A decoder that writes, alone or shared by all ranks: rank 0 says what to continue, the others `follow`."""
-
-    def __init__(
-        self, decoder: Decoder, world: World, sampling: Sampling, stop: frozenset[int], vocab_size: int
-    ) -> None:
-        self.decoder = decoder
-        self._world = world
-        self._how = (sampling, stop, vocab_size)
-
-    def write(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, int]]:
-        """As `generate_batch`; for rank 0, which has to ask for all tokens."""
-        tokens = generate_batch(self.decoder, prompts, max_new_tokens, *self._how)
-        message = [max_new_tokens]
-        for number, prompt in prompts.items():
-            message += [number, len(prompt), *prompt]
-        self._broadcast(message)
-        return tokens
-
-    def follow(self) -> None:
-        """What the other ranks do until `end`."""
-        while message := self._broadcast([]):
-            max_new_tokens, rest = message[0], message[1:]
-            prompts = {}
-            while rest:
-                number, length = rest[:2]
-                prompts[number], rest = rest[2 : 2 + length], rest[2 + length :]
-            for _ in generate_batch(self.decoder, prompts, max_new_tokens, *self._how):
-                pass
-
-    def end(self) -> None:
-        """Let the others go; for rank 0."""
-        self._broadcast([])
-
-    def _broadcast(self, numbers: list[int]) -> list[int]:
-        """Rank 0's numbers, on every rank; a collective."""
-        group = self._world.control_group
-        if group is None:
-            return numbers
-        count = torch.tensor(len(numbers))
-        dist.broadcast(count, src=0, group=group)
-        content = torch.tensor(numbers) if self._world.is_main else torch.empty(int(count), dtype=torch.int64)
-        dist.broadcast(content, src=0, group=group)
-        return content.tolist()

@@ -84,7 +84,7 @@ def attention_with_cache(
 ) -> Tensor:
     """Attention of the newest tokens of b sequences, `q` [b, t_new, n, d], over all of each: [b, t_new, n, d].
 
-    Keys and values `k`, `v` [b, capacity, n_kv, d] of sequence i count up to lengths[i]; what lies behind must be finite.
+    Keys and values `k`, `v` [b, capacity, n_kv, d] of sequence i count up to lengths[i]; those behind must be finite.
     """
     new = q.shape[1]
     first = 0 if sliding_window is None else max(0, min(lengths) - new + 1 - sliding_window)
@@ -172,7 +172,7 @@ def _te_attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., Ten
 @lru_cache(maxsize=8)  # all layers of a microbatch ask for the same
 def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     host = torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
@@ -194,8 +194,7 @@ def _seen(queries: int, keys: int, sliding_window: int | None, device: torch.dev
 @lru_cache(maxsize=8)  # all layers of a step ask for the same
 def _seen_of_each(new: int, ends: tuple[int, ...], sliding_window: int | None, device: torch.device) -> Tensor:
     """True where a query sees a key, [b, 1, new, longest]; the last query of sequence i stands at key ends[i] - 1."""
-    last = torch.tensor(ends, device="cpu").to(device, non_blocking=True)
-    queries = last[:, None] + torch.arange(-new, 0, device=device)  # [b, new]
+    queries = _offsets(ends, device)[:, None] + torch.arange(-new, 0, device=device)  # [b, new]
     distance = queries[..., None] - torch.arange(max(ends), device=device)
     seen = distance >= 0
     return (seen if sliding_window is None else seen & (distance < sliding_window))[:, None]

@@ -1,19 +1,11 @@
 import math
-import os
 
 import pytest
 import torch
-from torch import nn
 
-from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.model.attention import attend_within
-from engine.model.decoder import Decoder
-from engine.model.generate import Sampling, Speaker, draw, generate, generate_batch
-from engine.model.parameters import parameter_table
-from engine.parallel.layout import Layout
-from engine.parallel.table import initialise
-from engine.testing.distributed import run_ranks, world_of
+from engine.model.generate import Sampling, draw, generate, generate_batch
 from engine.testing.models import new_decoder, tiny_config
 
 MODEL = tiny_config(init_std=0.1)
@@ -92,44 +84,6 @@ def test_who_is_beside_a_prompt_changes_nothing(preset, temperature):
 def test_prompts_with_one_text_and_other_numbers_draw_differently():
     ids = continued(new_decoder(MODEL), {0: [1, 2], 1: [1, 2]}, 20, Sampling(1.0))
     assert ids[0] != ids[1]
-
-
-def write_on_ranks(model: ModelConfig, sampling: Sampling) -> tuple[dict[int, list[int]], int]:
-    """What rank 0 gets when all ranks share the layers, twice, and how many elements this rank holds."""
-    world = world_of(Layout(tp=int(os.environ["WORLD_SIZE"])))
-    table, parameters = parameter_table(model, tp=world.tp), {}
-    for parameter in table.parameters:
-        values = torch.empty(parameter.shape)
-        initialise(parameter, values, 1)
-        parameters[parameter.path] = nn.Parameter(values, requires_grad=False)
-    decoder = Decoder(model, parameters, tp=world.tp)
-    speaker, ids = Speaker(decoder, world, sampling, frozenset({5}), model.vocab_size), {}
-    if world.is_main:
-        for prompts in ({7: PROMPTS[7], 2: PROMPTS[2]}, {0: PROMPTS[0], 9: PROMPTS[9]}):
-            ids |= {number: [] for number in prompts}
-            for number, token in speaker.write(prompts, 12):
-                ids[number].append(token)
-        speaker.end()
-    else:
-        speaker.follow()
-    return ids, table.local_size
-
-
-@pytest.mark.parametrize(
-    ("changes", "ranks"),
-    [
-        ({}, 2),
-        ({"num_heads": 4, "num_kv_heads": 2, "vocab_size": 259}, 4),  # two ranks hold the same keys and values
-        ({"sliding_window": 5, "tie_embeddings": True}, 2),
-    ],
-)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_ranks_that_share_the_layers_write_what_one_writes(changes, ranks, temperature):
-    model, sampling = tiny_config(init_std=0.1, **changes), Sampling(temperature, 0.9, seed=3)
-    alone, whole = run_ranks(1, write_on_ranks, model, sampling)[0]
-    results = run_ranks(ranks, write_on_ranks, model, sampling)
-    assert results[0][0] == alone
-    assert all(part < whole * 0.7 for _, part in results)
 
 
 @pytest.mark.parametrize(

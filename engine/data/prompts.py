@@ -1,0 +1,137 @@
+"""Prompts from a JSONL file, and the file of their answers, which can be continued.
+
+One object a line, with `prompt` (a text) or `messages` (a conversation). The answer to a line is the same object with
+more fields, in the same order, so that the number of answers says where to go on. All lines are checked before the
+first is answered: a bad last line must not cost a night. Rejected: a file of progress beside the answers.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from engine.data.chat import Message
+from engine.errors import ConfigError, DataError
+
+ANSWER_FIELDS = ("completion", "num_tokens", "stopped", "error")
+
+
+def read_prompts(path: Path, *, chat: bool) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; blank lines are left out.
+
+    Args:
+        chat: `messages` are allowed; `prompt` is then what the user says.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        DataError: a line is not a prompt, with its number; or there is none.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"cannot read --input {path}: {error.strerror}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                prompts.append(_checked(orjson.loads(line), chat=chat))
+            except ValueError as problem:  # JSONDecodeError is one
+                raise DataError(f"{path}, line {number}: {problem}; it starts {line[:60]!r}") from None
+    if not prompts:
+        raise DataError(f'{path} holds no prompts; expected an object a line, as in {{"prompt": "..."}}')
+    return prompts
+
+
+def conversation(prompt: Mapping[str, Any], system: str | None = None) -> list[Message]:
+    """The messages of a line; `system` comes first where they do not begin with a system message."""
+    messages: list[Message] = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+class AnswerFile:
+    """Answers to `prompts`, one line each, in their order. Opening it takes over what an earlier run has answered.
+
+    Attributes:
+        answered: how many prompts have their answer.
+
+    Raises:
+        ConfigError: the file cannot be written.
+        DataError: it holds something else than answers to these prompts.
+    """
+
+    def __init__(self, path: Path, prompts: list[dict[str, Any]]) -> None:
+        try:
+            self._file = path.open("r+b" if path.exists() else "x+b")
+        except OSError as error:
+            raise ConfigError(f"cannot write --output {path}: {error.strerror}") from None
+        self.answered = 0
+        complete = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):  # the writer was interrupted
+                break
+            if self.answered == len(prompts) or not _answers(line, prompts[self.answered]):
+                raise DataError(
+                    f"{path}, line {self.answered + 1} is not the answer to prompt {self.answered + 1} of the input; "
+                    f"name another --output, or remove this one"
+                )
+            self.answered, complete = self.answered + 1, complete + len(line)
+        self._file.seek(complete)
+        self._file.truncate()
+
+    def write(self, answers: Iterable[Mapping[str, Any]]) -> None:
+        """Add the answers to the next prompts; when this returns they are on the disk."""
+        lines = [orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE) for answer in answers]
+        self._file.write(b"".join(lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.answered += len(lines)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _checked(prompt: Any, *, chat: bool) -> dict[str, Any]:
+    """The prompt itself.
+
+    Raises:
+        ValueError: why it is none.
+    """
+    if not isinstance(prompt, dict):
+        raise ValueError(f"expected an object, not a {type(prompt).__name__}")
+    if taken := [name for name in ANSWER_FIELDS if name in prompt]:
+        raise ValueError(f"the field {taken[0]!r} is where the answer goes; rename it")
+    if ("prompt" in prompt) == ("messages" in prompt):
+        raise ValueError(f'expected either "prompt" or "messages", found the fields {list(prompt)}')
+    if "messages" in prompt:
+        if not chat:
+            raise ValueError('"messages" need --chat')
+        _check_messages(prompt["messages"])
+    elif not isinstance(prompt["prompt"], str) or not prompt["prompt"]:
+        raise ValueError('"prompt" is not a text, or empty')
+    return prompt
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('"messages" is not a list, or empty')
+    for message in messages:
+        fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None,)
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError('a message is an object with "role" and "content", both texts')
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's: nothing is left to answer")
+
+
+def _answers(line: bytes, prompt: Mapping[str, Any]) -> bool:
+    try:
+        answer = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    if not isinstance(answer, dict):
+        return False
+    rest = {name: value for name, value in answer.items() if name not in ANSWER_FIELDS}
+    return rest == prompt and len(rest) < len(answer)

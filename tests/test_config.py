@@ -3,8 +3,8 @@ import json
 import pytest
 import yaml
 
-from engine.config import Config, load, microbatches, resolve
-from engine.errors import ConfigError
+from engine.config import Config, load, microbatches, resolve, with_steps
+from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 
 MINIMAL = {
@@ -147,3 +147,57 @@ def test_an_indivisible_batch_names_the_nearest_that_work():
 def test_the_schema_covers_every_section():
     schema = Config.model_json_schema(by_alias=True)
     assert set(schema["properties"]) == set(yaml.safe_load(build().to_yaml()))
+
+
+FINE_TUNING = {"task": "sft", "data": MINIMAL["data"]}
+TRAINED = {**PRESETS["tiny"], "hidden_size": 48}
+
+
+def test_steps_follow_from_epochs():
+    config = build({**FINE_TUNING, "train": {"steps": 0, "epochs": 3}, "lr_schedule": {"warmup_ratio": 0.1}})
+    assert with_steps(config, rows=21).train.steps == 8  # 63 rows, 8 to a step
+    assert with_steps(config, rows=21).lr_schedule.warmup_steps == 1
+    assert with_steps(build({**FINE_TUNING, "train": {"steps": 5, "epochs": 3}}), rows=21).train.steps == 5
+    assert with_steps(build({**FINE_TUNING, "train": {"steps": 50, "epochs": 3}}), rows=21).train.steps == 8
+    assert with_steps(build()).train.steps == 10
+    late = build({**FINE_TUNING, "train": {"steps": 0, "epochs": 3}, "lr_schedule": {"warmup_steps": 9}})
+    with pytest.raises(ConfigError, match=r"warmup_steps \+ decay_steps = 9 is more than the 8 steps"):
+        with_steps(late, rows=21)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": {"steps": 0}}, "train.steps: is required and not given"),
+        ({**FINE_TUNING, "train": {"steps": 0}}, "train.steps or train.epochs: is required and not given"),
+        ({"train": {"steps": 5, "epochs": 2}}, "train.epochs, train.neftune_alpha and data.packing are for task = sft"),
+        ({"data": {"packing": False}}, "are for task = sft"),
+        ({"task": "sft", "data": {"document_mask": False}}, "data.document_mask = false would let conversations see"),
+        ({"train": {"early_stopping": 2}}, "train.early_stopping and checkpoint.keep_best compare evaluations"),
+        ({"model": {"preset": "tiny", "from_hf": "a"}}, "model.preset and model.from_hf exclude each other"),
+    ],
+)
+def test_settings_of_fine_tuning_that_do_not_fit_together(changes, expected):
+    assert expected in message(changes)
+
+
+def test_a_trained_model_fills_the_fields_and_names_its_tokenizer():
+    asked = []
+
+    def trained(kind, path):
+        asked.append((kind, str(path)))
+        if path.name == "none":
+            raise CheckpointError("no such model directory")
+        return TRAINED, "their/tokenizer"
+
+    def build_from(model, *overrides):
+        raw = {**MINIMAL, "model": model, "data": {key: MINIMAL["data"][key] for key in ("train", "seq_length")}}
+        return resolve(raw, overrides, presets=PRESETS, source="test.yaml", trained=trained)
+
+    config = build_from({"from_hf": "a/b", "init_std": 0.5})
+    assert (config.model.hidden_size, config.model.init_std, config.data.tokenizer) == (48, 0.5, "their/tokenizer")
+    assert build_from({"from_hf": "a"}, "--data.tokenizer", "byte").data.tokenizer == "byte"
+    assert build_from({"preset": "llama2-7b"}, "--model.from_checkpoint", "c").model.hidden_size == 48
+    assert asked == [("from_hf", "a/b"), ("from_hf", "a"), ("from_checkpoint", "c")]
+    with pytest.raises(ConfigError, match=r"model\.from_hf = none: no such model directory"):
+        build_from({"from_hf": "none"})

@@ -31,8 +31,17 @@ def new_decoder(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.fl
 
 def logical_state(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """The logical tensors of `parameters`, by Hugging Face name."""
+    return _logical(model, {path: parameter.detach() for path, parameter in parameters.items()})
+
+
+def logical_gradients(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Their gradients, by the same names."""
+    return _logical(model, {path: parameter.grad for path, parameter in parameters.items()})  # type: ignore[misc]
+
+
+def _logical(model: ModelConfig, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         tensor.name: part
         for parameter in parameter_table(model).parameters
-        for tensor, part in parameter.split(parameters[parameter.path].detach())
+        for tensor, part in parameter.split(values[parameter.path])
     }

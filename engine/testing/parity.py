@@ -41,7 +41,7 @@ from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import disconnect
 from engine.parallel.table import Rectangle
 from engine.testing.distributed import run_ranks
-from engine.testing.runs import read_records, run_config, write_dataset
+from engine.testing.runs import read_records, run_config, write_conversations, write_dataset
 
 STEPS = 20
 TOLERANCES = {"loss": 1e-5, "gradient norm": 1e-4, "parameters": 1e-4}
@@ -156,6 +156,7 @@ def measure(directory: Path, problem: Problem, cases: Sequence[Case], *, timeout
         RuntimeError: a case failed or hangs; the text names it and holds the traceback of the rank.
     """
     write_dataset(directory / "corpus")
+    write_conversations(directory / "chats")
     segments = [segment for number, case in enumerate(cases) for segment in _segments(directory, number, problem, case)]
     ranks = max(segment.case.ranks for segment in segments)
     try:
@@ -184,6 +185,8 @@ def _run_directory(directory: Path, number: int) -> Path:
 
 def _segments(directory: Path, number: int, problem: Problem, case: Case) -> list[_Segment]:
     settings = {**_COMMON, **problem.settings, "batch.micro": case.micro, "run.dir": _run_directory(directory, number)}
+    if problem.settings.get("task") == "sft":
+        settings["data.train"] = settings["data.valid"] = [{"path": str(directory / "chats")}]
     settings |= {f"parallel.{key}": value for key, value in case.parallel.model_dump(exclude_defaults=True).items()}
     overrides = [f"--{key}={_as_yaml(value)}" for key, value in settings.items()]
     last = _Segment(case, run_config(directory, *overrides, preset=problem.preset, steps=STEPS))

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import orjson
 import torch
 
+from engine.checkpoint.initial import trained
 from engine.config import Config, resolve
 from engine.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
 from engine.data.loader import Batch, collate
@@ -21,23 +23,45 @@ from engine.model.families import PRESETS
 from engine.testing.distributed import run_ranks
 from engine.train.run import train
 
+CONVERSATIONS = (33, 20, 14, 4, 17, 17, 25, 9, 12, 11, 11, 22, 12, 5, 5, 16, 8, 10, 3, 9)
+"""Bytes of each of twenty; packed into sequences of 32 they are eight."""
+
 
 def write_dataset(prefix: Path, *, num_documents: int = 60, seed: int = 0) -> Path:
     """Documents of a few hundred bytes that a model can learn: each repeats a short random phrase."""
     random = np.random.default_rng(seed)
+    info = _described()
+    with IndexedDatasetWriter(prefix, token_dtype(info.vocab_size), info) as writer:
+        for _ in range(num_documents):
+            phrase = random.integers(97, 123, random.integers(3, 20))
+            text = np.tile(phrase, 400 // len(phrase))[: random.integers(100, 400)]
+            writer.add_document([*text.tolist(), info.eod_id])
+    return prefix
+
+
+def write_conversations(
+    prefix: Path, lengths: Sequence[int] = CONVERSATIONS, *, seed: int = 0, chat_template: str | None = None
+) -> Path:
+    """Conversations of so many bytes: the second half of each repeats the first, and is learned."""
+    random = np.random.default_rng(seed)
+    info = _described(chat_template=chat_template)
+    with IndexedDatasetWriter(prefix, token_dtype(info.vocab_size), info, masked=True) as writer:
+        for length in lengths:
+            half = random.integers(97, 107, length - length // 2)
+            text = np.concatenate([half, half])[: length - 1]
+            writer.add_document([*text.tolist(), info.eod_id], np.arange(length) >= half.size)
+    return prefix
+
+
+def _described(**fields: Any) -> DatasetInfo:
     tokenizer = load_tokenizer("byte")
-    info = DatasetInfo(
+    return DatasetInfo(
         tokenizer_kind=tokenizer.kind,
         tokenizer_hash=tokenizer.hash,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
+        **fields,
     )
-    with IndexedDatasetWriter(prefix, token_dtype(tokenizer.vocab_size), info) as writer:
-        for _ in range(num_documents):
-            phrase = random.integers(97, 123, random.integers(3, 20))
-            text = np.tile(phrase, 400 // len(phrase))[: random.integers(100, 400)]
-            writer.add_document([*text.tolist(), tokenizer.eod_id])
-    return prefix
 
 
 def run_config(directory: Path, *overrides: str, preset: str = "tiny", steps: int = 10) -> Config:
@@ -58,7 +82,7 @@ def run_config(directory: Path, *overrides: str, preset: str = "tiny", steps: in
         "train": {"steps": steps},
         "log": {"interval": 1, "tensorboard": False},
     }
-    return resolve(raw, overrides, presets=PRESETS, source="test")
+    return resolve(raw, overrides, presets=PRESETS, source="test", trained=trained)
 
 
 def random_batches(config: Config, *, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:

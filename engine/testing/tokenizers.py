@@ -74,6 +74,21 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
     return model.getvalue()
 
 
+def write_chatml_tokenizer(folder: Path) -> Path:
+    """A `tokenizer.json` of single bytes, behind an end of document and ChatML's tokens (ids 0, 1, 2); its directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def _read(path: Path) -> str | None:
     """None for the few modules that test encodings."""
     try:

@@ -61,9 +61,7 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
         report["document"] = documents(data, [options.document], tokenizer, DOCUMENT_TOKENS)
     if options.sample is not None and data.has_mask:
         if options.seq_length is not None:
-            raise ConfigError(
-                f"--seq-length has no meaning here: samples of {data.prefix}, with a mask, are conversations"
-            )
+            raise ConfigError(f"--seq-length has no meaning for {data.prefix}: with a mask, a sample is a conversation")
         report["document"] = documents(data, [options.sample], tokenizer, DOCUMENT_TOKENS)
     elif options.sample is not None:
         if options.seq_length is None:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import NoReturn, get_args
 
 from engine.data.chat import ChatTemplate, TrainOn, find_template
-
 from engine.data.documents import RECORDS, TEXTS, Reject, Source, find_sources
 from engine.data.fast_sentencepiece import EncoderMismatch
 from engine.data.indexed import IndexedDataset, dataset_file
@@ -208,8 +207,10 @@ def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokeni
     for sentence in describe(counts):
         print(f"           {sentence}")
     if counts.outcome["spelled"]:
-        count = f"{counts.outcome['spelled']:,} conversations"
-        print(f"warning: {count} spell a special token of the tokenizer, which becomes that token", file=sys.stderr)
+        spelled = f"{counts.outcome['spelled']:,}"
+        print(
+            f"warning: conversations that spell a special token, which becomes that token: {spelled}", file=sys.stderr
+        )
     if counts.rejected:
         print(f"           the rejected: {rejects_path(options.output_prefix)}")
     tokenizer_flag = "" if tokenizer.kind == "byte" else f" --tokenizer {shlex.quote(options.tokenizer_model)}"

@@ -75,7 +75,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
 
 
 def write_chatml_tokenizer(folder: Path) -> Path:
-    """A `tokenizer.json` of single bytes, behind an end of document and ChatML's tokens (ids 0, 1, 2); its directory."""
+    """A directory with a `tokenizer.json` of an end of document, ChatML's tokens (ids 0, 1, 2) and single bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

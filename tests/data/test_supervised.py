@@ -8,8 +8,6 @@ import orjson
 import pyarrow
 import pytest
 from pyarrow import parquet
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from engine.data import documents
 from engine.data.chat import find_template
@@ -18,8 +16,8 @@ from engine.data.indexed import IndexedDataset
 from engine.data.supervised import Rules, describe, preprocess_conversations, sft_prefix
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError
+from engine.testing.tokenizers import write_chatml_tokenizer
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 USER, ASSISTANT = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 CHAT = {"messages": [USER, ASSISTANT]}
 LONG = {"messages": [USER, {"role": "assistant", "content": "long answer " * 20}]}
@@ -27,15 +25,7 @@ LONG = {"messages": [USER, {"role": "assistant", "content": "long answer " * 20}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Bytes and the special tokens of ChatML."""
-    alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Backend(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    folder = tmp_path_factory.mktemp("tokenizer")
-    backend.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
+    return load_tokenizer(write_chatml_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture
@@ -146,7 +136,7 @@ def test_what_is_told_beside_the_data(run, tmp_path, tokenizer):
     run([CHAT, b"bad"])
     info = IndexedDataset(sft_prefix(str(tmp_path / "out"))).info
     assert info.chat_template == find_template(tokenizer, "chatml").source
-    assert (info.end_of_turn_id, info.eod_id, info.skipped) == (SPECIAL.index("<|im_end|>"), 0, 1)
+    assert (info.end_of_turn_id, info.eod_id, info.skipped) == (2, 0, 1)
     run([{"text": "abc"}, {"prompt": "a", "completion": "b"}])
     info = IndexedDataset(sft_prefix(str(tmp_path / "out"))).info
     assert (info.chat_template, info.end_of_turn_id) == (None, None)

@@ -17,6 +17,7 @@ from engine.data.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWrite
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError, DataFormatError
+from engine.testing.tokenizers import write_chatml_tokenizer
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "inspect_data.py"
 TEXTS = ["first document", "zwölf", "", "the last one\x1b[31m"]
@@ -170,3 +171,101 @@ def test_a_sparse_file_is_counted_without_reading_it(tmp_path, main, capsys):
     os.truncate(tmp_path / "set.bin", 2 * length)
     main(tmp_path / "set")
     assert f"{length:,} as uint16" in capsys.readouterr().out
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """Two conversations in ChatML, the answers learned, and ids that are nobody's text; beside the tokenizer `tok`."""
+    tokenizer = load_tokenizer(write_chatml_tokenizer(tmp_path / "tok"))
+    info = DatasetInfo(tokenizer_kind="huggingface", tokenizer_hash=tokenizer.hash, vocab_size=300, eod_id=0)
+    with IndexedDatasetWriter(tmp_path / "chats", np.uint16, info, masked=True) as writer:
+        for question, answer in (("hi", "höllo\x1b[31m"), ("who?", "me")):
+            asked = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+            said = tokenizer.encode(f"{answer}<|im_end|>")
+            writer.add_document([*asked, *said], [0] * len(asked) + [1] * len(said))
+        writer.add_document([299, 5, 0], [0, 1, 1])
+    return tmp_path / "chats"
+
+
+ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_conversation_with_what_is_learned(main, chats, capsys):
+    for flag in ("--sample", "--document"):
+        main(chats, "--tokenizer", chats.parent / "tok", flag, 0)
+        out, _ = capsys.readouterr()
+        assert f"document 0: 33 tokens, 12 learned\n{ASKED}«höllo\\x1b[31m<|im_end|>»\n" in out
+        assert "learned tokens       17, 27.4%" in out
+    main(chats, "--tokenizer", chats.parent / "tok", "--head", 3)
+    out, _ = capsys.readouterr()
+    assert "«me<|im_end|>»" in out
+    assert "document 2: 3 tokens, 2 learned\n<id 299>«" in out and "<|endoftext|>»" in out
+
+
+def test_a_conversation_in_colours(main, chats, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    arguments = (chats, "--tokenizer", chats.parent / "tok", "--sample", 1)
+    main(*arguments)
+    out, _ = capsys.readouterr()
+    assert "\x1b[1;32mme<|im_end|>\x1b[0m" in out and "«" not in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(*arguments)
+    out, _ = capsys.readouterr()
+    assert "«me<|im_end|>»" in out and "32m" not in out
+
+
+def test_a_conversation_without_a_tokenizer(main, chats, capsys):
+    main(chats, "--document", 2)
+    assert "\n299 «5 0»" in capsys.readouterr().out
+
+
+def test_a_conversation_as_json(main, chats, capsys):
+    main(chats, "--tokenizer", chats.parent / "tok", "--sample", 0, "--json")
+    report = orjson.loads(capsys.readouterr().out)
+    (shown,) = report["document"]
+    assert report["learned"] == 17
+    assert (shown["document"], shown["num_tokens"], shown["learned"]) == (0, 33, 12)
+    assert [(run["learned"], run["text"]) for run in shown["runs"]] == [
+        (False, ASKED),
+        (True, "höllo\x1b[31m<|im_end|>"),
+    ]
+    assert [len(run["ids"]) for run in shown["runs"]] == [21, 12]
+
+
+def test_long_conversations_are_cut_for_reading(main, tmp_path, capsys):
+    with IndexedDatasetWriter(tmp_path / "long", np.uint16, masked=True) as writer:
+        writer.add_document([65] * 5000, [0, 1] * 2500)
+    main(tmp_path / "long", "--tokenizer", "byte", "--sample", 0)
+    out, _ = capsys.readouterr()
+    assert "document 0: 5,000 tokens, 2,500 learned, the first 4,096\n" + "A«A»" * 2048 + "\n" in out
+
+
+def test_masks_are_verified(main, chats, capsys):
+    main(chats, "--verify")
+    assert "the mask has one of 0 and 1 for each" in capsys.readouterr().out
+    mask = chats.with_name("chats.mask.bin")
+    content = mask.read_bytes()
+    mask.write_bytes(content[:3] + b"\x07" + content[4:])
+    with pytest.raises(DataFormatError, match=r"chats\.mask\.bin: mask\[3\] = 7; expected 0 or 1"):
+        main(chats, "--verify")
+    mask.write_bytes(content[:-1])
+    with pytest.raises(DataFormatError, match=r"chats\.mask\.bin"):
+        main(chats, "--verify")
+
+
+def test_samples_that_are_conversations_need_no_length(main, chats):
+    with pytest.raises(ConfigError, match=r"--seq-length has no meaning for .*chats"):
+        main(chats, "--sample", 0, "--seq-length", 8)
+    with pytest.raises(ConfigError, match=r"3: .*chats has 3 documents, counted from 0"):
+        main(chats, "--sample", 3)
+
+
+def test_every_id_of_a_conversation_is_seen():
+    tokenizer = load_tokenizer("byte")
+    euro = list("€".encode())
+    texts = inspection.token_texts([104, *euro, 256, 300, 105], tokenizer)
+    assert texts[0] == "h" and "".join(texts[1:4]) == "€" and texts[5:] == ["<id 300>", "i"]
+    assert texts[4] in (*tokenizer.special_tokens, "<id 256>")
+    assert inspection.token_texts([euro[0]], tokenizer) == ["\ufffd"]

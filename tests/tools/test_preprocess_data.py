@@ -22,7 +22,7 @@ from engine.data.indexed import IndexedDataset
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError, StorageError
-from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
+from engine.testing.tokenizers import standard_library_texts, train_sentencepiece, write_chatml_tokenizer
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -269,4 +269,105 @@ def test_the_command_of_the_smallest_configuration(main, tmp_path, monkeypatch):
     prefix = DatasetConfig(path=tmp_path / Path(data["train"][0]["path"]).name)
     for part in ("train", "valid"):
         dataset = PretrainDataset([prefix], data["split"], part, data["seq_length"], 1)
-        assert len(dataset.sample(0).tokens) == data["seq_length"] + 1
+        assert len(dataset.sample(0).tokens) == data["seq_length"]
+
+
+def test_nothing_of_fine_tuning_is_asked_of_texts(folder, main):
+    for flag, value in (("--chat-template", "chatml"), ("--train-on", "all"), ("--max-length", "9")):
+        with pytest.raises(ConfigError, match=f"{flag} has no meaning with --task pretrain, only with --task sft"):
+            main("--input", "a.jsonl", "--output-prefix", "x", *BYTE, flag, value)
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "q<|im_end|>"}, {"role": "assistant", "content": "answer"}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "answer " * 30}]},
+    {"messages": [{"role": "critic", "content": "q"}]},
+    {"text": "plain"},
+]
+SFT = ("--task", "sft", "--output-prefix", "out/x", "--chat-template", "chatml")
+
+
+@pytest.fixture
+def chats(folder):
+    """CHATS, and a tokenizer with ChatML's tokens in the directory `tok`."""
+    Path("chats.jsonl").write_bytes(b"".join(orjson.dumps(chat) + b"\n" for chat in CHATS))
+    write_chatml_tokenizer(Path("tok"))
+    return folder
+
+
+def test_conversations_from_a_clean_process(chats):
+    arguments = (*SFT, "--input", "chats.jsonl", "--tokenizer-model", "tok", "--workers", "2")
+    code, out, err = finish(*arguments, "--max-length", "100")
+    assert code == 0
+    assert files(chats / "out") == [
+        "x.rejects.jsonl",
+        *(f"x_sft.{kind}" for kind in ("bin", "idx", "json", "mask.bin")),
+    ]
+    data = IndexedDataset("out/x_sft")
+    learned = int(data.mask(0, data.num_tokens).sum())
+    for line in (
+        "template   chatml",
+        "formats    messages 1, sharegpt 1, text 1",
+        "turn end   '<|im_end|>' (id 2), which is learned",
+        f"done       3 conversations, {data.num_tokens} tokens in 0:0",
+        f"{learned} tokens are learned, {learned / data.num_tokens:.1%}",
+        "tokens a document: median 29, longest 100",
+        "1 rejected: unknown role",
+        "1 too long, cut to the first tokens",
+        "the rejected: out/x.rejects.jsonl",
+        "next       python tools/inspect_data.py out/x_sft --tokenizer tok --sample 0",
+    ):
+        assert line in out
+    assert "skipped: chats.jsonl:3: unknown role: messages[0] has role 'critic'" in err
+    assert "warning: conversations that spell a special token, which becomes that token: 1" in err
+    command = re.search(r"^next +python tools/(\S+) (.*)$", out, re.MULTILINE)
+    shown = subprocess.run(
+        [sys.executable, PROGRAM.with_name(command[1]), *shlex.split(command[2])], capture_output=True, text=True
+    )
+    assert "<|im_start|>assistant\n«answer<|im_end|>»" in shown.stdout
+
+
+def test_several_files_of_conversations(chats, main, capsys):
+    Path("more").mkdir()
+    Path("more/b.jsonl").write_bytes(orjson.dumps({"instruction": "q", "output": "a"}))
+    main(*SFT, "--input", "chats.jsonl", "more", "--tokenizer-model", "tok", "--workers", 1)
+    out, _ = capsys.readouterr()
+    assert "chats.jsonl: messages 1, sharegpt 1, text 1" in out and "more/b.jsonl: alpaca 1" in out
+
+
+def test_texts_need_no_template(chats, main, capsys):
+    arguments = ("--task", "sft", "--output-prefix", "y", "--tokenizer-model", "tok", "--workers", 1)
+    main(*arguments, "--input", "a.jsonl")
+    out, _ = capsys.readouterr()
+    assert "template   none" in out and "turn end" not in out
+    with pytest.raises(ConfigError, match="no chat template; name one: chatml"):
+        main(*arguments, "--input", "chats.jsonl", "--overwrite")
+    assert IndexedDataset("y_sft").num_documents == 3  # the old one is still there
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--append-eod"], ConfigError, "--append-eod has no meaning with --task sft, only with --task pretrain"),
+        (["--json-keys", "text"], ConfigError, "--json-keys has no meaning with --task sft"),
+        (["--max-length", 1], ConfigError, "--max-length = 1; expected 2 or more"),
+        (["--on-too-long", "drop"], ConfigError, "--on-too-long drop needs --max-length"),
+        (["--chat-template", "gone.jinja"], ConfigError, r"chat template 'gone\.jinja': No such file"),
+        (["--chat-template", "llama3"], ConfigError, "those that work with it: chatml"),
+        (["--on-bad-line", "fail"], DataError, r"chats\.jsonl:3: unknown role"),
+        (["--max-length", 60, "--on-too-long", "error"], DataError, r"chats\.jsonl:2: 232 tokens, more than .* 60"),
+        (["--max-length", 4], DataError, "nothing to learn in .*: 3 rejected: nothing to learn when cut; 1 rejected"),
+    ],
+)
+def test_errors_with_conversations(chats, main, arguments, error, message):
+    Path("chats.jsonl").write_bytes(b"".join(orjson.dumps(chat) + b"\n" for chat in [*CHATS[:3], CHATS[0]]))
+    with pytest.raises(error, match=message):
+        main(*SFT, "--input", "chats.jsonl", "--tokenizer-model", "tok", "--workers", 1, *arguments)
+    assert not Path("out").exists() or files(chats / "out") == []
+
+
+def test_existing_conversations_are_not_replaced_unasked(chats, main):
+    Path("out").mkdir()
+    Path("out/x_sft.mask.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"x_sft\.mask\.bin exists; .* --overwrite"):
+        main(*SFT, "--input", "chats.jsonl", "--tokenizer-model", "tok")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from engine.data.fast_sentencepiece import FastSentencePiece, UnsupportedModel
-from engine.data.sentencepiece_model import CONTROL, UNKNOWN, fields_of, piece_of
+from engine.data.sentencepiece_model import BYTE, CONTROL, SPACE, UNKNOWN, fields_of, piece_of, submessage
 from engine.errors import ConfigError
 
 Ids = npt.NDArray[np.integer[Any]]
@@ -26,7 +26,7 @@ Span = tuple[int, int]  # [start, end) in characters
 
 MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # looked for in a directory, in this order
 CHAT_TEMPLATE = "chat_template.jinja"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json")
 END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
 BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 BYTES_END = "<|endoftext|>"  # what the byte tokenizer's end of document is called
@@ -100,6 +100,7 @@ class SentencePieceTokenizer:
         self.special_tokens = {piece.text: i for i, piece in enumerate(pieces) if piece.type == CONTROL}
         self._added = {piece.text: i for i, piece in enumerate(pieces) if piece.type in (CONTROL, UNKNOWN)}
         self._cut = _any_of(self._added)
+        self._sizes = _piece_sizes(self._model)
 
     @cached_property
     def _fast(self) -> FastSentencePiece | str:
@@ -135,14 +136,20 @@ class SentencePieceTokenizer:
         return _encode_parts(text, self._cut, self._added, self._encode_with_spans)
 
     def _encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        content = text.encode()
+        characters = np.cumsum((np.frombuffer(content, np.uint8) & 0xC0) != 0x80)  # that begin up to and with a byte
+        if self._sizes is not None:
+            ids: list[int] = self._processor.encode(text)
+            ends = np.cumsum(self._sizes[ids])
+            ends -= ends[-1] - len(content)  # the space in front is no byte of the text
+            starts = np.concatenate(([0], ends[:-1]))
+            if -1 <= ends[0] - self._sizes[ids[0]] <= 0:
+                ends = np.maximum(ends, 1)
+                return ids, list(zip((characters[starts] - 1).tolist(), characters[ends - 1].tolist(), strict=True))
         message = self._processor.encode(text, out_type="serialized_proto")  # which all versions have
         pieces = [dict(fields_of(value)) for number, value in fields_of(message) if number == 2]
-        if text.isascii():
-            spans = [(piece.get(4, 0), piece.get(5, 0)) for piece in pieces]
-        else:  # offsets are in bytes
-            characters = np.cumsum((np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80).tolist()
-            before = [0, *(count - 1 for count in characters[1:]), characters[-1]]
-            spans = [(before[piece.get(4, 0)], before[piece.get(5, 0)]) for piece in pieces]
+        before = [*(characters - 1).tolist(), len(text)]  # offsets are in bytes
+        spans = [(before[piece.get(4, 0)], before[piece.get(5, 0)]) for piece in pieces]
         return [piece.get(2, 0) for piece in pieces], _filled(spans)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -227,8 +234,8 @@ class ByteTokenizer:
     bos_id: int | None = None
     hash = "byte"
 
-    def __init__(self) -> None:
-        self.files: list[Path] = []
+    def __init__(self, template: Path | None = None) -> None:
+        self.files = [] if template is None else [template]
         self.special_tokens = {BYTES_END: self.eod_id}
         self._cut = _any_of(self.special_tokens)
 
@@ -261,6 +268,8 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
     """
     if str(spec) == "byte":
         return ByteTokenizer()
+    if Path(spec).is_dir() and [path.name for path in Path(spec).iterdir()] == [CHAT_TEMPLATE]:
+        return ByteTokenizer(Path(spec) / CHAT_TEMPLATE)  # of a checkpoint: it has no other file
     path = _model_file(Path(spec))
     if _read(path)[:64].lstrip().startswith(b"{"):
         return HuggingFaceTokenizer(path)
@@ -311,15 +320,25 @@ def _encode_parts(
 
 
 def _filled(spans: list[Span]) -> list[Span]:
-    """Each empty span becomes the next that is not: SentencePiece gives a character's span to its last byte alone."""
+    """Empty spans get the first character of the next that is not: SentencePiece gives a character to its last byte."""
     following: Span | None = None
     for i in range(len(spans) - 1, -1, -1):
         start, end = spans[i]
         if start < end:
             following = spans[i]
         elif following is not None:
-            spans[i] = following
+            spans[i] = (following[0], following[0] + 1)
     return spans
+
+
+def _piece_sizes(model: bytes) -> npt.NDArray[np.int64] | None:
+    """Bytes of text that each id of a SentencePiece model stands for; None when it rewrites texts, or has unknowns."""
+    fields = list(fields_of(model))
+    normalizer = submessage(fields, 3)
+    if normalizer.get(2) or normalizer.get(4, 1) or not submessage(fields, 2).get(35):  # rules, spaces, byte fallback
+        return None
+    pieces = [piece_of(value) for number, value in fields if number == 1]
+    return np.array([1 if piece.type == BYTE else len(piece.text.replace(SPACE, " ").encode()) for piece in pieces])
 
 
 def _any_of(symbols: Iterable[str]) -> re.Pattern[str]:
@@ -328,7 +347,7 @@ def _any_of(symbols: Iterable[str]) -> re.Pattern[str]:
 
 
 def _companions(path: Path) -> list[Path]:
-    return [path.with_name(name) for name in COMPANIONS if path.with_name(name).is_file()]
+    return [path.with_name(name) for name in COMPANIONS if name != path.name and path.with_name(name).is_file()]
 
 
 def _model_file(path: Path) -> Path:

@@ -209,7 +209,7 @@ def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokeni
     if counts.outcome["spelled"]:
         spelled = f"{counts.outcome['spelled']:,}"
         print(
-            f"warning: conversations that spell a special token, which becomes that token: {spelled}", file=sys.stderr
+            f"warning: conversations that spell a special token, which becomes it: {spelled}", file=sys.stderr
         )
     if counts.rejected:
         print(f"           the rejected: {rejects_path(options.output_prefix)}")

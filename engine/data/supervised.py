@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.chat import ChatEncoder, ChatTemplate, ConversationError, TrainOn
+from engine.data.chat import ChatEncoder, ChatTemplate, ConversationError, TemplateError, TrainOn
 from engine.data.conversations import FORMATS, BadRecord, Conversation, Text, Tokens, parse_record
 from engine.data.documents import Block, Reject, Source, numbered_lines, reject
 from engine.data.indexed import IndexedDatasetWriter, token_dtype
@@ -165,7 +165,7 @@ class SupervisedEncoder:
             train_on = content.learned
         try:
             ids, mask = self._chat.encode(content.messages, train_on, content.tools)
-        except ConversationError as error:
+        except (ConversationError, TemplateError) as error:  # a template that fails for all has failed before
             raise BadRecord("refused by the template", str(error)) from None
         if not ids.size:
             raise BadRecord("empty conversation", "the template makes nothing of it")

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from engine.data import documents
-from engine.data.chat import find_template
+from engine.data.chat import TemplateError, find_template
 from engine.data.documents import RECORDS, find_sources
 from engine.data.indexed import IndexedDataset
 from engine.data.supervised import Rules, describe, preprocess_conversations, sft_prefix
@@ -219,10 +219,19 @@ def test_what_the_template_refuses(run, tmp_path, tokenizer):
     assert "I do not answer" in (tmp_path / "out.rejects.jsonl").read_text()
 
 
-def test_deep_nesting_is_no_crash(run):
+def test_what_is_too_much_for_the_template_ends_nothing(run, tmp_path):
+    (tmp_path / "t.jinja").write_text(
+        "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
     deep = b'{"messages": [%s], "tools": [%s]}' % (orjson.dumps(ASSISTANT), b"[" * 900 + b"]" * 900)
-    counts = run([deep, CHAT])
-    assert counts.documents + counts.rejected == 2
+    counts = run([deep, CHAT], template=str(tmp_path / "t.jinja"))
+    assert (counts.documents, counts.problems) == (1, {"refused by the template": 1})
+
+
+def test_a_template_that_fails_for_all_is_refused(run, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for i in range(10 ** 9) %}{{ messages }}{% endfor %}")
+    with pytest.raises(TemplateError):
+        run([CHAT], template=str(tmp_path / "t.jinja"))
 
 
 @pytest.mark.parametrize(

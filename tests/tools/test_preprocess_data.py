@@ -319,7 +319,7 @@ def test_conversations_from_a_clean_process(chats):
     ):
         assert line in out
     assert "skipped: chats.jsonl:3: unknown role: messages[0] has role 'critic'" in err
-    assert "warning: conversations that spell a special token, which becomes that token: 1" in err
+    assert "warning: conversations that spell a special token, which becomes it: 1" in err
     command = re.search(r"^next +python tools/(\S+) (.*)$", out, re.MULTILINE)
     shown = subprocess.run(
         [sys.executable, PROGRAM.with_name(command[1]), *shlex.split(command[2])], capture_output=True, text=True

@@ -1,6 +1,6 @@
 """What a chat template may spend, and what its operations cost.
 
-Steps stand for time and memory alike: some 100 ns, or 60 bytes, at most. What an operation reads and writes is worked
+Steps stand for time and memory alike: some 200 ns, or 128 bytes, at most. What an operation reads and writes is worked
 out from its operands and paid before it happens, so that even one that would take all memory is refused in time.
 """
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from engine.errors import ConfigError
 
-BASE_BUDGET = 2_000_000  # steps
+BASE_BUDGET = 1_000_000  # steps
 STEPS_PER_CHARACTER = 8  # of the conversation
-CHARACTERS_PER_STEP = 16
+CHARACTERS_PER_STEP = 16  # or items of a list that is copied
+STEPS_PER_CALL = 8
 LARGEST_INTEGER = 1 << 60  # larger ones cost more than a step, and can be chosen to have the same hash
 CONTAINERS: Any = (list, tuple, range, type({}.keys()), type({}.values()), type({}.items()))
 
@@ -125,10 +126,10 @@ def draw_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
     elif operator == "*":
         many, times = (right, left) if isinstance(left, int) else (left, right)
         if isinstance(times, int) and isinstance(many, (str, list, tuple)):
-            budget.draw(len(many) * max(0, times) // (CHARACTERS_PER_STEP if isinstance(many, str) else 1))
+            budget.draw_characters(len(many) * max(0, times))
     for operand in (left, right):
         if isinstance(operand, (str, list, tuple)):
-            budget.draw(len(operand) // (CHARACTERS_PER_STEP if isinstance(operand, str) else 1))
+            budget.draw_characters(len(operand))
 
 
 def checked(value: Any) -> Any:

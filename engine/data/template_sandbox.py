@@ -27,6 +27,7 @@ from jinja2.visitor import NodeTransformer
 from engine.data.template_budget import (
     BASE_BUDGET,
     CHARACTERS_PER_STEP,
+    STEPS_PER_CALL,
     Budget,
     TemplateError,
     checked,
@@ -69,7 +70,20 @@ _DICT_METHODS = _words("get items keys values")
 _REFUSED_NODES = (nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport, nodes.EvalContextModifier)
 
 
-class Environment(ImmutableSandboxedEnvironment):
+class _Guarded(ImmutableSandboxedEnvironment):
+    """Refuses at once what Jinja's sandbox refuses when it is used."""
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):  # whose hash may cost anything
+            raise SecurityError("a tuple as an index")
+        return super().getitem(obj, argument)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """At once, and not only when the attribute is used."""
+        raise SecurityError(f"it takes {attribute!r} of a {type(obj).__name__}")
+
+
+class Environment(_Guarded):
     """As transformers sets it up, with what is listed above and no more."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
@@ -93,15 +107,6 @@ class Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"tojson": _tojson, "weigh": _weigh, "counted": _counted, "draw": _draw, "sliced": _sliced}
         self.tests = {name: test if name in _LIGHT_TESTS else _paid_test(name) for name, test in TESTS.items()}
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        if isinstance(argument, tuple):  # whose hash may cost anything
-            raise SecurityError("a tuple as an index")
-        return super().getitem(obj, argument)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """At once, and not only when the attribute is used."""
-        raise SecurityError(f"it takes {attribute!r} of a {type(obj).__name__}")
-
     def wrap_str_format(self, value: Any) -> Any:
         """Instead of Jinja's own: called with the budget, in `call`."""
         is_method = isinstance(value, (BuiltinMethodType, MethodType)) and isinstance(value.__self__, str)
@@ -114,8 +119,9 @@ class Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget: Budget = __context.parent[BUDGET]
         if isinstance(__obj, (Macro, LoopContext)):
-            budget.draw(1 + sum(len(a) for a in args if isinstance(a, (str, list, tuple, dict))))
+            budget.draw(STEPS_PER_CALL + sum(len(a) for a in args if isinstance(a, (str, list, tuple, dict))))
             return __context.call(__obj, *args, **kwargs)
+        budget.draw(STEPS_PER_CALL)
         args = tuple(budget.listed(argument) for argument in args)
         budget.weigh((args, kwargs))
         if isinstance(__obj, _FormatMethod):
@@ -309,7 +315,7 @@ def _draw(context: Context, steps: int) -> None:
 
 @pass_context
 def _sliced(context: Context, value: Any) -> Any:
-    context.parent[BUDGET].draw(len(value) // (CHARACTERS_PER_STEP if isinstance(value, str) else 1))
+    context.parent[BUDGET].draw_characters(len(value))
     return value
 
 
@@ -319,6 +325,7 @@ def _paid_filter(name: str) -> Callable[..., Any]:
     @pass_context
     def paid(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget: Budget = context.parent[BUDGET]
+        budget.draw(STEPS_PER_CALL)
         value = budget.listed(value)
         budget.weigh((value, args, kwargs))
         draw_filter(budget, name, value, args, kwargs)
@@ -382,4 +389,4 @@ def _check_name(name: Any) -> None:
         raise SecurityError(f"a namespace with the name {name!r}")
 
 
-_PLAIN = ImmutableSandboxedEnvironment()  # runs Jinja's own filters and tests
+_PLAIN = _Guarded()  # runs Jinja's own filters and tests

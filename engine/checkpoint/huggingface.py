@@ -4,7 +4,7 @@ A checkpoint already speaks Hugging Face's names and shapes, so both ways are a 
 `config.json`. What is written is read back before it gets its name; what is read is never a pickle and never code.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from engine.checkpoint.hf_config import hf_config, model_config_from_hf
 from engine.checkpoint.manager import Checkpoint, Piece, State, save
 from engine.checkpoint.rectangles import Rectangle, Shape, differences
 from engine.checkpoint.storage import Entry, SafetensorsFile, Storage, Written, read_file, require_file, tensor_hash
-from engine.config import ModelConfig
+from engine.config import SOURCES, ModelConfig
+from engine.data.chat import ChatEncoder, find_template
 from engine.data.tokenizer import Tokenizer
 from engine.errors import CheckpointError, ConfigError, StorageError
 
@@ -142,13 +143,7 @@ class HuggingFaceDirectory:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self._inside(name)
-        try:
-            content = orjson.loads(read_file(path, _MAX_JSON_BYTES))
-        except orjson.JSONDecodeError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
-        return content
+        return _parsed(path, read_file(path, _MAX_JSON_BYTES))
 
 
 def import_directory(
@@ -223,9 +218,7 @@ def export(
         _write_json(files, partial / CONFIG, config)
         if tokenizer:
             _write_tokenizer(files, partial, checkpoint, tokenizer)
-        if not (partial / GENERATION_CONFIG).exists():
-            special = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-            _write_json(files, partial / GENERATION_CONFIG, {key: i for key, i in special.items() if i is not None})
+        _write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)
     return out
@@ -306,24 +299,51 @@ def _write_weights(
 def _write_tokenizer(files: Storage, partial: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     """The run's tokenizer files, and those that `transformers` needs where they are not among them."""
     sources = sorted(checkpoint.tokenizer_dir.iterdir()) if checkpoint.tokenizer_dir else []
+    for source in sources:
+        sentencepiece = tokenizer.kind == "sentencepiece" and source.name == tokenizer.files[0].name
+        files.copy(source, partial / ("tokenizer.model" if sentencepiece else source.name))
     if any(source.name == "tokenizer_config.json" for source in sources):  # made for transformers already
-        _copy(files, partial, sources)
-    elif tokenizer.kind == "sentencepiece":
-        content = tokenizer.files[0].read_bytes()
-        files.write(partial / "tokenizer.model", content)
-        _write_pair(files, partial, hf_tokenizer.sentencepiece_tokenizer(content))
+        return
+    if tokenizer.kind == "sentencepiece":
+        _write_pair(files, partial, hf_tokenizer.sentencepiece_tokenizer(tokenizer.files[0].read_bytes()))
     elif tokenizer.kind == "byte":
         _write_pair(files, partial, hf_tokenizer.bytes_tokenizer())
     else:
-        _copy(files, partial, sources)
         special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
         names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
         _write_json(files, partial / "tokenizer_config.json", hf_tokenizer.settings(names))
 
 
-def _copy(files: Storage, partial: Path, sources: Sequence[Path]) -> None:
-    for source in sources:
-        files.copy(source, partial / source.name)
+def _write_generation_config(files: Storage, path: Path, tokenizer: Tokenizer | None) -> None:
+    """What `generate` begins and ends with; the end of turn of a chat template belongs to it."""
+    before = _parsed(path, path.read_bytes()) if path.exists() else None
+    content = dict(before or {})
+    if tokenizer is not None:
+        ends = content.get("eos_token_id", tokenizer.eod_id)
+        ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *_end_of_turn(tokenizer)]))
+        content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        if tokenizer.bos_id is not None:
+            content.setdefault("bos_token_id", tokenizer.bos_id)
+    if content != before:
+        files.remove(path)
+        _write_json(files, path, content)
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        content = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> list[int]:
+    try:
+        return [ChatEncoder(tokenizer, find_template(tokenizer)).end_of_turn_id]
+    except ConfigError:  # no template, or one that ends turns with no token
+        return []
 
 
 def _write_pair(files: Storage, partial: Path, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -349,7 +369,7 @@ def _verify(
     """
     found = HuggingFaceDirectory(partial)
     found.require(shapes)
-    if found.model != model.model_copy(update={"preset": None}):
+    if found.model != model.model_copy(update=dict.fromkeys(SOURCES)):
         raise CheckpointError(f"{partial / CONFIG} does not read back as the model it was written for")
     hashes = {name: digest for file in written.values() for name, digest in file.hashes.items()}
     for name in shapes:

@@ -26,7 +26,9 @@ Span = tuple[int, int]  # [start, end) in characters
 
 MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # looked for in a directory, in this order
 CHAT_TEMPLATE = "chat_template.jinja"
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json")
+COMPANIONS = (  # what transformers keeps beside it
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json"
+)  # fmt: skip
 END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>")
 BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 BYTES_END = "<|endoftext|>"  # what the byte tokenizer's end of document is called

@@ -12,6 +12,7 @@ import torch
 
 from engine.checkpoint import huggingface
 from engine.checkpoint.huggingface import HuggingFaceDirectory, export, import_directory, new_directory, plan_shards
+from engine.checkpoint.initial import InitialWeights
 from engine.checkpoint.manager import Checkpoint, Piece, find
 from engine.checkpoint.rectangles import Rectangle
 from engine.checkpoint.storage import SafetensorsFile
@@ -385,3 +386,47 @@ def test_memory_is_bounded_by_a_tensor_and_not_by_the_model(tmp_path: Path, monk
     monkeypatch.setattr(SafetensorsFile, "tensor", counted)
     export_(import_(hf, tmp_path / "imported"), tmp_path / "out")
     assert most[0] <= 2  # the next one is read while the name of the last still stands
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ({"top_k": 5}, {"top_k": 5, "eos_token_id": [256, 257]}),
+        ({"eos_token_id": 256}, {"eos_token_id": [256, 257]}),
+        ({"eos_token_id": [7]}, {"eos_token_id": [7, 257]}),
+    ],
+)
+def test_the_end_of_turn_of_a_chat_template_ends_generation(tmp_path: Path, before: Any, expected: Any) -> None:
+    hf = export(
+        tiny_checkpoint(tmp_path / "run", tokenizer="byte"), ByteTokenizer(), tmp_path / "hf", logical_shapes(TINY)
+    )
+    settings = json.loads((hf / "tokenizer.json").read_text())
+    settings["added_tokens"].append(settings["added_tokens"][0] | {"id": 257, "content": "<end>"})
+    (hf / "tokenizer.json").write_text(json.dumps(settings))
+    template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+    (hf / "chat_template.jinja").write_text(template)
+    (hf / "generation_config.json").write_text(json.dumps(before))
+    imported = import_(hf, tmp_path / "imported")
+    assert imported.tokenizer_spec
+    again = export(imported, load_tokenizer(imported.tokenizer_spec), tmp_path / "again", logical_shapes(TINY))
+    assert (again / "chat_template.jinja").read_text() == template
+    assert json.loads((again / "generation_config.json").read_text()) == expected
+
+
+def test_a_chat_template_beside_the_byte_tokenizer_comes_along(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.kind == "byte" and [file.name for file in tokenizer.files] == ["chat_template.jinja"]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="a directory without one"):
+        load_tokenizer(tmp_path / "other")
+
+
+def test_a_model_is_read_by_the_rectangles_that_a_rank_holds(tmp_path: Path) -> None:
+    hf = export_(tiny_checkpoint(tmp_path / "run"), tmp_path / "hf")
+    for kind, path in (("from_hf", hf), ("from_checkpoint", tmp_path / "run")):
+        weights = InitialWeights(kind, path)
+        whole = HuggingFaceDirectory(hf).read("model.layers.0.mlp.up_proj.weight")
+        part = weights.read("model.layers.0.mlp.up_proj.weight", Rectangle((3, 5), (10, 7)))
+        torch.testing.assert_close(part.to(whole.dtype), whole[3:13, 5:12], rtol=0, atol=0)
+        assert weights.model.hidden_size == TINY.hidden_size

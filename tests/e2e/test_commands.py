@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,10 +11,7 @@ import pytest
 import yaml
 
 from engine.testing.runs import losses, read_records
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+from tests.e2e.commands import ENVIRONMENT, ROOT, python, start
 
 
 def tiny(workspace: Path, *overrides: str) -> list[str]:
@@ -27,12 +23,6 @@ def tiny(workspace: Path, *overrides: str) -> list[str]:
         *("--train.steps", "4", "--train.eval_steps", "1", "--log.interval", "1"),
         *overrides,
     ]
-
-
-def start(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=180, check=False
-    )
 
 
 EXAMPLE = str(ROOT / "examples/pretrain_7b.sh")
@@ -119,8 +109,8 @@ def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(workspace):
     assert f"resumes from {workspace}/run/checkpoints/step_{step:08d}" in done.stdout
 
 
-def engine(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return start([sys.executable, "-m", "engine", *arguments], cwd)
+def engine(*arguments: str) -> subprocess.CompletedProcess:
+    return python("-m", "engine", *arguments)
 
 
 def test_check_tells_what_follows_from_the_7b_configuration():

@@ -178,9 +178,11 @@ class ChatTemplate:
         # The prompt holds more than precedes the content, such as a first thought. Characters of it that the content
         # happens to begin with are no part of the beginning that both share.
         others = [self._render(_with_content(messages[: k + 1], k, other), tools)[0] for other in _OTHER_STARTS]
-        if others[0] == others[1]:
+        start = _shared([prompt, until, *others])
+        earlier = "" if prompt == until else self._render(messages[:k], tools)[0]
+        if others[0] == others[1] or start < len(earlier) or not until.startswith(earlier):
             raise ConversationError(f"message {k}: the template does not let see where the assistant's turn begins")
-        return _shared([prompt, until, *others])
+        return start
 
     def _up_to_its_end(self, turn: str, k: int) -> str:
         """Without what follows the end of turn: white space, an end of text."""

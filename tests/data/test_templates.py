@@ -153,9 +153,11 @@ RUNAWAYS = [
     LONG + "{% set x = s|upper %}{% endfor %}",
     "{% for i in range(100000) %}{% if 'a' in range(100000) %}{% endif %}{% endfor %}",
     "{% set x %}{% for i in range(100000) %}" + "x" * 50_000 + "{% endfor %}{% endset %}",
-    "{% macro m() %}" + "x" * 50_000 + "{% endmacro %}{% set x %}{% for i in range(99999) %}{{ m() }}{% endfor %}{% endset %}",
+    "{% macro m() %}" + "x" * 50_000 + "{% endmacro %}"
+    "{% set x %}{% for i in range(99999) %}{{ m() }}{% endfor %}{% endset %}",
     "{% for i in range(9999) %}{{ (0 - 10 ** 9)|draw }}{% for k in range(9999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(9999) %}{{ ['x']|map('counted', -10 ** 9)|list }}{% for k in range(9999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(9999) %}{{ ['x']|map('counted', -10 ** 9)|list }}"
+    "{% for k in range(9999) %}{% endfor %}{% endfor %}",
 ]  # fmt: skip
 
 

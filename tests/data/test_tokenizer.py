@@ -3,11 +3,13 @@
 import json
 import random
 import sys
+from itertools import pairwise
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from engine.checkpoint.hf_tokenizer import sentencepiece_tokenizer
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer, stream_text
 from engine.errors import ConfigError
 from engine.testing.tokenizers import NASTY_TEXTS, standard_library_texts, train_sentencepiece
@@ -202,6 +204,124 @@ def test_model_without_an_end(tmp_path):
 def test_missing(tmp_path, name, seen):
     with pytest.raises(ConfigError, match=f"{seen}; expected a SentencePiece model"):
         load_tokenizer(tmp_path / name)
+
+
+# Special tokens that a text spells out
+
+CONTROL = {"control_symbols": ["<|im_start|>", "<|im_start|>x", "<|im_end|>"]}
+MODELS = {
+    "identity": CONTROL,
+    "normalised": {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True, **CONTROL},
+    "no space in front": {"add_dummy_prefix": False, **CONTROL},
+    "symbols": {"user_defined_symbols": ["<|im_start|>", "\n\n", "<|im"]},
+    "unknowns": {"byte_fallback": False, **CONTROL},
+    "unigram": {"model_type": "unigram", **CONTROL},
+}
+PARTS = ["<s>", "</s>", "<unk>", "<s>x", "<|im_start|>", "<|im_start|>x", "<|im_end|>", "<|im_en", "\n\n", "aaaa"]
+PARTS += [
+    "  ",
+    "    ",
+    "the ",
+    "self.",
+    " ",
+    "return",
+    "é",
+    "漢字",
+    "🎉",
+    "\t",
+    "0123",
+    "ﬁ",
+    "½",
+    "e\u0301",
+    "\u2581",
+    "\x00",
+]
+
+
+def spelt_out(count):
+    choose = random.Random(0)
+    yield from ("", " ", "<s>", "</s> ", " <s>a", "a<s> b")
+    for _ in range(count):
+        yield "".join(choose.choices(PARTS, k=choose.randrange(20)))
+
+
+def assert_spans_follow_the_text(text, ids, spans):
+    assert len(ids) == len(spans)
+    assert all(0 <= start <= end <= len(text) for start, end in spans)
+    assert all(before <= after for before, after in pairwise(spans) if before[0] != after[0])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def special_model(request, tmp_path_factory):
+    """The kind of a model and its file."""
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(standard_library_texts(20_000), vocab_size=400, **MODELS[request.param]))
+    return request.param, path
+
+
+def test_sentencepiece_special_tokens_are_those_of_its_export(special_model):
+    """And the spans those that the package tokenizers finds, where the model rewrites nothing."""
+    name, path = special_model
+    tokenizer = load_tokenizer(path)
+    exported = Backend.from_str(json.dumps(sentencepiece_tokenizer(path.read_bytes())[0]))
+    controls = {token.content: i for i, token in exported.get_added_tokens_decoder().items() if token.special}
+    assert tokenizer.special_tokens == controls and {"<s>", "</s>"} <= controls.keys()
+    for text in spelt_out(200):
+        ids, spans = tokenizer.encode_special(text)
+        expected = exported.encode(text, add_special_tokens=False)
+        assert ids == expected.ids
+        assert_spans_follow_the_text(text, ids, spans)
+        assert all(
+            controls[text[slice(*span)]] == i for i, span in zip(ids, spans, strict=True) if i in controls.values()
+        )
+        if name in ("identity", "no space in front", "symbols") and "\u2581" not in text:
+            assert spans == expected.offsets
+
+
+def test_sentencepiece_spans_of_rewritten_text(special_model):
+    name, path = special_model
+    if name == "normalised":
+        text = "  ½ e\u0301</s>  x"
+        ids, spans = load_tokenizer(path).encode_special(text)
+        covered = [text[start:end] for start, end in spans]
+        assert covered[-2:] == ["</s>", "x"] or covered[-3:] == ["</s>", "x", "x"]
+        assert "½" in covered and "e\u0301" in covered
+        assert_spans_follow_the_text(text, ids, spans)
+
+
+def test_byte_special_tokens():
+    tokenizer = load_tokenizer("byte")
+    assert tokenizer.special_tokens == {"<|endoftext|>": 256}
+    ids, spans = tokenizer.encode_special("aé<|endoftext|>b<|endoftext")
+    assert ids == [97, 0xC3, 0xA9, 256, 98, *b"<|endoftext"]
+    assert spans[:5] == [(0, 1), (1, 2), (1, 2), (2, 15), (15, 16)]
+    assert tokenizer.encode("<|endoftext|>") == list(b"<|endoftext|>")
+
+
+def test_huggingface_special_tokens(tmp_path, huggingface_file):
+    tokenizer = load_tokenizer(huggingface_file)
+    assert tokenizer.special_tokens == {"<s>": 0, "</s>": 1}
+    for text in (*spelt_out(100), *NASTY_TEXTS):
+        ids, spans = tokenizer.encode_special(text)
+        assert ids == tokenizer.encode(text)
+        assert_spans_follow_the_text(text, ids, spans)
+
+
+def test_huggingface_spans_have_their_spaces(tmp_path):
+    """Some files ask for spans without the spaces at their ends, which then belong to no token."""
+    path = huggingface(tmp_path, ["</s>"])
+    content = json.loads(path.read_text())
+    content["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    path.write_text(json.dumps(content))
+    text = "a  b \n\n c</s>"
+    _, spans = load_tokenizer(path).encode_special(text)
+    assert "".join(text[start:end] for start, end in spans) == text
+
+
+def test_sentencepiece_takes_its_companions_along(sentencepiece_file):
+    template = sentencepiece_file.with_name("chat_template.jinja")
+    template.write_text("x")
+    assert load_tokenizer(sentencepiece_file).files == [sentencepiece_file, template]
 
 
 def test_byte_tokenizers_share_nothing():

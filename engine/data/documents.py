@@ -133,7 +133,7 @@ def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> It
 
 
 def _file_blocks(source: Source, block_bytes: int) -> Iterator[Block]:
-    """`read_blocks` for one file; positions are inside it."""
+    """`read_blocks` for one file, with positions inside it."""
     line = 1
     pieces = _parquet_pieces if source.kind == "parquet" else _file_pieces
     try:
@@ -154,8 +154,8 @@ def _file_pieces(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int,
 
 
 def _parquet_pieces(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
-    for data, rows, share in parquet.read_batches(source.path, block_bytes):
-        yield data, rows, int(source.num_bytes * share)
+    for lines, share in parquet.read_lines(source.path, block_bytes):
+        yield b"\n".join(lines), len(lines), int(source.num_bytes * share)
 
 
 def parse_block(block: Block, keys: Sequence[str]) -> tuple[list[tuple[str, ...]], list[Reject]]:
@@ -174,12 +174,8 @@ def parse_block(block: Block, keys: Sequence[str]) -> tuple[list[tuple[str, ...]
 
 def numbered_lines(block: Block) -> Iterator[tuple[int, bytes]]:
     """Number and content of the lines of a block that are not blank; a text file is one line."""
-    lines: Iterable[bytes]
-    if block.source.kind == "parquet":
-        lines = parquet.json_lines(block.data)
-    else:
-        data = block.data.removeprefix(BOM) if block.first_line == 1 else block.data
-        lines = [data] if block.source.kind == "text" else data.split(b"\n")
+    data = block.data.removeprefix(BOM) if block.first_line == 1 else block.data
+    lines = [data] if block.source.kind == "text" else data.split(b"\n")
     for number, line in enumerate(lines, block.first_line):
         if line and not line.isspace():
             yield number, line

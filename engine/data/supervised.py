@@ -120,8 +120,6 @@ class SupervisedEncoder:
                 documents += self._documents(line, encoded)
             except BadRecord as error:
                 _refuse(encoded, block, number, error, line)
-            except RecursionError:
-                _refuse(encoded, block, number, BadRecord("nested too deeply", "beyond what can be rendered"), line)
             except TooLong as error:
                 raise DataError(f"{block.source.path}:{number}: {error}") from None
         ids = [ids for ids, _ in documents] or [np.zeros(0, np.int32)]

@@ -274,6 +274,13 @@ def test_too_long_is_cut_to_the_first_tokens(run, stored):
     assert "1 too long, cut to the first tokens" in describe(counts)
 
 
+def test_the_longest_that_is_not_too_long(run):
+    length = run([CHAT]).tokens
+    assert run([CHAT], max_length=length, on_too_long="drop").documents == 1
+    with pytest.raises(DataError, match="1 too long, dropped"):
+        run([CHAT], max_length=length - 1, on_too_long="drop")
+
+
 def test_too_long_is_dropped(run, stored):
     counts = run([LONG, CHAT, LONG], max_length=100, on_too_long="drop")
     assert stored() == [ANSWERED]

@@ -43,7 +43,7 @@ KINDS = {  # --tokenizer-type in lower case: the kind it means
     "bytetokenizer": "byte",
 }
 OF_TASK = {  # flags that mean nothing to the other task
-    "pretrain": ("--append-eod", "--json-keys"),
+    "pretrain": ("--append-eod", "--json-keys", "--encoder"),
     "sft": ("--chat-template", "--train-on", "--max-length", "--on-too-long"),
 }
 QUOTED_REJECTS = 5  # shown on the terminal; the file has all
@@ -73,15 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sources = find_sources(options.input, RECORDS if sft else TEXTS)
     if not sft and not options.append_eod:
         print("warning: without --append-eod the model never learns where a document ends", file=sys.stderr)
-    tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=options.encoder == "auto")
+    fast = not sft and options.encoder != "sentencepiece"
+    tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=fast)
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
     print(f"input      {len(sources):,} file{'s'[: len(sources) > 1]}, {_megabytes(sum(s.num_bytes for s in sources))}")
-    run = _run_sft if sft else _run
+    if sft:
+        _run_sft(options, sources, tokenizer)
+        return
     try:
-        run(options, sources, tokenizer)
+        _run(options, sources, tokenizer)
     except EncoderMismatch as error:
         print(f"warning: {error}; starting again with plain SentencePiece", file=sys.stderr)
-        run(options, sources, _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=False))
+        _run(options, sources, _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=False))
 
 
 def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer) -> None:
@@ -102,8 +105,8 @@ def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenize
 
 def _run_sft(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer) -> None:
     template = _template(tokenizer, options.chat_template)
-    print(f"template   {template.name if isinstance(template, ChatTemplate) else 'none'}")
-    print(f"encoder    {tokenizer.encoder}; {options.workers} workers", flush=True)
+    name = template.name if isinstance(template, ChatTemplate) else "none"
+    print(f"template   {name}\nworkers    {options.workers}", flush=True)
     rules = Rules(options.train_on or "assistant", options.max_length, options.on_too_long or "truncate")
     start = time.monotonic()
     counts = preprocess_conversations(
@@ -208,9 +211,7 @@ def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokeni
         print(f"           {sentence}")
     if counts.outcome["spelled"]:
         spelled = f"{counts.outcome['spelled']:,}"
-        print(
-            f"warning: conversations that spell a special token, which becomes it: {spelled}", file=sys.stderr
-        )
+        print(f"warning: conversations that spell a special token, which becomes it: {spelled}", file=sys.stderr)
     if counts.rejected:
         print(f"           the rejected: {rejects_path(options.output_prefix)}")
     tokenizer_flag = "" if tokenizer.kind == "byte" else f" --tokenizer {shlex.quote(options.tokenizer_model)}"
@@ -325,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-interval", type=int, metavar="DOCUMENTS", help="documents between progress lines (default: by time)")
     add("--on-bad-line", choices=("skip", "fail"), default="skip",
         help="skip: count, report and keep bad lines in OUTPUT_PREFIX.rejects.jsonl (default); fail: stop")  # fmt: skip
-    add("--encoder", choices=("auto", "sentencepiece"), default="auto",
+    add("--encoder", choices=("auto", "sentencepiece"),
         help="auto: gigatoken where it gives the ids of SentencePiece (default)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace existing output")
     return parser

@@ -157,10 +157,13 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
             continue
         *added, rest = stream_text(tokenizer, members)
         added[-1] += rest
-        texts += [
-            text or ("" if tokenizer.decode([i]) else f"<id {i}>") for i, text in zip(members, added, strict=True)
-        ]
+        texts += [text or _silent(i, tokenizer) for i, text in zip(members, added, strict=True)]
     return texts
+
+
+def _silent(i: int, tokenizer: Tokenizer) -> str:
+    """What to show for an id that adds nothing to a text: it may be a part of a character, or a space at its start."""
+    return "" if tokenizer.decode([i]) else tokenizer.decode([i, i]) or f"<id {i}>"
 
 
 def _check_document(data: IndexedDataset, j: int) -> None:

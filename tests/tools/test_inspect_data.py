@@ -17,7 +17,7 @@ from engine.data.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWrite
 from engine.data.pretrain import PretrainDataset
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError, DataFormatError
-from engine.testing.tokenizers import write_chatml_tokenizer
+from engine.testing.tokenizers import standard_library_texts, train_sentencepiece, write_chatml_tokenizer
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "inspect_data.py"
 TEXTS = ["first document", "zwölf", "", "the last one\x1b[31m"]
@@ -269,3 +269,12 @@ def test_every_id_of_a_conversation_is_seen():
     assert texts[0] == "h" and "".join(texts[1:4]) == "€" and texts[5:] == ["<id 300>", "i"]
     assert texts[4] in (*tokenizer.special_tokens, "<id 256>")
     assert inspection.token_texts([euro[0]], tokenizer) == ["\ufffd"]
+
+
+def test_a_space_at_the_start_is_shown(tmp_path):
+    model = train_sentencepiece(standard_library_texts(50_000), vocab_size=500)
+    (tmp_path / "t.model").write_bytes(model)
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    space = tokenizer.encode("\n")[0]
+    assert tokenizer.decode([space]) == ""
+    assert inspection.token_texts([1, space, *tokenizer.encode("\n")[1:], 2], tokenizer) == ["<s>", " ", "\n", "</s>"]

@@ -350,6 +350,7 @@ def test_texts_need_no_template(chats, main, capsys):
     [
         (["--append-eod"], ConfigError, "--append-eod has no meaning with --task sft, only with --task pretrain"),
         (["--json-keys", "text"], ConfigError, "--json-keys has no meaning with --task sft"),
+        (["--encoder", "auto"], ConfigError, "--encoder has no meaning with --task sft"),
         (["--max-length", 1], ConfigError, "--max-length = 1; expected 2 or more"),
         (["--on-too-long", "drop"], ConfigError, "--on-too-long drop needs --max-length"),
         (["--chat-template", "gone.jinja"], ConfigError, r"chat template 'gone\.jinja': No such file"),

@@ -1,9 +1,10 @@
-"""The quickstart: Python's standard library in, a small language model that writes Python out.
+"""The quickstart: Python's standard library in, a small language model out that writes Python and answers questions.
 
 Started by examples/quickstart.sh. Each stage prints what it does and the commands it runs, so that they can be repeated
 by hand; everything is written below data/quickstart and runs/quickstart.
 """
 
+import ast
 import hashlib
 import json
 import math
@@ -20,17 +21,20 @@ from pathlib import Path
 
 DATA = Path("data/quickstart")
 RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path("runs/quickstart-hf")
-CONFIG = "examples/configs/quickstart.yaml"
-STEPS = 480
+TUNED, TUNED_EXPORT = Path("runs/quickstart-sft"), Path("runs/quickstart-sft-hf")
+CONFIG, TUNING = "examples/configs/quickstart.yaml", "examples/configs/quickstart_sft.yaml"
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "engine"]
+STAGES, STEPS = 11, 480
 VOCAB_SIZE = 512
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
 PROMPT = "def main(args):\n"
+QUESTION = "What does `json.dumps` do?"
 
 
 def main() -> None:
     started = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks; torchrun would set it too, with a warning
-    for leftover in (RUN, TWIN, EXPORT, DATA):
+    for leftover in (RUN, TWIN, EXPORT, TUNED, TUNED_EXPORT, DATA):
         shutil.rmtree(leftover, ignore_errors=True)
     with stage(1, "Corpus: the sources of Python's standard library, which every machine has"):
         collect_corpus()
@@ -62,15 +66,28 @@ def main() -> None:
         compare_logits()
     with stage(8, "Generation: the model continues a line of Python"):
         tool("generate", EXPORT, "--prompt", PROMPT, "--max-new-tokens", 96, "--temperature", 0.7)
-    with stage(9, "Picture of the loss"):
+    with stage(9, "Fine-tuning on 4 ranks (tensor 2 × data 2): questions and answers out of the library's docstrings"):
+        collect_questions()
+        tool(
+            "preprocess_data", "--task", "sft", "--input", DATA / "questions.jsonl", "--chat-template", "llama2",
+            "--tokenizer-model", DATA / "tokenizer.model", "--max-length", 257, "--on-too-long", "drop",
+            "--workers", 2, "--output-prefix", DATA / "questions",
+        )  # fmt: skip
+        run([*TORCHRUN, "train", TUNING])
+        report_tuning()
+    with stage(10, "A question to the fine-tuned model, and to its export by transformers"):
+        tool("generate", TUNED, "--chat", "--prompt", QUESTION, "--max-new-tokens", 96, "--temperature", 0)
+        tool("convert_checkpoint", "--from", TUNED, "--to", TUNED_EXPORT, "--dtype", "fp32")
+        ask_transformers()
+    with stage(11, "Picture of the loss"):
         plot()
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. The model is in {EXPORT}, the run in {RUN}.")
-    print(f"Talk to it: python tools/generate.py {RUN} --prompt 'import '")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. The models are in {EXPORT} and {TUNED_EXPORT}.")
+    print(f"Let them write: python tools/generate.py {RUN} --prompt 'import '; python tools/generate.py {TUNED} --chat")
 
 
 @contextmanager
 def stage(number: int, title: str) -> Iterator[None]:
-    print(f"\n=== {number}/9  {title}", flush=True)
+    print(f"\n=== {number}/{STAGES}  {title}", flush=True)
     started = time.perf_counter()
     yield
     print(f"    took {time.perf_counter() - started:.1f} s", flush=True)
@@ -78,22 +95,53 @@ def stage(number: int, title: str) -> Iterator[None]:
 
 def collect_corpus() -> None:
     """One JSON line per module, in an order that mixes the packages (so that the held-out part is not all of one)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    left_out = LEFT_OUT | {"site-packages", "dist-packages", "__pycache__"}
-    paths = [path.relative_to(root) for path in root.rglob("*.py") if not left_out & set(path.parts)]
-    paths.sort(key=lambda path: hashlib.sha256(str(path).encode()).digest())
     DATA.mkdir(parents=True)
     documents = num_bytes = 0
     with (DATA / "stdlib.jsonl").open("w", encoding="utf-8") as file:
-        for path in paths:
-            try:
-                text = (root / path).read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
-            if text.strip():
-                file.write(json.dumps({"text": text, "path": str(path)}) + "\n")
-                documents, num_bytes = documents + 1, num_bytes + len(text)
+        for path, text in modules():
+            file.write(json.dumps({"text": text, "path": str(path)}) + "\n")
+            documents, num_bytes = documents + 1, num_bytes + len(text)
     print(f"    {documents} modules, {num_bytes / 1e6:.1f} MB -> {DATA / 'stdlib.jsonl'}")
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    """Path and source of the library's modules."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = LEFT_OUT | {"site-packages", "dist-packages", "__pycache__"}
+    paths = [path.relative_to(root) for path in root.rglob("*.py") if not left_out & set(path.parts)]
+    for path in sorted(paths, key=lambda path: hashlib.sha256(str(path).encode()).digest()):
+        try:
+            text = (root / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            yield path, text
+
+
+def collect_questions() -> None:
+    """What does each function and class of the library do? The first paragraph of its docstring says so."""
+    count = 0
+    with (DATA / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for path, text in modules():
+            module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+            for name, answer in documented(ast.parse(text), module):
+                turns = [("user", f"What does `{name}` do?"), ("assistant", answer)]
+                messages = [{"role": role, "content": content} for role, content in turns]
+                file.write(json.dumps({"messages": messages}) + "\n")
+                count += 1
+    print(f"    {count} questions and answers -> {DATA / 'questions.jsonl'}")
+
+
+def documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
+    """Names of functions and classes with the first paragraph of their docstrings."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        name = f"{prefix}.{child.name}"
+        if paragraph := " ".join((ast.get_docstring(child) or "").split("\n\n")[0].split()):
+            yield name, paragraph
+        if isinstance(child, ast.ClassDef):
+            yield from documented(child, name)
 
 
 def tool(name: str, *arguments: object) -> None:
@@ -115,8 +163,7 @@ def show(command: list[str]) -> None:
 
 def train(directory: Path, stop_after: int | None = None, log: Path | None = None) -> None:
     """Train on four ranks; with `stop_after`, send SIGTERM once that step is recorded; with `log`, print into it."""
-    command = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "engine", "train", CONFIG]
-    command += ["--run.dir", str(directory), "--train.steps", str(STEPS)]
+    command = [*TORCHRUN, "train", CONFIG, "--run.dir", str(directory), "--train.steps", str(STEPS)]
     if stop_after is None:
         return run(command, log)
     show(command)
@@ -154,6 +201,25 @@ def report_validation() -> None:
     print(f"    validation loss {first:.3f} (guessing: {uniform:.3f}) -> {last:.3f}, {last / first:.1%} of its start")
     if last >= first / 2:
         sys.exit("quickstart: the validation loss should have fallen by more than half")
+
+
+def report_tuning() -> None:
+    values = losses(TUNED, "eval_loss")
+    first, best = values[0], min(values.values())
+    print(f"    loss on answers it has never seen: {first:.3f} before, {best:.3f} at best")
+    if best >= 0.75 * first:
+        sys.exit("quickstart: the loss on answers should have fallen by more than a quarter")
+
+
+def ask_transformers() -> None:
+    """The same question through transformers, with the template and the end of turn that the export carries."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    pipe = transformers.pipeline("text-generation", model=str(TUNED_EXPORT))
+    reply = pipe([{"role": "user", "content": QUESTION}], max_new_tokens=96, do_sample=False)
+    print(f"    transformers: {reply[0]['generated_text'][-1]['content']}")
 
 
 def compare_losses() -> None:

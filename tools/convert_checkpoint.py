@@ -14,7 +14,7 @@ import torch
 
 from engine.checkpoint.huggingface import HuggingFaceDirectory, export, import_directory
 from engine.checkpoint.manager import open_checkpoint
-from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from engine.errors import CheckpointError, ConfigError, run_program
 from engine.model.parameters import logical_shapes
 
@@ -106,7 +106,8 @@ def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
     export(checkpoint, tokenizer, target, shapes, dtype=dtype, progress=progress)
     print(f"exported {progress.summary()}, read back and verified")
     print(f"from {checkpoint.path} (step {checkpoint.state.step}) into {target} as {model.family}, {dtype}")
-    print(f"generate:  python tools/generate.py {target} --prompt 'Once upon a time'")
+    chat = "--chat" if (target / CHAT_TEMPLATE).exists() else "--prompt 'Once upon a time'"
+    print(f"generate:  python tools/generate.py {target} {chat}")
 
 
 if __name__ == "__main__":

@@ -157,24 +157,28 @@ class ChatTemplate:
     def _turn(self, messages: Sequence[Message], k: int, tools: Tools | None, full: str) -> Span:
         """Where message `k`, of the assistant, stands in the text `full` of all messages, its end of turn included."""
         until = self._render(messages[: k + 1], tools)[0]
-        start = self._start(messages, k, tools, until)
+        prompt = self._prompt_or(until, messages[:k], tools)
+        start = self._start(messages, k, tools, prompt, until)
         head, turn = until[:start], self._up_to_its_end(until[start:], k)
         if full.startswith(head + turn):
             return start, start + len(turn)
-        if full.startswith(head):
-            return self._rewritten(full, start, turn, k)
-        return self._moved(messages, k, tools, full, head, turn)
+        # Later on the template writes it otherwise: without thoughts, without white space at its ends, elsewhere.
+        for found in (self._behind(head, turn, full), self._exchanged(messages, k, tools, full, prompt, head)):
+            if found and _squeezed(turn).endswith(_squeezed(full[slice(*found)])):
+                return found
+        raise ConversationError(f"message {k}: the template writes this turn of the assistant otherwise later on")
 
-    def _start(self, messages: Sequence[Message], k: int, tools: Tools | None, until: str) -> int:
+    def _prompt_or(self, other: str, messages: Sequence[Message], tools: Tools | None) -> str:
+        """The prompt that `messages` give, or `other`: some templates accept no empty or unfinished conversation."""
+        try:
+            return self.prompt(messages, tools)
+        except ConversationError:
+            return other
+
+    def _start(self, messages: Sequence[Message], k: int, tools: Tools | None, prompt: str, until: str) -> int:
         """Where in `until`, which ends with message `k`, the text begins that its prompt does not give."""
-        prompt = until
-        if k > 0:
-            try:
-                prompt = self.prompt(messages[:k], tools)
-            except ConversationError:  # some templates accept a conversation, but not each of its beginnings
-                prompt = until
-            if until.startswith(prompt) and len(prompt) < len(until):
-                return len(prompt)
+        if until.startswith(prompt) and len(prompt) < len(until):
+            return len(prompt)
         # The prompt holds more than precedes the content, such as a first thought. Characters of it that the content
         # happens to begin with are no part of the beginning that both share.
         others = [self._render(_with_content(messages[: k + 1], k, other), tools)[0] for other in _OTHER_STARTS]
@@ -194,29 +198,26 @@ class ChatTemplate:
             raise ConversationError(f"message {k}: the template ends this turn of the assistant with no special token")
         return turn
 
-    def _rewritten(self, full: str, start: int, turn: str, k: int) -> Span:
-        """The turn in a text that has it shortened: without thoughts, without white space at its ends."""
-        end = full.find(self.end_of_turn, start) + len(self.end_of_turn)
-        shortened, original = ("".join(text.split()) for text in (full[start:end], turn))
-        unique = end > len(self.end_of_turn) + start and turn.count(self.end_of_turn) == 1
-        if not (unique and original.endswith(shortened)):
-            raise ConversationError(f"message {k}: the template writes this turn of the assistant otherwise later on")
-        return start, end
+    def _behind(self, head: str, turn: str, full: str) -> Span | None:
+        """The turn in a text that has the same before it, but the turn itself shortened."""
+        end = full.find(self.end_of_turn, len(head)) + len(self.end_of_turn)
+        unique = end > len(head) and turn.count(self.end_of_turn) == 1
+        return (len(head), end) if unique and full.startswith(head) else None
 
-    def _moved(self, messages: Sequence[Message], k: int, tools: Tools | None, full: str, head: str, turn: str) -> Span:
-        """The turn in a text whose earlier part differs, found by exchanging its content for another."""
-        problem = ConversationError(f"message {k}: the template does not let see where this turn of the assistant is")
+    def _exchanged(
+        self, messages: Sequence[Message], k: int, tools: Tools | None, full: str, prompt: str, head: str
+    ) -> Span | None:
+        """The turn in a text that differs before it too, found by exchanging its content for a mark."""
         mark = _OTHER_STARTS[0]
         alone = self._render(_with_content(messages[: k + 1], k, mark), tools)[0]
         before, found, behind = self._render(_with_content(messages, k, mark), tools)[0].partition(mark)
-        if not (found and alone.count(mark) == 1 and full.startswith(before) and full.endswith(behind)):
-            raise problem
+        same = full.startswith(before) and full.endswith(behind) and len(full) >= len(before) + len(behind)
+        if not (found and same and alone.startswith(head) and alone.count(mark) == 1):
+            return None
         lead, _, trail = alone[len(head) :].partition(mark)
         trail = self._up_to_its_end(trail, k)
-        start, end = len(before) - len(lead), len(full) - len(behind) + len(trail)
-        if not (alone.startswith(head) and full[start:end] == turn):
-            raise problem
-        return start, end
+        start = len(before) - len(lead) if before.endswith(lead) else min(len(before), _shared([prompt, full]))
+        return (start, len(full) - len(behind) + len(trail)) if behind.startswith(trail) else None
 
 
 class ChatEncoder:
@@ -344,6 +345,10 @@ def _configuration(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _with_content(messages: Sequence[Message], k: int, content: str) -> list[Message]:
     return [{**message, "content": content} if i == k else message for i, message in enumerate(messages)]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _shared(texts: Sequence[str]) -> int:

@@ -274,6 +274,18 @@ def test_a_prompt_that_begins_the_thought(tokenizer):
     assert learned(template, messages) == ["<b></s>", "<think</s>", "t</s>", "</s>"]
 
 
+def test_a_prompt_that_begins_a_thought_which_earlier_turns_lose(tokenizer):
+    source = THOUGHTS.replace(
+        "'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|>assistant\\n<think>\\n' }}{% endif"
+    )
+    template = encoder(tokenizer, source).template
+    messages = conversation("u", "<think>\nwhy\n</think>\n\na<|im_end|>", "v", "b", "w", "<think>\nhow\n</think>\n\n<c")
+    assert template.prompt(messages[:1]).endswith("assistant\n<think>\n")
+    expected = ["a<|im_end|><|im_end|>", "b<|im_end|>", "how\n</think>\n\n<c<|im_end|>"]
+    assert learned(template, messages) == expected
+    assert learned(template, messages, "last") == expected[-1:]
+
+
 def test_a_system_message_that_moves_to_the_last_question(tokenizer):
     source = """{{- bos_token }}
 {%- set turns = messages[1:] if messages[0].role == 'system' else messages %}

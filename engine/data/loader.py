@@ -51,6 +51,7 @@ class Batch:
             and b * s at the end.
         sample_numbers: one for each sequence.
         num_tokens: labels that count, on the host: a sum on the device would have to be waited for.
+        learned: int64 [num_tokens], which of the b * s labels count, where not all do.
     """
 
     tokens: torch.Tensor
@@ -60,12 +61,14 @@ class Batch:
     cu_seqlens: tuple[int, ...]
     sample_numbers: Numbers
     num_tokens: int
+    learned: torch.Tensor | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[object, ...]]:
         """Crosses processes as plain bytes. Torch would hand over shared memory, which crashes where /dev/shm is
         small (containers) or where the sending worker has died."""
         arrays = [tensor.numpy() for tensor in (self.tokens, self.labels, self.loss_mask, self.positions)]
-        return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers, self.num_tokens)
+        learned = None if self.learned is None else self.learned.numpy()
+        return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers, self.num_tokens, learned)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; from pinned memory the copy runs beside the computation."""
@@ -82,6 +85,7 @@ class Batch:
             labels=change(self.labels),
             loss_mask=change(self.loss_mask),
             positions=change(self.positions),
+            learned=None if self.learned is None else change(self.learned),
         )
 
 
@@ -99,6 +103,7 @@ def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool)
     for row, sample in enumerate(samples):
         if sample.learned is not None:
             loss_mask[row] = torch.from_numpy(sample.learned)
+    learned = loss_mask.flatten().nonzero().flatten()
     return Batch(
         tokens=tokens,
         labels=labels,
@@ -106,7 +111,8 @@ def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool)
         positions=torch.from_numpy(positions.reshape(b, s)),
         cu_seqlens=(*starts.tolist(), b * s),
         sample_numbers=numbers,
-        num_tokens=int(loss_mask.sum()),
+        num_tokens=len(learned),
+        learned=learned if len(learned) < b * s else None,
     )
 
 
@@ -165,10 +171,15 @@ def batches(
 
 
 def _batch_of_arrays(
-    arrays: Sequence[Array], cu_seqlens: tuple[int, ...], sample_numbers: Numbers, num_tokens: int
+    arrays: Sequence[Array],
+    cu_seqlens: tuple[int, ...],
+    sample_numbers: Numbers,
+    num_tokens: int,
+    learned: Array | None,
 ) -> Batch:
     tokens, labels, loss_mask, positions = map(torch.from_numpy, arrays)
-    return Batch(tokens, labels, loss_mask, positions, cu_seqlens, sample_numbers, num_tokens)
+    rest = None if learned is None else torch.from_numpy(learned)
+    return Batch(tokens, labels, loss_mask, positions, cu_seqlens, sample_numbers, num_tokens, rest)
 
 
 def _steps(microbatches: Iterator[Batch | Exception], per_step: int) -> Iterator[list[Batch]]:

@@ -155,11 +155,13 @@ class Decoder(nn.Module):
         cu_seqlens: tuple[int, ...],
         z_loss: float = 0.0,
         noise: torch.Tensor | None = None,
+        learned: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see `forward`."""
+        """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see `forward`;
+        `learned`: see `Head`."""
         assert self.head is not None, "only the part with the head has a loss"
         hidden = self(x, positions, self.attend_within(cu_seqlens), noise)
-        loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss)
+        loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss, learned)
         return loss
 
     def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:

@@ -101,9 +101,15 @@ class Head(nn.Module):
         self.vocab_size, self.tp = model.vocab_size, tp
 
     def forward(
-        self, x: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, z_loss: float = 0.0
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        z_loss: float = 0.0,
+        learned: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss in nats, summed over the unmasked tokens; `x` [t/tp, h], `labels` and `loss_mask` [t]."""
+        """Loss in nats, summed over the unmasked tokens; `x` [t/tp, h], `labels` and `loss_mask` [t]; `learned`: those
+        that are not masked, where some are."""
         return vocabulary_cross_entropy(
-            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss=z_loss
+            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, learned
         )

@@ -124,7 +124,7 @@ def _part_function(
         if decoder.head is not None:
             labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
             weight = config.train.z_loss if torch.is_grad_enabled() else 0.0
-            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight, noise)
+            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight, noise, batch.learned)
         hidden: torch.Tensor = decoder(inputs, positions, decoder.attend_within(batch.cu_seqlens), noise)
         return hidden
 

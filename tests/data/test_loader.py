@@ -1,5 +1,6 @@
 """Batches: shapes, masks, shares of ranks, workers that read ahead, fail and die."""
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -249,3 +250,7 @@ def test_labels_that_are_not_learned_do_not_count():
     assert batch.labels.tolist() == [[7, 8, 9, 10], [1, 2, 3, 4]]
     assert batch.loss_mask.tolist() == [[1.0, 0.0, 1.0, 0.0], [1.0] * 4]
     assert batch.num_tokens == 6
+    assert batch.learned is not None and batch.learned.tolist() == [0, 2, 4, 5, 6, 7]
+    sent = copy.deepcopy(batch)  # as it crosses processes
+    assert sent.learned.equal(batch.learned) and sent.loss_mask.equal(batch.loss_mask)
+    assert collate(samples[1:], (1,), document_mask=True).learned is None

@@ -112,11 +112,12 @@ def cross_entropy(tp: TensorParallel) -> None:
     mask = torch.ones(TOKENS).index_fill(0, torch.tensor([1, 4, 5]), 0)
     labels = torch.randint(0, VOCABULARY, (TOKENS,)).where(mask > 0, -100)
     for kind in ("plain", "trained"):
-        for z_loss in (0.0, 0.1):
+        for z_loss, learned in ((0.0, None), (0.1, None), (0.1, mask.nonzero().flatten())):
             layer = Layer(kind, part_of(weight, tp))
             mine = part_of(hidden, tp).requires_grad_()
             with late():
-                loss = vocabulary_cross_entropy(mine, layer.parameters[0], labels, mask, VOCABULARY, tp, z_loss)
+                shares = (mine, layer.parameters[0], labels, mask)
+                loss = vocabulary_cross_entropy(*shares, VOCABULARY, tp, z_loss, learned)
                 (loss / 3).backward()
             whole = [value.clone().requires_grad_() for value in (hidden, weight)]
             expected = linear_cross_entropy_reference(*whole, labels, mask, z_loss=z_loss)

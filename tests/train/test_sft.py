@@ -110,7 +110,7 @@ def alone_of(data: SftDataset) -> SftDataset:
 
 def loss_of(decoder, batch) -> torch.Tensor:
     flat = (x.flatten() for x in (batch.tokens, batch.positions, batch.labels, batch.loss_mask))
-    return decoder.loss(*flat, batch.cu_seqlens)
+    return decoder.loss(*flat, batch.cu_seqlens, learned=batch.learned)
 
 
 def test_the_packed_loss_is_the_sum_over_each_conversation_alone(chats):

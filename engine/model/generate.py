@@ -161,9 +161,8 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> tor
     probabilities, order = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
     reached = probabilities.double().cumsum(-1)
     kept = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)  # those before have less than top_p
-    wanted = uniform.to(logits.device)[:, None] * reached.gather(1, kept - 1)
-    place = torch.searchsorted(reached, wanted, right=True).minimum(kept - 1)  # a product may round up to the end
-    return order.gather(1, place)[:, 0]
+    wanted = uniform.to(logits.device)[:, None] * reached.gather(1, kept - 1)  # in fp64 below the end, also rounded
+    return order.gather(1, torch.searchsorted(reached, wanted, right=True))[:, 0]
 
 
 def _random(seed: int, number: int) -> torch.Generator:

@@ -75,7 +75,9 @@ def test_files_without_prompts(tmp_path):
         read_prompts(tmp_path / "chat", chat=False)
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"prompt": "a", "id": 2, "comp', orjson.dumps(answer(2))])
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"prompt": "a", "id": 2, "completion": "' + b"b" * 999, orjson.dumps(answer(2))]
+)
 def test_answers_go_on_behind_the_last_complete_one(tmp_path, torn):
     path = tmp_path / "answers.jsonl"
     first = AnswerFile(path, PROMPTS)

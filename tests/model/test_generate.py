@@ -50,8 +50,8 @@ def test_draws_have_the_probabilities_of_the_model():
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     drawn = draw(probabilities.log().expand(1000, -1), Sampling(1.0), uniform)
     assert drawn.bincount(minlength=4).tolist() == [125, 500, 0, 375]
-    almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert draw(probabilities.log()[None], Sampling(1.0), almost_one).item() == 0  # the last that can be drawn
+    edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities.log().expand(3, -1), Sampling(1.0), edges).tolist() == [1, 3, 0]
 
 
 PROMPTS = {7: [1, 2, 3, 4, 5, 6, 7, 8, 9], 2: [5], 0: [6, 7, 8], 9: list(range(40))}

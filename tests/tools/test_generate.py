@@ -157,21 +157,23 @@ def test_a_conversation_goes_on_turn_by_turn(program, chatty):
         program(chatty, "--chat", *file_of(chatty, [{"prompt": "A?"}, {"messages": [refused]}]))
 
 
-def test_what_came_before_is_part_of_the_conversation(program, chatty, monkeypatch):
+def test_the_template_sees_the_whole_conversation(program, chatty, monkeypatch):
     seen = []
     prompt_ids = ChatEncoder.prompt_ids
-    monkeypatch.setattr(
-        ChatEncoder,
-        "prompt_ids",
-        lambda self, messages, tools=None: seen.append(messages) or prompt_ids(self, messages),
-    )
+
+    def watched(self, messages, tools=None):
+        seen.append((messages, tools))
+        return prompt_ids(self, messages, tools)
+
+    monkeypatch.setattr(ChatEncoder, "prompt_ids", watched)
     program(chatty, "--chat", "--system", "S", stdin="A?\nB?\n/reset\nC?\n")
     first = [turn("system", "S"), turn("user", "A?")]
-    assert seen == [
-        first,
-        [*first, turn("assistant", "apple"), turn("user", "B?")],
-        [turn("system", "S"), turn("user", "C?")],
-    ]
+    second = [*first, turn("assistant", "apple"), turn("user", "B?")]
+    assert seen == [(first, None), (second, None), ([turn("system", "S"), turn("user", "C?")], None)]
+    seen.clear()
+    prompts = [{"messages": second[1:], "tools": [{"name": "t"}]}, {"prompt": "A?"}]
+    program(chatty, "--chat", "--system", "S", *file_of(chatty, prompts), "--max-new-tokens", 9)
+    assert seen == [(second, [{"name": "t"}]), (first, None)]
 
 
 def file_of(directory: Path, prompts: list[dict]) -> list[object]:

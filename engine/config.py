@@ -297,15 +297,15 @@ def resolve(
         merged["model"] = {}  # a preset or a trained model on the command line replaces the file's model
     problems = [_apply_override(merged, key, value) for key, value in pairs]
     problems += [_apply_source(merged, presets, trained)]
-    unknown_preset = problems[-1] is not None
+    filled = {"model"} if problems[-1] is not None else set()  # what the source would have filled is not missing
+    filled |= {"data.tokenizer"} if filled and not _named(merged, "preset") else set()
     config: Config | None = None
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
         errors: list[dict[str, Any]] = [dict(item) for item in error.errors()]
-        problems += [
-            _describe(e) for e in errors if not (unknown_preset and e["type"] == "missing" and e["loc"][0] == "model")
-        ]
+        missing = [e for e in errors if e["type"] == "missing" and filled & {e["loc"][0], ".".join(map(str, e["loc"]))}]
+        problems += [_describe(e) for e in errors if e not in missing]
     if config is not None:
         problems += _cross_checks(config)
     found = [problem for problem in problems if problem]
@@ -407,12 +407,18 @@ def _apply_override(raw: dict[str, Any], key: str, text: str) -> str | None:
     return None
 
 
+def _named(raw: Mapping[str, Any], source: str) -> bool:
+    """Whether the model names this source."""
+    model = raw.get("model")
+    return isinstance(model, dict) and model.get(source) is not None
+
+
 def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None) -> str | None:
     """Fill the model's fields from where the model says, and the tokenizer where a trained model brings one."""
-    model = raw.get("model")
-    given = [name for name in SOURCES if isinstance(model, dict) and model.get(name) is not None]
-    if not isinstance(model, dict) or not given:
+    given = [name for name in SOURCES if _named(raw, name)]
+    if not given:
         return None
+    model = raw["model"]
     name, value = given[0], model[given[0]]
     if len(given) > 1:
         return f"model.{' and model.'.join(given)} exclude each other: each is a whole model; keep one of them"

@@ -257,6 +257,8 @@ def test_thoughts_that_are_dropped_from_earlier_turns(tokenizer):
     assert learned(template, messages) == ["a<|im_end|>", "<think>\nhow\n</think>\n\nb<|im_end|>"]
     assert learned(template, messages, "last") == ["<think>\nhow\n</think>\n\nb<|im_end|>"]
     assert learned(template, [*messages, {"role": "user", "content": "w"}]) == ["a<|im_end|>", "b<|im_end|>"]
+    spelt = conversation("u", "<think>\nwhy\n</think>\n\n<|im_end|>", "v", "b")
+    assert learned(template, spelt)[0] == "<|im_end|><|im_end|>"
     messages[1] = {"role": "assistant", "content": "<a>", "reasoning_content": "r"}
     assert learned(template, messages)[0] == "<a><|im_end|>"
     assert learned(template, messages[:2]) == ["<think>\nr\n</think>\n\n<a><|im_end|>"]
@@ -284,6 +286,15 @@ def test_a_prompt_that_begins_a_thought_which_earlier_turns_lose(tokenizer):
     expected = ["a<|im_end|><|im_end|>", "b<|im_end|>", "how\n</think>\n\n<c<|im_end|>"]
     assert learned(template, messages) == expected
     assert learned(template, messages, "last") == expected[-1:]
+
+
+def test_thoughts_that_are_written_otherwise_later_on(tokenizer):
+    kept = "{{ '<think>' + thought + '</think>' + said }}{% endif %}"
+    source = THOUGHTS.replace("{{ said }}{% endif %}", kept)
+    source = source.replace("'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|>assistant\\n<think>\\n' }}{% endif")
+    messages = conversation("u", "a", "v", "b")
+    messages[1]["reasoning_content"] = "r"
+    assert learned(encoder(tokenizer, source).template, messages)[0] == "r</think>a<|im_end|>"
 
 
 def test_a_system_message_that_moves_to_the_last_question(tokenizer):

@@ -155,6 +155,7 @@ RUNAWAYS = [
     "{% set x %}{% for i in range(100000) %}" + "x" * 50_000 + "{% endfor %}{% endset %}",
     "{% macro m() %}" + "x" * 50_000 + "{% endmacro %}"
     "{% set x %}{% for i in range(99999) %}{{ m() }}{% endfor %}{% endset %}",
+    "{% macro m() %}" + "{{ a }}" * 10_000 + "{% endmacro %}{% for i in range(99999) %}{% set x = m() %}{% endfor %}",
     "{% for i in range(9999) %}{{ (0 - 10 ** 9)|draw }}{% for k in range(9999) %}{% endfor %}{% endfor %}",
     "{% for i in range(9999) %}{{ ['x']|map('counted', -10 ** 9)|list }}"
     "{% for k in range(9999) %}{% endfor %}{% endfor %}",

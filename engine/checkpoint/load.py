@@ -14,7 +14,7 @@ from engine.config import ModelConfig
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.decoder import Decoder
-from engine.model.parameters import logical_shapes, parameter_table, whole_model
+from engine.model.parameters import logical_shapes, parameter_table, tp_problem, whole_model
 from engine.parallel.layout import ALONE, TensorParallel
 
 Read = Callable[[str, Rectangle], Tensor]
@@ -86,15 +86,6 @@ def _build(model: ModelConfig, read: Read, dtype: torch.dtype, device: torch.dev
 
 
 def _require_tp(model: ModelConfig, tp: int) -> None:
-    works = [n for n in range(1, model.num_heads + 1) if _can_cut(model, n)]
-    if tp not in works:
-        raise ConfigError(
-            f"{tp} ranks cannot share the layers of a model with {model.num_heads} heads, {model.num_kv_heads} of them "
-            f"for keys and values, and intermediate_size = {model.intermediate_size}; "
-            f"--nproc-per-node can be {', '.join(map(str, works))}"
-        )
-
-
-def _can_cut(model: ModelConfig, tp: int) -> bool:
-    even = model.num_heads % tp == 0 and model.intermediate_size % tp == 0
-    return even and tp <= model.vocab_size and (model.num_kv_heads % tp == 0 or tp % model.num_kv_heads == 0)
+    if problem := tp_problem(model, tp):
+        works = ", ".join(str(n) for n in range(1, model.num_heads + 1) if not tp_problem(model, n))
+        raise ConfigError(f"{tp} ranks cannot share the layers: {tp} {problem}; --nproc-per-node can be {works}")

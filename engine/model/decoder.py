@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         yield from (unit for unit in (self.embedding, *self.layers, self.head) if unit is not None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[t, v] for hidden states [t, h] that `forward` returned; without tensor parallelism."""
+        """[t, v/tp] for hidden states [t, h] that `forward` returned: this rank's share of the vocabulary."""
         assert self.head is not None, "only the part with the head has logits"
         return F.linear(self.head.norm(hidden), self.head.weight)
 

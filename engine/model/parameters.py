@@ -46,6 +46,16 @@ def kv_share(model: ModelConfig, tp: TensorParallel) -> tuple[int, int]:
     return tp.rank * model.num_kv_heads // tp.size, 1
 
 
+def tp_problem(model: ModelConfig, tp: int, **also: int) -> str:
+    """Why `tp` ranks cannot share the layers, as behind `parallel.tp = N`; empty where they can. `also` is cut too."""
+    sizes = {"model.num_heads": model.num_heads, "model.intermediate_size": model.intermediate_size, **also}
+    if indivisible := [f"{name} = {value}" for name, value in sizes.items() if value % tp]:
+        return f"does not divide {' and '.join(indivisible)}"
+    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        return f"neither divides model.num_kv_heads = {model.num_kv_heads} nor is a multiple of it"
+    return f"is more than model.vocab_size = {model.vocab_size}" if tp > model.vocab_size else ""
+
+
 def kv_replicas(model: ModelConfig, tp_size: int) -> int:
     """How many tensor-parallel ranks hold the same key and value head."""
     return max(1, tp_size // model.num_kv_heads)

@@ -14,6 +14,7 @@ from itertools import product
 
 from engine.config import Config, microbatches
 from engine.errors import ConfigError, OutOfMemoryError
+from engine.model.parameters import tp_problem
 from engine.parallel.layout import Layout
 from engine.plan.memory import GIB, Ranks, estimate, estimate_fullest
 from engine.plan.stages import parts
@@ -122,19 +123,12 @@ def _problem(attempt: Callable[[], object]) -> Iterator[str]:
 
 def _tp_problem(config: Config, tp: int) -> str:
     """Why the layers cannot be cut for `tp` ranks; empty where they can."""
-    model = config.model
-    sizes = {
-        "model.num_heads": model.num_heads,
-        "model.intermediate_size": model.intermediate_size,
-        "batch.micro × data.seq_length": config.batch.micro * config.data.seq_length,
-    }
-    if indivisible := [f"{name} = {value}" for name, value in sizes.items() if value % tp]:
-        return f"does not divide {' and '.join(indivisible)}"
+    tokens = {"batch.micro × data.seq_length": config.batch.micro * config.data.seq_length}
+    if problem := tp_problem(config.model, tp, **tokens):
+        return problem
     if config.precision.mode == "fp8" and (odd := _no_fp8_sizes(config, tp)):
         return f"gives products of {' and '.join(odd)}, and FP8 takes multiples of 16"
-    if model.num_kv_heads % tp and tp % model.num_kv_heads:
-        return f"neither divides model.num_kv_heads = {model.num_kv_heads} nor is a multiple of it"
-    return f"is more than model.vocab_size = {model.vocab_size}" if tp > model.vocab_size else ""
+    return ""
 
 
 def _no_fp8_sizes(config: Config, tp: int) -> list[str]:

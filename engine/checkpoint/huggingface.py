@@ -302,16 +302,24 @@ def _write_tokenizer(files: Storage, partial: Path, checkpoint: Checkpoint, toke
     for source in sources:
         sentencepiece = tokenizer.kind == "sentencepiece" and source.name == tokenizer.files[0].name
         files.copy(source, partial / ("tokenizer.model" if sentencepiece else source.name))
-    if any(source.name == "tokenizer_config.json" for source in sources):  # made for transformers already
-        return
-    if tokenizer.kind == "sentencepiece":
-        _write_pair(files, partial, hf_tokenizer.sentencepiece_tokenizer(tokenizer.files[0].read_bytes()))
-    elif tokenizer.kind == "byte":
-        _write_pair(files, partial, hf_tokenizer.bytes_tokenizer())
-    else:
+    missing = {"tokenizer.json", "tokenizer_config.json"} - {source.name for source in sources}
+    for name, content in _made_for_transformers(tokenizer).items() if missing else ():
+        if name in missing:
+            _write_json(files, partial / name, content)
+
+
+def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Files by name, but for a `tokenizer.json` that is there already."""
+    if tokenizer.kind == "huggingface":
         special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
         names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
-        _write_json(files, partial / "tokenizer_config.json", hf_tokenizer.settings(names))
+        return {"tokenizer_config.json": hf_tokenizer.settings(names)}
+    pair = (
+        hf_tokenizer.bytes_tokenizer()
+        if tokenizer.kind == "byte"
+        else hf_tokenizer.sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
+    )
+    return dict(zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True))
 
 
 def _write_generation_config(files: Storage, path: Path, tokenizer: Tokenizer | None) -> None:
@@ -344,11 +352,6 @@ def _end_of_turn(tokenizer: Tokenizer) -> list[int]:
         return [ChatEncoder(tokenizer, find_template(tokenizer)).end_of_turn_id]
     except ConfigError:  # no template, or one that ends turns with no token
         return []
-
-
-def _write_pair(files: Storage, partial: Path, pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    for name, content in zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True):
-        _write_json(files, partial / name, content)
 
 
 def _write_json(files: Storage, path: Path, content: dict[str, Any]) -> None:

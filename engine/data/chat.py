@@ -89,7 +89,8 @@ class ChatTemplate:
 
         Args:
             messages: the conversation.
-            train_on: what is learned: all turns of the assistant, everything, or the assistant's last turn.
+            train_on: what is learned: all turns of the assistant, everything, or the assistant's last turn; but for
+                turns of `weight` 0 (OpenAI's way to leave some out).
             tools: what the template calls so, as JSON schemas.
 
         Raises:
@@ -99,13 +100,12 @@ class ChatTemplate:
         if train_on == "all":
             return Rendered(text, ((0, len(text)),))
         turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-        if train_on == "last":
-            turns = turns[-1:]
+        chosen = [k for k in (turns[-1:] if train_on == "last" else turns) if messages[k].get("weight") != 0]
         if not self._compiled.marks_generation:
-            return Rendered(text, _merged(self._turn(messages, k, tools, text) for k in turns))
-        if train_on == "last":
-            last = [self._turn(messages, k, tools, text) for k in turns]
-            marked = [span for span in marked if any(span[0] < end and span[1] > start for start, end in last)]
+            return Rendered(text, _merged(self._turn(messages, k, tools, text) for k in chosen))
+        if chosen != turns:
+            spans = [self._turn(messages, k, tools, text) for k in chosen]
+            marked = [span for span in marked if any(span[0] < end and span[1] > start for start, end in spans)]
         return Rendered(text, _merged(self._with_end_of_turn(text, span) for span in marked))
 
     @cached_property

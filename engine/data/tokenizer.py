@@ -275,7 +275,17 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
     path = _model_file(Path(spec))
     if _read(path)[:64].lstrip().startswith(b"{"):
         return HuggingFaceTokenizer(path)
-    return SentencePieceTokenizer(path, fast=fast)
+    tokenizer = SentencePieceTokenizer(path, fast=fast)
+    extended = path.with_name("tokenizer.json")
+    if Path(spec).is_dir() and extended.is_file() and _adds_ids(extended, tokenizer.vocab_size):
+        return HuggingFaceTokenizer(extended)
+    return tokenizer
+
+
+def _adds_ids(path: Path, vocab_size: int) -> bool:
+    """Whether a `tokenizer.json` has tokens that the model beside it lacks, such as those of a chat."""
+    added = _read_json(path).get("added_tokens")
+    return isinstance(added, list) and any(int(token.get("id", 0)) >= vocab_size for token in added)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -464,3 +465,26 @@ def test_tokenizers_without_tokens_for_chat(plain_tokenizer, name):
 def test_types_of_the_arrays(tokenizer):
     ids, mask = ChatEncoder(tokenizer, find_template(tokenizer, "chatml")).encode(conversation("u", "a"))
     assert (ids.dtype, mask.dtype, ids.shape) == ("int32", "bool", mask.shape)
+
+
+@pytest.mark.parametrize("name", ["chatml", "unmarked"])
+def test_turns_of_weight_0_are_not_learned(tokenizer, name):
+    source = BUILTIN["chatml"].source
+    if name == "unmarked":
+        source = re.sub(r"{%-? *(end)?generation *-?%}", "", source)
+    template = ChatTemplate(name, source, {}, tuple(tokenizer.special_tokens))
+    turns = [("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+
+    def learned(messages, train_on="assistant"):
+        rendered = template.render(messages, train_on)
+        return [rendered.text[start:end] for start, end in rendered.learned]
+
+    end = template.end_of_turn
+    assert [text.strip() for text in learned(messages)] == ["first" + end, "second" + end]
+    messages[1]["weight"] = 0
+    assert [text.strip() for text in learned(messages)] == ["second" + end]
+    messages[3]["weight"] = 0
+    assert learned(messages, "last") == []
+    messages[1]["weight"] = 1
+    assert [text.strip() for text in learned(messages)] == ["first" + end]

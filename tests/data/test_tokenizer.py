@@ -327,3 +327,18 @@ def test_sentencepiece_takes_its_companions_along(sentencepiece_file):
 def test_byte_tokenizers_share_nothing():
     ByteTokenizer().files.append("x")
     assert ByteTokenizer().files == []
+
+
+def test_a_directory_whose_json_knows_more_tokens_than_its_model(tmp_path, sentencepiece_model):
+    """As models have it that learned to chat after their tokenizer was made."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    plain, settings = sentencepiece_tokenizer(sentencepiece_model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.kind == "sentencepiece"
+    more = {**plain["added_tokens"][-1], "id": tokenizer.vocab_size, "content": "<|im_end|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**plain, "added_tokens": [*plain["added_tokens"], more]}))
+    extended = load_tokenizer(tmp_path)
+    assert (extended.kind, extended.special_tokens["<|im_end|>"]) == ("huggingface", tokenizer.vocab_size)
+    assert load_tokenizer(tmp_path / "tokenizer.model").kind == "sentencepiece"

@@ -24,6 +24,8 @@ from engine.data.packing import Packing, alone, best_fit
 from engine.data.pretrain import Part, Sample, part_documents
 from engine.errors import ConfigError, DataError
 
+MOST_REPEATS = 1000  # of a conversation in an epoch
+
 
 class SftDataset:
     """Rows of conversations, epoch after epoch.
@@ -185,10 +187,10 @@ def _open(
                 f"{dataset.path} has no .mask.bin, which says what is learned; "
                 "make fine-tuning data with tools/preprocess_data.py --task sft, or set task = pretrain"
             )
-        if dataset.weight != int(dataset.weight):
+        if dataset.weight not in range(1, MOST_REPEATS + 1):
             raise ConfigError(
                 f"{dataset.path}: weight = {dataset.weight}; fine-tuning reads every conversation weight times an "
-                "epoch, so expected a whole number"
+                f"epoch, so expected a whole number up to {MOST_REPEATS}"
             )
         chosen = _deal(data.num_documents, (name, seen[name]), split, part)
         lengths = np.concatenate([np.empty(0, np.int64), *data.document_lengths()])[chosen]

@@ -83,8 +83,9 @@ def test_weights_are_how_often_an_epoch_reads_a_conversation(tmp_path):
     data = dataset(a, b, weights=[1, 3])
     seen = Counter(j for row in epoch(data, 0) for j in row)
     assert seen == Counter({**dict.fromkeys(range(1, 11), 1), **dict.fromkeys(range(11, 16), 3)})
-    with pytest.raises(ConfigError, match=r"b: weight = 0\.5; .*expected a whole number"):
-        dataset(a, b, weights=[1, 0.5])
+    for weight in (0.5, 1e9):
+        with pytest.raises(ConfigError, match=rf"b: weight = {weight}; .*expected a whole number up to 1000"):
+            dataset(a, b, weights=[1, weight])
 
 
 def test_rows_behind_the_last_epoch_are_empty(tmp_path):

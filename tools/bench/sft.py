@@ -8,9 +8,10 @@ is a step of each side in turn, so that whatever else the machine does hits all 
     python tools/bench/sft.py --rounds 5
     python tools/bench/sft.py --others trl --python ../other-venv/bin/python
 
-`--others trl` measures TRL, installed beside --python, in three ways: `padded` (microbatches of 8 conversations of like
-lengths, each padded to its longest), `single` (one conversation a microbatch: no padding, and the fastest on a CPU) and
-`packed` (packing_strategy="bfd"); see tools/bench/others/sft_trl.py.
+`--others trl` measures TRL, installed beside --python, in three ways: `padded` (microbatches of 4 conversations of like
+lengths, each padded to its longest; the more conversations in a step, the less padding), `single` (one conversation a
+microbatch: no padding, and its fastest on a CPU) and `packed` (packing_strategy="bfd"; transformers' mask for SDPA
+keeps conversations apart). tools/bench/others/sft_trl.py has its settings.
 """
 
 import argparse

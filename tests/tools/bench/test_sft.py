@@ -15,7 +15,7 @@ OTHER = """
 import argparse, json, sys
 parser = argparse.ArgumentParser()
 for name in ("model", "conversations", "mode", "seq-length", "lr", "threads"):
-    parser.add_argument("--" + name)
+    parser.add_argument("--" + name, required=True)
 args = parser.parse_args()
 read = json.load(open(args.conversations))
 json.load(open(args.model + "/config.json"))

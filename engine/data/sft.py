@@ -25,6 +25,7 @@ from engine.data.pretrain import Part, Sample, part_documents
 from engine.errors import ConfigError, DataError
 
 MOST_REPEATS = 1000  # of a conversation in an epoch
+SEGMENT = 64  # what is left over attends to itself in pieces of this size, which costs next to nothing
 
 
 class SftDataset:
@@ -107,6 +108,7 @@ class SftDataset:
             learned[place] = self._sources[source].data.mask(start, stop - start)[1:]
             end = place.stop
             boundaries.append(end)
+        boundaries += range(end + SEGMENT, self.seq_length, SEGMENT)
         return Sample(tokens, labels, np.array([b for b in boundaries if b < self.seq_length], np.int64), learned)
 
     def conversations(self, i: int) -> list[tuple[int, int]]:

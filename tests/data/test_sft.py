@@ -7,7 +7,7 @@ import pytest
 
 from engine.config import DatasetConfig
 from engine.data.indexed import IndexedDatasetWriter
-from engine.data.sft import SftDataset
+from engine.data.sft import SEGMENT, SftDataset
 from engine.errors import ConfigError, DataError
 
 S = 32
@@ -32,12 +32,15 @@ def read(data: SftDataset, i: int) -> list[int]:
     """The conversations of a row, after looking at every place of it."""
     row = data.sample(i)
     edges = [0, *row.boundaries.tolist(), S]
-    found = []
+    found, empty = [], False
     for start, stop in pairwise(edges):
         tokens, labels, learned = (x[start:stop].tolist() for x in (row.tokens, row.labels, row.learned))
         if tokens == [0] * (stop - start):
-            assert stop == S and not any(learned) and labels == tokens  # what was left over
+            assert not any(learned) and labels == tokens  # what was left over
+            assert stop - start <= SEGMENT
+            empty = True
             continue
+        assert not empty
         j = labels[0] // 100
         assert tokens == list(range(100 * j, 100 * j + len(tokens)))
         assert labels == [token + 1 for token in tokens]
@@ -93,6 +96,8 @@ def test_rows_behind_the_last_epoch_are_empty(tmp_path):
     assert read(data, 2 * data.num_rows - 1)
     row = data.sample(2 * data.num_rows)
     assert not row.tokens.any() and not row.learned.any() and not row.boundaries.size
+    data.seq_length = 2 * SEGMENT + 1
+    assert data.sample(2 * data.num_rows).boundaries.tolist() == [SEGMENT, 2 * SEGMENT]
 
 
 def test_parts_share_no_conversation_and_do_not_depend_on_the_seed(tmp_path):

@@ -19,6 +19,7 @@ import torch
 
 from engine.checkpoint.load import load_decoder, stop_ids
 from engine.data.chat import ChatEncoder, ConversationError, Message, find_template
+from engine.data.inspection import printable
 from engine.data.prompts import AnswerFile, conversation, read_prompts
 from engine.errors import ConfigError, DataError, TriaxisError, run_program
 from engine.model.generate import Sampling
@@ -130,10 +131,10 @@ def _opening(options: argparse.Namespace) -> list[Message]:
 
 
 def _print(pieces: Iterable[str]) -> list[str]:
-    """Print as they come; all of them."""
-    printed = []
+    """Print as they come; all of them. On a terminal without what would command it."""
+    printed, terminal = [], sys.stdout.isatty()
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece) if terminal else piece, end="", flush=True)
         printed.append(piece)
     print(flush=True)
     return printed

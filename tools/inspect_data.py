@@ -14,7 +14,7 @@ from rich.text import Text
 from engine.config import DatasetConfig
 from engine.data import inspection
 from engine.data.indexed import IndexedDataset
-from engine.data.inspection import Conversation, Piece
+from engine.data.inspection import Conversation, Piece, printable
 from engine.data.pretrain import PARTS, PretrainDataset
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError, run_program
@@ -172,7 +172,7 @@ def _print_conversation(console: Console, conversation: Conversation) -> None:
     coloured = console.color_system is not None and not console.no_color
     text = Text()
     for run in conversation.runs:
-        said = _printable(run.text) if run.text is not None else " ".join(map(str, run.ids))
+        said = printable(run.text) if run.text is not None else " ".join(map(str, run.ids))
         if coloured or not run.learned:
             text.append(said, "bold green" if run.learned else None)
         else:
@@ -188,15 +188,10 @@ def _shown(count: int, of: int) -> str:
 def _print_piece(console: Console, piece: Piece, title: str) -> None:
     console.print(Text(title, "bold cyan"))
     if piece.text is not None:
-        console.print(Text(_printable(piece.text)))
+        console.print(Text(printable(piece.text)))
         return
     more = " ..." if len(piece.ids) > IDS_SHOWN else ""
     console.print(Text(" ".join(map(str, piece.ids[:IDS_SHOWN])) + more))
-
-
-def _printable(text: str) -> str:
-    """Control characters as escapes, so that data cannot command the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -264,8 +264,15 @@ def _elements(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
     except orjson.JSONDecodeError as error:
         raise Unreadable(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno}); left out") from None
     del content
-    lines = (orjson.dumps(element, option=orjson.OPT_APPEND_NEWLINE) for element in elements)
-    return _cut(lines, block_bytes, at_lines=True)
+    return _cut(map(_as_line, elements), block_bytes, at_lines=True)
+
+
+def _as_line(element: object) -> bytes:
+    """One that is nested deeper than is written becomes a line that is rejected."""
+    try:
+        return orjson.dumps(element, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:
+        return b"%s\n" % orjson.dumps(f"an element of the array: {error}")
 
 
 def _limited(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, ValidationError
 
 from engine.data.files import CHUNK, Array, CheckedFile, Ints, Table, format_error
 from engine.errors import DataError, StorageError
@@ -36,6 +36,9 @@ MAX_SEQUENCE_LENGTH = (1 << 31) - 1  # lengths are int32
 CHECKED_AT_OPENING = 1 << 20  # tables of up to so many entries are checked completely at opening
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,100}$")]  # may be shown as it is
 
 
 class SourceFile(BaseModel):
@@ -52,8 +55,8 @@ class DatasetInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    tokenizer_kind: str
-    tokenizer_hash: str
+    tokenizer_kind: Name
+    tokenizer_hash: Name
     vocab_size: PositiveInt
     eod_id: NonNegativeInt
     num_documents: NonNegativeInt = 0

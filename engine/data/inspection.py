@@ -211,6 +211,11 @@ def decode(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return text.removesuffix("<id -1>")
 
 
+def printable(text: str) -> str:
+    """Control characters as escapes, so that data and models cannot command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _histogram(values: Ints) -> Ints:
     """Counts of values below 2^LOW_BITS; larger ones count as the largest."""
     return np.bincount(np.minimum(values, (1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)

@@ -93,7 +93,7 @@ class _OpenRows:
             self._add(room, pattern, rows - taken)
             if not self.by_room[room]:
                 del self.by_room[room]
-                self.rooms.remove(room)
+                del self.rooms[bisect_left(self.rooms, room)]
 
     def _open(self, size: int, count: int) -> None:
         many = self.capacity // size

@@ -112,6 +112,10 @@ def _checked(prompt: Any, *, chat: bool) -> dict[str, Any]:
         _check_messages(prompt["messages"])
     elif not isinstance(prompt["prompt"], str) or not prompt["prompt"]:
         raise ValueError('"prompt" is not a text, or empty')
+    try:
+        orjson.dumps(prompt)  # now, and not when its answer is written
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     return prompt
 
 

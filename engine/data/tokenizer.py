@@ -285,7 +285,8 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
 def _adds_ids(path: Path, vocab_size: int) -> bool:
     """Whether a `tokenizer.json` has tokens that the model beside it lacks, such as those of a chat."""
     added = _read_json(path).get("added_tokens")
-    return isinstance(added, list) and any(int(token.get("id", 0)) >= vocab_size for token in added)
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return any(isinstance(token.get("id"), int) and token["id"] >= vocab_size for token in tokens)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -394,8 +395,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(_read(path))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON, or nested too deep: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
     return content

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 import random
 import struct
@@ -434,3 +435,11 @@ def test_a_mask_that_does_not_belong_to_the_tokens_is_refused(tmp_path):
     with IndexedDatasetWriter(tmp_path / "chat", np.uint16) as writer:  # an old mask must not stay beside new tokens
         writer.add_document([1, 2, 3, 4, 5])
     assert not IndexedDataset(tmp_path / "chat").has_mask
+
+
+def test_a_description_cannot_command_the_terminal(tmp_path):
+    prefix = some(tmp_path)
+    description = {"tokenizer_kind": "\x1b]0;gone\x07", "tokenizer_hash": "a", "vocab_size": 300, "eod_id": 2}
+    (tmp_path / "set.json").write_text(json.dumps(description))
+    with pytest.raises(DataFormatError, match=r"set\.json: tokenizer_kind = '\\x1b"):
+        IndexedDataset(prefix)

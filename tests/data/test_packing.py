@@ -62,3 +62,9 @@ def test_unpacked_every_item_has_a_row_of_its_own():
     packing = alone(np.array([3, 5, 3]), 8)
     assert packing == Packing(8, (((3, 1),), ((5, 1),)), (2, 1))
     assert packing.num_rows == 3 and packing.efficiency == 11 / 24
+
+
+def test_many_different_lengths_do_not_take_quadratic_time():
+    """Two hundred thousand of them took 22 s when each emptied kind of row was searched for."""
+    lengths = np.random.default_rng(0).integers(1, 200_001, 200_000)
+    assert items(best_fit(lengths, 200_000)).total() == 200_000

@@ -45,6 +45,7 @@ def test_conversations_begin_with_the_system_message_once():
         (b'{"prompt": 3}', "not a text, or empty"),
         (b'{"prompt": "x", "completion": "y"}', "'completion' is where the answer goes"),
         (b'{"prompt": "x", "error": null}', "'error' is where the answer goes"),
+        (b'{"prompt": "x", "more": ' + b"[" * 400 + b"]" * 400 + b"}", "Recursion limit reached"),
         (b'{"messages": {}}', "not a list, or empty"),
         (b'{"messages": []}', "not a list, or empty"),
         (b'{"messages": ["x"]}', "a message is an object"),

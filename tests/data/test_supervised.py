@@ -394,6 +394,14 @@ def test_a_json_file_of_lines(run, tmp_path):
     assert run("a.json").documents == 2
 
 
+def test_an_array_with_an_element_that_is_nested_too_deep(run, stored, tmp_path):
+    deep = b'{"text": ' + b"[" * 300 + b"]" * 300 + b"}"
+    (tmp_path / "a.json").write_bytes(b"[" + orjson.dumps(CHAT) + b"," + deep + b"]")
+    counts = run("a.json")
+    assert stored() == [ANSWERED] and counts.problems == {"not an object": 1}
+    assert "Recursion limit" in (tmp_path / "out.rejects.jsonl").read_text()
+
+
 def test_damaged_and_huge_arrays(run, tmp_path, monkeypatch):
     write(tmp_path / "good.jsonl", [CHAT])
     (tmp_path / "bad.json").write_bytes(b"[" + orjson.dumps(CHAT) + b",")

@@ -342,3 +342,11 @@ def test_a_directory_whose_json_knows_more_tokens_than_its_model(tmp_path, sente
     extended = load_tokenizer(tmp_path)
     assert (extended.kind, extended.special_tokens["<|im_end|>"]) == ("huggingface", tokenizer.vocab_size)
     assert load_tokenizer(tmp_path / "tokenizer.model").kind == "sentencepiece"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]"])
+def test_a_hostile_configuration_beside_a_tokenizer(tmp_path, huggingface_file, content):
+    (tmp_path / "tokenizer.json").write_bytes(huggingface_file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)

@@ -25,6 +25,7 @@ from engine.model.decoder import Decoder
 from engine.testing.distributed import run_ranks
 from engine.testing.models import logical_state, new_parameters, tiny_config
 from engine.testing.runs import run_config, run_training
+from tools.generate import _print
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -297,3 +298,10 @@ def test_a_gpu_that_is_not_there(tmp_path):
     done = tool("generate", tmp_path, "--prompt", "x", "--device", "cuda")
     assert done.returncode == 64
     assert "--device cuda: this machine shows no GPU" in done.stderr
+
+
+@pytest.mark.parametrize(("terminal", "expected"), [(True, "a\\x1b[2J\té\n\n"), (False, "a\x1b[2J\té\n\n")])
+def test_a_model_cannot_command_the_terminal(capsys, monkeypatch, terminal, expected):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert _print(iter(["a\x1b[2J", "\té\n"])) == ["a\x1b[2J", "\té\n"]
+    assert capsys.readouterr().out == expected

@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jinja2.runtime import LoopContext
+from jinja2.utils import Namespace
+
 from engine.errors import ConfigError
 
 BASE_BUDGET = 1_000_000  # steps
@@ -15,6 +18,9 @@ STEPS_PER_CHARACTER = 8  # of the conversation
 CHARACTERS_PER_STEP = 16  # or items of a list that is copied
 STEPS_PER_CALL = 8
 LARGEST_INTEGER = 1 << 60  # larger ones cost more than a step, and can be chosen to have the same hash
+ATTRIBUTE_AT = {  # filters that look up an attribute in each item, and which argument names it
+    "groupby": 0, "join": 1, "map": 0, "max": 1, "min": 1, "rejectattr": 0, "selectattr": 0, "sort": 2, "unique": 1
+}  # fmt: skip
 CONTAINERS: Any = (list, tuple, range, type({}.keys()), type({}.values()), type({}.items()))
 
 
@@ -55,6 +61,10 @@ class Budget:
             self.draw(1 + len(value))
             for item in value:
                 self.weigh(item)
+        elif isinstance(value, Namespace):  # attributes named to a filter lead into it
+            self.weigh(value._Namespace__attrs)
+        elif isinstance(value, LoopContext):
+            raise TemplateError("the chat template computes with a loop itself; use another template")
 
     def counted(self, items: Iterable[Any], steps: int) -> Iterator[Any]:
         """`items`, each of which costs `steps`."""
@@ -74,24 +84,29 @@ class Budget:
 def draw_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pay for what grows faster than the operands."""
     size = len(value) if hasattr(value, "__len__") else 1
-    if name in ("list", "reverse", "unique", "wordcount"):
+    if name in ATTRIBUTE_AT:
+        path = str(argument_of(args, kwargs, ATTRIBUTE_AT[name], "attribute", ""))
+        budget.draw(STEPS_PER_CALL * size * (path.count(".") + path.count(",")))
+    if name in ("list", "reverse", "unique"):
         budget.draw(size)
+    elif name == "wordcount":
+        budget.draw(len(str(value)))
     elif name == "trim":
-        budget.draw_characters(size * size_of(_argument(args, kwargs, 0, "chars", "")))
+        budget.draw_characters(len(str(value)) * size_of(argument_of(args, kwargs, 0, "chars", "")))
     elif name in ("dictsort", "groupby", "sort"):
         budget.draw(size * size.bit_length())
         for _ in range(size.bit_length()):
             budget.weigh(value)
     elif name == "join":
-        budget.draw_characters(size * size_of(_argument(args, kwargs, 0, "d", "")))
+        budget.draw_characters(size * len(str(argument_of(args, kwargs, 0, "d", ""))))
     elif name == "indent":
-        width = _argument(args, kwargs, 0, "width", 4)
+        width = argument_of(args, kwargs, 0, "width", 4)
         budget.draw_characters((len(str(value).splitlines()) + 1) * size_of(width))
     elif name == "replace":
-        old, new = (str(_argument(args, kwargs, i, key, "")) for i, key in enumerate(("old", "new")))
+        old, new = (str(argument_of(args, kwargs, i, key, "")) for i, key in enumerate(("old", "new")))
         budget.draw_characters(str(value).count(old) * len(new))
     elif name == "round":
-        budget.draw(abs(int(_argument(args, kwargs, 0, "precision", 0))) ** 2)
+        budget.draw(abs(int(argument_of(args, kwargs, 0, "precision", 0))) ** 2)
 
 
 def draw_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,14 +114,14 @@ def draw_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ..
     budget.weigh(text)
     if name in ("split", "rsplit", "splitlines"):
         budget.draw(len(text))
-    if name.startswith(("r", "strip", "lstrip")) and args:  # searched from behind, or character by character
-        budget.draw_characters(len(text) * size_of(args[0]))
+    if name.startswith(("r", "strip", "lstrip")):  # searched from behind, or character by character
+        budget.draw_characters(len(text) * size_of(argument_of(args, kwargs, 0, "sep", 0)))
     if name == "join" and args:
         budget.draw_characters(len(text) * len(args[0]))
     elif name in ("center", "ljust", "rjust", "zfill"):
-        budget.draw_characters(size_of(_argument(args, kwargs, 0, "width", 0)))
+        budget.draw_characters(size_of(argument_of(args, kwargs, 0, "width", 0)))
     elif name == "expandtabs":
-        budget.draw_characters(text.count("\t") * size_of(_argument(args, kwargs, 0, "tabsize", 8)))
+        budget.draw_characters(text.count("\t") * size_of(argument_of(args, kwargs, 0, "tabsize", 8)))
     elif name == "replace" and len(args) > 1:
         budget.draw_characters(text.count(args[0]) * len(args[1]))
 
@@ -114,7 +129,9 @@ def draw_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ..
 def draw_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
     """Pay for the result of `left operator right`."""
     if operator == "%" and isinstance(left, str):
+        before = budget.left
         budget.weigh((left, right))
+        budget.draw((before - budget.left) * left.count("%("))  # a mapping can be written as often as it is named
         budget.draw_widths(left)
         if "*" in left:
             budget.draw_characters(
@@ -151,7 +168,8 @@ def draw_layout(budget: Budget, value: Any, indent: int, separators: int, depth:
         draw_layout(budget, item, indent, separators, depth + 1)
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any) -> Any:
+def argument_of(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """The argument at a position, or of a name."""
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 

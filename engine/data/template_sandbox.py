@@ -7,7 +7,7 @@ slices, joined texts. The costs of a loop's body are counted once, when the temp
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from types import BuiltinMethodType, MethodType
 from typing import Any
@@ -16,7 +16,7 @@ import jinja2
 from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS
+from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
@@ -27,9 +27,11 @@ from jinja2.visitor import NodeTransformer
 from engine.data.template_budget import (
     BASE_BUDGET,
     CHARACTERS_PER_STEP,
+    CONTAINERS,
     STEPS_PER_CALL,
     Budget,
     TemplateError,
+    argument_of,
     checked,
     draw_filter,
     draw_layout,
@@ -39,6 +41,7 @@ from engine.data.template_budget import (
 )
 
 BUDGET = "\0budget"  # the variable that holds it, which no template can spell
+LONGEST_KEY = 1000  # characters; looking a longer one up as an attribute costs more than a step
 
 
 def _words(text: str) -> frozenset[str]:
@@ -51,8 +54,8 @@ _FILTERS = _words("""
     replace reverse round safe select selectattr sort string title trim unique upper wordcount
 """)
 _LIGHT_TESTS = _words("""
-    boolean callable defined even false filter float integer iterable mapping none number odd sameas sequence string
-    test true undefined
+    boolean callable defined even false float integer iterable mapping none number odd sameas sequence string true
+    undefined
 """)
 _STRING_METHODS = _words("""
     capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit
@@ -60,13 +63,16 @@ _STRING_METHODS = _words("""
     removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title
     upper zfill
 """)
+_REFUSED_TESTS = _words("filter test")  # these look their operand up, which may be a tuple whose hash takes for ever
 _METHODS: dict[type, frozenset[str]] = {
     list: _words("copy count index"),
     tuple: _words("count index"),
     dict: _words("copy"),
+}
+_LIGHT_METHODS: dict[type, frozenset[str]] = {
+    dict: _words("get items keys values"),
     LoopContext: _words("changed cycle"),
 }
-_DICT_METHODS = _words("get items keys values")
 _REFUSED_NODES = (nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport, nodes.EvalContextModifier)
 
 
@@ -74,9 +80,16 @@ class _Guarded(ImmutableSandboxedEnvironment):
     """Refuses at once what Jinja's sandbox refuses when it is used."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if isinstance(argument, tuple):  # whose hash may cost anything
-            raise SecurityError("a tuple as an index")
+        """Not with what may cost anything to hash, or to show in an error."""
+        if isinstance(argument, (*CONTAINERS, dict)):
+            raise SecurityError(f"a {type(argument).__name__} as an index")
+        if isinstance(argument, str) and len(argument) > LONGEST_KEY:
+            raise SecurityError(f"an index of {len(argument):,} characters")
         return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """But for `mapping`, a view's dict in a wrapper that cannot be weighed."""
+        return attr != "mapping" and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         """At once, and not only when the attribute is used."""
@@ -105,7 +118,9 @@ class Environment(_Guarded):
         }
         self.filters = {name: _paid_filter(name) for name in _FILTERS} | {n: FILTERS[n] for n in _LIGHT_FILTERS}
         self.filters |= {"tojson": _tojson, "weigh": _weigh, "counted": _counted, "draw": _draw, "sliced": _sliced}
-        self.tests = {name: test if name in _LIGHT_TESTS else _paid_test(name) for name, test in TESTS.items()}
+        self.filters["keyed"] = _keyed
+        tests = {name: test for name, test in TESTS.items() if name not in _REFUSED_TESTS}
+        self.tests = {name: test if name in _LIGHT_TESTS else _paid_test(name) for name, test in tests.items()}
 
     def wrap_str_format(self, value: Any) -> Any:
         """Instead of Jinja's own: called with the budget, in `call`."""
@@ -126,6 +141,7 @@ class Environment(_Guarded):
         budget.weigh((args, kwargs))
         if isinstance(__obj, _FormatMethod):
             budget.weigh(__obj.text)
+            budget.draw(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the steps of their paths
             return _Formatter(__self, budget).vformat(__obj.text, args, kwargs)
         if isinstance(__obj, (BuiltinMethodType, MethodType)):
             _draw_method(budget, __obj, args, kwargs)
@@ -139,7 +155,7 @@ def _draw_method(budget: Budget, method: Any, args: tuple[Any, ...], kwargs: dic
     owner, name = method.__self__, method.__name__
     if isinstance(owner, str) and name in _STRING_METHODS:
         draw_string_method(budget, owner, name, args, kwargs)
-    elif isinstance(owner, dict) and name in _DICT_METHODS:
+    elif any(isinstance(owner, kind) and name in allowed for kind, allowed in _LIGHT_METHODS.items()):
         budget.draw(1)
     elif any(isinstance(owner, kind) and name in allowed for kind, allowed in _METHODS.items()):
         budget.weigh(owner)
@@ -175,9 +191,10 @@ class _Namespace(Namespace):
     """Without names that Python or Jinja would look for on an object."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        for name in dict(*args, **kwargs):
+        attributes = _make_dict(*args, **kwargs)
+        for name in attributes:
             _check_name(name)
-        super().__init__(*args, **kwargs)
+        super().__init__(attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
@@ -214,9 +231,15 @@ class Metering(NodeTransformer):
         return super().visit(node, *args, **kwargs)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        steps = _steps([*node.body, *node.else_, *([node.test] if node.test else [])])
+        steps = _steps([*node.body, *([node.test] if node.test else [])])
+        others = _steps(node.else_)
         self.generic_visit(node)
         node.iter = _filter(node.iter, "counted", steps)
+        if node.recursive:  # `loop(...)` runs it with items that nobody counts
+            paid = nodes.Not(_paid(steps, node), lineno=node.lineno)
+            node.test = nodes.And(paid, node.test, lineno=node.lineno) if node.test else paid
+            if node.else_:
+                node.else_.insert(0, nodes.ExprStmt(_paid(others, node), lineno=node.lineno))
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
@@ -226,9 +249,9 @@ class Metering(NodeTransformer):
         return self._charge_body(node)
 
     def _charge_body(self, node: Any) -> nodes.Node:
-        steps = nodes.Const(_steps(node.body), lineno=node.lineno)
+        steps = _steps([*node.body, *node.defaults])
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_filter(steps, "draw"), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_paid(steps, node), lineno=node.lineno))
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
@@ -258,13 +281,18 @@ class Metering(NodeTransformer):
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         self.generic_visit(node)
-        node.key = _filter(node.key, "weigh")
+        node.key = _filter(node.key, "keyed")
         return node
 
 
 def _filter(node: Any, name: str, *arguments: int) -> nodes.Filter:
     constants: list[nodes.Expr] = [nodes.Const(argument, lineno=node.lineno) for argument in arguments]
     return nodes.Filter(node, name, constants, [], None, None, lineno=node.lineno)
+
+
+def _paid(steps: int, node: nodes.Node) -> nodes.Filter:
+    """An expression that draws `steps`, and is none."""
+    return _filter(nodes.Const(steps, lineno=node.lineno), "draw")
 
 
 def _steps(body: Sequence[nodes.Node]) -> int:
@@ -275,8 +303,8 @@ def _steps(body: Sequence[nodes.Node]) -> int:
         steps += 1
         if isinstance(node, nodes.TemplateData):
             steps += len(node.data) // CHARACTERS_PER_STEP
-        inner = ("body", "else_") if isinstance(node, nodes.For) else ("body",)
-        rest += node.iter_child_nodes(inner if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)) else None)
+        pays_itself = isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock))
+        rest += node.iter_child_nodes(("body",) if pays_itself else None)
     return steps
 
 
@@ -314,7 +342,16 @@ def _draw(context: Context, steps: int) -> None:
 
 
 @pass_context
+def _keyed(context: Context, value: Any) -> Any:
+    context.parent[BUDGET].weigh(value)
+    _check_keys([value])
+    return value
+
+
+@pass_context
 def _sliced(context: Context, value: Any) -> Any:
+    if isinstance(value, dict):  # would be asked for the slice as a key
+        raise SecurityError("a slice of a dict")
     context.parent[BUDGET].draw_characters(len(value))
     return value
 
@@ -329,6 +366,8 @@ def _paid_filter(name: str) -> Callable[..., Any]:
         value = budget.listed(value)
         budget.weigh((value, args, kwargs))
         draw_filter(budget, name, value, args, kwargs)
+        if name == "unique":
+            _check_keys(map(make_attrgetter(_PLAIN, argument_of(args, kwargs, 1, "attribute")), value))
         result = _PLAIN.call_filter(name, value, args, kwargs, context=context)
         return budget.counted(result, 1) if isinstance(result, Iterator) else checked(result)
 
@@ -380,8 +419,16 @@ def _strftime_now(context: Context, format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+def _make_dict(items: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
+    pairs = [tuple(pair) for pair in (items.items() if isinstance(items, dict) else items)]
+    _check_keys(key for key, _ in pairs)
+    return dict(pairs, **kwargs)
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Tuples can be made to have the same hash, so that each key is compared with all others."""
+    if any(isinstance(key, tuple) for key in keys):
+        raise SecurityError("a tuple as a key")
 
 
 def _check_name(name: Any) -> None:

@@ -19,7 +19,7 @@ from engine.data.template_sandbox import BUDGET, Environment, Metering, generati
 Message = dict[str, Any]
 Span = tuple[int, int]  # [start, end) in characters
 
-SOURCE_LIMIT = 1 << 17  # characters; the longest templates in use have a fifth of it
+SOURCE_LIMIT = 1 << 16  # characters; the longest templates in use have two fifths of it
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # never text; two of them enclose what the assistant writes
 
 
@@ -39,6 +39,7 @@ class CompiledTemplate:
             raise TemplateError(f"the chat template has {len(source):,} characters, more than {SOURCE_LIMIT:,}")
         environment = Environment()
         try:
+            source.encode()  # no half of a surrogate pair
             tree = environment.parse(source)
             self.marks_generation = any(map(is_generation, tree.find_all(nodes.CallBlock)))
             self._in_buffer = generation_in_buffer(tree)
@@ -46,13 +47,20 @@ class CompiledTemplate:
             tree.set_environment(environment)
             self._template = environment.from_string(tree)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template does not parse: {error} (line {_line(error)})") from None
+            raise TemplateError(f"the chat template does not parse: {_short(error)} (line {_line(error)})") from None
         except (RecursionError, MemoryError, SyntaxError, ValueError) as error:
-            raise TemplateError(f"the chat template does not compile: {type(error).__name__}: {error}") from None
+            raise TemplateError(
+                f"the chat template does not compile: {type(error).__name__}: {_short(error)}"
+            ) from None
         self._used = frozenset(NONCHARACTERS).intersection(source)
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> tuple[str, list[Span]]:
+    def render(self, messages: Sequence[Message], *, tools: Any = None, **variables: Any) -> tuple[str, list[Span]]:
         """The text, and what `{% generation %}` blocks wrote of it.
+
+        Args:
+            messages: the conversation.
+            tools: belong to it, so that the budget grows with them too.
+            variables: what else the template sees, such as the texts of special tokens.
 
         Raises:
             ConversationError: the template cannot render these messages.
@@ -60,19 +68,22 @@ class CompiledTemplate:
         """
         inputs = _PlainData()
         try:
-            variables = {"messages": inputs.messages(messages), **inputs.of(variables)}
+            conversation = {"messages": inputs.messages(messages), "tools": inputs.of(tools)}
+            characters = inputs.characters
+            variables = {**conversation, **inputs.of(variables)}
         except RecursionError:
             raise ConversationError("a message is nested too deep") from None
         unused = [mark for mark in NONCHARACTERS if mark not in self._used | inputs.noncharacters]
         if len(unused) < 2:
             raise ConversationError("the messages hold nearly all Unicode noncharacters, of which two are needed")
         marks = (unused[0], unused[1]) if self.marks_generation else ("", "")
-        marked = self._run(variables, Budget(inputs.characters, marks))
+        marked = self._run(variables, Budget(characters, marks))
         text, spans = _without_marks(marked, marks) if self.marks_generation else (marked, [])
-        if self._in_buffer and text != self._run(variables, Budget(inputs.characters, ("", ""))):
+        if self._in_buffer and text != self._run(variables, Budget(characters, ("", ""))):
             raise TemplateError(
                 "the chat template computes with the text of a {% generation %} block; learn another way"
             )
+        _check_unicode(text)
         return text, spans
 
     def _run(self, variables: Mapping[str, Any], budget: Budget) -> str:
@@ -82,7 +93,7 @@ class CompiledTemplate:
         except TemplateError:
             raise
         except jinja2.exceptions.SecurityError as error:
-            raise TemplateError(f"the chat template tries what it must not: {error}") from None
+            raise TemplateError(f"the chat template tries what it must not: {_short(error)}") from None
         except (RecursionError, MemoryError) as error:
             raise TemplateError(f"the chat template recurses or grows without bound: {type(error).__name__}") from None
         except jinja2.UndefinedError as error:
@@ -144,9 +155,21 @@ def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
     return "".join(parts), spans
 
 
+def _check_unicode(text: str) -> None:
+    """Whether a text can be stored and given to a tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(
+            f"the text has half of a surrogate pair, U+{ord(text[error.start]):04X}, which is no character"
+        ) from None
+
+
 def _short(error: Exception) -> str:
+    """What an error says, without characters that do something to a terminal."""
     text = str(error) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:300])
+    return shown if len(text) <= 300 else shown + " ..."
 
 
 def _line(error: jinja2.TemplateError) -> int | str:

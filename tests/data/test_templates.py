@@ -75,6 +75,8 @@ def test_what_else_a_template_could_know_is_undefined(name):
 
 
 GROW = "{% set ns = namespace(s=['ab'], t=('ab',)) %}{% for i in range(100) %}"
+DOUBLED = GROW + "{% set ns.s = [ns.s, ns.s] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+RECURSE = "{% for i in [0] recursive %}{% if i == 0 %}"
 LONG = "{% set s = 'a' * 1000000 %}{% for i in range(100000) %}"
 RUNAWAYS = [
     "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
@@ -155,7 +157,45 @@ RUNAWAYS = [
     "{% set x %}{% for i in range(100000) %}" + "x" * 50_000 + "{% endfor %}{% endset %}",
     "{% macro m() %}" + "x" * 50_000 + "{% endmacro %}"
     "{% set x %}{% for i in range(99999) %}{{ m() }}{% endfor %}{% endset %}",
-    "{% macro m() %}" + "{{ a }}" * 10_000 + "{% endmacro %}{% for i in range(99999) %}{% set x = m() %}{% endfor %}",
+    "{% macro m() %}" + "{{ a }}" * 9_000 + "{% endmacro %}{% for i in range(99999) %}{% set x = m() %}{% endfor %}",
+    DOUBLED + "{{ ns.t is filter }}",
+    DOUBLED + "{{ ns.t is test }}",
+    DOUBLED + "{{ messages[0][ns.s].x }}",
+    DOUBLED + "{{ messages[0][{'a': ns.s}].x }}",
+    DOUBLED + "{{ messages[0][ns.t:1] }}",
+    DOUBLED + "{{ {'a': ns.s}.items().mapping }}",
+    DOUBLED + "{{ [ns]|unique(attribute='t')|list }}",
+    DOUBLED + "{{ [ns]|join(attribute='s') }}",
+    "{% macro m(a=[" + "0," * 3_000 + "]) %}{% endmacro %}{% for i in range(60000) %}{% set x = m() %}{% endfor %}",
+    "{% macro m() %}{% for i in range(60000) %}{% set x = caller() %}{% endfor %}{% endmacro %}"
+    "{% call(a=[" + "0," * 3_000 + "]) m() %}{% endcall %}",
+    RECURSE + "{{ loop(range(1, 999999)) }}{% endif %}{% set x = [" + "0," * 3_000 + "] %}{% endfor %}",
+    RECURSE + "{{ loop(range(1, 999999)) }}{{ loop(range(1, 999999)) }}{% endif %}{% endfor %}",
+    RECURSE + "{% set l = loop %}{% for j in range(60000) %}{% set x = l([]) %}{% endfor %}{% endif %}"
+    "{% else %}{% set x = [" + "0," * 3_000 + "] %}{% endfor %}",
+    "{% for i in range(60000) %}{% for j in [] %}{% else %}"
+    "{% set x = [" + "0," * 3_000 + "] %}{% endfor %}{% endfor %}",
+    "{{ (['x'] * 10000)|map(attribute='0.' * 2000000 ~ '0')|list }}",
+    "{{ (['x'] * 10000)|selectattr('0.' * 100000 ~ '0')|list }}",
+    "{{ (['x'] * 10000)|sort(attribute='0,' * 100000 ~ '0') }}",
+    "{{ (['x'] * 10000)|join(',', '0.' * 100000 ~ '0') }}",
+    "{% set s = 'a' * 7000000 %}{% for i in range(99999) %}{% set x = messages[0][s] %}{% endfor %}",
+    "{{ (messages * 10000)|map(attribute='a' * 1000000)|list }}",
+    "{% set x = ('%(a)s' * 100) % {'a': 'x' * 1000000} %}",
+    "{% set x = ('{0}' * 300000).format(1) %}",
+    "{% set x = ('{0' ~ '[0]' * 300000 ~ '}').format('x') %}",
+    "{% set x = range(100)|join(['a' * 1000000]) %}",
+    "{{ ['a' * 2000000]|trim('b' * 2000000 ~ \"a[]'\") }}",
+    "{{ ['a ' * 1000000]|wordcount }}",
+    "{{ ('a' * 500000).rsplit(sep='ab' ~ 'a' * 250000) }}",
+    "{% set ns = namespace(s='a' * 1000000) %}{% set x = ([ns] * 100)|join(attribute='s') %}",
+    "{% set s = 'a' * 1000000 %}{% for i in [s, 1] %}{% if i == 1 %}"
+    "{% set x = ([loop] * 100)|join(attribute='previtem') %}{% endif %}{% endfor %}",
+    "{{ [(1, 2)]|unique|list }}",
+    "{{ [{'a': (1, 2)}]|unique(attribute='a')|list }}",
+    "{{ {(1, 2): 1} }}",
+    "{{ dict([[(1, 2), 1]]) }}",
+    "{{ namespace([[(1, 2), 1]]) }}",
     "{% for i in range(9999) %}{{ (0 - 10 ** 9)|draw }}{% for k in range(9999) %}{% endfor %}{% endfor %}",
     "{% for i in range(9999) %}{{ ['x']|map('counted', -10 ** 9)|list }}"
     "{% for k in range(9999) %}{% endfor %}{% endfor %}",
@@ -165,9 +205,18 @@ RUNAWAYS = [
 @pytest.mark.parametrize("source", RUNAWAYS)
 def test_what_runs_away_is_refused(source):
     with pytest.raises(
-        TemplateError, match=r"loops for ever or grows|recurses or grows|No filter named|a number of|must not|numbers"
+        TemplateError,
+        match=r"loops for ever or grows|recurses or grows|No (filter|test) named|a number|must not|numbers|loop itself",
     ):
         text_of(source)
+
+
+def test_only_the_conversation_adds_to_the_budget():
+    source = "{% for i in range(999999) %}{% set x = i %}{% endfor %}"
+    long = {"function": {"description": "x" * 500_000}}
+    with pytest.raises(TemplateError, match="loops for ever"):
+        text_of(source, x_token="x" * 500_000)
+    assert text_of(source, tools=[long]) == ""
 
 
 def test_limits_hold_in_threads():
@@ -195,11 +244,12 @@ def test_limits_hold_in_threads():
         "{% generation %}",
         "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}",
         "{{ " + "[" * 20_000 + "]" * 20_000 + " }}",
-        "{{ a" + ".b" * 50_000 + " }}",
+        "{{ a" + ".b" * 30_000 + " }}",
         "{% for a in b %}" * 30 + "{% endfor %}" * 30,
         "x" * (SOURCE_LIMIT + 1),
+        "half of a pair: \ud83d",
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_is_no_template(source):
     with pytest.raises(TemplateError, match="chat template"):
@@ -299,6 +349,18 @@ def test_a_template_that_measures_marked_text_is_refused():
 def test_conversations_that_do_not_fit(source, messages, reason):
     with pytest.raises(ConversationError, match=reason):
         text_of(source, messages)
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ '\\ud83d' }}"])
+def test_half_of_a_surrogate_pair_is_no_text(source):
+    messages = [{"role": "user", "content": "\ud83d"}]
+    with pytest.raises(ConversationError, match=r"half of a surrogate pair, U\+D83D"):
+        text_of(source, messages)
+
+
+def test_errors_do_nothing_to_a_terminal():
+    with pytest.raises(ConversationError, match=r"^\\x1b\]0;name\\x07 \\u202e\\nü$"):
+        text_of("{{ raise_exception('\x1b]0;name\x07 \u202e\nü') }}")
 
 
 def test_a_message_that_is_nested_too_deep():

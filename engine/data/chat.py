@@ -8,6 +8,7 @@ doubt is an error, never a guess. Rejected: searching for the role's marker stri
 template and may stand in a message.
 """
 
+import bisect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -37,10 +38,15 @@ __all__ = [
 
 TrainOn = Literal["assistant", "all", "last"]
 Tools = Sequence[Mapping[str, Any]]
+Spans = npt.NDArray[np.int64]  # [n, 2], start and end in characters
 
 PROBE = "The answer of the assistant."  # survives whatever a template does to contents
 _PROBE_CONVERSATION = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": PROBE}]
 _OTHER_STARTS = ("\ufdd0", "\ufdd1")  # two that no content starts with
+_MOST_RENDERED = 50_000  # messages, for all turns together; a second or two of work
+_CHARACTERS_A_MESSAGE = 2000  # that take as long as a message does whatever it holds
+_LONGEST_ROLE = 1000  # characters of `bos_token` and the like
+_MOST_ROLES = 100
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,9 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         chosen = [k for k in (turns[-1:] if train_on == "last" else turns) if messages[k].get("weight") != 0]
         if not self._compiled.marks_generation:
-            return Rendered(text, _merged(self._turn(messages, k, tools, text) for k in chosen))
+            return Rendered(text, _merged(self._turns(messages, chosen, tools, text)))
         if chosen != turns:
-            spans = [self._turn(messages, k, tools, text) for k in chosen]
+            spans = self._turns(messages, chosen, tools, text)
             marked = [span for span in marked if any(span[0] < end and span[1] > start for start, end in spans)]
         return Rendered(text, _merged(self._with_end_of_turn(text, span) for span in marked))
 
@@ -141,6 +147,10 @@ class ChatTemplate:
     def _specials(self) -> str:
         return "|".join(map(re.escape, self.special))
 
+    @cached_property
+    def _ending(self) -> re.Pattern[str]:
+        return re.compile(r"\s*" + re.escape(self.end_of_turn))
+
     def _special_at(self, text: str) -> str | None:
         """The longest special token that `text` starts with."""
         return max((token for token in self.special if text.startswith(token)), key=len, default=None)
@@ -149,10 +159,41 @@ class ChatTemplate:
         """A marked span and the end of turn that follows it, where the marks leave that out."""
         start, end = span
         if not text[start:end].rstrip().endswith(self.end_of_turn):
-            behind = text[end:].lstrip()
-            if behind.startswith(self.end_of_turn):
-                end = len(text) - len(behind) + len(self.end_of_turn)
+            found = self._ending.match(text, end)
+            end = found.end() if found else end
         return start, end
+
+    def _turns(self, messages: Sequence[Message], chosen: Sequence[int], tools: Tools | None, full: str) -> list[Span]:
+        """Where the messages `chosen`, of the assistant, stand in the text `full` of all messages.
+
+        Each is found by rendering what precedes it, so that the work grows with the square of the conversation.
+        """
+        if len(chosen) * (len(messages) + len(full) // _CHARACTERS_A_MESSAGE) > _MOST_RENDERED:
+            raise ConversationError(
+                f"{len(chosen):,} turns of the assistant among {len(messages):,} messages ({len(full):,} characters) "
+                f"are too many to find without {{% generation %}} marks in the template; "
+                f"use a template with marks, or split the conversation"
+            )
+        spans = [self._turn(messages, k, tools, full) for k in chosen]
+        said = [_squeezed(content) if isinstance(content := m.get("content"), str) else "" for m in messages]
+        texts = [_squeezed(full[start:end].removesuffix(self.end_of_turn)) for start, end in spans]
+        doubtful = [
+            k for k, text in zip(chosen, texts, strict=True)
+            if any(later and text.endswith(later) for later in said[k + 1 :])
+        ]  # fmt: skip
+        if doubtful:
+            self._check_written(messages, doubtful, tools)
+        return spans
+
+    def _check_written(self, messages: Sequence[Message], turns: Sequence[int], tools: Tools | None) -> None:
+        """Whether the text has the contents of all `turns`, or leaves some out and a later message says the same."""
+        start, end = _OTHER_STARTS
+        exchanged = [*messages]
+        for k in turns:
+            exchanged[k] = {**messages[k], "content": f"{start}{k}{end}"}
+        written = re.findall(f"{start}(\\d+){end}", self._render(exchanged, tools)[0])
+        if lost := [k for k in turns if written.count(str(k)) != 1]:
+            raise ConversationError(f"message {lost[0]}: the template leaves this turn of the assistant out later on")
 
     def _turn(self, messages: Sequence[Message], k: int, tools: Tools | None, full: str) -> Span:
         """Where message `k`, of the assistant, stands in the text `full` of all messages, its end of turn included."""
@@ -163,9 +204,12 @@ class ChatTemplate:
         if full.startswith(head + turn):
             return start, start + len(turn)
         # Later on the template writes it otherwise: without thoughts, without white space at its ends, elsewhere.
-        for found in (self._behind(head, turn, full), self._exchanged(messages, k, tools, full, prompt, head)):
-            if found and _squeezed(turn).endswith(_squeezed(full[slice(*found)])):
-                return found
+        found = self._behind(head, turn, full)
+        if found and _squeezed(turn).endswith(_squeezed(full[slice(*found)])):
+            return found
+        found = self._exchanged(messages, k, tools, full, prompt, head)
+        if found and _squeezed(turn).endswith(_squeezed(full[slice(*found)])):
+            return found
         raise ConversationError(f"message {k}: the template writes this turn of the assistant otherwise later on")
 
     def _prompt_or(self, other: str, messages: Sequence[Message], tools: Tools | None) -> str:
@@ -236,25 +280,34 @@ class ChatEncoder:
         self.end_of_turn_id = tokenizer.special_tokens[template.end_of_turn]
         self._tokenizer = tokenizer
         self._special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)))
+        self._texts = {i: text for text, i in tokenizer.special_tokens.items()}
+        self._lengths = np.zeros(max(tokenizer.vocab_size, *self._texts) + 1, np.int64)  # of special tokens, others 0
+        self._lengths[list(self._texts)] = list(map(len, self._texts.values()))
 
     def encode(
         self, messages: Sequence[Message], train_on: TrainOn = "assistant", tools: Tools | None = None
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         """Ids [n] of a conversation, and which of them are learned [n].
 
-        A token is learned when one of its characters is. Special tokens that messages spell out become these tokens,
-        as in transformers; see `spells_special`.
+        A token is learned when one of its characters is, but for white space that a special token takes from its
+        neighbour. Special tokens that messages spell out become these tokens, as in transformers; see `spells_special`.
 
         Raises:
             ConversationError: see `ChatTemplate.render`.
         """
         rendered = self.template.render(messages, train_on, tools)
-        ids, spans = self._tokenizer.encode_special(rendered.text)
-        starts, ends = np.array(spans, np.int64).reshape(-1, 2).T
-        learned = np.zeros(len(ids), np.bool_)
-        for start, end in rendered.learned:
-            learned |= (starts < end) & (ends > start)
-        return np.array(ids, np.int32), learned
+        found, spans = self._tokenizer.encode_special(rendered.text)
+        ids = np.array(found, np.int32)
+        tokens = self._without_white_space(rendered.text, ids, np.array(spans, np.int64).reshape(-1, 2))
+        return ids, _shares(tokens, np.array(rendered.learned, np.int64).reshape(-1, 2))
+
+    def _without_white_space(self, text: str, ids: npt.NDArray[np.int32], tokens: Spans) -> Spans:
+        """The characters of tokens [n, 2], for special tokens not those of their neighbours that they swallow."""
+        lengths, widths = self._lengths[ids], tokens[:, 1] - tokens[:, 0]
+        for i in np.flatnonzero((lengths > 0) & (widths > lengths)):
+            if (start := text.find(self._texts[int(ids[i])], *tokens[i])) >= 0:
+                tokens[i] = start, start + lengths[i]
+        return tokens
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Ids of a conversation that the assistant is to continue."""
@@ -333,7 +386,20 @@ def _token_roles(tokenizer: Tokenizer) -> dict[str, str]:
         text = token.get("content") if isinstance(token, dict) else token
         if role.endswith("_token") and isinstance(text, str):
             roles[role] = text
+    _check_roles(roles)
     return roles
+
+
+def _check_roles(roles: Mapping[str, str]) -> None:
+    """A template may write them as often as it likes."""
+    longest = max(roles, key=lambda role: len(roles[role]), default="")
+    if longest and len(roles[longest]) > _LONGEST_ROLE:
+        raise ConfigError(
+            f"{longest} of tokenizer_config.json has {len(roles[longest]):,} characters, "
+            f"expected a token of at most {_LONGEST_ROLE:,}"
+        )
+    if len(roles) > _MOST_ROLES:
+        raise ConfigError(f"tokenizer_config.json names {len(roles):,} tokens, expected at most {_MOST_ROLES}")
 
 
 def _configuration(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -353,9 +419,17 @@ def _squeezed(text: str) -> str:
 
 def _shared(texts: Sequence[str]) -> int:
     """How many characters all texts begin with."""
-    return next(
-        (i for i, characters in enumerate(zip(*texts, strict=False)) if len(set(characters)) > 1), min(map(len, texts))
-    )
+    first, last = min(texts), max(texts)  # in alphabetical order: what these two share, those between them do too
+    return bisect.bisect_left(range(min(len(first), len(last))), True, key=lambda i: first[: i + 1] != last[: i + 1])
+
+
+def _shares(tokens: Spans, spans: Spans) -> npt.NDArray[np.bool_]:
+    """Which tokens share a character with one of `spans`, which are in order."""
+    starts, ends = tokens.T
+    i = np.searchsorted(spans[:, 1], starts, side="right")  # the first that ends behind the token's start
+    shares = (starts < ends) & (i < len(spans))
+    shares[shares] &= spans[i[shares], 0] < ends[shares]
+    return np.asarray(shares)
 
 
 def _merged(spans: Any) -> tuple[Span, ...]:

@@ -344,6 +344,53 @@ def test_earlier_turns_that_become_others_are_an_error(tokenizer):
         template.render(conversation("u", "a"))
 
 
+def test_earlier_turns_that_are_left_out_are_an_error(tokenizer):
+    """The user says the same then, under the same header."""
+    source = """{%- for m in messages %}{% if m.role == 'user' or loop.last %}
+    {{- '<|im_start|>' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"""
+    template = encoder(tokenizer, source).template
+    assert learned(template, conversation("u", "a")) == ["a<|im_end|>"]
+    with pytest.raises(ConversationError, match=r"message 1: .*leaves this turn of the assistant out"):
+        template.render(conversation("u", "same", "same", "b"))
+
+
+def test_more_turns_than_can_be_searched_for(tokenizer):
+    many = conversation(*["hi"] * 320)
+    assert len(learned(encoder(tokenizer, BUILTIN["chatml"].source).template, many)) == 160
+    template = encoder(tokenizer, CHATML).template
+    for messages in (many, conversation(*["hi" * 100_000] * 40)):
+        with pytest.raises(ConversationError, match=r"turns .* too many to find without {% generation %} marks"):
+            template.render(messages)
+    assert len(learned(template, many, "last")) == 1
+
+
+@pytest.mark.parametrize("sides", [{"rstrip": True}, {"lstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_special_tokens_that_swallow_white_space(folder, tmp_path, sides):
+    """Headers are not learned because they take the white space that the answer begins with, or that follows it."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [{**token, **sides} for token in content["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    source = """{%- for m in messages %}{{ '<|' + m.role + '|>' }}
+    {%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|end|>\\n' }}{% endgeneration %}
+    {%- else %}{{ m.content + '<|end|>\\n' }}{% endif %}{% endfor %}"""
+    ids, mask = encoder(tokenizer, source).encode(conversation(" u ", "\n a ", " v ", "b"))
+    said = tokenizer.decode(ids[mask].tolist())
+    assert "user" not in said and "assistant" not in said
+    assert ["".join(part.split()) for part in said.split("<|end|>")] == ["a", "b", ""]
+
+
+def test_the_mask_is_that_of_each_span(tokenizer):
+    chat = ChatEncoder(tokenizer, find_template(tokenizer, "chatml"))
+    for messages in random_conversations(30):
+        rendered = chat.template.render(messages)
+        _, spans = tokenizer.encode_special(rendered.text)
+        expected = [any(s < end and e > start and s < e for start, end in rendered.learned) for s, e in spans]
+        assert chat.encode(messages)[1].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("roles", "expected"),
     [
@@ -419,6 +466,13 @@ def test_the_tokenizers_own_template(tmp_path, folder):
     assert (found.source, found.name) == ("three", str(tmp_path / "chat_template.jinja"))
     assert (found.roles["bos_token"], found.roles["eos_token"]) == ("<s>", "</s>")
     assert "pad_token" not in found.roles
+    for more, reason in (
+        ({"x_token": "x" * 1001}, "x_token of tokenizer_config.json has 1,001 characters, expected .* 1,000"),
+        ({f"x{i}_token": "x" for i in range(101)}, "names 103 tokens, expected at most 100"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **more}))
+        with pytest.raises(ConfigError, match=reason):
+            find_template(load_tokenizer(tmp_path))
 
 
 def test_named_templates(tmp_path, tokenizer):

@@ -1,7 +1,8 @@
 """Conversations to fine-tuning datasets: the tokens, which of them are learned, and what became of the rest.
 
 A record that cannot be used is rejected and counted under the name of its problem, never repaired and never an end of
-the work. The first token of a document is never a target, as nothing stands before it to predict it from.
+the work, unless it is the template that is of no use. The first token of a document is never a target, as nothing
+stands before it to predict it from.
 
 Plain texts begin with no beginning-of-text token, as in pretraining, and end with the end of document.
 """
@@ -32,6 +33,9 @@ OUTCOMES = {
     "windows": "pieces without a target left out",
     "spelled": "spell a special token of the tokenizer",
 }
+
+TOO_MUCH = "too much for the template"
+MOST_RUNAWAYS = 100  # conversations that are too much, each a fraction of a second, before the template is given up
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -120,6 +124,7 @@ class SupervisedEncoder:
                 documents += self._documents(line, encoded)
             except BadRecord as error:
                 _refuse(encoded, block, number, error, line)
+                _check_runaways(encoded.problems, encoded.rejects[-1])
             except TooLong as error:
                 raise DataError(f"{block.source.path}:{number}: {error}") from None
         ids = [ids for ids, _ in documents] or [np.zeros(0, np.int32)]
@@ -163,8 +168,10 @@ class SupervisedEncoder:
             train_on = content.learned
         try:
             ids, mask = self._chat.encode(content.messages, train_on, content.tools)
-        except (ConversationError, TemplateError) as error:  # a template that fails for all has failed before
+        except ConversationError as error:
             raise BadRecord("refused by the template", str(error)) from None
+        except TemplateError as error:  # a template that fails for all has failed before
+            raise BadRecord(TOO_MUCH, str(error)) from None
         if not ids.size:
             raise BadRecord("empty conversation", "the template makes nothing of it")
         return ids, mask
@@ -191,6 +198,19 @@ class TooLong(Exception):
 def _refuse(encoded: SupervisedBlock, block: Block, number: int, error: BadRecord, line: bytes) -> None:
     encoded.rejects.append(reject(block, number, str(error), line))
     encoded.problems[error.problem] += 1
+
+
+def _check_runaways(problems: Counter[str], last: Reject) -> None:
+    """Whether the template is of use, seen from the problems of a block, or of all so far.
+
+    Raises:
+        DataError: it is not.
+    """
+    if problems[TOO_MUCH] >= MOST_RUNAWAYS and last.reason.startswith(TOO_MUCH):
+        raise DataError(
+            f"{problems[TOO_MUCH]:,} conversations are {TOO_MUCH}; {last}; "
+            f"name another one with --chat-template, or leave such conversations out"
+        )
 
 
 def _fit(ids: Ids, mask: Mask, rules: Rules, outcome: Counter[str]) -> list[Document]:
@@ -251,15 +271,21 @@ def preprocess_conversations(
 
     Raises:
         ConfigError: there are conversations and no template for them.
-        DataError: nothing is left to learn, or a conversation is too long and the rules say error.
+        DataError: nothing is left to learn, a conversation is too long and the rules say error, or too many are too
+            much for the template.
         WorkerFailed: a worker process was killed.
     """
     counts = SupervisedCounts()
+
+    def noticed(reject: Reject) -> None:
+        on_reject(reject)
+        _check_runaways(counts.problems, reject)
+
     writer = IndexedDatasetWriter(sft_prefix(output_prefix), token_dtype(tokenizer.vocab_size), masked=True)
     chat = template if isinstance(template, ConfigError) else ChatEncoder(tokenizer, template)
     encode = SupervisedEncoder(tokenizer, chat, rules)
     advice = f"expected objects with one of {', '.join('+'.join(keys) for keys in FORMATS.values())}"
-    with filled([writer], sources, encode, output_prefix, counts, workers, on_reject, on_progress, advice):
+    with filled([writer], sources, encode, output_prefix, counts, workers, noticed, on_progress, advice):
         if not counts.learned:
             what = "; ".join(describe(counts)) or "no records"
             raise DataError(f"nothing to learn in {source_names(sources)}: {what}")

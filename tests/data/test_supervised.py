@@ -225,7 +225,25 @@ def test_what_is_too_much_for_the_template_ends_nothing(run, tmp_path):
     )
     deep = b'{"messages": [%s], "tools": [%s]}' % (orjson.dumps(ASSISTANT), b"[" * 900 + b"]" * 900)
     counts = run([deep, CHAT], template=str(tmp_path / "t.jinja"))
-    assert (counts.documents, counts.problems) == (1, {"refused by the template": 1})
+    assert (counts.documents, counts.rejected) == (1, 1)
+
+
+@pytest.mark.parametrize("block_bytes", [500, 1 << 20])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_template_that_runs_away_only_for_real_conversations_ends_the_work(
+    run, tmp_path, monkeypatch, block_bytes, workers
+):
+    monkeypatch.setattr(documents.read_blocks, "__defaults__", (block_bytes,))
+    (tmp_path / "t.jinja").write_text(
+        "{% if messages[0].content == 'question' %}{{ ''.__class__ }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    fine = {"messages": [{"role": "user", "content": "other"}, ASSISTANT]}
+    counts = run([fine] + [CHAT] * 99, template=str(tmp_path / "t.jinja"), workers=workers)
+    assert (counts.documents, counts.problems) == (1, {"too much for the template": 99})
+    with pytest.raises(DataError, match=r"^10\d conversations are too much .* must not: .*__class__.*--chat-template"):
+        run([fine] + [CHAT] * 200, template=str(tmp_path / "t.jinja"), workers=workers, output="new/out")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_template_that_fails_for_all_is_refused(run, tmp_path):

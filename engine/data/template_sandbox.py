@@ -73,6 +73,7 @@ _LIGHT_METHODS: dict[type, frozenset[str]] = {
     dict: _words("get items keys values"),
     LoopContext: _words("changed cycle"),
 }
+_NO_KEYS = (*CONTAINERS, dict)
 _REFUSED_NODES = (nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport, nodes.EvalContextModifier)
 
 
@@ -81,10 +82,11 @@ class _Guarded(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Not with what may cost anything to hash, or to show in an error."""
-        if isinstance(argument, (*CONTAINERS, dict)):
+        if isinstance(argument, str):
+            if len(argument) > LONGEST_KEY:
+                raise SecurityError(f"an index of {len(argument):,} characters")
+        elif isinstance(argument, _NO_KEYS):
             raise SecurityError(f"a {type(argument).__name__} as an index")
-        if isinstance(argument, str) and len(argument) > LONGEST_KEY:
-            raise SecurityError(f"an index of {len(argument):,} characters")
         return super().getitem(obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ same tokens, the first one reads and prints.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.load import load_decoder, stop_ids
+from engine.checkpoint.reader import open_checkpoint
 from engine.data.chat import ChatEncoder, ConversationError, Message, find_template
 from engine.data.inspection import printable
 from engine.data.prompts import AnswerFile, conversation, read_prompts
@@ -43,8 +45,9 @@ examples:
 
 A line of --input is {"prompt": "..."} or, with --chat, {"messages": [{"role": "user", "content": "..."}]}. Its answer
 is the same object with completion, num_tokens and stopped ("end of turn" or "length"), or error for a prompt that is
-too long. The same command goes on where an interrupted one stopped. What a prompt gets depends on --seed and on its
-number in the file, not on --batch-size.
+too long. The same command goes on where an interrupted one stopped; ANSWERS.settings.json keeps what the answers were
+made with, and other settings are refused. What a prompt gets depends on --seed and on its number in the file, not on
+--batch-size.
 """
 
 
@@ -55,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         world = connect(options.device, timeout_s=WAIT_S)
         try:
             world = arrange(world, Layout(tp=world.layout.world_size))
+            options.dir = together(world, lambda: _model_directory(options.dir))
             _serve(options, together(world, lambda: _load(options, world)), prompts)
         finally:
             disconnect()
@@ -143,7 +147,7 @@ def _print(pieces: Iterable[str]) -> list[str]:
 def _answer_file(options: argparse.Namespace, speaker: Speaker, prompts: list[dict[str, Any]]) -> None:
     """Answer the prompts that have no answer yet, a batch at a time."""
     ids = [_prompt_ids(options, speaker, prompt, number) for number, prompt in enumerate(prompts, start=1)]
-    with closing(AnswerFile(options.output, prompts)) as file:
+    with closing(AnswerFile(options.output, prompts, _settings(options, speaker))) as file:
         if file.answered:
             print(
                 f"{options.output} has {file.answered} of {len(prompts)} answers; going on from there", file=sys.stderr
@@ -155,6 +159,14 @@ def _answer_file(options: argparse.Namespace, speaker: Speaker, prompts: list[di
             file.write(prompts[number] | answer for number, answer in answers.items())
             progress.add(answers.values())
     print(progress.summary(options.output), file=sys.stderr)
+
+
+def _settings(options: argparse.Namespace, speaker: Speaker) -> dict[str, Any]:
+    """What an answer depends on beside its prompt; not what only its last bits do."""
+    template = speaker.chat and hashlib.sha256(speaker.chat.template.source.encode()).hexdigest()[:16]
+    names = ("temperature", "top_p", "seed", "max_new_tokens", "system", "bos")
+    flags = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    return {"model": str(options.dir), "chat template hash": template} | flags
 
 
 def _prompt_ids(options: argparse.Namespace, speaker: Speaker, prompt: dict[str, Any], number: int) -> list[int]:
@@ -186,11 +198,18 @@ class _Progress:
             print(f"{self._done}/{self._total} answers, {self._speed()}, ETA {duration(left)}", file=sys.stderr)
 
     def summary(self, path: Path) -> str:
-        too_long = f", {self._too_long} of them too long for the model" if self._too_long else ""
-        return f"{path}: {self._done - self._before} prompts answered{too_long}, {self._speed()}"
+        count = self._done - self._before - self._too_long
+        too_long = f", {self._too_long} too long for the model" if self._too_long else ""
+        return f"{path}: {count} prompt{'s' * (count != 1)} answered{too_long}, {self._speed()}"
 
     def _speed(self) -> str:
         return f"{self._tokens / max(1e-9, time.monotonic() - self._start):.1f} tokens/s"
+
+
+def _model_directory(path: Path) -> Path:
+    """The export or checkpoint itself, where a run has several of them."""
+    exported = (path / "config.json").exists() and not (path / "manifest.json").exists()
+    return (path if exported else open_checkpoint(path).path).resolve()
 
 
 def _load(options: argparse.Namespace, world: World) -> Speaker:

@@ -2,19 +2,21 @@
 
 One object a line, with `prompt` (a text) or `messages` (a conversation). The answer to a line is the same object with
 more fields, in the same order, so that the number of answers says where to go on. All lines are checked before the
-first is answered: a bad last line must not cost a night. Rejected: a file of progress beside the answers.
+first is answered: a bad last line must not cost a night. Rejected: a file of progress beside the answers. What is
+beside them is what they were made with, so that those of two models are never mixed.
 """
 
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
 from engine.data.chat import Message
 from engine.errors import ConfigError, DataError
 
+SETTINGS_SUFFIX = ".settings.json"
 ANSWER_FIELDS = ("completion", "num_tokens", "stopped", "error")
 
 
@@ -55,15 +57,18 @@ def conversation(prompt: Mapping[str, Any], system: str | None = None) -> list[M
 class AnswerFile:
     """Answers to `prompts`, one line each, in their order. Opening it takes over what an earlier run has answered.
 
+    Args:
+        settings: what answers depend on beside their prompts, as JSON has it; kept in PATH.settings.json.
+
     Attributes:
         answered: how many prompts have their answer.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or its answers were made with other settings.
         DataError: it holds something else than answers to these prompts.
     """
 
-    def __init__(self, path: Path, prompts: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, prompts: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
         try:
             self._file = path.open("r+b" if path.exists() else "x+b")
         except OSError as error:
@@ -79,19 +84,51 @@ class AnswerFile:
                     f"name another --output, or remove this one"
                 )
             self.answered, complete = self.answered + 1, complete + len(line)
+        _keep_settings(path, settings, answered=self.answered > 0)
         self._file.seek(complete)
         self._file.truncate()
 
     def write(self, answers: Iterable[Mapping[str, Any]]) -> None:
         """Add the answers to the next prompts; when this returns they are on the disk."""
         lines = [orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE) for answer in answers]
-        self._file.write(b"".join(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        _write(self._file, b"".join(lines))
         self.answered += len(lines)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _keep_settings(path: Path, settings: Mapping[str, Any], *, answered: bool) -> None:
+    """Write them beside the first answer; later they have to be the same."""
+    beside = path.with_name(path.name + SETTINGS_SUFFIX)
+    advice = "name another --output, or remove this one"
+    try:
+        if not answered:
+            with beside.open("wb") as file:
+                _write(file, orjson.dumps(settings, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+            return
+        before = orjson.loads(beside.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"{path} needs {beside}, what its answers are made with: {error.strerror}; {advice}"
+        ) from None
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(f"{beside} does not say what the answers were made with: {error}; {advice}") from None
+    before = before if isinstance(before, dict) else {}
+    for name, value in settings.items():
+        if name not in before or before[name] != value:
+            made = f"{name} = {_shown(before.get(name))}"
+            raise ConfigError(f"{path} has answers made with {made}, and this is {_shown(value)}; {advice}")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else orjson.dumps(value).decode()
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _checked(prompt: Any, *, chat: bool) -> dict[str, Any]:

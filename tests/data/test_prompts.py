@@ -5,6 +5,7 @@ from engine.data.prompts import AnswerFile, conversation, read_prompts
 from engine.errors import ConfigError, DataError
 
 PROMPTS = [{"prompt": "a", "id": i} for i in range(4)]
+SETTINGS = {"model": "/a", "--seed": 3, "--temperature": 0.1, "--system": None}
 
 
 def answer(number: int) -> dict:
@@ -81,20 +82,20 @@ def test_files_without_prompts(tmp_path):
 )
 def test_answers_go_on_behind_the_last_complete_one(tmp_path, torn):
     path = tmp_path / "answers.jsonl"
-    first = AnswerFile(path, PROMPTS)
+    first = AnswerFile(path, PROMPTS, SETTINGS)
     assert first.answered == 0
     first.write([answer(0), answer(1)])
     first.close()
     path.write_bytes(path.read_bytes() + torn)
 
-    second = AnswerFile(path, PROMPTS)
+    second = AnswerFile(path, PROMPTS, SETTINGS)
     assert second.answered == 2
     second.write([answer(2), PROMPTS[3] | {"error": "too long"}])
     assert second.answered == 4
     second.close()
     lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
     assert lines == [answer(0), answer(1), answer(2), PROMPTS[3] | {"error": "too long"}]
-    assert AnswerFile(path, PROMPTS).answered == 4
+    assert AnswerFile(path, PROMPTS, SETTINGS).answered == 4
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_what_is_not_an_answer_to_these_prompts_stays_as_it_is(tmp_path, content
     path = tmp_path / "answers.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="line 1 is not the answer to prompt 1"):
-        AnswerFile(path, PROMPTS)
+        AnswerFile(path, PROMPTS, SETTINGS)
     assert path.read_bytes() == content
 
 
@@ -113,11 +114,48 @@ def test_more_answers_than_prompts(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_bytes(b"".join(orjson.dumps(answer(i)) + b"\n" for i in range(3)))
     with pytest.raises(DataError, match="line 3 is not"):
-        AnswerFile(path, PROMPTS[:2])
+        AnswerFile(path, PROMPTS[:2], SETTINGS)
 
 
 def test_answers_that_cannot_be_written(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
-        AnswerFile(tmp_path / "none" / "answers.jsonl", PROMPTS)
+        AnswerFile(tmp_path / "none" / "answers.jsonl", PROMPTS, SETTINGS)
     with pytest.raises(ConfigError, match="Is a directory"):
-        AnswerFile(tmp_path, PROMPTS)
+        AnswerFile(tmp_path, PROMPTS, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("model", "/b", '"/a", and this is "/b"'),
+        ("--seed", 4, "3, and this is 4"),
+        ("--system", "", 'none, and .*""'),
+    ],
+)
+def test_answers_made_with_other_settings_stay_as_they_are(tmp_path, name, value, shown):
+    path = tmp_path / "answers.jsonl"
+    file = AnswerFile(path, PROMPTS, SETTINGS)
+    file.write([answer(0)])
+    file.close()
+    path.write_bytes(before := path.read_bytes() + b"torn")
+    with pytest.raises(ConfigError, match=f"made with {name} = {shown}; name another --output, or remove this one"):
+        AnswerFile(path, PROMPTS, SETTINGS | {name: value})
+    assert path.read_bytes() == before
+    assert AnswerFile(path, PROMPTS, SETTINGS).answered == 1
+
+
+def test_settings_are_there_before_the_first_answer(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    beside = tmp_path / "answers.jsonl.settings.json"
+    AnswerFile(path, PROMPTS, {}).close()
+    file = AnswerFile(path, PROMPTS, SETTINGS)  # nothing was made with the others
+    assert orjson.loads(beside.read_bytes()) == SETTINGS
+    file.write([answer(0)])
+    file.close()
+    for content, problem in ((None, "No such file"), (b"{", "does not say what"), (b"[]", "model = none")):
+        beside.unlink() if content is None else beside.write_bytes(content)
+        with pytest.raises(ConfigError, match=problem):
+            AnswerFile(path, PROMPTS, SETTINGS)
+    path.unlink()
+    AnswerFile(path, PROMPTS, SETTINGS).close()
+    assert orjson.loads(beside.read_bytes()) == SETTINGS

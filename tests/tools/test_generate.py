@@ -195,7 +195,7 @@ def test_a_file_of_prompts(program, chatty):
     options = file_of(chatty, prompts)
     _, err = program(chatty, "--chat", *options, "--batch-size", 4, "--max-new-tokens", 60)
     answers = answers_of(options)
-    assert "9 prompts answered, 1 of them too long for the model" in err
+    assert "8 prompts answered, 1 too long for the model" in err
     assert [answer["id"] for answer in answers] == list(range(9))
     assert "prompt tokens and 60 new ones are more than the model's max_position = 120" in answers[5].pop("error")
     assert answers[5] == prompts[5]
@@ -208,13 +208,45 @@ def test_a_file_of_prompts(program, chatty):
     options[-1].write_bytes(whole[:-20])  # interrupted in the last line
     _, err = program(chatty, "--chat", *options, "--max-new-tokens", 60)
     assert "has 8 of 9 answers; going on from there" in err
-    assert "1 prompts answered" in err
+    assert ": 1 prompt answered, " in err
     assert options[-1].read_bytes() == whole
     with pytest.raises(DataError, match="line 1 is not the answer to prompt 1"):
         program(chatty, *file_of(chatty, [{"prompt": "A"}]), "--output", options[-1])
     options = file_of(chatty, [{"prompt": "A?"}])
     program(chatty, "--chat", *options, "--max-new-tokens", 2)
     assert answers_of(options) == [{"prompt": "A?", "completion": "ap", "num_tokens": 2, "stopped": "length"}]
+
+
+def test_answers_of_two_models_or_settings_are_not_mixed(program, chatty, tmp_path):
+    options = [chatty, "--chat", *file_of(tmp_path, [{"prompt": "A?"}, {"prompt": "B?"}]), "--max-new-tokens", "9"]
+    program(*options)
+    whole = options[5].read_bytes()
+    options[5].write_bytes(whole[: whole.index(b"\n") + 1])
+    other = tmp_path / "other"
+    shutil.copytree(chatty, other)
+    (tmp_path / "other.jinja").write_text(CHATML + " ")
+    for changed, name in (
+        ([other, *options[1:]], "model"),
+        ([*options, "--seed", 1], "--seed"),
+        ([*options, "--top-p", 0.5], "--top-p"),
+        ([*options, "--max-new-tokens", 8], "--max-new-tokens"),
+        ([*options, "--system", "S"], "--system"),
+        ([*options, "--chat-template", tmp_path / "other.jinja"], "chat template hash"),
+        ([chatty, *options[2:]], "chat template hash"),
+    ):
+        with pytest.raises(ConfigError, match=f"has answers made with {name} = .*name another --output"):
+            program(*changed)
+    program(*options, "--batch-size", 1)
+    assert options[5].read_bytes() == whole
+
+
+def test_a_run_is_known_by_its_checkpoint(workspace):
+    config = run_config(workspace, steps=2)
+    run_training(config)
+    options = file_of(workspace, [{"prompt": "abc"}])
+    assert tool("generate", config.run.dir, *options, "--max-new-tokens", 2).returncode == 0
+    settings = json.loads(options[-1].with_name(options[-1].name + ".settings.json").read_text())
+    assert settings["model"] == str(config.run.dir / "checkpoints/step_00000002")
 
 
 def run_on_rank(arguments: list[str], stdin: str) -> str:

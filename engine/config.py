@@ -155,9 +155,9 @@ class DataConfig(Section):
         description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
     )
     train: list[DatasetConfig] = Field(
-        min_length=1, description="sft: a weight is how often an epoch reads the dataset"
+        min_length=1, description="sft: a weight, whole, is how often an epoch reads a dataset"
     )
-    valid: list[DatasetConfig] = Field([], description="evaluate on these, whole, instead of a part of `train`")
+    valid: list[DatasetConfig] = Field([], description="evaluate on these instead of a part of `train`")
     split: tuple[float, float, float] = Field(
         (98, 1, 1), description="train, validation, test; by documents: contiguous, or dealt out at random (sft)"
     )
@@ -494,7 +494,8 @@ def _cross_checks(config: Config) -> list[str]:
         ),
         (
             (train.early_stopping > 0 or config.checkpoint.keep_best) and not train.eval_steps,
-            "train.early_stopping and checkpoint.keep_best compare evaluations; set train.eval_steps and eval_interval",
+            "train.early_stopping and checkpoint.keep_best compare evaluations: set train.eval_steps and eval_interval "
+            "too, or early_stopping = 0 and keep_best = false",
         ),
         (
             model.num_heads % model.num_kv_heads != 0,

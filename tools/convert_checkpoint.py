@@ -14,6 +14,7 @@ import torch
 
 from engine.checkpoint.huggingface import HuggingFaceDirectory, export, import_directory
 from engine.checkpoint.manager import open_checkpoint
+from engine.checkpoint.reader import BEST
 from engine.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from engine.errors import CheckpointError, ConfigError, run_program
 from engine.model.parameters import logical_shapes
@@ -61,9 +62,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     source: Path = options.source
-    if not source.is_dir():
+    best = source.name == BEST and source.parent.is_dir()
+    if not source.is_dir() and not best:
         raise CheckpointError(f"no such directory: --from {source}")
-    inside = source.name == "checkpoints" or source.name.startswith("step_")
+    inside = best or source.name == "checkpoints" or source.name.startswith("step_")
     if inside or (source / "manifest.json").exists() or (source / "checkpoints").exists():
         export_checkpoint(source, options.target, DTYPES[options.dtype or "bf16"])
     elif (source / "config.json").exists():
@@ -105,7 +107,10 @@ def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
     progress = ProgressLines(shapes)
     export(checkpoint, tokenizer, target, shapes, dtype=dtype, progress=progress)
     print(f"exported {progress.summary()}, read back and verified")
-    print(f"from {checkpoint.path} (step {checkpoint.state.step}) into {target} as {model.family}, {dtype}")
+    state, kind = checkpoint.state, str(dtype).removeprefix("torch.")
+    print(f"from {checkpoint.path} (step {state.step}) into {target} as {model.family}, {kind}")
+    if state.best is not None and state.best.step != state.step:
+        print(f"the best evaluation was at step {state.best.step}: --from {checkpoint.path.parent / BEST}")
     chat = "--chat" if (target / CHAT_TEMPLATE).exists() else "--prompt 'Once upon a time'"
     print(f"generate:  python tools/generate.py {target} {chat}")
 

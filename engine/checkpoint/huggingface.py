@@ -54,7 +54,9 @@ class HuggingFaceDirectory:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"no such model directory: {self.path}")
+            raise CheckpointError(
+                f"no such model directory: {self.path} (nothing is downloaded; `hf download` does that)"
+            )
         names = sorted(entry.name for entry in self.path.iterdir())
         if code := [name for name in names if name.endswith(".py")]:
             raise CheckpointError(f"{self.path / code[0]}: a directory that brings its own code is refused")

@@ -23,6 +23,7 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+BEST = "best"
 PARTIAL = ".partial"
 PREVIOUS = ".previous"
 _STEP_NAME = re.compile(rf"step_\d{{8,}}({re.escape(PREVIOUS)})?")
@@ -222,12 +223,15 @@ def find(run_dir: Path | str, report: Report = warn) -> Checkpoint | None:
 
 
 def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
-    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`.
+    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`. Behind either of
+    these, `best` is the one with the best evaluation.
 
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
+    if path.name == BEST and not path.exists():
+        return _best(path.parent, report)
     if not path.is_dir():
         raise CheckpointError(f"no such checkpoint directory: {path}")
     if (path / MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
@@ -237,6 +241,16 @@ def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
     if found is None:
         raise CheckpointError(f"{path} holds no checkpoint: neither {MANIFEST} nor a committed checkpoints/step_*")
     return found
+
+
+def _best(root: Path, report: Report) -> Checkpoint:
+    """That of the best evaluation, as the newest checkpoint knows it."""
+    newest = open_checkpoint(root, report)
+    best = newest.state.best
+    if best is None or not (newest.path.parent / step_name(best.step)).is_dir():
+        why = "evaluations were not compared" if best is None else f"that of step {best.step} was not kept"
+        raise CheckpointError(f"{root / BEST}: {why}; see checkpoint.keep_best, or name another checkpoint in {root}")
+    return Checkpoint(newest.path.parent / step_name(best.step))
 
 
 def valid_checkpoints(root: Path, problem: Report = lambda _: None) -> list[Checkpoint]:

@@ -21,7 +21,7 @@ from engine.data.files import Ints
 from engine.data.indexed import IndexedDataset
 from engine.data.mixture import Permutation
 from engine.data.packing import Packing, alone, best_fit
-from engine.data.pretrain import Part, Sample, part_documents
+from engine.data.pretrain import PARTS, Part, Sample, part_documents
 from engine.errors import ConfigError, DataError
 
 MOST_REPEATS = 1000  # of a conversation in an epoch
@@ -62,7 +62,11 @@ class SftDataset:
         lengths = np.concatenate([source.lengths for source in self._sources])
         if not lengths.size:
             names = ", ".join(str(dataset.path) for dataset in datasets)
-            raise DataError(f"{names}: no conversation for the {part} part of data.split = {list(split)}")
+            raise DataError(
+                f"{names}: no conversation for the {part} part of data.split = {list(split)}; give it a share, or name "
+                "data.valid; to train without evaluations: data.split = [1, 0, 0], train.eval_steps = 0, "
+                "train.early_stopping = 0, checkpoint.keep_best = false"
+            )
         self.packing = (best_fit if packed else alone)(lengths, seq_length)
         order = np.argsort(lengths, kind="stable")
         self._owners = np.concatenate(owners)[order].astype(np.int32)
@@ -209,7 +213,10 @@ def _open(
 
 def _deal(count: int, key: tuple[str, int], split: tuple[float, float, float], part: Part) -> Ints:
     """The conversations of a part, in the order of the file."""
-    begin, end = part_documents(count, split, part)
+    cuts = [0, *(part_documents(count, split, each)[1] for each in PARTS)]
+    for k in (2, 1):  # a small share of a few conversations is one of them, and not none
+        cuts[k] = max(min(1, count), min(cuts[k], cuts[k + 1] - (split[k] > 0)))
+    begin, end = cuts[PARTS.index(part)], cuts[PARTS.index(part) + 1]
     if end - begin == count:
         return np.arange(count)
     return np.sort(Permutation(count, "split", *key).many(np.arange(begin, end)).astype(np.int64))

@@ -12,7 +12,7 @@ from engine.errors import ConfigError
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, Ranks, available
-from engine.train.inputs import Data, in_rows, open_data, open_tokenizer, rows_of
+from engine.train.inputs import Data, describe_template, in_rows, open_data, open_tokenizer, rows_of
 
 
 def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
@@ -45,13 +45,19 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     dtype = str(ranks.dtype).removeprefix("torch.")
     print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) a node (--ranks-per-node)")
     for path in missing:
-        print(f"data        {path} is not on this machine and not checked")
-    for purpose, data in zip(("train", "valid"), opened, strict=False):
-        print(f"data        {data.num_tokens:,} tokens to {purpose}")
-        for line in in_rows(data):
+        ending = path.with_suffix("").suffix
+        hint = f" (data.train takes it without {ending})" if ending in (".bin", ".idx") else ""
+        print(f"data        {path} is not on this machine and not checked{hint}")
+    parts: tuple[Part, ...] = ("train", "valid")
+    for part, data in zip(parts, opened, strict=False):
+        print(f"data        {data.num_tokens:,} tokens to {part}")
+        for line in in_rows(data, part, config):
+            print(line)
+    if opened:
+        for line in describe_template(opened[0], open_tokenizer(config)):
             print(line)
     require_fit(config, layout, ranks)
-    print("ok")
+    print("ok, but for what is not on this machine" if missing else "ok")
 
 
 def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> Ranks:

@@ -21,9 +21,9 @@ def compares_evaluations(config: Config) -> bool:
 
 
 def note_evaluation(trainer: Trainer, loss: float) -> bool:
-    """Compare with the best evaluation so far; whether this is better. That before the first step does not count."""
+    """Compare with the best evaluation so far; whether this is better."""
     step, best = trainer.progress.step, trainer.best
-    if not compares_evaluations(trainer.config) or step == 0:
+    if not compares_evaluations(trainer.config):
         return False
     improved = best is None or loss < best.loss
     if improved:

@@ -10,6 +10,7 @@ from engine.checkpoint.hf_config import hf_config
 from engine.checkpoint.initial import InitialWeights, initial_weights
 from engine.checkpoint.manager import Checkpoint, candidates, open_checkpoint
 from engine.config import SOURCES, Config
+from engine.data.chat import find_template
 from engine.data.pretrain import Part, PretrainDataset
 from engine.data.sft import SftDataset
 from engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -101,11 +102,33 @@ def rows_of(data: Data) -> int | None:
     return data.num_rows if isinstance(data, SftDataset) else None
 
 
-def in_rows(data: Data) -> Iterator[str]:
+def in_rows(data: Data, part: Part, config: Config) -> Iterator[str]:
     """How conversations lie in sequences, for people."""
-    if isinstance(data, SftDataset):
-        rows = f"{data.num_conversations:,} conversations in {data.num_rows:,} sequences"
-        yield f"packing     an epoch is {rows}, {data.packing.efficiency:.1%} full"
+    if not isinstance(data, SftDataset):
+        return
+    rows = f"{data.num_conversations:,} conversations in {data.num_rows:,} sequences"
+    yield f"sequences   {part}: {rows}, {data.packing.efficiency:.1%} full"
+    if part == "train" and data.num_rows < config.batch.global_:
+        yield (
+            f"warning     batch.global = {config.batch.global_} is more than the {data.num_rows} sequences of an "
+            "epoch: a step reads conversations several times, or has empty sequences; lower it"
+        )
+
+
+def describe_template(data: Data, tokenizer: Tokenizer) -> Iterator[str]:
+    """How conversations are written, for people."""
+    template = chat_template(data)
+    if template is None:
+        return
+    ends = {dataset.info.end_of_turn_id for dataset in data.datasets if dataset.info is not None} - {None}
+    names = [repr(token) for token, i in tokenizer.special_tokens.items() if i in ends]
+    yield f"chat        with the template of the data; turns end with {' or '.join(names) or 'nothing'}"
+    try:
+        own = find_template(tokenizer).source
+    except ConfigError:
+        return
+    if own != template:
+        yield "warning     the tokenizer comes with another chat template; the export will have that of the data"
 
 
 def chat_template(data: Data) -> str | None:

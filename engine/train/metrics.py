@@ -79,11 +79,13 @@ _PERFORMANCE = {"step_time_s", "tokens_per_s", "tokens_per_s_per_device", "tflop
 class StepReporter:
     """Watches every step, reports every `log.interval`-th, and gives up when the numbers stay broken."""
 
-    def __init__(self, config: Config, world: World, log: RunLog, flops_per_step: float) -> None:
+    def __init__(self, config: Config, world: World, log: RunLog, flops_per_step: float, rows: int | None) -> None:
+        """`rows`: sequences of an epoch, where there are epochs."""
         self.config = config
         self.world = world
         self.log = log
         self.flops_per_step = flops_per_step
+        self.rows = rows
         self.peak = peak_tflops(world.device)
         self.consecutive = torch.zeros(1, device=world.device)  # steps skipped in a row
         self.skipped = torch.zeros(1, device=world.device)  # steps skipped since the last report
@@ -144,6 +146,7 @@ class StepReporter:
             "grad_norm": numbers[1],
             "tokens": progress.tokens,
             "samples": progress.samples,
+            **({} if self.rows is None else {"epoch": progress.samples / self.rows}),
             "step_time_s": seconds / self.steps_since,
             "tokens_per_s": per_device * devices,
             "tokens_per_s_per_device": per_device,
@@ -159,6 +162,7 @@ class StepReporter:
         mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
         parts = [
             f"step {record['step']:>{len(str(total))}}/{total}",
+            *([] if self.rows is None else [f"epoch {record['epoch']:.2f}"]),
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",

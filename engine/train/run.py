@@ -11,7 +11,7 @@ import torch
 
 import engine
 from engine.checkpoint.manager import Checkpoint, State, save
-from engine.checkpoint.reader import checkpoints_dir, step_name
+from engine.checkpoint.reader import BEST, checkpoints_dir, step_name
 from engine.config import Config, changed_settings, read_yaml, with_steps
 from engine.data.sft import SftDataset
 from engine.data.tokenizer import CHAT_TEMPLATE
@@ -33,7 +33,7 @@ from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import Ranks, available
 from engine.plan.throughput import flops_per_token, peak_tflops
 from engine.train.evaluate import compares_evaluations, evaluate, note_evaluation, stops_early
-from engine.train.inputs import Inputs, chat_template, in_rows, model_dtype, open_inputs, rows_of
+from engine.train.inputs import Inputs, chat_template, describe_template, in_rows, model_dtype, open_inputs, rows_of
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
 from engine.train.state import pieces, restore, restore_weights
@@ -169,12 +169,17 @@ def _restore_newest(
 def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     """Drive the loop; everything that happens every n steps happens here."""
     config, world = trainer.config, trainer.world
-    if trainer.progress.step >= config.train.steps or stops_early(trainer):
+    if stops_early(trainer):
+        log.say(
+            f"nothing to do: stopped early at step {trainer.progress.step}; to go on, raise train.early_stopping = "
+            f"{config.train.early_stopping}"
+        )
+        return _say_best(trainer, log)
+    if trainer.progress.step >= config.train.steps:
         log.say(f"nothing to do: step {trainer.progress.step} is done and train.steps = {config.train.steps}")
-        _say_best(trainer, log)
-        return
+        return _say_best(trainer, log)
     stop = StopRequest()
-    reporter = StepReporter(config, world, log, _flops_per_step(config, inputs))
+    reporter = StepReporter(config, world, log, _flops_per_step(config, inputs), rows_of(inputs.train_data))
     if trainer.progress.step == 0:
         _evaluate(trainer, inputs, log)
     reporter.restart_clock()
@@ -206,17 +211,16 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         kept = "the state is saved" if trainer.progress.step else "there is nothing to save yet"
         text = f"stopped by {trainer.stopped_by} after step {trainer.progress.step}; {kept}"
         raise _for_all(world, Interrupted(text))
-    log.say(
-        f"finished: {trainer.progress.step} steps, {trainer.progress.tokens:,} tokens; checkpoint in {config.run.dir}"
-    )
+    tokens = f"{trainer.progress.tokens:,} {'learned ' * (config.task == 'sft')}tokens"
+    log.say(f"finished: {trainer.progress.step} steps, {tokens}; checkpoint in {config.run.dir}")
     _say_best(trainer, log)
 
 
 def _say_best(trainer: Trainer, log: RunLog) -> None:
     best, root = trainer.best, checkpoints_dir(trainer.config.run.dir)
     if best is not None:
-        path = root / step_name(best.step)
-        where = f"in {path}" if path.is_dir() else "not kept, see checkpoint.keep_best"
+        kept = (root / step_name(best.step)).is_dir()
+        where = f"kept as {root / BEST}" if kept else "not kept" + ", see checkpoint.keep_best" * (best.step > 0)
         log.say(f"best: evaluation loss {best.loss:.4f} at step {best.step}, {where}")
 
 
@@ -288,7 +292,11 @@ def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, r
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:
         log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
-    for line in in_rows(inputs.train_data):
+    for line in in_rows(inputs.train_data, "train", config):
+        log.say(line)
+    for line in in_rows(inputs.valid_data, "valid", config) if inputs.valid_data is not None else ():
+        log.say(line)
+    for line in describe_template(inputs.train_data, inputs.tokenizer):
         log.say(line)
     log.event("layout", world_size=layout.world_size, **asdict(layout), device=str(world.device))
 

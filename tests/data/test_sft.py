@@ -113,6 +113,27 @@ def test_parts_share_no_conversation_and_do_not_depend_on_the_seed(tmp_path):
     assert parts["train"] != list(range(1, 81))  # dealt out, not cut
 
 
+@pytest.mark.parametrize(
+    ("count", "split", "expected"),
+    [
+        (20, (98, 2, 0), [19, 1, 0]),
+        (20, (98, 1, 1), [18, 1, 1]),
+        (2, (98, 1, 1), [1, 0, 1]),
+        (1, (98, 1, 1), [1, 0, 0]),
+        (50, (90, 10, 0), [45, 5, 0]),
+    ],
+)
+def test_a_small_share_of_a_few_conversations_is_one(tmp_path, count, split, expected):
+    path = write(tmp_path / "a", [5] * count, first=1)
+    sizes = []
+    for part in ("train", "valid", "test"):
+        try:
+            sizes.append(dataset(path, split=split, part=part).num_conversations)
+        except DataError:
+            sizes.append(0)
+    assert sizes == expected
+
+
 def test_what_cannot_be_read_says_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"plain has no \.mask\.bin.*--task sft"):
         dataset(write(tmp_path / "plain", [5], masked=False))

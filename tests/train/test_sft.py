@@ -19,7 +19,7 @@ from engine.data.loader import Batch, collate
 from engine.data.pretrain import Sample
 from engine.data.sft import SftDataset
 from engine.data.tokenizer import load_tokenizer
-from engine.errors import DataError
+from engine.errors import CheckpointError, DataError
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.parameters import logical_shapes
@@ -34,6 +34,7 @@ from engine.testing.runs import (
     run_until_signal,
     write_conversations,
 )
+from engine.train.run import train
 from engine.train.step import embedding_noise
 
 S = 32
@@ -183,12 +184,12 @@ def test_it_starts_from_a_checkpoint_of_another_layout_and_from_its_export(tmp_p
     export(checkpoint, load_tokenizer("byte"), tmp_path / "hf", shapes, dtype=torch.float32)
     starts = {}
     for name, where in {"from_checkpoint": run, "from_hf": tmp_path / "hf"}.items():
-        for ranks in (1, 2):
-            options = (f"--model.{name}={where}", f"--run.dir={tmp_path / name}{ranks}", "--data.tokenizer=byte")
-            records = run_training(sft_config(tmp_path, *options, f"--parallel.pp={ranks}", steps=3), ranks)
+        for ranks, pp in ((1, 1), (2, 2), (2, 1)):  # alone, in a pipeline, and with the weights in two shards
+            options = (f"--model.{name}={where}", f"--run.dir={tmp_path / name}{ranks}{pp}", "--data.tokenizer=byte")
+            records = run_training(sft_config(tmp_path, *options, f"--parallel.pp={pp}", steps=3), ranks)
             assert [record["step"] for record in records] == [1, 2, 3]
-            starts[name, ranks] = losses(records)
-    reference = starts["from_checkpoint", 1]
+            starts[name, ranks, pp] = losses(records)
+    reference = starts["from_checkpoint", 1, 1]
     assert reference[0] < 0.95 * first[0]["loss"]
     for values in starts.values():
         assert values == pytest.approx(reference, rel=1e-5)
@@ -212,8 +213,32 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
     assert saved == [f"step_{best:08}", f"step_{last:08}"]
     state = open_checkpoint(tmp_path / "run").state.best
     assert state is not None and (state.step, state.loss, state.worse) == (best, evaluations[best], 3)
+    assert open_checkpoint(tmp_path / "run" / "best").state.step == best
+    assert open_checkpoint(tmp_path / "run" / "checkpoints" / "best").state.step == best
+    assert open_checkpoint(tmp_path / "run").state.step == last
     again = run_training(sft_config(tmp_path, *options, steps=200))  # nothing to do
     assert again == records
+
+
+def test_there_is_no_best_checkpoint_without_comparing(tmp_path):
+    run_training(sft_config(tmp_path, steps=1))
+    with pytest.raises(CheckpointError, match=r"best: evaluations were not compared; see checkpoint\.keep_best"):
+        open_checkpoint(tmp_path / "run" / "best")
+
+
+def test_what_the_start_tells_about_the_data(tmp_path, capfd):
+    options = ["--data.split=[90, 10, 0]", "--train.eval_steps=9", "--batch.global=16", "--run.device=cpu"]
+    train(sft_config(tmp_path, *options, steps=1))
+    said = capfd.readouterr().out
+    for part in (
+        "sequences   train: 18 conversations in 7 sequences",
+        "sequences   valid: 2 conversations in 1 sequences",
+        "warning     batch.global = 16 is more than the 7 sequences of an epoch",
+        "chat        with the template of the data; turns end with nothing",
+        "| epoch 2.29 |",
+        "learned tokens; checkpoint in",
+    ):
+        assert part in said
 
 
 def test_the_checkpoint_takes_the_chat_template_along(tmp_path):

@@ -56,7 +56,7 @@ each also as .gz and .zst. Directories are searched for .jsonl and .txt; others 
 
 with --task sft: .jsonl, .json (objects or one array) and .parquet, of records in any of these shapes, each seen from
 its keys: messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, text, or
-input_ids with labels or a mask. Directories are searched for .jsonl and .parquet.
+input_ids with labels or a mask. Directories are searched for all three.
 
 examples: python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \\
               --tokenizer-model tokenizer.model --append-eod

@@ -38,7 +38,7 @@ class Accepted:
     """Which files are read, by their suffix.
 
     `in_directories` are those that a directory is searched for: others there may be anything, so they have to be
-    named, or matched by a pattern.
+    named, or matched by a pattern. Never what the preprocessing itself has left there.
     """
 
     kinds: dict[str, Kind]
@@ -49,7 +49,9 @@ TEXTS = Accepted(
     {".jsonl": "lines", ".json": "lines", ".txt": "text", ".md": "text", ".rst": "text", ".py": "text"},
     in_directories=(".jsonl", ".txt"),
 )
-RECORDS = Accepted({".jsonl": "lines", ".json": "json", ".parquet": "parquet"}, in_directories=(".jsonl", ".parquet"))
+RECORDS = Accepted(
+    {".jsonl": "lines", ".json": "json", ".parquet": "parquet"}, in_directories=(".jsonl", ".json", ".parquet")
+)
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ def _paths(name: str, accepted: Accepted) -> list[str]:
 
 
 def _is_document_file(path: Path, accepted: Accepted) -> bool:
-    wanted = _plain_suffix(path) in accepted.in_directories and not path.name.endswith(REJECTS_SUFFIX)
-    return wanted and path.is_file()
+    written = path.name.endswith(REJECTS_SUFFIX) or (path.suffix == ".json" and path.with_suffix(".idx").exists())
+    return _plain_suffix(path) in accepted.in_directories and not written and path.is_file()
 
 
 def _plain_suffix(path: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from engine.data import documents
-from engine.data.documents import find_sources, parse_block, read_blocks
+from engine.data.documents import RECORDS, find_sources, parse_block, read_blocks
 from engine.errors import ConfigError, StorageError
 
 TEXTS = ["one", "two\nlines", "", "naïve 中文", "nul \x00 inside", "x" * 5000, " "]
@@ -214,6 +214,15 @@ def test_directories_globs_and_order(tmp_path, monkeypatch):
     found = [source.path for source in find_sources(["f.jsonl", "d", "[e].json*"])]
     assert found == ["f.jsonl", "d/a.txt", "d/b.jsonl", "d/sub/c.jsonl.gz", "d/z.txt.zst", "e.jsonl"]
     assert [source.path for source in find_sources(["**/*.json"])] == ["d/config.json"]
+
+
+def test_directories_of_records(tmp_path, monkeypatch):
+    """Also .json, but for the description of a dataset that lies there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("d/a.json", "d/b.json.gz", "d/c.jsonl", "d/x_sft.json", "d/x_sft.idx", "d/x.rejects.jsonl", "d/e.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"")
+    assert [source.path for source in find_sources(["d"], RECORDS)] == ["d/a.json", "d/b.json.gz", "d/c.jsonl"]
 
 
 @pytest.mark.parametrize(

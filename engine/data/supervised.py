@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.chat import ChatEncoder, ChatTemplate, ConversationError, TemplateError, TrainOn
+from engine.data.chat import ChatEncoder, ChatTemplate, ConversationError, Message, TemplateError, TrainOn
 from engine.data.conversations import FORMATS, BadRecord, Conversation, Text, Tokens, parse_record
 from engine.data.documents import Block, Reject, Source, numbered_lines, reject
 from engine.data.indexed import IndexedDatasetWriter, token_dtype
@@ -35,6 +35,7 @@ OUTCOMES = {
 }
 
 TOO_MUCH = "too much for the template"
+MOST_BYTES = 4 << 20  # of a record: its tokens take a gigabyte while they are made
 MOST_RUNAWAYS = 100  # conversations that are too much, each a fraction of a second, before the template is given up
 
 Ids = npt.NDArray[np.int32]
@@ -135,6 +136,8 @@ class SupervisedEncoder:
 
     def _documents(self, line: bytes, encoded: SupervisedBlock) -> list[Document]:
         """Of one record; none where the rules leave it out."""
+        if len(line) > MOST_BYTES:
+            raise BadRecord("too large", f"{len(line):,} bytes, expected at most {MOST_BYTES:,}")
         name, content = parse_record(line)
         ids, mask = self._encode(content)
         mask[0] = False
@@ -167,6 +170,7 @@ class SupervisedEncoder:
         if train_on == "assistant":
             train_on = content.learned
         try:
+            _require_tools_written(self._chat.template, content)
             ids, mask = self._chat.encode(content.messages, train_on, content.tools)
         except ConversationError as error:
             raise BadRecord("refused by the template", str(error)) from None
@@ -189,6 +193,33 @@ class SupervisedEncoder:
         if isinstance(content, Conversation):
             return isinstance(self._chat, ChatEncoder) and self._chat.spells_special(content.messages)
         return isinstance(content, Text) and bool(self._special.search(content.prompt + content.completion))
+
+
+def _require_tools_written(template: ChatTemplate, content: Conversation) -> None:
+    """A template that leaves out tools and their calls would teach the assistant to answer with nothing.
+
+    Raises:
+        BadRecord: it does.
+        ConversationError: it refuses the conversation.
+    """
+    callers = [i for i, message in enumerate(content.messages) if message.get("tool_calls")]
+    if not callers and not content.tools:
+        return
+    text = template.render(content.messages, "all", content.tools).text
+    for i in callers:
+        caller = {key: value for key, value in content.messages[i].items() if key != "tool_calls"}
+        without = [*content.messages[:i], caller, *content.messages[i + 1 :]]
+        if _text_of(template, without, content.tools) == text:
+            raise BadRecord("tools not written", f"the template leaves out the tool_calls of turn {i}")
+    if content.tools and _text_of(template, content.messages, None) == text:
+        raise BadRecord("tools not written", "the template leaves out the tools")
+
+
+def _text_of(template: ChatTemplate, messages: list[Message], tools: list[Any] | None) -> str | None:
+    try:
+        return template.render(messages, "all", tools).text
+    except ConversationError:
+        return None
 
 
 class TooLong(Exception):

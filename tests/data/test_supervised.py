@@ -9,11 +9,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from engine.data import documents
-from engine.data.chat import TemplateError, find_template
-from engine.data.documents import RECORDS, find_sources
+from engine.data import documents, supervised
+from engine.data.chat import ChatEncoder, ChatTemplate, TemplateError, find_template
+from engine.data.documents import RECORDS, Block, Source, find_sources
 from engine.data.indexed import IndexedDataset
-from engine.data.supervised import Rules, describe, preprocess_conversations, sft_prefix
+from engine.data.supervised import Rules, SupervisedEncoder, describe, preprocess_conversations, sft_prefix
 from engine.data.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError
 from engine.testing.tokenizers import write_chatml_tokenizer
@@ -435,6 +435,46 @@ def test_directories_hold_lines_and_parquet(tmp_path):
     for name in ("b.jsonl.gz", "a.parquet", "readme.md", "info.json", "notes.txt", "x.rejects.jsonl"):
         (tmp_path / name).write_bytes(b"")
     found = [source.path for source in find_sources([str(tmp_path)], RECORDS)]
-    assert found == [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl.gz")]
-    with pytest.raises(ConfigError, match=r"cannot tell what .*notes\.txt holds; expected \.jsonl, \.json, \.parquet"):
-        find_sources([str(tmp_path / "notes.txt")], RECORDS)
+    assert found == [str(tmp_path / name) for name in ("a.parquet", "b.jsonl.gz", "info.json")]
+    expected = r"holds; expected \.jsonl, \.json, each also with \.gz or \.zst, or \.parquet$"
+    for name in ("notes.txt", "a.parquet.gz"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ConfigError, match=rf"cannot tell what .*{name} {expected}"):
+            find_sources([str(tmp_path / name)], RECORDS)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]}
+CALLS = "{{ m.tool_calls | tojson if m.tool_calls }}"
+WRITES = "{% for m in messages %}{{ m.role }}:{{ m.content }}" + CALLS + "<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "tools", "problem"),
+    [
+        ("{{ tools | tojson if tools }}" + WRITES, TOOLS, None),
+        (WRITES, None, None),
+        (WRITES, TOOLS, "the template leaves out the tools"),
+        (WRITES.replace("m.tool_calls | tojson", "''"), None, "the template leaves out the tool_calls of turn 1"),
+    ],
+)
+def test_a_template_that_leaves_tools_out_is_refused(tmp_path, source, tools, problem):
+    """Or the assistant would learn to answer a question with nothing."""
+    tokenizer = load_tokenizer(write_chatml_tokenizer(tmp_path))
+    template = ChatTemplate("test", source, {}, tuple(tokenizer.special_tokens))
+    encoder = SupervisedEncoder(tokenizer, ChatEncoder(tokenizer, template), Rules())
+    record = {"messages": [{"role": "user", "content": "Rain?"}, CALL], "tools": tools}
+    block = Block(Source("a.jsonl", "lines", 1), 1, orjson.dumps(record), 1)
+    encoded = encoder(block)
+    assert encoded.problems == ({} if problem is None else {"tools not written": 1})
+    assert problem is None or problem in encoded.rejects[0].reason
+    assert bool(encoded.lengths[0].size) == (problem is None)
+
+
+def test_records_that_are_too_large_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised, "MOST_BYTES", 50)
+    tokenizer = load_tokenizer(write_chatml_tokenizer(tmp_path))
+    encoder = SupervisedEncoder(tokenizer, ConfigError("none"), Rules())
+    lines = [orjson.dumps({"text": "a" * count}) for count in (10, 100)]
+    encoded = encoder(Block(Source("a.jsonl", "lines", 1), 1, b"\n".join(lines), 1))
+    assert encoded.problems == {"too large": 1} and encoded.lengths[0].tolist() == [11]

@@ -237,9 +237,12 @@ def _plain_suffix(path: Path) -> str:
 
 def _source(path: str, accepted: Accepted) -> Source:
     kind = accepted.kinds.get(_plain_suffix(Path(path)))
-    if kind is None:
-        known = ", ".join(accepted.kinds)
-        raise ConfigError(f"--input: cannot tell what {path} holds; expected {known}, also with .gz or .zst")
+    if kind is None or (kind == "parquet" and path.endswith(COMPRESSIONS)):
+        known = ", ".join(suffix for suffix, kind in accepted.kinds.items() if kind != "parquet")
+        parquet_too = ", or .parquet" * ("parquet" in accepted.kinds.values())
+        raise ConfigError(
+            f"--input: cannot tell what {path} holds; expected {known}, each also with .gz or .zst{parquet_too}"
+        )
     if kind == "parquet":
         parquet.require(path)
     if not os.access(path, os.R_OK):

@@ -231,7 +231,10 @@ def test_directories_of_records(tmp_path, monkeypatch):
         (["gone.jsonl"], "no such file or directory: gone.jsonl"),
         (["gone*.jsonl"], r"no such file or directory: gone\*"),
         (["empty"], "no .jsonl or .txt files below the directory empty"),
-        (["a.csv"], "cannot tell what a.csv holds; expected .jsonl, .json, .txt"),
+        (
+            ["a.csv"],
+            r"cannot tell what a.csv holds; expected .jsonl, .json, .txt, .md, .rst, .py, each also with .gz or .zst$",
+        ),
         (["a.gz"], "cannot tell what a.gz holds"),
         (["a.jsonl", "./a.jsonl"], "twice"),
         (["a.jsonl", "b.jsonl"], "twice"),

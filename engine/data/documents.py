@@ -19,6 +19,7 @@ import orjson
 import zstandard
 
 from engine.data import parquet
+from engine.data.conversations import FORMATS
 from engine.errors import ConfigError, StorageError
 
 BLOCK_BYTES = 1 << 20
@@ -26,6 +27,7 @@ MAX_DOCUMENT_BYTES = 1 << 30  # a longer line or text file is no document but a 
 COMPRESSED_BYTES = 1 << 13  # read at a time, so that a decompression bomb unfolds in bearable pieces
 LARGEST_WINDOW = 1 << 31  # of zstd --long=31, in which large corpora are published
 BOM = b"\xef\xbb\xbf"
+CONVERSATION_ADVICE = "; for fine-tuning add --task sft to preprocess_data.py"
 QUOTED = 200  # characters of a rejected line that are kept
 
 Kind = Literal["lines", "text", "json", "parquet"]  # json: one array of records, or lines
@@ -197,10 +199,16 @@ def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"a JSON {type(record).__name__}, expected an object")
     for key in keys:
         if key not in record:
-            raise ValueError(f"no key {key!r}; it has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+            has = ", ".join(map(repr, list(record)[:8])) or "none"
+            raise ValueError(f"no key {key!r}; it has {has}{CONVERSATION_ADVICE * _is_conversation(record)}")
         if not isinstance(record[key], str):
             raise ValueError(f"key {key!r} holds a {type(record[key]).__name__}, expected text")
     return tuple(record[key] for key in keys)
+
+
+def _is_conversation(record: dict[str, Any]) -> bool:
+    """Whether it has the keys of one; see `engine.data.conversations`."""
+    return any(set(keys) <= record.keys() for name, keys in FORMATS.items() if name not in ("tokens", "text"))
 
 
 def _parse_text(data: bytes, keys: Sequence[str]) -> tuple[str, ...]:

@@ -83,7 +83,10 @@ def test_line_numbers_do_not_depend_on_blocks(tmp_path, block_bytes):
         (b'["text"]', "a JSON list, expected an object"),
         (b'"text"', "a JSON str, expected an object"),
         (b"{}", "no key 'text'; it has none"),
+        (b'{"prompt": "a", "output": "b"}', "no key 'text'"),  # one key of two formats each
         (b'{"Text": "a", "url": 1}', "no key 'text'; it has 'Text', 'url'"),
+        (b'{"messages": []}', "it has 'messages'; for fine-tuning add --task sft"),
+        (b'{"instruction": "a", "output": "b"}', "'output'; for fine-tuning add --task sft"),
         (b'{"text": null}', "holds a NoneType, expected text"),
         (b'{"text": 5}', "holds a int, expected text"),
         (b'{"text": ["a"]}', "holds a list, expected text"),
@@ -96,6 +99,7 @@ def test_bad_lines(tmp_path, line, reason):
     assert texts == ["before", "after"]
     assert [number for number, _ in rejects] == [2]
     assert reason in rejects[0][1]
+    assert ("--task sft" in rejects[0][1]) == ("--task sft" in reason)
 
 
 @pytest.mark.parametrize(

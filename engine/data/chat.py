@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.builtin_templates import BUILTIN
-from engine.data.templates import CompiledTemplate, ConversationError, Message, Span, TemplateError
+from engine.data.templates.builtin import BUILTIN
+from engine.data.templates.compiled import CompiledTemplate, ConversationError, Message, Span, TemplateError
 from engine.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from engine.errors import ConfigError
 

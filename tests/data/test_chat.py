@@ -8,8 +8,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from engine.data.builtin_templates import BUILTIN
 from engine.data.chat import ChatEncoder, ChatTemplate, ConversationError, TemplateError, find_template
+from engine.data.templates.builtin import BUILTIN
 from engine.data.tokenizer import ByteTokenizer, load_tokenizer
 from engine.errors import ConfigError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece

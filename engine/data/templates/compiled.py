@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from engine.data.template_budget import Budget, TemplateError
-from engine.data.template_sandbox import BUDGET, Environment, Metering, generation_in_buffer, is_generation
+from engine.data.templates.budget import Budget, TemplateError
+from engine.data.templates.sandbox import BUDGET, Environment, Metering, generation_in_buffer, is_generation
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # [start, end) in characters

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from engine.data.templates import SOURCE_LIMIT, CompiledTemplate, ConversationError, TemplateError
+from engine.data.templates.compiled import SOURCE_LIMIT, CompiledTemplate, ConversationError, TemplateError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 

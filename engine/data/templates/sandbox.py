@@ -24,7 +24,7 @@ from jinja2.tests import TESTS
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from engine.data.template_budget import (
+from engine.data.templates.budget import (
     BASE_BUDGET,
     CHARACTERS_PER_STEP,
     CONTAINERS,

@@ -1,0 +1,1 @@
+"""Chat templates: Jinja that comes with models and is not trusted."""

@@ -21,7 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.templates.builtin import BUILTIN
-from engine.data.templates.compiled import CompiledTemplate, ConversationError, Message, Span, TemplateError
+from engine.data.templates.compiled import (
+    SOURCE_LIMIT,
+    CompiledTemplate,
+    ConversationError,
+    Message,
+    Span,
+    TemplateError,
+)
 from engine.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from engine.errors import ConfigError
 
@@ -352,7 +359,7 @@ def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
     path = files.get("tokenizer_config.json")
     found = _configuration(tokenizer).get("chat_template")
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
     if not isinstance(found, str):
         raise ConfigError(
@@ -364,7 +371,8 @@ def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
 
 def _read_template(tokenizer: Tokenizer, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(SOURCE_LIMIT + 1)  # no more than is needed to refuse it
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(

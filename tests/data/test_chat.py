@@ -542,3 +542,16 @@ def test_turns_of_weight_0_are_not_learned(tokenizer, name):
     assert learned(messages, "last") == []
     messages[1]["weight"] = 1
     assert [text.strip() for text in learned(messages)] == ["first" + end]
+
+
+def test_hostile_named_and_huge_templates(tmp_path, folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+    configuration = {"eos_token": "<|im_end|>", "chat_template": [{"name": ["default"], "template": 3}, 5, {}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(configuration))
+    with pytest.raises(ConfigError, match="comes with no chat template"):
+        find_template(load_tokenizer(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("x" * (1 << 20))
+    with pytest.raises(TemplateError, match="more than 65,536"):
+        find_template(load_tokenizer(tmp_path))

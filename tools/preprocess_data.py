@@ -46,7 +46,7 @@ OF_TASK = {  # flags that mean nothing to the other task
     "pretrain": ("--append-eod", "--json-keys", "--encoder"),
     "sft": ("--chat-template", "--train-on", "--max-length", "--on-too-long"),
 }
-QUOTED_REJECTS = 5  # shown on the terminal; the file has all
+QUOTED_REASONS = 5  # one reject of each is shown on the terminal; the file has all
 QUOTED_FILES = 10
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -61,7 +61,7 @@ input_ids with labels or a mask. Directories are searched for all three.
 examples: python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \\
               --tokenizer-model tokenizer.model --append-eod
           python tools/preprocess_data.py --task sft --input chats.jsonl --output-prefix data/chats \\
-              --tokenizer-model models/base --chat-template chatml --max-length 4096
+              --tokenizer-model models/base --chat-template chatml --max-length 4097
 """
 
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fast = not sft and options.encoder != "sentencepiece"
     tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=fast)
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
-    print(f"input      {len(sources):,} file{'s'[: len(sources) > 1]}, {_megabytes(sum(s.num_bytes for s in sources))}")
+    print(f"input      {_count(len(sources), 'file')}, {_megabytes(sum(s.num_bytes for s in sources))}")
     if sft:
         _run_sft(options, sources, tokenizer)
         return
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer) -> None:
-    print(f"encoder    {tokenizer.encoder}; {options.workers} workers", flush=True)
+    print(f"encoder    {tokenizer.encoder}; {_count(options.workers, 'worker')}", flush=True)
     start = time.monotonic()
     counts = preprocess(
         sources,
@@ -133,20 +133,19 @@ def _template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate | Config
 
 
 class _RejectReporter:
-    """Quotes the first rejected lines, or ends the program at the first."""
+    """Quotes one rejected line for each of the first reasons, or ends the program at the first."""
 
     def __init__(self, fail: bool) -> None:
         self._fail = fail
-        self._count = 0
+        self._quoted: set[str] = set()
 
     def __call__(self, reject: Reject) -> None:
         if self._fail:
             raise DataError(f"{reject}; it starts {reject.text[:60]!r}; --on-bad-line skip leaves such lines out")
-        self._count += 1
-        if self._count <= QUOTED_REJECTS:
+        kind = reject.reason.partition(":")[0]
+        if kind not in self._quoted and len(self._quoted) < QUOTED_REASONS:
+            self._quoted.add(kind)
             print(f"skipped: {reject}", file=sys.stderr)
-        elif self._count == QUOTED_REJECTS + 1:
-            print("skipped: more such lines", file=sys.stderr)
 
 
 class _ProgressReporter:
@@ -179,14 +178,14 @@ class _ProgressReporter:
 
 def _summarize(options: argparse.Namespace, counts: Counts, seconds: float) -> None:
     print(
-        f"done       {counts.documents:,} documents, {counts.tokens:,} tokens in {_duration(seconds)}\n"
+        f"done       {_count(counts.documents, 'document')}, {counts.tokens:,} tokens in {_duration(seconds)}\n"
         f"           {_megabytes(counts.num_bytes)} of text, {counts.num_bytes / counts.tokens:.2f} bytes a token, "
         f"{_megabytes(counts.num_bytes / max(seconds, 1e-9))}/s"
     )
     if counts.empty:
-        print(f"           {counts.empty:,} empty documents left out")
+        print(f"           {_count(counts.empty, 'empty document')} left out")
     if counts.rejected:
-        print(f"           {counts.rejected:,} lines skipped: {rejects_path(options.output_prefix)}")
+        print(f"           {_count(counts.rejected, 'line')} skipped: {rejects_path(options.output_prefix)}")
     for key in _keys(options):
         prefix = dataset_prefix(options.output_prefix, key)
         print(f"           {prefix}.bin .idx .json\nnext       python tools/inspect_data.py {prefix}")
@@ -202,21 +201,30 @@ def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokeni
         print(f"turn end   {_token_name(tokenizer, end)}, which is learned")
     kept = counts.conversations
     print(
-        f"done       {kept:,} conversations, {counts.tokens:,} tokens in {_duration(seconds)}, "
+        f"done       {_count(kept, 'conversation')}, {counts.tokens:,} tokens in {_duration(seconds)}, "
         f"{kept / max(seconds, 1e-9):,.0f} conversations/s\n"
         f"           {counts.learned:,} tokens are learned, {counts.learned / counts.tokens:.1%}\n"
         f"           tokens a document: median {lengths['median']:,}, longest {lengths['max']:,}"
     )
+    _summarize_rejected(options, counts)
     for sentence in describe(counts):
         print(f"           {sentence}")
     if counts.outcome["spelled"]:
         spelled = f"{counts.outcome['spelled']:,}"
         print(f"warning: conversations that spell a special token, which becomes it: {spelled}", file=sys.stderr)
-    if counts.rejected:
-        print(f"           the rejected: {rejects_path(options.output_prefix)}")
     tokenizer_flag = "" if tokenizer.kind == "byte" else f" --tokenizer {shlex.quote(options.tokenizer_model)}"
     print(f"           {data.prefix}.bin .idx .mask.bin .json")
     print(f"next       python tools/inspect_data.py {data.prefix}{tokenizer_flag} --sample 0")
+
+
+def _summarize_rejected(options: argparse.Namespace, counts: SupervisedCounts) -> None:
+    """Before the reasons; a data set of which most is lost is seldom what was wanted."""
+    total = counts.conversations + counts.outcome["dropped"] + counts.rejected
+    if counts.rejected:
+        rejected = f"{counts.rejected:,} of {_count(total, 'record')} rejected"
+        print(f"           {rejected}, which are in {rejects_path(options.output_prefix)}:")
+        if counts.rejected > total / 2:
+            print(f"warning: {rejected}, more than half", file=sys.stderr)
 
 
 def _formats(counts: SupervisedCounts) -> list[str]:
@@ -258,7 +266,10 @@ def _check(options: argparse.Namespace) -> None:
             f"HuggingFaceTokenizer or ByteTokenizer"
         )
     if not options.tokenizer_model and KINDS.get((name or "").lower()) != "byte":
-        raise ConfigError("--tokenizer-model is missing: a SentencePiece model, a tokenizer.json, or `byte`")
+        raise ConfigError(
+            "--tokenizer-model is missing: "
+            "a SentencePiece model, a tokenizer.json, a directory that holds one, or `byte`"
+        )
     lowest = (("--workers", options.workers, 1), ("--log-interval", options.log_interval, 1))
     for name, value, low in (*lowest, ("--max-length", options.max_length, 2)):
         if value is not None and value < low:
@@ -294,6 +305,10 @@ def _end(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
 
@@ -314,12 +329,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-prefix", required=True, help="where to write, without the ending")
     add("--tokenizer-type", help="SentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or ByteTokenizer; "
         "seen from the model when not given")  # fmt: skip
-    add("--tokenizer-model", metavar="PATH", help="SentencePiece model, tokenizer.json, a directory, or `byte`")
+    add(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="SentencePiece model, tokenizer.json, a directory that holds one, or `byte`",
+    )
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
     add("--chat-template", metavar="TEMPLATE", help="sft: the name of a built-in one (chatml, llama2, llama3, mistral) "
         "or a Jinja file (default: the tokenizer's own)")  # fmt: skip
     add("--train-on", choices=get_args(TrainOn), help="sft: which turns are learned (default: assistant)")
-    add("--max-length", type=int, metavar="TOKENS", help="sft: conversations of more are too long (default: none is)")
+    add("--max-length", type=int, metavar="TOKENS", help="sft: conversations of more are too long, of which a sequence "
+        "of the training fits data.seq_length + 1 (default: none is)")  # fmt: skip
     add("--on-too-long", choices=get_args(OnTooLong),
         help="sft: truncate keeps the first tokens (default), drop, split into several, error: stop")  # fmt: skip
     add("--workers", type=int, default=_cores(), help="processes that encode (default: the cores, here %(default)s)")

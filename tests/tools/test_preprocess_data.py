@@ -158,7 +158,7 @@ def test_bad_lines_are_skipped_or_fatal(folder, main, capsys):
     output = capsys.readouterr()
     assert output.err.splitlines()[0].startswith("warning: without --append-eod")
     assert output.err.splitlines()[1].startswith("skipped: a.jsonl:2: not JSON")
-    assert len(output.err.splitlines()) == 7
+    assert len(output.err.splitlines()) == 2
     assert "8 lines skipped: out/x.rejects.jsonl" in output.out
     assert len(Path("out/x.rejects.jsonl").read_bytes().splitlines()) == 8
     code, _, err = finish("--input", "a.jsonl", "--output-prefix", "fatal/x", *BYTE, "--on-bad-line", "fail")
@@ -197,7 +197,11 @@ def test_existing_output_is_not_replaced_unasked(folder, main):
     ("arguments", "code", "message"),
     [
         (("--input", "gone.jsonl", *BYTE), 64, "error: --input: no such file or directory: gone.jsonl"),
-        (("--input", "a.jsonl"), 64, "error: --tokenizer-model is missing"),
+        (
+            ("--input", "a.jsonl"),
+            64,
+            "error: --tokenizer-model is missing: a SentencePiece model, a tokenizer.json, a directory that holds one",
+        ),
         (("--input", "a.jsonl", "--tokenizer-model", "gone.model"), 64, "'gone.model': no such file"),
         (("--input", "a.jsonl", "--tokenizer-type", "GPT2BPETokenizer"), 64, "GPT2BPETokenizer is unknown; expected"),
         (("--input", "a.jsonl", *BYTE, "--workers", "0"), 64, "--workers = 0; expected 1 or more"),
@@ -314,7 +318,7 @@ def test_conversations_from_a_clean_process(chats):
         "tokens a document: median 29, longest 100",
         "1 rejected: unknown role",
         "1 too long, cut to the first tokens",
-        "the rejected: out/x.rejects.jsonl",
+        "1 of 4 records rejected, which are in out/x.rejects.jsonl:",
         "next       python tools/inspect_data.py out/x_sft --tokenizer tok --sample 0",
     ):
         assert line in out
@@ -333,6 +337,37 @@ def test_several_files_of_conversations(chats, main, capsys):
     main(*SFT, "--input", "chats.jsonl", "more", "--tokenizer-model", "tok", "--workers", 1)
     out, _ = capsys.readouterr()
     assert "chats.jsonl: messages 1, sharegpt 1, text 1" in out and "more/b.jsonl: alpaca 1" in out
+
+
+@pytest.mark.parametrize(("good", "warned"), [(8, True), (9, False)])
+def test_what_was_rejected_is_summed_up(chats, main, capsys, good, warned):
+    """A line for each of the first reasons, and a warning when more than half were lost."""
+    bad = [b"bad", b"{}", b"{}", b"5", b'{"messages": []}', b'{"text": ""}', b'{"input_ids": [1]}', b"bad", b"bad"]
+    Path("chats.jsonl").write_bytes(b"\n".join([*bad, *[orjson.dumps(CHATS[0])] * good]))
+    main(*SFT, "--input", "chats.jsonl", "--tokenizer-model", "tok", "--workers", 1)
+    out, err = capsys.readouterr()
+    summary = f"9 of {9 + good} records rejected"
+    assert f"           {summary}, which are in out/x.rejects.jsonl:\n           3 rejected: not JSON\n" in out
+    quoted = [line.split(":")[2] for line in err.splitlines() if line.startswith("skipped")]
+    assert quoted == ["1", "2", "4", "5", "6"]
+    assert (f"warning: {summary}, more than half\n" in err) == warned
+
+
+def test_one_is_not_several(chats, main, capsys):
+    Path("chats.jsonl").write_bytes(orjson.dumps(CHATS[0]) + b"\n")
+    main(*SFT, "--input", "chats.jsonl", "--tokenizer-model", "tok", "--workers", 1)
+    write_lines(Path("a.jsonl"), ["one", ""])
+    main("--input", "a.jsonl", "--output-prefix", "x", *BYTE, "--append-eod", "--workers", 1)
+    out, err = capsys.readouterr()
+    for line in (
+        "1 conversation, ",
+        "1 document, ",
+        "; 1 worker\n",
+        "input      1 file, ",
+        "1 empty document left out",
+    ):
+        assert line in out
+    assert "rejected" not in out + err
 
 
 def test_texts_need_no_template(chats, main, capsys):

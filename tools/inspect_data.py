@@ -14,7 +14,7 @@ from rich.text import Text
 from engine.config import DatasetConfig
 from engine.data import inspection
 from engine.data.indexed import IndexedDataset
-from engine.data.inspection import Conversation, Piece, printable
+from engine.data.inspection import Conversation, Piece, document_kind, printable
 from engine.data.pretrain import PARTS, PretrainDataset
 from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError, run_program
@@ -109,7 +109,7 @@ class _Progress:
 def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, value in _rows(report):
-        console.print(Text(f"{name:<20} ", "bold").append(value, "not bold"))
+        console.print(Text(f"{name:<23} ", "bold").append(value, "not bold"))
     for piece in [*report.get("head", []), *report.get("document", [])]:
         if isinstance(piece, Conversation):
             _print_conversation(console, piece)
@@ -121,9 +121,10 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    kind = document_kind("learned" in report)
     rows = [
         ("dataset", report["prefix"]),
-        ("documents", f"{report['documents']:,} in {report['sequences']:,} sequences"),
+        (f"{kind}s", f"{report['documents']:,} in {report['sequences']:,} sequences"),
         ("tokens", f"{report['tokens']:,} as {report['dtype']}"),
         ("size", f"{report['bytes']:,} bytes"),
     ]
@@ -133,7 +134,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         text = (
             f"min {lengths['min']:,}, median {lengths['median']:,}, mean {lengths['mean']:,.1f}, max {lengths['max']:,}"
         )
-        rows.append(("tokens per document", text))
+        rows.append((f"tokens per {kind}", text))
     if (info := report["description"]) is not None:
         tokenizer = f"{info['tokenizer_kind']}, {info['vocab_size']:,} ids, end of document {info['eod_id']}"
         rows.append(("tokenizer", f"{tokenizer}, hash {info['tokenizer_hash']}"))
@@ -167,7 +168,7 @@ def _print_sample(console: Console, sample: dict[str, Any]) -> None:
 def _print_conversation(console: Console, conversation: Conversation) -> None:
     count, learned = conversation.num_tokens, conversation.learned
     shown = _shown(sum(len(run.ids) for run in conversation.runs), count)
-    title = f"document {conversation.document:,}: {count:,} tokens, {learned:,} learned{shown}"
+    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {learned:,} learned{shown}"
     console.print(Text(title, "bold cyan"))
     coloured = console.color_system is not None and not console.no_color
     text = Text()
@@ -204,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="check every pointer and every token id")
     add("--vocab-size", type=int, metavar="V", help="ids must be below (default: of the tokenizer, or as recorded)")
     add("--head", type=int, default=0, metavar="N", help="show the beginnings of the first N documents")
-    add("--document", type=int, metavar="J", help="show document J, counted from 0")
+    add("--document", type=int, metavar="J", help="show document (or conversation) J, counted from 0")
     add("--sample", type=int, metavar="I", help="show training sample I of this dataset alone (needs "
         "--seq-length), or conversation I of a fine-tuning dataset")  # fmt: skip
     add("--seq-length", type=int, metavar="S", help="data.seq_length of the run")

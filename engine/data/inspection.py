@@ -166,9 +166,17 @@ def _silent(i: int, tokenizer: Tokenizer) -> str:
     return "" if tokenizer.decode([i]) else tokenizer.decode([i, i]) or f"<id {i}>"
 
 
+def document_kind(masked: bool) -> str:
+    """What a person calls a document."""
+    return "conversation" if masked else "document"
+
+
 def _check_document(data: IndexedDataset, j: int) -> None:
     if not 0 <= j < data.num_documents:
-        raise ConfigError(f"--document {j}: {data.prefix} has {data.num_documents:,} documents, counted from 0")
+        kind, count = document_kind(data.has_mask), data.num_documents
+        raise ConfigError(
+            f"no {kind} {j} in {data.prefix}: it has {count:,} {kind}{'s' * (count != 1)}, counted from 0"
+        )
 
 
 def sample(dataset: PretrainDataset, i: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

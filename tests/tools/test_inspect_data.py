@@ -104,7 +104,7 @@ def test_a_sample_in_words(main, prefix, capsys):
         (["--head", -1], ConfigError, "--head = -1; expected 0 or more"),
         (["--seq-length", 0, "--sample", 1], ConfigError, "--seq-length = 0; expected 1 or more"),
         (["--vocab-size", 0, "--verify"], ConfigError, "--vocab-size = 0; expected 1 or more"),
-        (["--document", 4], ConfigError, "--document 4: .* has 4 documents"),
+        (["--document", 4], ConfigError, "^no document 4 in .*: it has 4 documents, counted from 0$"),
         (["--verify", "--vocab-size", 120], DataFormatError, r"set\.bin: tokens\[14\] = 256; expected 0 \.\. 119"),
         (["--sample", 1, "--seq-length", 99], DataError, "seq_length = 99"),
     ],
@@ -194,12 +194,12 @@ def test_a_conversation_with_what_is_learned(main, chats, capsys):
     for flag in ("--sample", "--document"):
         main(chats, "--tokenizer", chats.parent / "tok", flag, 0)
         out, _ = capsys.readouterr()
-        assert f"document 0: 33 tokens, 12 learned\n{ASKED}«höllo\\x1b[31m<|im_end|>»\n" in out
-        assert "learned tokens       17, 27.4%" in out
+        assert f"conversation 0: 33 tokens, 12 learned\n{ASKED}«höllo\\x1b[31m<|im_end|>»\n" in out
+        assert "learned tokens          17, 27.4%" in out
     main(chats, "--tokenizer", chats.parent / "tok", "--head", 3)
     out, _ = capsys.readouterr()
     assert "«me<|im_end|>»" in out
-    assert "document 2: 3 tokens, 2 learned\n<id 299>«" in out and "<|endoftext|>»" in out
+    assert "conversation 2: 3 tokens, 2 learned\n<id 299>«" in out and "<|endoftext|>»" in out
 
 
 def test_a_conversation_in_colours(main, chats, capsys, monkeypatch):
@@ -239,7 +239,7 @@ def test_long_conversations_are_cut_for_reading(main, tmp_path, capsys):
         writer.add_document([65] * 5000, [0, 1] * 2500)
     main(tmp_path / "long", "--tokenizer", "byte", "--sample", 0)
     out, _ = capsys.readouterr()
-    assert "document 0: 5,000 tokens, 2,500 learned, the first 4,096\n" + "A«A»" * 2048 + "\n" in out
+    assert "conversation 0: 5,000 tokens, 2,500 learned, the first 4,096\n" + "A«A»" * 2048 + "\n" in out
 
 
 def test_masks_are_verified(main, chats, capsys):
@@ -258,8 +258,15 @@ def test_masks_are_verified(main, chats, capsys):
 def test_samples_that_are_conversations_need_no_length(main, chats):
     with pytest.raises(ConfigError, match=r"--seq-length has no meaning for .*chats"):
         main(chats, "--sample", 0, "--seq-length", 8)
-    with pytest.raises(ConfigError, match=r"3: .*chats has 3 documents, counted from 0"):
+    with pytest.raises(ConfigError, match=r"^no conversation 3 in .*chats: it has 3 conversations, counted from 0$"):
         main(chats, "--sample", 3)
+
+
+def test_a_fine_tuning_dataset_has_conversations(main, chats, capsys):
+    main(chats, "--tokenizer", chats.parent / "tok")
+    out = capsys.readouterr().out
+    assert "conversations           3 in 3 sequences\n" in out and "tokens per conversation min 3, " in out
+    assert "document" not in out.replace("end of document", "")  # no other one
 
 
 def test_every_id_of_a_conversation_is_seen():

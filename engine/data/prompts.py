@@ -40,7 +40,9 @@ def read_prompts(path: Path, *, chat: bool) -> list[dict[str, Any]]:
             try:
                 prompts.append(_checked(orjson.loads(line), chat=chat))
             except ValueError as problem:  # JSONDecodeError is one
-                raise DataError(f"{path}, line {number}: {problem}; it starts {line[:60]!r}") from None
+                raise DataError(
+                    f"{path}, line {number}: {problem}; it starts {line[:60].decode(errors='replace')!r}"
+                ) from None
     if not prompts:
         raise DataError(f'{path} holds no prompts; expected an object a line, as in {{"prompt": "..."}}')
     return prompts

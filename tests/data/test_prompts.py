@@ -64,6 +64,13 @@ def test_a_bad_line_is_named(tmp_path, line, expected):
         raise error.value
 
 
+def test_a_bad_line_is_quoted_as_text(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"text": "naïve\x7f"}\n')
+    with pytest.raises(DataError, match=r"""it starts '{"text": "naïve\\x7f"}'$"""):
+        read_prompts(path, chat=True)
+
+
 def test_files_without_prompts(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         read_prompts(tmp_path / "none", chat=False)

@@ -28,6 +28,7 @@ from engine.data.pretrain import Sample
 from engine.errors import ConfigError, TriaxisError, as_triaxis_error
 
 MICROBATCHES_AHEAD = 4  # of each worker
+ROUND = 64  # products of a few sizes are prepared once, those of any size again and again
 
 Numbers = tuple[int, ...]
 
@@ -51,7 +52,7 @@ class Batch:
             and b * s at the end.
         sample_numbers: one for each sequence.
         num_tokens: labels that count, on the host: a sum on the device would have to be waited for.
-        learned: int64 [num_tokens], which of the b * s labels count, where not all do.
+        learned: int64, which of the b * s labels count, where not all do, and a few more: a multiple of `ROUND`.
     """
 
     tokens: torch.Tensor
@@ -103,7 +104,8 @@ def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool)
     for row, sample in enumerate(samples):
         if sample.learned is not None:
             loss_mask[row] = torch.from_numpy(sample.learned)
-    learned = loss_mask.flatten().nonzero().flatten()
+    counted = loss_mask.flatten().nonzero().flatten()
+    more = (loss_mask.flatten() == 0).nonzero().flatten()[: -len(counted) % ROUND]
     return Batch(
         tokens=tokens,
         labels=labels,
@@ -111,8 +113,8 @@ def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool)
         positions=torch.from_numpy(positions.reshape(b, s)),
         cu_seqlens=(*starts.tolist(), b * s),
         sample_numbers=numbers,
-        num_tokens=len(learned),
-        learned=learned if len(learned) < b * s else None,
+        num_tokens=len(counted),
+        learned=torch.cat((counted, more)).sort().values if len(counted) + len(more) < b * s else None,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.data import loader
 from engine.data.loader import Batch, batches, collate
 from engine.data.pretrain import Sample
 from engine.errors import ConfigError, DataFormatError, StorageError, TriaxisError
@@ -240,17 +241,17 @@ def test_a_batch_crosses_processes_without_shared_memory():
     assert torch.equal(again.positions, batch.positions)
 
 
-def test_labels_that_are_not_learned_do_not_count():
-    learned = np.array([True, False, True, False])
-    samples = [
-        Sample(np.arange(4), np.arange(4) + 7, np.array([2]), learned),
-        Sample.following(np.arange(5), np.array([], int)),
-    ]
+@pytest.mark.parametrize(("multiple", "learned"), [(1, [0, 2, 4, 5, 6, 7]), (7, [0, 1, 2, 4, 5, 6, 7]), (8, None)])
+def test_labels_that_are_not_learned_do_not_count(monkeypatch, multiple, learned):
+    monkeypatch.setattr(loader, "ROUND", multiple)
+    mask = np.array([True, False, True, False])
+    following = Sample.following(np.arange(5), np.array([], int))
+    samples = [Sample(np.arange(4), np.arange(4) + 7, np.array([2]), mask), following]
     batch = collate(samples, (0, 1), document_mask=True)
     assert batch.labels.tolist() == [[7, 8, 9, 10], [1, 2, 3, 4]]
     assert batch.loss_mask.tolist() == [[1.0, 0.0, 1.0, 0.0], [1.0] * 4]
     assert batch.num_tokens == 6
-    assert batch.learned is not None and batch.learned.tolist() == [0, 2, 4, 5, 6, 7]
     sent = copy.deepcopy(batch)  # as it crosses processes
-    assert sent.learned.equal(batch.learned) and sent.loss_mask.equal(batch.loss_mask)
+    assert sent.loss_mask.equal(batch.loss_mask)
+    assert (None if sent.learned is None else sent.learned.tolist()) == learned
     assert collate(samples[1:], (1,), document_mask=True).learned is None

@@ -8,6 +8,7 @@ same tokens, the first one reads and prints.
 import argparse
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from engine.train.run import together
 
 WAIT_S = 7 * 24 * 3600  # how long the other ranks wait for what a person says next
 SECONDS_BETWEEN_LINES = 2.0
+COMMANDS = "an empty line, Ctrl-D, /exit or /quit ends; /reset starts over"
 EXAMPLES = """
 DIR: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory.
 
@@ -98,11 +100,14 @@ def _converse(options: argparse.Namespace, speaker: Speaker) -> None:
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401 (gives `input` a history)
-        print("an empty line or Ctrl-D ends, /reset starts over", file=sys.stderr)
+        print(COMMANDS, file=sys.stderr)
     messages = _opening(options)
-    while turn := _utf8(_turn, "stdin").strip():
+    while (turn := _utf8(_turn, "stdin").strip()) not in ("", "/exit", "/quit"):
         if turn == "/reset":
             messages = _opening(options)
+            continue
+        if re.match(r"/\w*(\s|$)", turn):  # not a path
+            print(f"{turn.split()[0]} is no command: {COMMANDS}", file=sys.stderr)
             continue
         asked = [*messages, {"role": "user", "content": turn}]
         try:
@@ -227,7 +232,7 @@ def _load(options: argparse.Namespace, world: World) -> Speaker:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Continue a text with a trained model, talk with it, or let it answer a file of prompts.",
-        epilog=EXAMPLES,
+        epilog=f"{EXAMPLES}\nIn a conversation, {COMMANDS}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

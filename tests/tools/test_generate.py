@@ -158,6 +158,24 @@ def test_a_conversation_goes_on_turn_by_turn(program, chatty):
         program(chatty, "--chat", *file_of(chatty, [{"prompt": "A?"}, {"messages": [refused]}]))
 
 
+@pytest.mark.parametrize("end", ["/exit", "/quit", ""])
+def test_commands_are_not_said_to_the_model(program, chatty, monkeypatch, end):
+    asked = []
+    prompt_ids = ChatEncoder.prompt_ids
+
+    def watched(self, messages, tools=None):
+        asked.append(messages[-1]["content"])
+        return prompt_ids(self, messages, tools)
+
+    monkeypatch.setattr(ChatEncoder, "prompt_ids", watched)
+    _, err = program(chatty, "--chat", stdin=f"/help\n/\n/system x\n/etc/hosts?\nA?\n{end}\nB?\n")
+    commands = "an empty line, Ctrl-D, /exit or /quit ends; /reset starts over"
+    assert err == "".join(f"{name} is no command: {commands}\n" for name in ("/help", "/", "/system"))
+    assert asked == ["/etc/hosts?", "A?"]
+    shown = tool("generate", "--help").stdout
+    assert f"In a conversation, {commands}." in shown and "DIR --chat --system 'Be brief.'" in shown
+
+
 def test_the_template_sees_the_whole_conversation(program, chatty, monkeypatch):
     seen = []
     prompt_ids = ChatEncoder.prompt_ids

@@ -22,9 +22,12 @@ HELD_OUT = 0.05  # as in `split` of examples/configs/quickstart.yaml
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("data/quickstart/stdlib.jsonl"), metavar="FILE")
-    parser.add_argument("--output", type=Path, default=Path("data/evaluation/next_line.jsonl"), metavar="FILE")
-    parser.add_argument("--questions", type=int, default=1000, metavar="N")
+    add = parser.add_argument
+    add("--corpus", type=Path, default=Path("data/quickstart/stdlib.jsonl"), metavar="FILE",
+        help="the quickstart's, of which the end was held out (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path, default=Path("data/evaluation/next_line.jsonl"), metavar="FILE",
+        help="where the questions go; it is replaced (default: %(default)s)")  # fmt: skip
+    add("--questions", type=int, default=1000, metavar="N", help="how many at most (default: %(default)s)")
     options = parser.parse_args()
     if not options.corpus.exists():
         parser.error(f"--corpus {options.corpus} is not there; `bash examples/quickstart.sh` makes it")

@@ -62,3 +62,12 @@ def test_a_missing_corpus_is_named(main, tmp_path, monkeypatch, capsys):
     assert (
         "data/quickstart/stdlib.jsonl is not there; `bash examples/quickstart.sh` makes it" in capsys.readouterr().err
     )
+
+
+def test_the_help_says_what_options_do(main, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["next_line.py", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    for default in ("data/quickstart/stdlib.jsonl", "data/evaluation/next_line.jsonl", "1000"):
+        assert f"(default: {default})" in shown

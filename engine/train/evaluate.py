@@ -21,11 +21,11 @@ def compares_evaluations(config: Config) -> bool:
 
 
 def note_evaluation(trainer: Trainer, loss: float) -> bool:
-    """Compare with the best evaluation so far; whether this is better."""
+    """Compare with the best evaluation so far; whether this is better, which NaN is not."""
     step, best = trainer.progress.step, trainer.best
     if not compares_evaluations(trainer.config):
         return False
-    improved = best is None or loss < best.loss
+    improved = loss < (math.inf if best is None else best.loss)
     if improved:
         trainer.best = Best(step, loss, 0)
     elif best is not None and best.step != step:

@@ -1,7 +1,9 @@
 """Fine-tuning: the same numbers in every layout, packed or not, and the numbers of others."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from engine.checkpoint.hf_config import hf_config
 from engine.checkpoint.huggingface import export
 from engine.checkpoint.initial import InitialWeights
 from engine.checkpoint.manager import open_checkpoint
+from engine.checkpoint.rectangles import Best
 from engine.config import DatasetConfig
 from engine.config import ParallelConfig as Parallel
 from engine.data.indexed import IndexedDatasetWriter
@@ -34,8 +37,10 @@ from engine.testing.runs import (
     run_until_signal,
     write_conversations,
 )
+from engine.train.evaluate import note_evaluation, stops_early
 from engine.train.run import train
 from engine.train.step import embedding_noise
+from engine.train.trainer import Progress
 
 S = 32
 TEMPLATE = "{{ messages[0].content }}"
@@ -218,6 +223,18 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
     assert open_checkpoint(tmp_path / "run").state.step == last
     again = run_training(sft_config(tmp_path, *options, steps=200))  # nothing to do
     assert again == records
+
+
+def test_nan_is_never_the_best_evaluation(tmp_path):
+    trainer = SimpleNamespace(
+        config=sft_config(tmp_path, "--train.eval_steps=1", "--train.early_stopping=2"), best=None
+    )
+    noted = []
+    for step, loss in enumerate([math.nan, 3.0, math.nan, 2.0, 2.5, math.inf]):
+        trainer.progress = Progress(step)
+        noted.append((note_evaluation(trainer, loss), stops_early(trainer)))
+    assert noted == [(False, False), (True, False), (False, False), (True, False), (False, False), (False, True)]
+    assert trainer.best == Best(3, 2.0, 2)
 
 
 def test_there_is_no_best_checkpoint_without_comparing(tmp_path):

@@ -65,7 +65,7 @@ def test_the_example_starts_in_three_ways(base, tmp_path, command):
     done = start([*command, *overrides(base, tmp_path / "run", 2)], tmp_path, NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     for part in (
-        "an epoch is 4 conversations in 2 sequences",
+        "sequences   train: 4 conversations in 2 sequences",
         f"with the weights of {base / 'base'}",
         "finished: 2 steps",
     ):

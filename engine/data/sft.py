@@ -40,6 +40,10 @@ class SftDataset:
         packed: several conversations to a row where they fit.
         epochs: rows behind these are empty; None: never.
 
+    Attributes:
+        packing: what the rows of an epoch hold; there are `num_rows` of them, with `num_conversations`.
+        mean_length: of the conversation that a filled place belongs to, over all places.
+
     Raises:
         DataError: a file is missing or damaged, has no mask, or a conversation is longer than S + 1 tokens.
         ConfigError: weights that are not whole.
@@ -60,6 +64,7 @@ class SftDataset:
         self._sources = list(_open(datasets, split, part, seq_length))
         owners = [np.full(source.conversations.size, at) for at, source in enumerate(self._sources)]
         lengths = np.concatenate([source.lengths for source in self._sources])
+        self.num_conversations = lengths.size
         if not lengths.size:
             names = ", ".join(str(dataset.path) for dataset in datasets)
             raise DataError(
@@ -68,11 +73,13 @@ class SftDataset:
                 "train.early_stopping = 0, checkpoint.keep_best = false"
             )
         self.packing = (best_fit if packed else alone)(lengths, seq_length)
+        self.num_rows = self.packing.num_rows
+        pairs = lengths.astype(np.float64)
+        self.mean_length = float((pairs**2).sum() / pairs.sum())
         order = np.argsort(lengths, kind="stable")
         self._owners = np.concatenate(owners)[order].astype(np.int32)
         self._conversations = np.concatenate([source.conversations for source in self._sources])[order]
         self._places = _Places(self.packing, lengths)
-        self._pairs = lengths
 
     @property
     def datasets(self) -> tuple[IndexedDataset, ...]:
@@ -82,22 +89,6 @@ class SftDataset:
     def num_tokens(self) -> int:
         """Places that an epoch fills, over all datasets."""
         return round(self.packing.efficiency * self.num_rows * self.seq_length)
-
-    @property
-    def mean_length(self) -> float:
-        """Of the conversation that a filled place belongs to, over all places."""
-        pairs = self._pairs.astype(np.float64)
-        return float((pairs**2).sum() / pairs.sum())
-
-    @property
-    def num_rows(self) -> int:
-        """Of an epoch."""
-        return self.packing.num_rows
-
-    @property
-    def num_conversations(self) -> int:
-        """That an epoch reads."""
-        return self._conversations.size
 
     def sample(self, i: int) -> Sample:
         """Row `i >= 0`; what the conversations leave over is filled with tokens 0 that are not learned."""

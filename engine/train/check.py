@@ -8,6 +8,7 @@ from engine.checkpoint.hf_config import hf_config
 from engine.config import Config, with_steps
 from engine.data.indexed import dataset_file
 from engine.data.pretrain import Part
+from engine.data.tokenizer import Tokenizer
 from engine.errors import ConfigError
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
@@ -36,7 +37,8 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
     layout, reason = choose_layout(config, ranks)
     missing = _missing_files(config)
-    opened = [] if missing else _open(config)
+    tokenizer = None if missing else open_tokenizer(config)
+    opened = [] if tokenizer is None else _open(config, tokenizer)
     config = with_steps(config, rows_of(opened[0]) if opened else None) if opened or config.train.steps else config
     for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
@@ -53,9 +55,8 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
         print(f"data        {data.num_tokens:,} tokens to {part}")
         for line in in_rows(data, part, config):
             print(line)
-    if opened:
-        for line in describe_template(opened[0], open_tokenizer(config)):
-            print(line)
+    for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
+        print(line)
     require_fit(config, layout, ranks)
     print("ok, but for what is not on this machine" if missing else "ok")
 
@@ -69,9 +70,8 @@ def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_nod
     return Ranks(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
 
 
-def _open(config: Config) -> list[Data]:
+def _open(config: Config, tokenizer: Tokenizer) -> list[Data]:
     """The data to train with and, where there are evaluations, to validate with."""
-    tokenizer = open_tokenizer(config)
     parts: list[Part] = ["train", "valid"] if config.train.eval_steps else ["train"]
     return [open_data(config, part, tokenizer) for part in parts]
 

@@ -50,7 +50,7 @@ from engine.train.step import build, train_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.bench.step import _cpu
+from tools.bench.step import cpu_name
 
 SEQ_LENGTH = 1024
 MEDIAN_LENGTH, SPREAD = 160, 1.0  # of the log-normal lengths of conversations, in tokens
@@ -270,7 +270,7 @@ def require_same_work(first: dict[str, Step]) -> None:
 
 def _describe(conversations: Conversations, threads: int) -> None:
     lengths, learned = conversations.lengths, conversations.learned
-    print(f"{_cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     print(
         f"{MODEL['num_layers']} layers, hidden {MODEL['hidden_size']}, vocabulary {MODEL['vocab_size']}, sequence "
         f"{SEQ_LENGTH}, fp32, {threads} thread(s)\na step is {lengths.size} conversations of {lengths.min()} to "

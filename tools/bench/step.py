@@ -67,7 +67,7 @@ def main() -> None:
     if args.device == "cuda":
         _measure_on_gpu(args)
         return
-    print(f"{_cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {_versions()}")
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {_versions()}")
     for vocab_size in args.vocab_size:
         model = _model(args, vocab_size)
         torch.manual_seed(0)
@@ -325,7 +325,7 @@ def _products_ms(model: ModelConfig, tokens: int) -> float:
     return total * 1000
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = {  # a package may import what has a lower number, and itself
-    "config": 1,
+ROOMS = {  # a room may import what has a lower number, and itself
     "errors": 0,
+    "config": 1,
     "ops": 2,
     "data": 2,
     "parallel": 3,
@@ -18,14 +18,25 @@ LEVELS = {  # a package may import what has a lower number, and itself
     "plan": 5,
     "checkpoint": 5,
     "optim": 5,
+    "generate": 5,
     "train": 6,
     "testing": 7,
-    "__main__": 7,
+    "cli": 8,
+    "__main__": 9,
 }
+DATA_ROOMS = {  # the same within data
+    "storage": 0,
+    "tokenizers": 0,
+    "chat": 1,
+    "samples": 1,
+    "preprocess": 2,
+    "inspection": 2,
+}
+FILES = sorted((ROOT / "engine").rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of everything a file imports."""
+    """Dotted names of everything a file imports, for types alone too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -36,23 +47,32 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "engine").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def room_of(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_downwards(path):
-    package = path.relative_to(ROOT / "engine").parts[0].removesuffix(".py")
-    if package == "__init__":
-        assert imports(path) == set()
-        return
-    for name in imports(path):
-        assert not name.startswith("tools"), f"{path} imports {name}"
-        if name.startswith("engine."):
-            other = name.split(".")[1]
-            allowed = other == package or other == "__version__" or LEVELS[other] < LEVELS[package]
-            assert allowed, f"{path} imports {name}: {package} may only import what is below it"
+    for rooms, base in ((ROOMS, "engine"), (DATA_ROOMS, "engine.data")):
+        folder = ROOT.joinpath(*base.split("."))
+        if not path.is_relative_to(folder):
+            continue
+        room = room_of(path.relative_to(folder).parts)
+        if room == "__init__":
+            assert imports(path) == set()
+            continue
+        for name in imports(path):
+            assert not name.startswith("tools"), f"{path} imports {name}"
+            if name.startswith(f"{base}."):
+                other = name.removeprefix(f"{base}.").split(".")[0]
+                allowed = other in (room, "__version__") or rooms[other] < rooms[room]
+                assert allowed, f"{path} imports {name}: {room} may only import what is below it"
 
 
-def test_every_package_has_a_level():
-    there = {p.name.removesuffix(".py") for p in (ROOT / "engine").iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert there - {"__init__", "__pycache__"} == set(LEVELS)
+def test_every_room_has_a_place():
+    for rooms, folder in ((ROOMS, ROOT / "engine"), (DATA_ROOMS, ROOT / "engine" / "data")):
+        there = {p.name.removesuffix(".py") for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()}
+        assert there - {"__init__", "__pycache__"} == set(rooms)
 
 
 FORBIDDEN = ("pickle", "torch.load", "yaml.load", "marshal", "shelve", "dill")

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint.huggingface import HuggingFaceDirectory
+from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.manager import Checkpoint, open_checkpoint
 from engine.checkpoint.rectangles import Rectangle, Shape
-from engine.config import SOURCES, ModelConfig
+from engine.config.schema import SOURCES, ModelConfig
 
 
 class InitialWeights:

@@ -7,11 +7,11 @@ import orjson
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint.huggingface import GENERATION_CONFIG, HuggingFaceDirectory
+from engine.checkpoint.huggingface.directory import GENERATION_CONFIG, HuggingFaceDirectory
 from engine.checkpoint.manager import open_checkpoint
 from engine.checkpoint.rectangles import Rectangle
-from engine.config import ModelConfig
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.config.schema import ModelConfig
+from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.decoder import Decoder
 from engine.model.parameters import logical_shapes, parameter_table, tp_problem, whole_model

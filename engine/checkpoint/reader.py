@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.checkpoint import rectangles as fmt
 from engine.checkpoint.rectangles import Rectangle, Shape, State, StoredFile, StoredRectangle
 from engine.checkpoint.storage import SafetensorsFile, file_hash, read_file, require_file, tensor_hash
-from engine.config import ModelConfig
+from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
 
 MANIFEST = "manifest.json"

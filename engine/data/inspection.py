@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.data.files import CHUNK, Ints
-from engine.data.indexed import IndexedDataset
-from engine.data.pretrain import PretrainDataset
-from engine.data.tokenizer import Tokenizer, load_tokenizer, stream_text
+from engine.data.samples.pretrain import PretrainDataset
+from engine.data.storage.files import CHUNK, Ints
+from engine.data.storage.indexed import IndexedDataset
+from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, stream_text
 from engine.errors import ConfigError, DataError
 
 LOW_BITS = 20  # the median is found in two passes: the high bits of a length, then these

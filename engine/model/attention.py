@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from engine.config import ModelConfig, OpsConfig
+from engine.config.schema import ModelConfig, OpsConfig
 from engine.model.layers import ColumnLinear, Norm, Parameters, RowLinear
 from engine.model.parameters import kv_share
-from engine.ops.attention import Implementation, attention, attention_with_cache
+from engine.ops.attention import Implementation, attention
 from engine.ops.rope import apply_rope, apply_rope_qkv
-from engine.parallel.layout import ALONE, TensorParallel
+from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import again
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -75,51 +74,3 @@ def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None, by: I
         return attention(q, k, v, cu_seqlens, sliding_window, by)
 
     return attend
-
-
-class KeyValueCache:
-    """Keys and values of growing sequences, one slab for all layers, allocated once: this rank's heads alone.
-
-    Rejected: pages of keys and values that sequences share (vLLM), which pay when thousands of requests come and go.
-    """
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        sequences: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        tp: TensorParallel = ALONE,
-    ) -> None:
-        shape = (2, model.num_layers, sequences, capacity, kv_share(model, tp)[1], model.head_dim)
-        self.slab = torch.zeros(shape, dtype=dtype, device=device)  # a masked place must be finite: 0 · NaN is NaN
-        self.sliding_window = model.sliding_window
-        self.lengths = [0] * sequences
-
-    def extend(self, rows: range, count: int) -> tuple[torch.Tensor, Attend]:
-        """Make place for `count` new tokens of each of the sequences `rows`, one sequence after another.
-
-        Returns:
-            their positions, [rows · count], and how they attend. Tokens behind them are padding: they attend to
-            nothing and give 0.
-        """
-        device, some = self.slab.device, slice(rows.start, rows.stop)
-        self.lengths[some] = ends = [length + count for length in self.lengths[some]]
-        places = torch.tensor(ends, device=device)[:, None] + torch.arange(-count, 0, device=device)
-        row = torch.arange(len(rows), device=device)[:, None]
-
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = self.slab[:, layer, some]  # [b, capacity, n_kv, d]
-            padding = len(q) - places.numel()
-            q, k, v = (x[: places.numel()].unflatten(0, places.shape) for x in (q, k, v))
-            keys[row, places], values[row, places] = k, v
-            out = attention_with_cache(q, keys, values, tuple(ends), self.sliding_window)
-            return functional.pad(out.flatten(0, 1), (0, 0, 0, 0, 0, padding))
-
-        return places.flatten(), attend
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all sequences but `rows`, which move together to the front."""
-        self.slab = self.slab[:, :, rows]
-        self.lengths = [self.lengths[row] for row in rows]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.config import ModelConfig, OpsConfig, ParallelConfig
+from engine.config.schema import ModelConfig, OpsConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, attend_within
 from engine.model.layers import ColumnLinear, Embedding, Head, Norm, Parameters, RowLinear
 from engine.model.parameters import whole_model

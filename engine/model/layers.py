@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from engine.config import ModelConfig, OpsConfig
+from engine.config.schema import ModelConfig, OpsConfig
 from engine.ops.norm import add_norm, layer_norm, norm_to_fp8, rms_norm
 from engine.ops.quantize import Fp8Activation, Fp8Output
 from engine.parallel.fp8 import fused_output

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engine.config import ModelConfig
+from engine.config.schema import ModelConfig
 from engine.parallel.layout import ALONE, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Rectangle, Replicas

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from engine.config import OpsConfig
+from engine.config.schema import OpsConfig
 from engine.errors import ConfigError
 from engine.ops import native
 

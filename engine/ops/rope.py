@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.config import RopeScaling
+from engine.config.schema import RopeScaling
 from engine.ops import native
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import OptimizerConfig
+from engine.config.schema import OptimizerConfig
 from engine.ops.adamw import adamw_step
 from engine.parallel.data import Bucket, ShardedParameters
 

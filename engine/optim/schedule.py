@@ -2,7 +2,7 @@
 
 import math
 
-from engine.config import LrScheduleConfig
+from engine.config.schema import LrScheduleConfig
 
 
 def learning_rate(step: int, peak: float, schedule: LrScheduleConfig, total_steps: int) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.ops import native
 from engine.ops.fp8 import Implementation

@@ -6,7 +6,8 @@ from textwrap import wrap
 
 import torch
 
-from engine.config import Config, microbatches
+from engine.config.derived import microbatches
+from engine.config.schema import Config
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Coordinates, Layout
 from engine.parallel.pipeline.check import bubble_fraction, simulate

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from engine.config import Config, microbatches
+from engine.config.derived import microbatches
+from engine.config.schema import Config
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.model.parameters import tp_problem
 from engine.parallel.layout import Layout

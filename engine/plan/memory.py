@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from engine.config import Config, microbatches
+from engine.config.derived import microbatches
+from engine.config.schema import Config
 from engine.model.parameters import kv_share, parameter_table
 from engine.ops.cross_entropy import chunk_rows
 from engine.parallel.fp8 import multiplies_in_fp8

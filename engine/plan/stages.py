@@ -1,6 +1,6 @@
 """What each pipeline stage of a layout holds."""
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part, partition

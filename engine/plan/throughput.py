@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.parallel.table import ParameterTable
 
 FLOPS_FORMULA = "6 · multiplying parameters + 6 · layers · sequence · heads · head size (causal attention)"

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from engine.config import ModelConfig
+from engine.config.schema import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table

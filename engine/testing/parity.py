@@ -36,7 +36,7 @@ from torch import Tensor
 import engine.train.run
 import engine.train.step
 from engine.checkpoint.manager import open_checkpoint
-from engine.config import Config, ParallelConfig
+from engine.config.schema import Config, ParallelConfig
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import disconnect
 from engine.parallel.table import Rectangle

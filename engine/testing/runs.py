@@ -13,11 +13,12 @@ import orjson
 import torch
 
 from engine.checkpoint.initial import trained
-from engine.config import Config, resolve
-from engine.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
-from engine.data.loader import Batch, collate
-from engine.data.pretrain import Sample
-from engine.data.tokenizer import load_tokenizer
+from engine.config.load import resolve
+from engine.config.schema import Config
+from engine.data.samples.loader import Batch, collate
+from engine.data.samples.pretrain import Sample
+from engine.data.storage.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
+from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import Interrupted
 from engine.model.families import PRESETS
 from engine.testing.distributed import run_ranks

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from engine.checkpoint.rectangles import Best
-from engine.config import Config
-from engine.data.loader import batches
-from engine.data.sft import SftDataset
+from engine.config.schema import Config
+from engine.data.samples.loader import batches
+from engine.data.samples.sft import SftDataset
 from engine.errors import DataError
 from engine.parallel.layout import World
 from engine.train.inputs import Data

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.hf_config import hf_config
+from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.initial import InitialWeights, initial_weights
 from engine.checkpoint.manager import Checkpoint, candidates, open_checkpoint
-from engine.config import SOURCES, Config
-from engine.data.chat import find_template
-from engine.data.pretrain import Part, PretrainDataset
-from engine.data.sft import SftDataset
-from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.data.vocabulary import check_tokenizer, check_vocabulary
+from engine.config.schema import SOURCES, Config
+from engine.data.chat.template import find_template
+from engine.data.samples.pretrain import Part, PretrainDataset
+from engine.data.samples.sft import SftDataset
+from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
+from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model.parameters import parameter_table
 from engine.ops.choice import require_implementations

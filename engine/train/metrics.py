@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 import torch
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.errors import ConfigError, NonFiniteError
 from engine.parallel.layout import World
 from engine.plan.memory import GIB

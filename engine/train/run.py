@@ -12,9 +12,11 @@ import torch
 import engine
 from engine.checkpoint.manager import Checkpoint, State, save
 from engine.checkpoint.reader import BEST, checkpoints_dir, step_name
-from engine.config import Config, changed_settings, read_yaml, with_steps
-from engine.data.sft import SftDataset
-from engine.data.tokenizer import CHAT_TEMPLATE
+from engine.config.derived import with_steps
+from engine.config.load import changed_settings, read_yaml
+from engine.config.schema import Config
+from engine.data.samples.sft import SftDataset
+from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE
 from engine.errors import (
     CheckpointError,
     Interrupted,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import Config
-from engine.data.loader import Batch
-from engine.data.mixture import keyed_below
+from engine.config.schema import Config
+from engine.data.samples.loader import Batch
+from engine.data.samples.permutation import keyed_below
 from engine.model.decoder import Decoder
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.checkpoint.rectangles import Best
-from engine.config import Config
-from engine.data.loader import Batch, Samples, batches
+from engine.config.schema import Config
+from engine.data.samples.loader import Batch, Samples, batches
 from engine.errors import DataError
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate

@@ -6,12 +6,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from engine.checkpoint.hf_config import hf_config
-from engine.checkpoint.huggingface import HuggingFaceDirectory, import_directory
+from engine.checkpoint.huggingface.config import hf_config
+from engine.checkpoint.huggingface.directory import HuggingFaceDirectory, import_directory
 from engine.checkpoint.load import load_decoder, stop_ids
 from engine.checkpoint.storage import SafetensorsFile
-from engine.config import ModelConfig
-from engine.data.tokenizer import ByteTokenizer, load_tokenizer
+from engine.config.schema import ModelConfig
+from engine.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from engine.errors import CheckpointError
 from engine.model.attention import attend_within
 from engine.model.parameters import logical_shapes

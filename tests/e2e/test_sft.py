@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint.huggingface import HuggingFaceDirectory
-from engine.data.tokenizer import load_tokenizer
+from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError
 from engine.testing.runs import read_records
 from engine.testing.tokenizers import write_chatml_tokenizer

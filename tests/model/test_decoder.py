@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 
-from engine.config import ModelConfig, ParallelConfig
-from engine.model.attention import KeyValueCache, attend_within
+from engine.config.schema import ModelConfig, ParallelConfig
+from engine.generate.cache import KeyValueCache
+from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.parameters import parameter_table, whole_model
 from engine.parallel.data import ShardedParameters

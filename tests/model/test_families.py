@@ -1,6 +1,6 @@
 import pytest
 
-from engine.config import ModelConfig
+from engine.config.schema import ModelConfig
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes, parameter_table
 

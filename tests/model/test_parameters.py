@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.checkpoint.rectangles import covers_exactly
-from engine.config import ModelConfig
+from engine.config.schema import ModelConfig
 from engine.model.families import PRESETS
 from engine.model.parameters import kv_replicas, kv_share, logical_shapes, parameter_table
 from engine.parallel.layout import ALONE, Coordinates, Layout, TensorParallel

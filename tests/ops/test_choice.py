@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.config import OpsConfig
+from engine.config.schema import OpsConfig
 from engine.errors import ConfigError
 from engine.ops import choice, native
 from engine.ops.attention import attention_reference, chosen

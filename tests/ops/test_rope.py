@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from engine.config import RopeScaling
+from engine.config.schema import RopeScaling
 from engine.ops.rope import apply_rope, apply_rope_reference, rope_tables
 from tests.ops.op_parity import FP32, assert_same, strided
 

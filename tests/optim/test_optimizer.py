@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.checkpoint.manager import open_checkpoint
-from engine.config import OptimizerConfig
+from engine.config.schema import OptimizerConfig
 from engine.model.parameters import parameter_table
 from engine.ops import adamw as module
 from engine.optim.optimizer import ShardedAdamW

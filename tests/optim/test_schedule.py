@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from engine.config import LrScheduleConfig
+from engine.config.schema import LrScheduleConfig
 from engine.optim.schedule import learning_rate
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig, OptimizerConfig
+from engine.config.schema import ModelConfig, OptimizerConfig
 from engine.model.decoder import Decoder
 from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW

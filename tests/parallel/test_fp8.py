@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.model.layers import ColumnLinear
 from engine.parallel.fp8 import Fp8State, multiplies_in_fp8, require_device

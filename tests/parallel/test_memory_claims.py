@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.parallel.data import ShardedParameters

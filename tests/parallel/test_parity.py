@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.config import ParallelConfig as Parallel
+from engine.config.schema import ParallelConfig as Parallel
 from engine.testing.parity import Case, Outcome, Problem, deviation, measure
 
 ONE = Case(micro=2)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import ParallelConfig
+from engine.config.schema import ParallelConfig
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.parameters import parameter_table

@@ -4,7 +4,8 @@ from itertools import product
 import pytest
 import torch
 
-from engine.config import Config, load
+from engine.config.load import load
+from engine.config.schema import Config
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout

@@ -5,7 +5,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from engine.config import Config, OptimizerConfig, ParallelConfig
+from engine.config.schema import Config, OptimizerConfig, ParallelConfig
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.parameters import kv_replicas, parameter_table

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.checkpoint.manager import open_checkpoint
-from engine.config import Config
+from engine.config.schema import Config
 from engine.errors import (
     CheckpointError,
     ConfigError,

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint.hf_config import hf_config
-from engine.checkpoint.huggingface import export
+from engine.checkpoint.huggingface.config import hf_config
+from engine.checkpoint.huggingface.directory import export
 from engine.checkpoint.initial import InitialWeights
 from engine.checkpoint.manager import open_checkpoint
 from engine.checkpoint.rectangles import Best
-from engine.config import DatasetConfig
-from engine.config import ParallelConfig as Parallel
-from engine.data.indexed import IndexedDatasetWriter
-from engine.data.loader import Batch, collate
-from engine.data.pretrain import Sample
-from engine.data.sft import SftDataset
-from engine.data.tokenizer import load_tokenizer
+from engine.config.schema import DatasetConfig
+from engine.config.schema import ParallelConfig as Parallel
+from engine.data.samples.loader import Batch, collate
+from engine.data.samples.pretrain import Sample
+from engine.data.samples.sft import SftDataset
+from engine.data.storage.indexed import IndexedDatasetWriter
+from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import DatasetConfig
-from engine.data.indexed import HEADER, MAGIC, VERSION
-from engine.data.pretrain import PretrainDataset
+from engine.config.schema import DatasetConfig
+from engine.data.samples.pretrain import PretrainDataset
+from engine.data.storage.indexed import HEADER, MAGIC, VERSION
 from engine.errors import run_program
 
 SEQ_LENGTH, BATCH = 4096, 1024

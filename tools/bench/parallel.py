@@ -26,7 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, resolve
+from engine.config.load import resolve
+from engine.config.schema import Config
 from engine.errors import ConfigError, run_program
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout

@@ -32,15 +32,16 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from engine.checkpoint.huggingface import export
+from engine.checkpoint.huggingface.directory import export
 from engine.checkpoint.initial import initial_weights, trained
 from engine.checkpoint.manager import State, open_checkpoint, save
-from engine.config import Config, DatasetConfig, OptimizerConfig, resolve
-from engine.data.files import Array
-from engine.data.indexed import IndexedDatasetWriter, token_dtype
-from engine.data.loader import Batch, batches
-from engine.data.sft import SftDataset
-from engine.data.tokenizer import load_tokenizer
+from engine.config.load import resolve
+from engine.config.schema import Config, DatasetConfig, OptimizerConfig
+from engine.data.samples.loader import Batch, batches
+from engine.data.samples.sft import SftDataset
+from engine.data.storage.files import Array
+from engine.data.storage.indexed import IndexedDatasetWriter, token_dtype
+from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes

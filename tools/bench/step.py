@@ -31,10 +31,11 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from engine.checkpoint.hf_config import hf_config
-from engine.config import Config, ModelConfig, OptimizerConfig, resolve
-from engine.data.loader import Batch, collate
-from engine.data.pretrain import Sample
+from engine.checkpoint.huggingface.config import hf_config
+from engine.config.load import resolve
+from engine.config.schema import Config, ModelConfig, OptimizerConfig
+from engine.data.samples.loader import Batch, collate
+from engine.data.samples.pretrain import Sample
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table

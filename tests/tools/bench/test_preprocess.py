@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.data import fast_sentencepiece
+from engine.data.tokenizers import fast_sentencepiece
 from engine.errors import ConfigError, DataError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
 

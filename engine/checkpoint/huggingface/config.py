@@ -1,0 +1,226 @@
+"""Hugging Face's `config.json` and our `ModelConfig`, one row per family.
+
+Pure. A row says which of our fields the architecture fixes, which of its settings we implement with one value only,
+and what a missing key means; anything else in a file would change the model silently, so it is refused with a reason.
+Written is the form of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), which 5 reads too; read are both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from engine.config.schema import ModelConfig, RopeScaling
+from engine.errors import CheckpointError, ConfigError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture.
+
+    Attributes:
+        fields: `ModelConfig` fields that the architecture fixes.
+        only: settings of `config.json` of which we implement this value alone; it is also their default.
+        defaults: what a missing key means, where that is not the same for all.
+        has_window: whether `sliding_window` applies to all layers.
+        has_head_dim: whether the head size may differ from hidden_size / num_heads.
+    """
+
+    architecture: str
+    fields: Json
+    only: Json
+    norm_key: str = "rms_norm_eps"
+    defaults: Json = field(default_factory=dict)
+    has_window: bool = False
+    has_head_dim: bool = True
+
+
+_PLAIN = {"norm": "rms", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "qk_norm": False}
+_QWEN_ONLY = {"hidden_act": "silu", "use_sliding_window": False}
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        fields=_PLAIN,
+        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        fields=_PLAIN,
+        only={"hidden_act": "silu"},
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        has_window=True,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        fields=_PLAIN | {"qkv_bias": True},
+        only=_QWEN_ONLY,
+        defaults={"num_key_value_heads": 32},
+        has_head_dim=False,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        fields=_PLAIN | {"qk_norm": True},
+        only=_QWEN_ONLY | {"attention_bias": False},
+        defaults={"head_dim": 128, "num_key_value_heads": 32},
+    ),
+    "starcoder2": Family(
+        "Starcoder2ForCausalLM",
+        fields={"norm": "layer", "activation": "gelu", "qkv_bias": True, "output_bias": True, "qk_norm": False},
+        only={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
+        norm_key="norm_epsilon",
+        defaults={
+            "tie_word_embeddings": True,
+            "norm_epsilon": 1e-5,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.018042,
+        },
+        has_window=True,
+        has_head_dim=False,
+    ),
+}
+
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def model_config_from_hf(config: Mapping[str, Any]) -> Json:
+    """The fields of a `ModelConfig` that a `config.json` describes.
+
+    Raises:
+        CheckpointError: an architecture or setting that we do not implement, or a field that is missing.
+    """
+    name, family = _family_of(config)
+    for key, expected in {**family.only, "auto_map": None, "quantization_config": None}.items():
+        if config.get(key, expected) != expected:
+            raise CheckpointError(f"config.json: {key} = {config[key]!r} is not supported; expected {expected!r}")
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()) and not family.has_window:
+        raise CheckpointError(f"config.json: layer_types = {config['layer_types']} is not supported")
+
+    def value(key: str, default: Any) -> Any:
+        found = config.get(key, family.defaults.get(key))
+        return default if found is None else found
+
+    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+    theta, scaling = _rope(config)
+    fields = {
+        "family": name,
+        "num_layers": _count(config, "num_hidden_layers"),
+        "hidden_size": hidden,
+        "intermediate_size": _count(config, "intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": value("num_key_value_heads", heads),
+        "head_dim": value("head_dim", hidden // heads),
+        "vocab_size": _count(config, "vocab_size"),
+        "max_position": _count(config, "max_position_embeddings"),
+        "norm_eps": value(family.norm_key, 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "sliding_window": _window(config, family),
+        "tie_embeddings": value("tie_word_embeddings", False),
+        "init_std": value("initializer_range", 0.02),
+    }
+    return fields | family.fields
+
+
+def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> Json:
+    """The `config.json` of a model.
+
+    Raises:
+        ConfigError: the family has no such setting in Hugging Face's form.
+    """
+    family = FAMILIES[model.family]
+    _require_expressible(model, family)
+    config = {
+        "architectures": [family.architecture],
+        "model_type": model.family,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "max_position_embeddings": model.max_position,
+        "initializer_range": model.init_std,
+        family.norm_key: model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": _scaling_json(model.rope_scaling),
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": _DTYPE_NAMES[dtype],
+        "use_cache": True,
+    }
+    window = {"sliding_window": model.sliding_window} if family.has_window else {}
+    head_dim = {"head_dim": model.head_dim} if family.has_head_dim else {}
+    return config | family.only | window | head_dim
+
+
+def _family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
+    architectures = config.get("architectures")
+    for name, family in FAMILIES.items():
+        if architectures == [family.architecture]:
+            return name, family
+    known = ", ".join(family.architecture for family in FAMILIES.values())
+    raise CheckpointError(f"config.json: architectures = {architectures!r} is not supported; known: {known}")
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    found = config.get(key)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise CheckpointError(f"config.json: {key} = {found!r}; expected a positive integer")
+    return found
+
+
+def _window(config: Mapping[str, Any], family: Family) -> int | None:
+    """A present null means no window; a missing key means the family's default."""
+    return config.get("sliding_window", family.defaults.get("sliding_window")) if family.has_window else None
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, Json | None]:
+    """Base and scaling: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"config.json: rope_scaling = {rope!r}; expected an object")
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if kind not in ("default", "llama3") or partial != 1.0:
+        seen = f"rotary positions of type {kind!r} with partial_rotary_factor {partial}"
+        raise CheckpointError(f"config.json: {seen} are not supported; known: default and llama3, on the whole head")
+    if kind == "default":
+        return theta, None
+    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    try:
+        factors = {key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    except KeyError as error:
+        raise CheckpointError(f"config.json: rotary positions of type llama3 without {error}") from None
+    return theta, factors | {"original_max_position": original}
+
+
+def _scaling_json(scaling: RopeScaling | None) -> Json | None:
+    if scaling is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+    }
+
+
+def _require_expressible(model: ModelConfig, family: Family) -> None:
+    fixed = dict(family.fields)
+    if not family.has_window:
+        fixed["sliding_window"] = None
+    if not family.has_head_dim:
+        fixed["head_dim"] = model.hidden_size // model.num_heads
+    for name, expected in fixed.items():
+        if (seen := getattr(model, name)) != expected:
+            raise ConfigError(
+                f"model.{name} = {seen!r} cannot be exported as {family.architecture}, which has {expected!r}; "
+                "choose another model.family"
+            )

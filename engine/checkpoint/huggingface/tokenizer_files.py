@@ -1,0 +1,142 @@
+"""Our tokenizers as files that `transformers` loads offline, with the same ids.
+
+A SentencePiece model becomes a `tokenizer.json`. Exceptions, both of the library that reads it: Unigram models resolve
+near-ties in long texts in double precision where SentencePiece has single, and a few rare combining characters are
+normalised differently. Rejected: leaving the model to the class `LlamaTokenizer`, which knows neither the model's
+normalisation nor Unigram, and gives other ids to a text that begins with a space.
+"""
+
+import base64
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.data.tokenizers.sentencepiece_model import (
+    BPE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    fields_of,
+    merges,
+    piece_of,
+    submessage,
+)
+from engine.errors import CheckpointError
+
+Json = dict[str, Any]
+Fields = Mapping[int, Any]
+
+BYTES_END = "<|endoftext|>"
+UNIGRAM = 1
+# Numbers of the fields in sentencepiece_model.proto
+MODEL_TYPE, SPACE_BEHIND, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
+CHARSMAP, SPACE_IN_FRONT, REMOVE_EXTRA_SPACES = 2, 3, 4
+
+
+def bytes_tokenizer() -> tuple[Json, Json]:
+    """`tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, every character falls back."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    model: Json = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": None, "byte_fallback": True}
+    added = [_added_token(256, BYTES_END, special=True)]
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    return _tokenizer(model, added, None, None, decoder), settings({"eos_token": BYTES_END})
+
+
+def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
+    """`tokenizer.json` and `tokenizer_config.json` of a SentencePiece model.
+
+    Raises:
+        CheckpointError: a kind of model that Hugging Face's tokenizers cannot express.
+    """
+    fields = list(fields_of(content))
+    pieces = [piece_of(value) for number, value in fields if number == 1]
+    trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
+    if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(SPACE_BEHIND):
+        raise CheckpointError("the tokenizer is neither a BPE nor a Unigram model with spaces in front of words")
+    added = [
+        _added_token(i, piece.text, special=piece.type == CONTROL)
+        for i, piece in enumerate(pieces)
+        if piece.type in (UNKNOWN, CONTROL)
+    ]
+    decoders: list[Json] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if normalizer.get(SPACE_IN_FRONT, 1):
+        decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    tokenizer = _tokenizer(
+        _model(trainer, pieces),
+        added,
+        {"type": "Sequence", "normalizers": list(_normalizers(normalizer))},
+        _split_user_symbols([piece.text for piece in pieces if piece.type == USER_DEFINED]),
+        {"type": "Sequence", "decoders": decoders},
+    )
+    ids = {
+        "unk_token": trainer.get(UNK_ID, 0),
+        "bos_token": trainer.get(BOS_ID, 1),
+        "eos_token": trainer.get(EOS_ID, 2),
+        "pad_token": trainer.get(PAD_ID, -1),
+    }
+    return tokenizer, settings({role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)})
+
+
+def settings(special: Mapping[str, str]) -> Json:
+    """`tokenizer_config.json`; `special` gives the tokens of roles such as `eos_token`."""
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+
+
+def _tokenizer(model: Json, added: list[Json], normalizer: Json | None, split: Json | None, decoder: Json) -> Json:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": split,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _added_token(i: int, content: str, *, special: bool) -> Json:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": i, "content": content, "special": special, **flags}
+
+
+def _model(trainer: Fields, pieces: Sequence[Piece]) -> Json:
+    byte_fallback, unknown = bool(trainer.get(BYTE_FALLBACK)), trainer.get(UNK_ID, 0)
+    if trainer.get(MODEL_TYPE, UNIGRAM) == UNIGRAM:
+        vocab = [[piece.text, piece.score] for piece in pieces]
+        return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": byte_fallback}
+    return {
+        "type": "BPE",
+        "vocab": {piece.text: i for i, piece in enumerate(pieces)},
+        "merges": merges({piece.text: piece.score for piece in pieces if piece.type == NORMAL}),
+        "unk_token": pieces[unknown].text,
+        "fuse_unk": True,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": True,  # for user-defined symbols, which stand alone after the split and have no merges
+    }
+
+
+def _normalizers(spec: Fields) -> Iterator[Json]:
+    """SentencePiece's steps in its order: characters, superfluous spaces, the space in front, spaces to `SPACE`."""
+    if spec.get(CHARSMAP):
+        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[CHARSMAP]).decode()}
+    if spec.get(REMOVE_EXTRA_SPACES, 1):
+        yield {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}
+        yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    if spec.get(SPACE_IN_FRONT, 1):
+        yield {"type": "Prepend", "prepend": SPACE}
+    yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def _split_user_symbols(symbols: list[str]) -> Json | None:
+    """Cut the text at user-defined symbols, longest first, so that nothing merges across them."""
+    if not symbols:
+        return None
+    longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)
+    pattern = "|".join(re.escape(symbol) for symbol in longest_first)
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

@@ -1,0 +1,83 @@
+"""`python -m engine check`: everything that can be known about a run without starting it."""
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.huggingface.config import hf_config
+from engine.config.derived import with_steps
+from engine.config.schema import Config
+from engine.data.samples.pretrain import Part
+from engine.data.storage.indexed import dataset_file
+from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.errors import ConfigError
+from engine.plan.describe import describe
+from engine.plan.layouts import choose_layout, require_fit
+from engine.plan.memory import GIB, Ranks, available
+from engine.train.inputs import Data, describe_template, in_rows, open_data, open_tokenizer, rows_of
+
+
+def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
+    """Validate `config` for `world_size` ranks and print layout, who holds what, memory, batch and steps.
+
+    Files that are not on this machine are named, and are no error: the check may run elsewhere than the run.
+
+    Args:
+        gpu_memory_gib: memory of each GPU of the run.
+        ranks_per_node: GPUs of each node of the run.
+
+    Raises:
+        ConfigError: no such layout or batch, or model and tokenizer do not fit together.
+        DataError: data that are here do not fit the run.
+        OutOfMemoryError: the run does not fit in the GPUs' memory.
+    """
+    for option, value in (("world-size", world_size), ("ranks-per-node", ranks_per_node)):
+        if value < 1:
+            raise ConfigError(f"--{option} {value}: expected at least 1")
+    ranks = _ranks(config, world_size, gpu_memory_gib, ranks_per_node)
+    hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
+    layout, reason = choose_layout(config, ranks)
+    missing = _missing_files(config)
+    tokenizer = None if missing else open_tokenizer(config)
+    opened = [] if tokenizer is None else _open(config, tokenizer)
+    config = with_steps(config, rows_of(opened[0]) if opened else None) if opened or config.train.steps else config
+    for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):
+        print(line)
+    gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
+    where = gpus if ranks.device_type == "cuda" else "this machine's memory"
+    dtype = str(ranks.dtype).removeprefix("torch.")
+    print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) a node (--ranks-per-node)")
+    for path in missing:
+        ending = path.with_suffix("").suffix
+        hint = f" (data.train takes it without {ending})" if ending in (".bin", ".idx") else ""
+        print(f"data        {path} is not on this machine and not checked{hint}")
+    parts: tuple[Part, ...] = ("train", "valid")
+    for part, data in zip(parts, opened, strict=False):
+        print(f"data        {data.num_tokens:,} tokens to {part}")
+        for line in in_rows(data, part, config):
+            print(line)
+    for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
+        print(line)
+    require_fit(config, layout, ranks)
+    print("ok, but for what is not on this machine" if missing else "ok")
+
+
+def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> Ranks:
+    """The ranks as the options and the configuration describe them; on a CPU they are on this machine."""
+    on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
+    per_node = min(world_size, ranks_per_node)
+    capacity = available(torch.device("cpu"), per_node) if on_cpu else int(gpu_memory_gib * GIB)
+    dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
+    return Ranks(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
+
+
+def _open(config: Config, tokenizer: Tokenizer) -> list[Data]:
+    """The data to train with and, where there are evaluations, to validate with."""
+    parts: list[Part] = ["train", "valid"] if config.train.eval_steps else ["train"]
+    return [open_data(config, part, tokenizer) for part in parts]
+
+
+def _missing_files(config: Config) -> list[Path]:
+    tokenizer = [] if config.data.tokenizer == "byte" else [Path(config.data.tokenizer)]
+    paths = tokenizer + [dataset_file(dataset.path, "idx") for dataset in [*config.data.train, *config.data.valid]]
+    return [path for path in paths if not path.exists()]

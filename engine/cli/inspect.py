@@ -1,0 +1,223 @@
+"""Look into a token dataset: count it, check it, read documents and samples."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.text import Text
+
+from engine.config.schema import DatasetConfig
+from engine.data import inspection
+from engine.data.inspection import Conversation, Piece, document_kind, printable
+from engine.data.samples.pretrain import PARTS, PretrainDataset
+from engine.data.storage.indexed import IndexedDataset
+from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.errors import ConfigError
+
+EXAMPLE = """
+examples:
+  python tools/inspect_data.py data/corpus_text_document
+  python tools/inspect_data.py data/corpus_text_document --verify
+  python tools/inspect_data.py data/corpus_text_document --tokenizer tok.model --sample 7 --seq-length 512
+  python tools/inspect_data.py data/chats_sft --tokenizer models/base --sample 7
+
+A sample of a fine-tuning dataset is a conversation: what is learned is green, or in «» where there are no colours.
+"""
+HEAD_TOKENS = 64  # of each document that --head shows
+DOCUMENT_TOKENS = 4096  # of the one that --document shows
+IDS_SHOWN = 32
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    _check(options)
+    report = _examine(options)
+    if options.json:
+        print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
+    else:
+        _print(report)
+
+
+def _examine(options: argparse.Namespace) -> dict[str, Any]:
+    data = IndexedDataset(options.prefix)
+    tokenizer = inspection.find_tokenizer(data, options.tokenizer)
+    report: dict[str, Any] = {}
+    if options.verify:
+        vocab_size = options.vocab_size or _vocab_size(data, tokenizer)
+        data.verify(vocab_size, _Progress())
+        report["verified"] = {"tokens": data.num_tokens, "vocab_size": vocab_size}
+    report = inspection.summary(data) | report
+    documents = inspection.conversations if data.has_mask else inspection.documents
+    if options.head:
+        numbers = range(min(options.head, data.num_documents))
+        report["head"] = documents(data, numbers, tokenizer, HEAD_TOKENS)
+    if options.document is not None:
+        report["document"] = documents(data, [options.document], tokenizer, DOCUMENT_TOKENS)
+    if options.sample is not None and data.has_mask:
+        if options.seq_length is not None:
+            raise ConfigError(f"--seq-length has no meaning for {data.prefix}: with a mask, a sample is a conversation")
+        report["document"] = documents(data, [options.sample], tokenizer, DOCUMENT_TOKENS)
+    elif options.sample is not None:
+        if options.seq_length is None:
+            raise ConfigError(
+                "--sample needs --seq-length, and the seed and split of the run where they are not the default"
+            )
+        dataset = DatasetConfig(path=options.prefix, weight=1.0)
+        samples = PretrainDataset([dataset], options.split, options.part, options.seq_length, options.seed)
+        report["sample"] = inspection.sample(samples, options.sample, tokenizer)
+    return report
+
+
+def _check(options: argparse.Namespace) -> None:
+    lowest = {"--head": (options.head, 0), "--document": (options.document, 0), "--sample": (options.sample, 0)}
+    lowest |= {"--seq-length": (options.seq_length, 1), "--vocab-size": (options.vocab_size, 1)}
+    for flag, (value, low) in lowest.items():
+        if value is not None and value < low:
+            raise ConfigError(f"{flag} = {value}; expected {low} or more")
+
+
+def _vocab_size(data: IndexedDataset, tokenizer: Tokenizer | None) -> int | None:
+    if tokenizer is not None:
+        return tokenizer.vocab_size
+    return None if data.info is None else data.info.vocab_size
+
+
+class _Progress:
+    """A line with rate and time left: rewritten on a terminal, every few seconds in a log."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if done < total and now - self._last < (0.2 if terminal else SECONDS_BETWEEN_LINES):
+            return
+        self._last = now
+        rate = done / max(now - self._start, 1e-9)
+        minutes, seconds = divmod(round((total - done) / max(rate, 1)), 60)
+        line = f"verify  {done / max(total, 1):6.1%}  {rate / 1e6:,.0f} MB/s  ETA {minutes}:{seconds:02d}"
+        end = "\r" if terminal and done < total else "\n"
+        print(line, end=end, file=sys.stderr, flush=True)
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for name, value in _rows(report):
+        console.print(Text(f"{name:<23} ", "bold").append(value, "not bold"))
+    for piece in [*report.get("head", []), *report.get("document", [])]:
+        if isinstance(piece, Conversation):
+            _print_conversation(console, piece)
+            continue
+        title = f"document {piece.document:,}: {piece.num_tokens:,} tokens"
+        _print_piece(console, piece, title + _shown(len(piece.ids), piece.num_tokens))
+    if "sample" in report:
+        _print_sample(console, report["sample"])
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    kind = document_kind("learned" in report)
+    rows = [
+        ("dataset", report["prefix"]),
+        (f"{kind}s", f"{report['documents']:,} in {report['sequences']:,} sequences"),
+        ("tokens", f"{report['tokens']:,} as {report['dtype']}"),
+        ("size", f"{report['bytes']:,} bytes"),
+    ]
+    if (learned := report.get("learned")) is not None:
+        rows.append(("learned tokens", f"{learned:,}, {learned / max(report['tokens'], 1):.1%}"))
+    if (lengths := report["document_tokens"]) is not None:
+        text = (
+            f"min {lengths['min']:,}, median {lengths['median']:,}, mean {lengths['mean']:,.1f}, max {lengths['max']:,}"
+        )
+        rows.append((f"tokens per {kind}", text))
+    if (info := report["description"]) is not None:
+        tokenizer = f"{info['tokenizer_kind']}, {info['vocab_size']:,} ids, end of document {info['eod_id']}"
+        rows.append(("tokenizer", f"{tokenizer}, hash {info['tokenizer_hash']}"))
+        rows.append(
+            ("made from", f"{len(info['sources']):,} source(s), {sum(s['bytes'] for s in info['sources']):,} bytes")
+        )
+        rows.append(("skipped", f"{info['skipped']:,} lines"))
+    else:
+        rows.append(("tokenizer", "not recorded (no .json beside the dataset)"))
+    if (verified := report.get("verified")) is not None:
+        size = verified["vocab_size"]
+        against = (
+            f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check them against it"
+        )
+        mask = "; the mask has one of 0 and 1 for each" if learned is not None else ""
+        rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
+    return rows
+
+
+def _print_sample(console: Console, sample: dict[str, Any]) -> None:
+    console.rule(f"sample {sample['number']:,}")
+    number, first = sample["number_in_epoch"], sample["first_token"]
+    starts = ", ".join(map(str, sample["boundaries"])) or "none"
+    console.print(f"epoch {sample['epoch']:,}, number {number:,} of it, tokens from {first:,} on")
+    console.print(f"documents start inside at: {starts}; the last label is {sample['last_label']}")
+    for piece in sample["pieces"]:
+        title = f"document {piece.document:,}, {piece.num_tokens:,} tokens from its token {piece.offset:,} on"
+        _print_piece(console, piece, title)
+
+
+def _print_conversation(console: Console, conversation: Conversation) -> None:
+    count, learned = conversation.num_tokens, conversation.learned
+    shown = _shown(sum(len(run.ids) for run in conversation.runs), count)
+    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {learned:,} learned{shown}"
+    console.print(Text(title, "bold cyan"))
+    coloured = console.color_system is not None and not console.no_color
+    text = Text()
+    for run in conversation.runs:
+        said = printable(run.text) if run.text is not None else " ".join(map(str, run.ids))
+        if coloured or not run.learned:
+            text.append(said, "bold green" if run.learned else None)
+        else:
+            text.append(f"«{said}»")
+        text.append(" " if run.text is None else "")
+    console.print(text)
+
+
+def _shown(count: int, of: int) -> str:
+    return f", the first {count:,}" if count < of else ""
+
+
+def _print_piece(console: Console, piece: Piece, title: str) -> None:
+    console.print(Text(title, "bold cyan"))
+    if piece.text is not None:
+        console.print(Text(printable(piece.text)))
+        return
+    more = " ..." if len(piece.ids) > IDS_SHOWN else ""
+    console.print(Text(" ".join(map(str, piece.ids[:IDS_SHOWN])) + more))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("prefix", type=Path, help="the dataset, without .bin or .idx")
+    add("--tokenizer", metavar="SPEC", help="shows text: a .model, a tokenizer.json, a directory, or `byte`")
+    add("--verify", action="store_true", help="check every pointer and every token id")
+    add("--vocab-size", type=int, metavar="V", help="ids must be below (default: of the tokenizer, or as recorded)")
+    add("--head", type=int, default=0, metavar="N", help="show the beginnings of the first N documents")
+    add("--document", type=int, metavar="J", help="show document (or conversation) J, counted from 0")
+    add("--sample", type=int, metavar="I", help="show training sample I of this dataset alone (needs "
+        "--seq-length), or conversation I of a fine-tuning dataset")  # fmt: skip
+    add("--seq-length", type=int, metavar="S", help="data.seq_length of the run")
+    add("--seed", type=int, default=1234, help="run.seed (default %(default)s)")
+    add("--split", type=_split, default=(98.0, 1.0, 1.0), help="data.split (default 98,1,1)")
+    add("--part", choices=PARTS, default="train", help="of the split (default train)")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _split(text: str) -> tuple[float, ...]:
+    shares = tuple(float(share) for share in text.split(","))
+    if len(shares) != len(PARTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three shares, as in 98,1,1")
+    return shares

@@ -1,0 +1,82 @@
+"""`python -m engine`: train, check, config and env."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config.load import load
+from engine.config.schema import Config
+from engine.errors import ConfigError
+from engine.model.families import PRESETS
+
+EPILOG = (
+    "Any setting can be overridden behind the file: --section.key VALUE, where VALUE is YAML; "
+    "`python -m engine config --schema` lists them all."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; see `python -m engine --help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine",
+        description="Pretrain and fine-tune language models; see README.md.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="pretrain or fine-tune: torchrun --nproc-per-node N -m engine train CONFIG"
+    )
+    check = commands.add_parser("check", help="validate a configuration and show what follows from it")
+    show = commands.add_parser("config", help="print the resolved configuration")
+    commands.add_parser("env", help="show what this machine has and which implementations run on it")
+    for command in (train, check, show):
+        command.epilog, command.allow_abbrev = EPILOG, False
+        command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
+    check.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
+    check.add_argument("--gpu-memory-gib", type=float, default=80, metavar="N", help="of each GPU (default 80)")
+    check.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
+    show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
+    options, overrides = parser.parse_known_args(arguments)
+
+    if options.command == "env":
+        from engine.cli.env import environment
+
+        if overrides:
+            parser.error(f"env takes no arguments, not {' '.join(overrides)}")
+        print("\n".join(environment()))
+        return
+    if options.command == "config" and options.schema:
+        print(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
+        return
+    if options.config is None:
+        parser.error("config needs a YAML file, or --schema")
+    config = _load(options.config, overrides)
+    if options.command == "config":
+        print(config.to_yaml(), end="")
+    elif options.command == "check":
+        from engine.cli.check import check as check_config
+
+        check_config(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
+    else:
+        from engine.train.run import train as train_config
+
+        train_config(config)
+
+
+def _load(path: str, overrides: list[str]) -> Config:
+    """The configuration; where ranks share a machine, only the first one reports its errors."""
+    try:
+        return load(path, overrides, presets=PRESETS, trained=_trained)
+    except ConfigError as error:
+        error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def _trained(kind: str, path: Path) -> tuple[Mapping[str, Any], str | None]:
+    from engine.checkpoint.initial import trained  # imports torch, which takes seconds
+
+    return trained(kind, path)

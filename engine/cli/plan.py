@@ -1,0 +1,75 @@
+"""Look at a pipeline schedule before a run has it: proof, timeline, bubble, activations in flight."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import ConfigError
+from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check, peak_activations, simulate
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, INTERLEAVED, SCHEDULES, Schedule, build
+from engine.plan import timeline
+
+EXAMPLE = """
+examples:
+  python tools/plan.py --schedule 1f1b --stages 4 --microbatches 8
+  python tools/plan.py --schedule all --stages 4 --microbatches 8 --output schedules.png
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    costs = _costs(options)
+    timelines: dict[str, Timeline] = {}
+    for name in SCHEDULES if options.schedule == "all" else (options.schedule,):
+        schedule = build(name, options.stages, options.microbatches, _num_chunks(name, options))
+        check(schedule)
+        timelines[_title(schedule)] = simulate(schedule, costs)
+        _print(schedule, timelines[_title(schedule)])
+    if options.output:
+        timeline.draw(timelines, options.output)
+        print(f"written: {options.output}")
+
+
+def _costs(options: argparse.Namespace) -> Costs:
+    if min(options.costs) <= 0 or options.send < 0:
+        raise ConfigError(f"--costs = {options.costs}, --send = {options.send}; expected costs > 0 and a send >= 0")
+    forward, backward_input, backward_weight = options.costs
+    return Costs(forward, backward_input, backward_weight, options.send)
+
+
+def _num_chunks(name: str, options: argparse.Namespace) -> int:
+    """--chunks; with `all` for the interleaved schedule alone."""
+    default = 2 if name == INTERLEAVED else 1
+    if options.chunks is None or (options.schedule == "all" and name != INTERLEAVED):
+        return default
+    return int(options.chunks)
+
+
+def _title(schedule: Schedule) -> str:
+    chunks = f", {schedule.num_chunks} chunks a stage" if schedule.num_chunks > 1 else ""
+    return f"{schedule.name}{chunks}"
+
+
+def _print(schedule: Schedule, times: Timeline) -> None:
+    peaks = [f"{peak / schedule.num_chunks:g}" for peak in peak_activations(schedule)]
+    print(f"{_title(schedule)}: proven for {schedule.num_stages} stages and {schedule.num_microbatches} microbatches")
+    print(timeline.text(times))
+    print(f"bubble  {bubble_fraction(times):.1%} of the ideal time")
+    print(f"most activations in flight, in microbatches per stage  {' '.join(peaks)}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    names = (*SCHEDULES, FORWARD_ONLY, "all")
+    add("--schedule", choices=names, required=True, help=f"parallel.schedule, {FORWARD_ONLY} (evaluation), or all")
+    add("--stages", type=int, required=True, metavar="P", help="parallel.pp")
+    add("--microbatches", type=int, required=True, metavar="M", help="per step and data-parallel rank")
+    add("--chunks", type=int, metavar="V", help=f"parallel.virtual_stages (default 2 for {INTERLEAVED}, else 1)")
+    add("--costs", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("F", "I", "W"),
+        help="time of a stage's forward, and of its backward's input and weight parts (default 1 1 1)")  # fmt: skip
+    add("--send", type=float, default=0.0, metavar="S", help="time between two stages (default 0)")
+    add("--output", type=Path, metavar="FILE", help="draw the timelines into this picture (.png, .svg, .pdf)")
+    return parser

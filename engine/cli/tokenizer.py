@@ -1,0 +1,134 @@
+"""Train a SentencePiece tokenizer on JSONL or text files.
+
+    python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 4000 --output data/tokenizer
+
+writes data/tokenizer.model. Text is kept as it is (no normalisation; runs of spaces are pieces), and what the
+vocabulary lacks is spelt in bytes, so that every text survives a round trip.
+"""
+
+import argparse
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from engine.data.preprocess.documents import find_sources, parse_block, read_blocks
+from engine.errors import ConfigError, DataError, StorageError
+
+LONGEST_SENTENCE = 4000  # bytes; the trainer leaves out longer ones
+FEWEST_LINES = 101  # that the trainer can be limited to
+LARGEST_VOCABULARY = 1_000_000
+QUOTED_REJECTS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a SentencePiece tokenizer.")
+    parser.add_argument("--input", nargs="+", required=True, help=".jsonl or .txt files, or directories of them")
+    parser.add_argument("--json-key", default="text", help="key of the text in a JSON line (default: text)")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.model; may end in it"
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 of them for single bytes")
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="(default: bpe)")
+    parser.add_argument(
+        "--max-lines",
+        type=int,
+        default=1_000_000,
+        help="lines to learn from, drawn at random from all (default: a million)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
+    options = parser.parse_args()
+    target = options.output.with_name(options.output.name.removesuffix(".model") + ".model")
+    _check(options, target)
+    model = train(lines(options.input, options.json_key), options.vocab_size, options.model_type, options.max_lines)
+    _write(target, model)
+    print(f"{target}: {options.vocab_size:,} pieces ({options.model_type})")
+
+
+def _check(options: argparse.Namespace, target: Path) -> None:
+    if not 1 <= options.vocab_size <= LARGEST_VOCABULARY:
+        raise ConfigError(f"--vocab-size {options.vocab_size}: expected 1 .. {LARGEST_VOCABULARY:,}")
+    if not FEWEST_LINES <= options.max_lines < 1 << 31:
+        raise ConfigError(f"--max-lines {options.max_lines}: expected {FEWEST_LINES} .. {(1 << 31) - 1:,}")
+    if target.exists() and not options.overwrite:
+        raise ConfigError(f"{target} exists; choose another --output, or replace it with --overwrite")
+
+
+def _write(target: Path, model: bytes) -> None:
+    """All of it or nothing."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            try:
+                file.write(model)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                partial.unlink()
+                raise
+        os.replace(partial, target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror}; free space or choose another --output") from error
+
+
+def train(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines: int) -> bytes:
+    """A serialised SentencePiece model with ids 0 unknown, 1 beginning, 2 end of a document.
+
+    Raises:
+        ConfigError: the trainer cannot make such a vocabulary from this text.
+        DataError: there is no text.
+    """
+    first = next(sentences, None)
+    if first is None:
+        raise DataError("--input holds no text to learn from")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            max_sentence_length=LONGEST_SENTENCE,
+            input_sentence_size=max_lines,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"--vocab-size {vocab_size} {_reason(str(error))}") from None
+    return model.getvalue()
+
+
+def _reason(error: str) -> str:
+    """What the trainer's message means for a person."""
+    if found := re.search(r"too high.* <= (\d+)", error):
+        return f"is too large for this text; lower it to {found[1]} or less, or give more text"
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return f"is too small for the bytes and characters of this text; raise it to {found[1]} or more"
+    if "sentences_.empty()" in error:
+        return f"cannot be learnt: every line is longer than {LONGEST_SENTENCE} bytes; break the lines of --input"
+    return f"does not work with this text: {error}"
+
+
+def lines(inputs: list[str], json_key: str) -> Iterator[str]:
+    """Every non-empty line of every document. Input lines that are no document are counted, the first quoted."""
+    skipped = 0
+    for block in read_blocks(find_sources(inputs)):
+        documents, rejects = parse_block(block, [json_key])
+        for reject in rejects[: max(0, QUOTED_REJECTS - skipped)]:
+            print(f"skipped: {reject}", file=sys.stderr)
+        skipped += len(rejects)
+        for (text,) in documents:
+            yield from (line for line in text.split("\n") if line)
+    if skipped:
+        print(f"skipped: {skipped:,} lines in all", file=sys.stderr)

@@ -1,0 +1,200 @@
+"""From a YAML file and dotted overrides to a `Config`, or to all problems at once.
+
+Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion, and all problems
+are reported together, because a cluster job that dies on its second typo has waited in a queue twice.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from engine.config.checks import cross_checks
+from engine.config.schema import SOURCES, Config, Section
+from engine.errors import ConfigError, TriaxisError
+
+Presets = Mapping[str, Mapping[str, Any]]
+Trained = Callable[[str, Path], tuple[Mapping[str, Any], str | None]]
+"""Given `from_hf` or `from_checkpoint` and its directory: the fields of the model there, and its tokenizer."""
+
+
+def load(
+    path: Path | str, overrides: Sequence[str] = (), *, presets: Presets, trained: Trained | None = None
+) -> Config:
+    """Read a YAML file and apply command-line overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: `["--batch.micro", "2", "--run.dir=runs/a"]`; values are YAML.
+        presets: model fields by preset name.
+        trained: looks into the directory of a trained model; without it there are only presets.
+
+    Raises:
+        ConfigError: with every problem found, one a line.
+    """
+    return resolve(read_yaml(Path(path)), overrides, presets=presets, source=str(path), trained=trained)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of sections")
+    return content
+
+
+def resolve(
+    raw: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    presets: Presets,
+    source: str,
+    trained: Trained | None = None,
+) -> Config:
+    """Build a `Config` from nested mappings; see `load`."""
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
+    pairs = _pairs(overrides)
+    if any(key == f"model.{name}" for key, _ in pairs for name in SOURCES):
+        merged["model"] = {}  # a preset or a trained model on the command line replaces the file's model
+    problems = [_apply_override(merged, key, value) for key, value in pairs]
+    problems += [_apply_source(merged, presets, trained)]
+    filled = {"model"} if problems[-1] is not None else set()  # what the source would have filled is not missing
+    filled |= {"data.tokenizer"} if filled and not _named(merged, "preset") else set()
+    config: Config | None = None
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        errors: list[dict[str, Any]] = [dict(item) for item in error.errors()]
+        missing = [e for e in errors if e["type"] == "missing" and filled & {e["loc"][0], ".".join(map(str, e["loc"]))}]
+        problems += [_describe(e) for e in errors if e not in missing]
+    if config is not None:
+        problems += cross_checks(config)
+    found = [problem for problem in problems if problem]
+    if found or config is None:
+        raise ConfigError("\n  ".join([f"{len(found)} problem{'s' * (len(found) > 1)} in {source}:", *found]))
+    return config
+
+
+def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
+    """What differs between the mapping of an earlier configuration and `config`, where both say something."""
+    old, new = _flat(before), _flat(yaml.safe_load(config.to_yaml()))
+    expected = {"run.dir", "run.resume", *(f"model.{name}" for name in SOURCES)}
+    keys = [key for key in old if key in new and old[key] != new[key] and key not in expected]
+    return [f"{key}: {old[key]} -> {new[key]}" for key in keys]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """`--key value` and `--key=value` as pairs."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        item = rest.pop(0)
+        if not item.startswith("--"):
+            raise ConfigError(f"unexpected argument {item!r}; overrides look like --section.key VALUE")
+        key, equals, value = item[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _apply_override(raw: dict[str, Any], key: str, text: str) -> str | None:
+    *sections, last = key.split(".")
+    node = raw
+    for name in sections:
+        child = node.get(name)
+        if not isinstance(child, dict):
+            child = node[name] = {}
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        return f"--{key} {text}: not valid YAML ({error.__class__.__name__})"
+    return None
+
+
+def _named(raw: Mapping[str, Any], source: str) -> bool:
+    """Whether the model names this source."""
+    model = raw.get("model")
+    return isinstance(model, dict) and model.get(source) is not None
+
+
+def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None) -> str | None:
+    """Fill the model's fields from where the model says, and the tokenizer where a trained model brings one."""
+    given = [name for name in SOURCES if _named(raw, name)]
+    if not given:
+        return None
+    model = raw["model"]
+    name, value = given[0], model[given[0]]
+    if len(given) > 1:
+        return f"model.{' and model.'.join(given)} exclude each other: each is a whole model; keep one of them"
+    if name != "preset" and trained is not None:
+        try:
+            fields, tokenizer = trained(name, Path(str(value)))
+        except TriaxisError as error:
+            return f"model.{name} = {value}: {error}"
+        raw["model"] = {**fields, **model}
+        if tokenizer is not None and isinstance(raw.get("data"), dict):
+            raw["data"].setdefault("tokenizer", tokenizer)
+    elif name == "preset":
+        if not isinstance(value, str) or value not in presets:
+            known = ", ".join(presets)
+            return f"model.preset = {value!r} is unknown{_did_you_mean(str(value), presets)}; known: {known}"
+        raw["model"] = {**presets[value], **model}
+    return None
+
+
+def _describe(item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{path}: no such setting{_did_you_mean(location[-1], _siblings(location))}"
+    if item["type"] == "missing":
+        return f"{path}: is required and not given"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{path} = {item['input']!r}: {message}"
+
+
+def _siblings(location: Sequence[str]) -> list[str]:
+    """Names that would have been valid at the last part of `location`."""
+    section: Any = Config
+    for name in location[:-1]:
+        if name.isdigit():
+            continue
+        fields = {field.alias or key: field for key, field in section.model_fields.items()}
+        section = next(
+            (t for t in _types(fields[name].annotation) if isinstance(t, type) and issubclass(t, Section)),
+            None,
+        )
+        if section is None:
+            return []
+    return [field.alias or key for key, field in section.model_fields.items()]
+
+
+def _types(annotation: Any) -> list[Any]:
+    inner = getattr(annotation, "__args__", ())
+    return [annotation] if not inner else [t for part in inner for t in _types(part)]
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,242 @@
+"""Every setting of a run, as pydantic models; one YAML file plus dotted overrides.
+
+Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion and all
+problems are reported at once, because a cluster job that dies on its second typo has waited in a queue twice.
+Rejected: argparse flags (two hundred of them and no structure) and Python config files (code, not data).
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+SOURCES = ("preset", "from_hf", "from_checkpoint")  # of the architecture
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class RunConfig(Section):
+    dir: Path = Field(Path("runs/default"), description="everything the run writes goes below this directory")
+    seed: int = Field(1234, description="seed of initial weights and of the order of the samples")
+    resume: str = Field("auto", description="auto (newest checkpoint in run.dir), never, or a checkpoint directory")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    deterministic: bool = Field(False, description="bitwise repeats on a GPU, at some cost; a CPU always repeats")
+
+
+class RopeScaling(Section):
+    """Llama-3 frequency scaling: low frequencies are slowed down by `factor`."""
+
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position: PositiveInt = 8192
+
+
+class ModelConfig(Section):
+    """Architecture of a dense decoder. A preset or a trained model fills the fields; those given beside it win."""
+
+    preset: str | None = Field(None, description="a named size; see `engine/model/families.py`")
+    from_hf: Path | None = Field(None, description="a Hugging Face directory: its architecture and initial weights")
+    from_checkpoint: Path | None = Field(
+        None, description="a run or a checkpoint, of any layout: its architecture and initial weights, and nothing else"
+    )
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "starcoder2"] = Field(
+        "llama", description="naming and config.json of the Hugging Face export"
+    )
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt
+    max_position: PositiveInt = Field(description="longest sequence the model is made for")
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: PositiveFloat = 1e-5
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    qkv_bias: bool = False
+    output_bias: bool = Field(False, description="biases on the attention output and the feed-forward layers")
+    qk_norm: bool = False
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: PositiveInt | None = None
+    tie_embeddings: bool = False
+    init_std: PositiveFloat = 0.02
+
+
+class ParallelConfig(Section):
+    """How the model is cut. Data parallelism takes the ranks that tp and pp leave: dp = ranks / (tp · pp)."""
+
+    tp: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="ranks that share each layer, best within a node; auto: with pp the smallest tp × pp that fits in "
+        "90 % of the memory, of two as small the one with the larger tp, which divides the ranks of a node",
+    )
+    pp: PositiveInt | Literal["auto"] = Field(1, description="stages that share the layers; auto: see tp")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field("1f1b", description="order of a pipeline")
+    virtual_stages: PositiveInt = Field(1, description="parts of the model on each stage, for the interleaved schedule")
+    layers_per_stage: tuple[NonNegativeInt, ...] | None = Field(
+        None, description="layers of each stage (each part, in model order, with virtual stages); null: by cost"
+    )
+    sharded_optimizer: bool = Field(True, description="optimizer state is divided among the data-parallel ranks")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations computed again in the backward pass: none; selective (attention, the outputs of norms "
+        "and activation functions); full (all but the input of each layer)",
+    )
+    recompute_layers: PositiveInt | None = Field(
+        None, description="recompute only in so many layers of each stage (each part); null: in all"
+    )
+    compile: bool = Field(False, description="torch.compile each layer: saves time on GPUs, costs it on CPUs")
+
+    @field_validator("tp", "pp", mode="wrap")
+    @classmethod
+    def _one_problem(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """Not one for each type that it could have been."""
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("size", "expected a number of at least 1, or auto") from None
+
+
+class PrecisionConfig(Section):
+    mode: Literal["auto", "fp32", "bf16", "fp8"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, but the layers' products in FP8"
+    )
+    recipe: Literal["delayed", "tensorwise", "blockwise"] = Field("tensorwise", description="how FP8 finds its scales")
+    amax_history: PositiveInt = Field(1024, description="steps that the scales of `delayed` look back")
+    bf16_first_layers: int = Field(0, ge=0, description="layers at the start that FP8 leaves in bf16")
+    bf16_last_layers: int = Field(0, ge=0, description="layers at the end that FP8 leaves in bf16")
+
+
+class OpsConfig(Section):
+    norm: Literal["auto", "triaxis", "torch", "apex", "te"] = Field("auto", description="auto: csrc's, else PyTorch's")
+    attention: Literal["auto", "sdpa", "varlen", "flash_attn", "te"] = Field(
+        "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
+    )
+    fp8_matmul: Literal["auto", "cublaslt", "triaxis", "torch"] = Field(
+        "auto", description="auto: cuBLASLt through csrc, else PyTorch; triaxis: own kernel, for scales of blocks"
+    )
+
+
+class DatasetConfig(Section):
+    path: Path = Field(description="prefix of a .bin/.idx pair")
+    weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other datasets")
+
+
+class DataConfig(Section):
+    tokenizer: str = Field(
+        description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
+    )
+    train: list[DatasetConfig] = Field(
+        min_length=1, description="sft: a weight, whole, is how often an epoch reads a dataset"
+    )
+    valid: list[DatasetConfig] = Field([], description="evaluate on these instead of a part of `train`")
+    split: tuple[float, float, float] = Field(
+        (98, 1, 1), description="train, validation, test; by documents: contiguous, or dealt out at random (sft)"
+    )
+    seq_length: PositiveInt
+    packing: bool = Field(True, description="sft: several conversations in a sequence, which do not see each other")
+    document_mask: bool = Field(True, description="tokens do not attend across documents")
+    num_workers: int = Field(1, ge=0, description="processes that read ahead, per rank")
+
+
+class BatchConfig(Section):
+    micro: PositiveInt = Field(1, description="sequences in one forward pass on one rank")
+    global_: PositiveInt = Field(alias="global", description="sequences in one optimizer step, over all ranks")
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = 3e-4
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    moments: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the two moments are kept")
+
+
+class LrScheduleConfig(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps, where warmup_steps is 0")
+    decay_steps: int | None = Field(None, ge=1, description="wsd only: steps of the final decay (default 10 %)")
+    min_lr: float = Field(0.0, ge=0)
+
+
+class TrainConfig(Section):
+    steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as train.epochs take")
+    epochs: int = Field(
+        0, ge=0, description="sft: passes over the data, if train.steps is not reached before; 0: endless"
+    )
+    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates only at the end")
+    eval_steps: int = Field(
+        0, ge=0, description="global batches per evaluation; 0 never evaluates; sft: at most all there are"
+    )
+    early_stopping: int = Field(0, ge=0, description="end after so many evaluations without a new best; 0 never does")
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="sft: strength of the noise on embeddings (NEFTune); 5 is usual"
+    )
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits in the training loss")
+    max_nonfinite_steps: PositiveInt = Field(
+        3,
+        description="give up after so many consecutive steps with NaN or infinite gradients (each is skipped)",
+    )
+
+
+class CheckpointConfig(Section):
+    interval: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves only at the end")
+    keep_last: PositiveInt = 3
+    keep_best: bool = Field(
+        False, description="save at every evaluation with a new best loss, and keep that checkpoint"
+    )
+
+
+class LogConfig(Section):
+    interval: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    task: Literal["pretrain", "sft"] = Field("pretrain", description="sft: supervised fine-tuning on conversations")
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    ops: OpsConfig = OpsConfig()
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, a line or two for each section; loading it gives an equal `Config`."""
+        plain = self.model_dump(mode="json", by_alias=True)
+        return "".join(f"{_flow_style({key: value})[1:-1]}\n" for key, value in plain.items())
+
+
+def _flow_style(content: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(content, default_flow_style=True, sort_keys=False, allow_unicode=True, width=118)
+    return text.strip()

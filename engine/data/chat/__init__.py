@@ -1,0 +1,1 @@
+"""Conversations to token ids: chat templates in their sandbox, turns, masks."""

@@ -1,0 +1,441 @@
+"""The sandbox that chat templates run in: what they can call, and where they pay for it.
+
+The environment is the one that `transformers` gives chat templates, with two things added. Only what is listed here
+can be called: methods of strings, lists and dicts, the template's own macros, a few functions; so there is nothing to
+escape with. And a parsed template is changed so that what it does is paid from a budget: iterations, comparisons,
+slices, joined texts. The costs of a loop's body are counted once, when the template is compiled.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from types import BuiltinMethodType, MethodType
+from typing import Any
+
+import jinja2
+from jinja2 import nodes, pass_context
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext, Macro, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.tests import TESTS
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from engine.data.chat.budget import (
+    BASE_BUDGET,
+    CHARACTERS_PER_STEP,
+    CONTAINERS,
+    STEPS_PER_CALL,
+    Budget,
+    TemplateError,
+    argument_of,
+    checked,
+    draw_filter,
+    draw_layout,
+    draw_operator,
+    draw_string_method,
+    size_of,
+)
+
+BUDGET = "\0budget"  # the variable that holds it, which no template can spell
+LONGEST_KEY = 1000  # characters; looking a longer one up as an attribute costs more than a step
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_LIGHT_FILTERS = _words("count d default first last length")  # these look at their operand, not at what is in it
+_FILTERS = _words("""
+    abs capitalize dictsort e escape float groupby indent int items join list lower map max min reject rejectattr
+    replace reverse round safe select selectattr sort string title trim unique upper wordcount
+""")
+_LIGHT_TESTS = _words("""
+    boolean callable defined even false float integer iterable mapping none number odd sameas sequence string true
+    undefined
+""")
+_STRING_METHODS = _words("""
+    capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit
+    isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix
+    removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title
+    upper zfill
+""")
+_REFUSED_TESTS = _words("filter test")  # these look their operand up, which may be a tuple whose hash takes for ever
+_METHODS: dict[type, frozenset[str]] = {
+    list: _words("copy count index"),
+    tuple: _words("count index"),
+    dict: _words("copy"),
+}
+_LIGHT_METHODS: dict[type, frozenset[str]] = {
+    dict: _words("get items keys values"),
+    LoopContext: _words("changed cycle"),
+}
+_NO_KEYS = (*CONTAINERS, dict)
+_REFUSED_NODES = (nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport, nodes.EvalContextModifier)
+
+
+class _Guarded(ImmutableSandboxedEnvironment):
+    """Refuses at once what Jinja's sandbox refuses when it is used."""
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Not with what may cost anything to hash, or to show in an error."""
+        if isinstance(argument, str):
+            if len(argument) > LONGEST_KEY:
+                raise SecurityError(f"an index of {len(argument):,} characters")
+        elif isinstance(argument, _NO_KEYS):
+            raise SecurityError(f"a {type(argument).__name__} as an index")
+        return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """But for `mapping`, a view's dict in a wrapper that cannot be weighed."""
+        return attr != "mapping" and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """At once, and not only when the attribute is used."""
+        raise SecurityError(f"it takes {attribute!r} of a {type(obj).__name__}")
+
+
+class Environment(_Guarded):
+    """As transformers sets it up, with what is listed above and no more."""
+
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,  # constants are computed at run time too, on the budget
+            finalize=_weigh,
+        )
+        self.globals = {
+            "range": _range,
+            "dict": _make_dict,
+            "namespace": _Namespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
+        self.filters = {name: _paid_filter(name) for name in _FILTERS} | {n: FILTERS[n] for n in _LIGHT_FILTERS}
+        self.filters |= {"tojson": _tojson, "weigh": _weigh, "counted": _counted, "draw": _draw, "sliced": _sliced}
+        self.filters["keyed"] = _keyed
+        tests = {name: test for name, test in TESTS.items() if name not in _REFUSED_TESTS}
+        self.tests = {name: test if name in _LIGHT_TESTS else _paid_test(name) for name, test in tests.items()}
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """Instead of Jinja's own: called with the budget, in `call`."""
+        is_method = isinstance(value, (BuiltinMethodType, MethodType)) and isinstance(value.__self__, str)
+        return _FormatMethod(value.__self__) if is_method and value.__name__ == "format" else None
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        draw_operator(context.parent[BUDGET], operator, left, right)
+        return checked(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        budget: Budget = __context.parent[BUDGET]
+        if isinstance(__obj, (Macro, LoopContext)):
+            budget.draw(STEPS_PER_CALL + sum(len(a) for a in args if isinstance(a, (str, list, tuple, dict))))
+            return __context.call(__obj, *args, **kwargs)
+        budget.draw(STEPS_PER_CALL)
+        args = tuple(budget.listed(argument) for argument in args)
+        budget.weigh((args, kwargs))
+        if isinstance(__obj, _FormatMethod):
+            budget.weigh(__obj.text)
+            budget.draw(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the steps of their paths
+            return _Formatter(__self, budget).vformat(__obj.text, args, kwargs)
+        if isinstance(__obj, (BuiltinMethodType, MethodType)):
+            _draw_method(budget, __obj, args, kwargs)
+        elif not isinstance(__obj, Undefined) and not any(__obj is known for known in __self.globals.values()):
+            raise SecurityError(f"a call of {type(__obj).__name__}")
+        return __context.call(__obj, *args, **kwargs)
+
+
+def _draw_method(budget: Budget, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pay for a call of a method, if it may be called."""
+    owner, name = method.__self__, method.__name__
+    if isinstance(owner, str) and name in _STRING_METHODS:
+        draw_string_method(budget, owner, name, args, kwargs)
+    elif any(isinstance(owner, kind) and name in allowed for kind, allowed in _LIGHT_METHODS.items()):
+        budget.draw(1)
+    elif any(isinstance(owner, kind) and name in allowed for kind, allowed in _METHODS.items()):
+        budget.weigh(owner)
+    elif not isinstance(owner, _Generation):
+        raise SecurityError(f"a call of {type(owner).__name__}.{name}")
+
+
+class _Formatter(SandboxedFormatter):
+    """`str.format` whose fields cannot be wider than the budget."""
+
+    def __init__(self, environment: jinja2.Environment, budget: Budget) -> None:
+        super().__init__(environment)
+        self._budget = budget
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        self._budget.draw_widths(format_spec)
+        self._budget.weigh(value)
+        return str(super().format_field(value, format_spec))
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        self._budget.weigh(value)
+        return super().convert_field(value, conversion)
+
+
+class _FormatMethod:
+    """`format` of a string, taken from it and not called yet."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class _Namespace(Namespace):
+    """Without names that Python or Jinja would look for on an object."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        attributes = _make_dict(*args, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        super().__init__(attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`: encloses what stands between in the budget's marks."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body, lineno=line)
+
+    @pass_context
+    def _mark(self, context: Context, caller: Macro) -> str:
+        start, end = context.parent[BUDGET].marks
+        return f"{start}{caller()}{end}"
+
+
+class Metering(NodeTransformer):
+    """Puts what has to be paid while it runs into a parsed template."""
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(node, _REFUSED_NODES):
+            raise TemplateError(
+                f"the chat template uses {type(node).__name__.lower()} (line {node.lineno}); it must stand alone"
+            )
+        return super().visit(node, *args, **kwargs)
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        steps = _steps([*node.body, *([node.test] if node.test else [])])
+        others = _steps(node.else_)
+        self.generic_visit(node)
+        node.iter = _filter(node.iter, "counted", steps)
+        if node.recursive:  # `loop(...)` runs it with items that nobody counts
+            paid = nodes.Not(_paid(steps, node), lineno=node.lineno)
+            node.test = nodes.And(paid, node.test, lineno=node.lineno) if node.test else paid
+            if node.else_:
+                node.else_.insert(0, nodes.ExprStmt(_paid(others, node), lineno=node.lineno))
+        return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        return self._charge_body(node)
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        return self._charge_body(node)
+
+    def _charge_body(self, node: Any) -> nodes.Node:
+        steps = _steps([*node.body, *node.defaults])
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_paid(steps, node), lineno=node.lineno))
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        """Unless it is whether something equals a constant, which is over with the constant."""
+        self.generic_visit(node)
+        first = node.ops[0]
+        if not (first.op in ("eq", "ne") and isinstance(first.expr, nodes.Const) and len(node.ops) == 1):
+            node.expr = _filter(node.expr, "weigh")
+            for operand in node.ops:
+                operand.expr = _filter(operand.expr, "weigh")
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        node.nodes = [_filter(part, "weigh") for part in node.nodes]
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = _filter(node.node, "sliced")
+        return node
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
+        checked(node.value)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        node.key = _filter(node.key, "keyed")
+        return node
+
+
+def _filter(node: Any, name: str, *arguments: int) -> nodes.Filter:
+    constants: list[nodes.Expr] = [nodes.Const(argument, lineno=node.lineno) for argument in arguments]
+    return nodes.Filter(node, name, constants, [], None, None, lineno=node.lineno)
+
+
+def _paid(steps: int, node: nodes.Node) -> nodes.Filter:
+    """An expression that draws `steps`, and is none."""
+    return _filter(nodes.Const(steps, lineno=node.lineno), "draw")
+
+
+def _steps(body: Sequence[nodes.Node]) -> int:
+    """What one run through `body` costs at most, without the bodies in it that pay for themselves."""
+    steps, rest = 1, list(body)
+    while rest:
+        node = rest.pop()
+        steps += 1
+        if isinstance(node, nodes.TemplateData):
+            steps += len(node.data) // CHARACTERS_PER_STEP
+        pays_itself = isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock))
+        rest += node.iter_child_nodes(("body",) if pays_itself else None)
+    return steps
+
+
+def is_generation(node: nodes.Node) -> bool:
+    """Whether a node stands for a `{% generation %}` block."""
+    called = node.call.node if isinstance(node, nodes.CallBlock) else None
+    return isinstance(called, nodes.ExtensionAttribute) and called.identifier == _Generation.identifier
+
+
+def generation_in_buffer(tree: nodes.Template) -> bool:
+    """Whether the template can look at the text of a `{% generation %}` block before it is put out."""
+    buffers = (nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Macro, nodes.For)
+    return any(
+        any(map(is_generation, node.find_all(nodes.CallBlock)))
+        for node in tree.find_all(buffers)
+        if not is_generation(node) and not (isinstance(node, nodes.For) and not node.recursive)
+    )
+
+
+@pass_context
+def _weigh(context: Context, value: Any) -> Any:
+    context.parent[BUDGET].weigh(value)
+    return value
+
+
+@pass_context
+def _counted(context: Context, value: Any, steps: int) -> Iterator[Any]:
+    counted: Iterator[Any] = context.parent[BUDGET].counted(value, steps)
+    return counted
+
+
+@pass_context
+def _draw(context: Context, steps: int) -> None:
+    context.parent[BUDGET].draw(steps)
+
+
+@pass_context
+def _keyed(context: Context, value: Any) -> Any:
+    context.parent[BUDGET].weigh(value)
+    _check_keys([value])
+    return value
+
+
+@pass_context
+def _sliced(context: Context, value: Any) -> Any:
+    if isinstance(value, dict):  # would be asked for the slice as a key
+        raise SecurityError("a slice of a dict")
+    context.parent[BUDGET].draw_characters(len(value))
+    return value
+
+
+def _paid_filter(name: str) -> Callable[..., Any]:
+    """A filter of Jinja's that pays for its operands first, and for the items that it gives as they are asked for."""
+
+    @pass_context
+    def paid(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+        budget: Budget = context.parent[BUDGET]
+        budget.draw(STEPS_PER_CALL)
+        value = budget.listed(value)
+        budget.weigh((value, args, kwargs))
+        draw_filter(budget, name, value, args, kwargs)
+        if name == "unique":
+            _check_keys(map(make_attrgetter(_PLAIN, argument_of(args, kwargs, 1, "attribute")), value))
+        result = _PLAIN.call_filter(name, value, args, kwargs, context=context)
+        return budget.counted(result, 1) if isinstance(result, Iterator) else checked(result)
+
+    return paid
+
+
+def _paid_test(name: str) -> Callable[..., bool]:
+    @pass_context
+    def paid(context: Context, *operands: Any) -> bool:
+        context.parent[BUDGET].weigh(operands)
+        return bool(_PLAIN.call_test(name, operands[0], operands[1:]))
+
+    return paid
+
+
+@pass_context
+def _tojson(
+    context: Context,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: nothing is escaped for HTML."""
+    budget: Budget = context.parent[BUDGET]
+    budget.weigh(value)
+    budget.weigh(separators)
+    if indent is not None or separators is not None:
+        draw_layout(budget, value, size_of(indent), sum(map(size_of, separators or ())))
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _range(*bounds: int) -> range:
+    numbers = range(*bounds)
+    if len(numbers) > BASE_BUDGET:
+        raise TemplateError(f"the chat template asks for {len(numbers):,} numbers; use another template")
+    return numbers
+
+
+def _raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+@pass_context
+def _strftime_now(context: Context, format: str) -> str:
+    context.parent[BUDGET].draw_widths(format)
+    context.parent[BUDGET].draw(len(format))
+    return datetime.now().strftime(format)
+
+
+def _make_dict(items: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
+    pairs = [tuple(pair) for pair in (items.items() if isinstance(items, dict) else items)]
+    _check_keys(key for key, _ in pairs)
+    return dict(pairs, **kwargs)
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Tuples can be made to have the same hash, so that each key is compared with all others."""
+    if any(isinstance(key, tuple) for key in keys):
+        raise SecurityError("a tuple as a key")
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace with the name {name!r}")
+
+
+_PLAIN = _Guarded()  # runs Jinja's own filters and tests

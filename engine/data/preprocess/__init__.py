@@ -1,0 +1,1 @@
+"""Documents and records to token datasets."""

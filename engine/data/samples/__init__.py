@@ -1,0 +1,1 @@
+"""Which tokens are sample i, and the loader that reads ahead."""

@@ -1,0 +1,84 @@
+"""Which draw of which dataset is sample i: pure arithmetic, no index.
+
+A mixture runs in blocks of 2^20 samples, to which each dataset contributes a whole number. Inside a block the
+datasets are interleaved as evenly as whole numbers allow, each in its own order: every stretch of samples has
+the stated proportions, and one epoch of a dataset ends before its next begins. Alternative considered: shuffling the
+positions of a block; a dataset smaller than its share of a block is then drawn at random with repetition.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.samples.permutation import UInts
+from engine.errors import ConfigError
+
+BLOCK_SIZE = 1 << 20
+
+
+class Mixture:
+    """How the samples of a run are shared between datasets.
+
+    Args:
+        weights: relative shares, any positive numbers.
+
+    Raises:
+        ConfigError: a weight is not a positive number or too small to get a sample in a block.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.counts = block_counts(weights)  # samples of each dataset in a block
+
+    def draw(self, i: int) -> tuple[int, int]:
+        """Sample `i` as (dataset, number of the draw from that dataset over the whole run).
+
+        A block is a stream of positions. The first dataset takes those at which its proportional count goes
+        up; the others see the stream of what is left, and so on.
+        """
+        block, position = divmod(i, BLOCK_SIZE)
+        left = BLOCK_SIZE
+        for dataset, count in enumerate(self.counts):
+            before = position * count // left  # this dataset's samples at earlier positions
+            if (position + 1) * count // left > before:
+                return dataset, block * count + before
+            position -= before
+            left -= count
+        raise AssertionError("the last dataset takes every position that is left")
+
+    def many(self, numbers: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], UInts]:
+        """`draw` for each of `numbers`, as two vectors."""
+        block, position = np.divmod(numbers.astype(np.uint64), np.uint64(BLOCK_SIZE))
+        datasets = np.full(numbers.shape, -1, np.int64)
+        draws = np.zeros(numbers.shape, np.uint64)
+        left = BLOCK_SIZE
+        for dataset, count in enumerate(self.counts):
+            before = position * count // left
+            taken = (datasets < 0) & ((position + 1) * count // left > before)
+            datasets[taken] = dataset
+            draws[taken] = (block * count + before)[taken]
+            position = position - before
+            left -= count
+        return datasets, draws
+
+
+def block_counts(weights: Sequence[float]) -> tuple[int, ...]:
+    """Samples of each dataset in a block: proportional, whole, adding up exactly (largest remainder)."""
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(f"data.train weight = {weight}; expected a positive number")
+    total = sum(map(Fraction, weights))
+    shares = [Fraction(weight) * BLOCK_SIZE / total for weight in weights]
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda d: (counts[d] - shares[d], d))
+    for d in by_remainder[: BLOCK_SIZE - sum(counts)]:
+        counts[d] += 1
+    for weight, count in zip(weights, counts, strict=True):
+        if count == 0:
+            raise ConfigError(
+                f"data.train weight = {weight} of {float(total)} in all is less than one sample in "
+                f"{BLOCK_SIZE:,}; raise this weight or leave the dataset out"
+            )
+    return tuple(counts)

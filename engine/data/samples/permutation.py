@@ -1,0 +1,76 @@
+"""Keyed permutations: in which order an epoch is read, and the source of every random number of the data.
+
+An order is a keyed bijection of `[0, n)`: a Feistel network over the next power of two, walked until it falls below n.
+It needs no memory and costs the same for every number, so there is nothing to build, cache or send to other ranks. It
+works on single numbers and, by the same lines, on vectors of uint64. Alternative considered: shuffled index files,
+which take minutes and gigabytes for 10^12 tokens.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROUNDS = 16  # of the Feistel network; with 8, orders of five or six samples are visibly uneven
+MASK = (1 << 64) - 1
+
+UInts = npt.NDArray[np.uint64]
+
+
+def keyed_bytes(count: int, *parts: str | int) -> bytes:
+    """Bytes that depend on every part: the source of all randomness here."""
+    return hashlib.shake_128(json.dumps(parts).encode()).digest(count)
+
+
+def keyed_below(limit: int, *parts: str | int) -> int:
+    """A number in `[0, limit)` drawn from the parts."""
+    return int.from_bytes(keyed_bytes(16, *parts), "little") % limit
+
+
+class Permutation:
+    """A bijection of `[0, size)`, size up to 2^62, that depends on every part of its key."""
+
+    def __init__(self, size: int, *key: str | int) -> None:
+        if not 1 <= size <= 1 << 62:
+            raise ValueError(f"size = {size}; expected 1 .. 2^62")
+        bits = (size - 1).bit_length()
+        self.size = size
+        self._low_bits = bits // 2
+        self._masks = (1 << bits // 2) - 1, (1 << bits - bits // 2) - 1  # of the low and the high part
+        self._round_keys = np.frombuffer(keyed_bytes(8 * ROUNDS, "permutation", *key), "<u8").tolist()
+
+    def __call__(self, i: int) -> int:
+        """Where `i` goes. Under two steps on average, as the network spans less than `2 * size`."""
+        if not 0 <= i < self.size:
+            raise IndexError(f"{i} is not in [0, {self.size})")
+        i = self._network(i)
+        while i >= self.size:
+            i = self._network(i)
+        return i
+
+    def many(self, numbers: npt.NDArray[np.integer]) -> UInts:
+        """Where each of `numbers` goes; equal to calling for each of them."""
+        if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.size:
+            raise IndexError(f"{numbers.min()} .. {numbers.max()} is not in [0, {self.size})")
+        result = self._network(numbers.astype(np.uint64))
+        while (outside := result >= self.size).any():
+            result[outside] = self._network(result[outside])
+        return result
+
+    def _network(self, x: Any) -> Any:
+        """Each round changes one part of the bits by a function of the other, so each can be undone."""
+        low_mask, high_mask = self._masks
+        low, high = x & low_mask, x >> self._low_bits
+        for even, odd in zip(self._round_keys[::2], self._round_keys[1::2], strict=True):
+            high = high ^ (_mix(low ^ even) & high_mask)
+            low = low ^ (_mix(high ^ odd) & low_mask)
+        return (high << self._low_bits) | low
+
+
+def _mix(x: Any) -> Any:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): an input bit changes half of the output's."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)

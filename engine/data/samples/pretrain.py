@@ -1,0 +1,184 @@
+"""Pretraining samples: sample i is a pure function of its number.
+
+`sample(i)` computes dataset, epoch, place and document boundaries by arithmetic and a binary search in the mapped
+document table. So resuming is one integer, and the samples depend on neither the layout, the number of workers,
+a restart, nor how long the run is to be. Rejected: sample indices built before the first step and shared by a
+file or a broadcast.
+
+The order is keyed by the last part of a dataset's path, so that moving a directory of datasets changes nothing;
+where two datasets of a mixture share that name, the later ones are told apart by a number.
+
+Legend: T tokens of a dataset's part, S sequence length.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.config.schema import DatasetConfig
+from engine.data.samples.mixture import Mixture
+from engine.data.samples.permutation import Permutation, keyed_below
+from engine.data.storage.files import Ints
+from engine.data.storage.indexed import IndexedDataset
+from engine.errors import ConfigError, DataError
+
+Part = Literal["train", "valid", "test"]
+PARTS: tuple[Part, ...] = ("train", "valid", "test")
+IDENTITY_TOKENS = 4096  # at each end of a dataset, in its fingerprint
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a batch.
+
+    Attributes:
+        tokens: int64 [S].
+        labels: int64 [S], what follows each of them.
+        boundaries: offsets in (0, S) at which a document starts.
+        learned: bool [S], which labels count; None: all.
+    """
+
+    tokens: Ints
+    labels: Ints
+    boundaries: Ints
+    learned: npt.NDArray[np.bool_] | None = None
+
+    @classmethod
+    def following(cls, tokens: Ints, boundaries: Ints) -> "Sample":
+        """Of consecutive tokens [S + 1], of which the last is only a label."""
+        return cls(tokens[:-1], tokens[1:], boundaries)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a sample lies: sample `number` of an epoch of a dataset, from token `start` of its `.bin` on."""
+
+    dataset: int
+    name: str
+    epoch: int
+    number: int
+    start: int
+
+
+class PretrainDataset:
+    """An endless, ordered set of samples drawn from weighted datasets.
+
+    Args:
+        datasets: prefixes and weights.
+        split: shares of train, valid and test; each dataset is cut by contiguous documents.
+        part: which of the three to read.
+        seq_length: S; a sample holds S + 1 tokens.
+        seed: of the order.
+
+    Raises:
+        DataError: a file is missing or damaged, or a dataset has too few tokens for one sample.
+        ConfigError: shares or weights that make no sense.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetConfig],
+        split: tuple[float, float, float],
+        part: Part,
+        seq_length: int,
+        seed: int,
+    ) -> None:
+        self.seq_length = seq_length
+        self._mixture = Mixture([dataset.weight for dataset in datasets])
+        self._sources: list[_Source] = []
+        seen: Counter[str] = Counter()
+        for dataset in datasets:
+            data, name = IndexedDataset(dataset.path), dataset.path.name
+            begin, end = map(data.document_start, part_documents(data.num_documents, split, part))
+            samples = (end - begin - seq_length) // seq_length
+            if samples < 1:
+                raise DataError(
+                    f"{dataset.path}: the {part} part has {end - begin:,} tokens and needs {2 * seq_length:,} for "
+                    f"data.seq_length = {seq_length}; add text, shorten the sequence, or change "
+                    f"data.split = {list(split)} ({data.num_documents:,} documents, {data.num_tokens:,} tokens in all)"
+                )
+            self._sources.append(_Source(data, name, seen[name], begin, end, samples, seq_length, seed))
+            seen[name] += 1
+
+    @property
+    def datasets(self) -> tuple[IndexedDataset, ...]:
+        return tuple(source.data for source in self._sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the part, over all datasets."""
+        return sum(source.end - source.begin for source in self._sources)
+
+    def sample(self, i: int) -> Sample:
+        """Sample `i >= 0`; there is no last one, as epochs follow one another."""
+        here, length = self.where(i), self.seq_length
+        data = self._sources[here.dataset].data
+        tokens = data.tokens(here.start, length + 1).astype(np.int64)
+        boundaries = data.document_starts_in(here.start, here.start + length) - here.start
+        return Sample.following(tokens, boundaries)
+
+    def where(self, i: int) -> Location:
+        """Where sample `i` lies, without reading it."""
+        if i < 0:
+            raise IndexError(f"sample {i}; samples count from 0")
+        dataset, draw = self._mixture.draw(i)
+        source = self._sources[dataset]
+        return Location(dataset, source.name, *source.locate(draw))
+
+    def fingerprint(self) -> str:
+        """Identifies the data and their order; independent of the directory they lie in.
+
+        Covers seed, split, mixture, sizes and the first and last tokens of each dataset's part.
+        """
+        content = [self._mixture.counts, [source.identity() for source in self._sources]]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Tokens [begin, end) of one dataset as epochs of `num_samples` samples each."""
+
+    data: IndexedDataset
+    name: str
+    occurrence: int  # how many datasets of this name come before it in the mixture
+    begin: int
+    end: int
+    num_samples: int
+    seq_length: int
+    seed: int
+
+    def locate(self, draw: int) -> tuple[int, int, int]:
+        """The epoch, the sample's number in the file's order, and its first token. Cut points move every epoch."""
+        epoch, i = divmod(draw, self.num_samples)
+        key = (self.seed, self.name, self.occurrence, epoch)
+        number = Permutation(self.num_samples, *key)(i)
+        offset = keyed_below(self.seq_length, "offset", *key)
+        return epoch, number, self.begin + offset + number * self.seq_length
+
+    def identity(self) -> list[Any]:
+        count = min(IDENTITY_TOKENS, self.end - self.begin)
+        ends = [self.data.tokens(start, count).astype("<i8").tobytes() for start in (self.begin, self.end - count)]
+        content = hashlib.blake2b(b"".join(ends), digest_size=16).hexdigest()
+        numbers = [self.occurrence, self.begin, self.end, self.num_samples, self.seq_length, self.seed]
+        return [self.name, *numbers, content]
+
+
+def part_documents(num_documents: int, split: Sequence[float], part: Part) -> tuple[int, int]:
+    """The documents [begin, end) of a part: its share of them, counted cumulatively and rounded.
+
+    Raises:
+        ConfigError: shares that are negative, not finite or all zero.
+    """
+    if not all(math.isfinite(share) and share >= 0 for share in split) or sum(split) <= 0:
+        raise ConfigError(f"data.split = {list(split)}: shares must be finite, >= 0 and not all zero")
+    total, at = sum(map(Fraction, split)), PARTS.index(part)
+    begin, end = (sum(map(Fraction, split[:k])) * num_documents / total for k in (at, at + 1))
+    return int(begin + Fraction(1, 2)), int(end + Fraction(1, 2))

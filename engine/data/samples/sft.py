@@ -1,0 +1,213 @@
+"""Fine-tuning samples: rows of whole conversations, each a pure function of its number.
+
+A conversation of n tokens is n − 1 pairs of a token and the one to predict. Packing (see `packing.py`) says which
+lengths share a row; which conversation stands at a place, and the order of the rows, are keyed bijections drawn anew
+every epoch. So every epoch reads every conversation `weight` times and none of them is cut, and nothing has to be kept
+or sent when a run resumes. Rejected: packing as the data stream by, which depends on who reads and has emptier rows.
+
+Legend: S places of a row.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.config.schema import DatasetConfig
+from engine.data.samples.packing import Packing, alone, best_fit
+from engine.data.samples.permutation import Permutation
+from engine.data.samples.pretrain import PARTS, Part, Sample, part_documents
+from engine.data.storage.files import Ints
+from engine.data.storage.indexed import IndexedDataset
+from engine.errors import ConfigError, DataError
+
+MOST_REPEATS = 1000  # of a conversation in an epoch
+SEGMENT = 64  # what is left over attends to itself in pieces of this size, which costs next to nothing
+
+
+class SftDataset:
+    """Rows of conversations, epoch after epoch.
+
+    Args:
+        datasets: prefixes of datasets with masks; the weight says how often an epoch reads each conversation.
+        split: shares of train, valid and test; conversations are dealt out at random, independent of `seed`.
+        part: which of the three to read.
+        seq_length: S.
+        seed: of the order.
+        packed: several conversations to a row where they fit.
+        epochs: rows behind these are empty; None: never.
+
+    Attributes:
+        packing: what the rows of an epoch hold; there are `num_rows` of them, with `num_conversations`.
+        mean_length: of the conversation that a filled place belongs to, over all places.
+
+    Raises:
+        DataError: a file is missing or damaged, has no mask, or a conversation is longer than S + 1 tokens.
+        ConfigError: weights that are not whole.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetConfig],
+        split: tuple[float, float, float],
+        part: Part,
+        seq_length: int,
+        seed: int,
+        *,
+        packed: bool = True,
+        epochs: int | None = None,
+    ) -> None:
+        self.seq_length, self._seed, self._epochs = seq_length, seed, epochs
+        self._sources = list(_open(datasets, split, part, seq_length))
+        owners = [np.full(source.conversations.size, at) for at, source in enumerate(self._sources)]
+        lengths = np.concatenate([source.lengths for source in self._sources])
+        self.num_conversations = lengths.size
+        if not lengths.size:
+            names = ", ".join(str(dataset.path) for dataset in datasets)
+            raise DataError(
+                f"{names}: no conversation for the {part} part of data.split = {list(split)}; give it a share, or name "
+                "data.valid; to train without evaluations: data.split = [1, 0, 0], train.eval_steps = 0, "
+                "train.early_stopping = 0, checkpoint.keep_best = false"
+            )
+        self.packing = (best_fit if packed else alone)(lengths, seq_length)
+        self.num_rows = self.packing.num_rows
+        pairs = lengths.astype(np.float64)
+        self.mean_length = float((pairs**2).sum() / pairs.sum())
+        order = np.argsort(lengths, kind="stable")
+        self._owners = np.concatenate(owners)[order].astype(np.int32)
+        self._conversations = np.concatenate([source.conversations for source in self._sources])[order]
+        self._places = _Places(self.packing, lengths)
+
+    @property
+    def datasets(self) -> tuple[IndexedDataset, ...]:
+        return tuple(source.data for source in self._sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Places that an epoch fills, over all datasets."""
+        return round(self.packing.efficiency * self.num_rows * self.seq_length)
+
+    def sample(self, i: int) -> Sample:
+        """Row `i >= 0`; what the conversations leave over is filled with tokens 0 that are not learned."""
+        tokens, labels = np.zeros((2, self.seq_length), np.int64)
+        learned, boundaries = np.zeros(self.seq_length, bool), []
+        end = 0
+        for source, conversation in self.conversations(i):
+            start, stop = (self._sources[source].data.document_start(conversation + k) for k in (0, 1))
+            ids = self._sources[source].data.tokens(start, stop - start)
+            place = slice(end, end + ids.size - 1)
+            tokens[place], labels[place] = ids[:-1], ids[1:]
+            learned[place] = self._sources[source].data.mask(start, stop - start)[1:]
+            end = place.stop
+            boundaries.append(end)
+        boundaries += range(end + SEGMENT, self.seq_length, SEGMENT)
+        return Sample(tokens, labels, np.array([b for b in boundaries if b < self.seq_length], np.int64), learned)
+
+    def conversations(self, i: int) -> list[tuple[int, int]]:
+        """What row `i` holds: (dataset, number of the conversation in it); nothing behind the last epoch."""
+        if i < 0:
+            raise IndexError(f"row {i}; rows count from 0")
+        epoch, row = divmod(i, self.num_rows)
+        if self._epochs is not None and epoch >= self._epochs:
+            return []
+        row = Permutation(self.num_rows, self._seed, "rows", epoch)(row)
+        found = []
+        for length, first, count, place in self._places.of_row(row):
+            order = Permutation(count, self._seed, "conversations", epoch, length)
+            found.append(first + order(place))
+        return [(int(self._owners[at]), int(self._conversations[at])) for at in found]
+
+    def fingerprint(self) -> str:
+        """Identifies the data and their order; independent of the directory they lie in."""
+        content = [self._seed, self.seq_length, [source.identity() for source in self._sources], self.num_rows]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The part of a dataset that is read.
+
+    Attributes:
+        conversations: their numbers, each as often as an epoch reads it; `lengths`: pairs that each of them has.
+    """
+
+    data: IndexedDataset
+    name: str
+    conversations: Ints
+    lengths: Ints
+
+    def identity(self) -> list[object]:
+        chosen = hashlib.blake2b(digest_size=16)
+        for array in (self.conversations, self.lengths):
+            chosen.update(array.astype("<i8").tobytes())
+        return [self.name, self.data.num_documents, self.data.num_tokens, chosen.hexdigest()]
+
+
+class _Places:
+    """Where each length stands in the rows of a packing.
+
+    Items of one length are numbered through all rows, in the order of patterns and of rows within a pattern.
+    """
+
+    def __init__(self, packing: Packing, lengths: Ints) -> None:
+        self._patterns = packing.patterns
+        self._ends = np.cumsum(packing.counts)
+        sizes, counts = np.unique(lengths, return_counts=True)
+        firsts = np.cumsum(counts) - counts  # of each length, among all items by length
+        self._group = {s: (f, c) for s, f, c in zip(sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True)}
+        self._before: list[list[int]] = []  # for each pattern and length in it, items in earlier patterns
+        seen: Counter[int] = Counter()
+        for pattern, rows in zip(packing.patterns, packing.counts, strict=True):
+            self._before.append([seen[length] for length, _ in pattern])
+            seen.update({length: many * rows for length, many in pattern})
+
+    def of_row(self, row: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of each item: its length, where that length begins among all items, their count, and its own number."""
+        at = int(np.searchsorted(self._ends, row, side="right"))
+        within = row - (int(self._ends[at - 1]) if at else 0)
+        for (length, many), before in zip(self._patterns[at], self._before[at], strict=True):
+            for place in range(before + within * many, before + (within + 1) * many):
+                yield length, *self._group[length], place
+
+
+def _open(
+    datasets: Sequence[DatasetConfig], split: tuple[float, float, float], part: Part, seq_length: int
+) -> Iterator[_Source]:
+    seen: Counter[str] = Counter()
+    for dataset in datasets:
+        data, name = IndexedDataset(dataset.path), dataset.path.name
+        if not data.has_mask:
+            raise DataError(
+                f"{dataset.path} has no .mask.bin, which says what is learned; "
+                "make fine-tuning data with tools/preprocess_data.py --task sft, or set task = pretrain"
+            )
+        if dataset.weight not in range(1, MOST_REPEATS + 1):
+            raise ConfigError(
+                f"{dataset.path}: weight = {dataset.weight}; fine-tuning reads every conversation weight times an "
+                f"epoch, so expected a whole number up to {MOST_REPEATS}"
+            )
+        chosen = _deal(data.num_documents, (name, seen[name]), split, part)
+        lengths = np.concatenate([np.empty(0, np.int64), *data.document_lengths()])[chosen]
+        if lengths.size and (longest := int(lengths.max())) > seq_length + 1:
+            raise DataError(
+                f"{dataset.path}: conversation {chosen[lengths.argmax()]} has {longest:,} tokens, too many for "
+                f"data.seq_length = {seq_length}; raise that to {longest - 1} or more, or preprocess again with "
+                f"--max-length {seq_length + 1} and an --on-too-long of your choice"
+            )
+        chosen = np.repeat(chosen[lengths > 1], int(dataset.weight))
+        yield _Source(data, f"{name}/{seen[name]}", chosen, np.repeat(lengths[lengths > 1], int(dataset.weight)) - 1)
+        seen[name] += 1
+
+
+def _deal(count: int, key: tuple[str, int], split: tuple[float, float, float], part: Part) -> Ints:
+    """The conversations of a part, in the order of the file."""
+    cuts = [0, *(part_documents(count, split, each)[1] for each in PARTS)]
+    for k in (2, 1):  # a small share of a few conversations is one of them, and not none
+        cuts[k] = max(min(1, count), min(cuts[k], cuts[k + 1] - (split[k] > 0)))
+    begin, end = cuts[PARTS.index(part)], cuts[PARTS.index(part) + 1]
+    if end - begin == count:
+        return np.arange(count)
+    return np.sort(Permutation(count, "split", *key).many(np.arange(begin, end)).astype(np.int64))

@@ -1,0 +1,48 @@
+"""Do a dataset, a tokenizer and a model belong together? Looked at before the first step."""
+
+import numpy as np
+
+from engine.data.storage.indexed import IndexedDataset
+from engine.errors import DataError
+
+PROBES = 64  # places of a dataset at which its token ids are looked at
+PROBE_TOKENS = 4096
+
+
+def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
+    """Look at token ids all over the dataset (some quarter of a million), so that a run with the wrong tokenizer ends
+    before its first step. `tools/inspect_data.py --verify` looks at every one.
+
+    Raises:
+        DataError: an id is not below `vocab_size`.
+    """
+    if data.info is not None and data.info.vocab_size > vocab_size:
+        raise DataError(
+            f"{data.prefix}.json: made with a vocabulary of {data.info.vocab_size}, larger than "
+            f"model.vocab_size = {vocab_size}; raise the latter or use the tokenizer that belongs to the model"
+        )
+    count = min(PROBE_TOKENS, data.num_tokens)
+    places = np.linspace(0, data.num_tokens - count, PROBES).astype(np.int64)  # the first and the last among them
+    for start in np.unique(places).tolist():
+        ids = data.tokens(start, count)
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if wrong.size:
+            raise DataError(
+                f"{data.prefix}.bin: token {start + int(wrong[0])} has id {int(ids[wrong[0]])}; "
+                f"expected 0 .. {vocab_size - 1} for model.vocab_size = {vocab_size}; "
+                "were the data made with another tokenizer?"
+            )
+
+
+def check_tokenizer(data: IndexedDataset, tokenizer_hash: str) -> None:
+    """Compare a tokenizer's hash with the one recorded beside the dataset, where there is a record.
+
+    Raises:
+        DataError: the dataset was made with another tokenizer.
+    """
+    if data.info is not None and data.info.tokenizer_hash != tokenizer_hash:
+        raise DataError(
+            f"{data.prefix}.json: made with a {data.info.tokenizer_kind} tokenizer of hash "
+            f"{data.info.tokenizer_hash}; data.tokenizer has {tokenizer_hash}; "
+            "name the tokenizer of the data, or preprocess the text again"
+        )

@@ -1,1 +1,0 @@
-"""Chat templates: Jinja that comes with models and is not trusted."""

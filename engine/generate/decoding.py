@@ -1,0 +1,171 @@
+"""Generation: one token after another from a decoder with a key/value cache, for one prompt or several at once.
+
+Each prompt is read by itself; then all advance together, a token a step, and one that has ended leaves the batch. A
+prompt's draws depend on the seed and its number alone, so that it does not matter who is beside it. Ranks that share
+the layers hold the same logits and the same random numbers, and so draw the same token: only prompts are sent.
+Rejected: padding prompts to one length and reading them together (wasted work, and a mask for what is not there).
+
+Legend: b sequences, t tokens, h hidden size, v vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+from engine.config.schema import ModelConfig
+from engine.errors import ConfigError
+from engine.generate.cache import KeyValueCache
+from engine.model.decoder import Decoder
+from engine.parallel.collectives import gather_sequence
+
+LOWEST_TEMPERATURE = 1e-3  # above 0; logits divided by less may overflow, and it is greedy all the same
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token; above, logits are divided by it.
+        top_p: draw only from the smallest set of tokens that together have at least this probability.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature}: expected 0 (greedy), or {LOWEST_TEMPERATURE} or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p}: expected more than 0 and at most 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed = {self.seed}: expected 0 or more, below 2^63")
+
+
+def generate(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int] = frozenset(),
+    vocab_size: int | None = None,
+) -> Iterator[int]:
+    """Token ids that continue `prompt`: `generate_batch` for one, whose number is 0."""
+    batch = generate_batch(decoder, {0: prompt}, max_new_tokens, sampling, stop, vocab_size)
+    return (token for _, token in batch)
+
+
+def generate_batch(
+    decoder: Decoder,
+    prompts: Mapping[int, Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int] = frozenset(),
+    vocab_size: int | None = None,
+) -> Iterator[tuple[int, int]]:
+    """(number of a prompt, token id that continues it), each as soon as it is known.
+
+    A token of `stop` ends its sequence and is not given. Where ranks share the decoder all of them call it, with the
+    same arguments, and all get the same tokens.
+
+    Args:
+        prompts: by number; the number is part of the seed of its draws.
+        vocab_size: of the tokenizer; the model's further ids are padding and never drawn.
+
+    Raises:
+        ConfigError: a prompt is empty, or prompt and new tokens are longer than the model is made for.
+    """
+    for prompt in prompts.values():
+        require_room(decoder.config, len(prompt), max_new_tokens)
+    # a generator of its own, so that the checks above come before the first token is asked for
+    return _continue(decoder, prompts, max_new_tokens, sampling, stop, vocab_size)
+
+
+def require_room(model: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Make sure that a prompt can be continued.
+
+    Raises:
+        ConfigError: it is empty, or too long for the model together with what is to come.
+    """
+    if prompt_tokens == 0:
+        raise ConfigError("the prompt is empty: it has no tokens to continue")
+    if prompt_tokens + max_new_tokens > model.max_position:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones are more than the model's "
+            f"max_position = {model.max_position}; shorten the prompt or lower --max-new-tokens"
+        )
+
+
+@torch.no_grad()
+def _continue(
+    decoder: Decoder,
+    prompts: Mapping[int, Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    vocab_size: int | None,
+) -> Iterator[tuple[int, int]]:
+    assert decoder.embedding is not None
+    weight, tp = decoder.embedding.weight, decoder.embedding.tp
+    capacity = max(map(len, prompts.values())) + max_new_tokens
+    cache = KeyValueCache(decoder.config, len(prompts), capacity, weight.dtype, weight.device, tp)
+    numbers = list(prompts)  # whose sequence is in which row of the cache
+    random = {number: _random(sampling.seed, number) for number in numbers}
+    read = (torch.tensor(prompt, device=weight.device) for prompt in prompts.values())
+    logits = torch.cat([_next_logits(decoder, cache, range(i, i + 1), tokens) for i, tokens in enumerate(read)])
+    for left in range(max_new_tokens - 1, -1, -1):
+        uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=random[number]) for number in numbers])
+        tokens = draw(logits[:, :vocab_size].float(), sampling, uniform)
+        drawn = tokens.tolist()
+        going_on = [row for row, token in enumerate(drawn) if token not in stop]
+        yield from ((numbers[row], drawn[row]) for row in going_on)
+        if not going_on or not left:
+            return
+        if len(going_on) < len(numbers):
+            cache.keep(going_on)
+            numbers, tokens = [numbers[row] for row in going_on], tokens[going_on]
+        logits = _next_logits(decoder, cache, range(len(numbers)), tokens)
+
+
+def _next_logits(decoder: Decoder, cache: KeyValueCache, rows: range, tokens: torch.Tensor) -> torch.Tensor:
+    """What follows each of the sequences `rows`, [b, v], once `tokens` [b·t] have been read, t more of each."""
+    assert decoder.head is not None
+    tp, count = decoder.head.tp, len(tokens) // len(rows)
+    positions, attend = cache.extend(rows, count)
+    padding = -len(tokens) % tp.size  # ranks hold equal shares of the tokens
+    tokens, positions = (functional.pad(x, (0, padding)) for x in (tokens, positions))
+    hidden = gather_sequence(decoder(tokens, positions, attend), tp.group)  # [b·t + padding, h]
+    logits = decoder.logits(hidden[count - 1 : len(rows) * count : count])  # [b, v/tp]
+    if tp.size == 1:
+        return logits
+    largest = -(-decoder.config.vocab_size // tp.size)
+    parts = functional.pad(logits, (0, largest - logits.shape[1])).t().contiguous()
+    shares = [replace(tp, rank=rank).share(decoder.config.vocab_size)[1] for rank in range(tp.size)]
+    gathered = gather_sequence(parts, tp.group).split(largest)
+    return torch.cat([part[:share] for part, share in zip(gathered, shares, strict=True)]).t().contiguous()
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """The next tokens, [b], given fp32 logits [b, v] and for each a number in [0, 1), fp64, which picks it."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
+    reached = probabilities.double().cumsum(-1)
+    kept = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)  # those before have less than top_p
+    wanted = uniform.to(logits.device)[:, None] * reached.gather(1, kept - 1)  # in fp64 below the end, also rounded
+    return order.gather(1, torch.searchsorted(reached, wanted, right=True))[:, 0]
+
+
+def _random(seed: int, number: int) -> torch.Generator:
+    """A stream of its own for every prompt, on the host, so that all devices draw alike."""
+    key = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

@@ -1,0 +1,162 @@
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from engine.checkpoint.huggingface.config import FAMILIES, hf_config, model_config_from_hf
+from engine.config.schema import ModelConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.model.families import PRESETS
+
+# What the published models' config.json say, as far as the architecture goes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llama2-7b": {
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "llama3.1-8b": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072,
+        "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+    },
+    "mistral-7b": {
+        "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 32000,
+    },
+    "qwen2.5-7b": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 3584,
+        "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 131072,
+        "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "tie_word_embeddings": False, "use_mrope": False, "use_sliding_window": False, "vocab_size": 152064,
+    },
+    "qwen3-8b": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288, "max_position_embeddings": 40960,
+        "max_window_layers": 36, "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "starcoder2-7b": {
+        "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 4608, "initializer_range": 0.018042, "intermediate_size": 18432, "mlp_type": "default",
+        "max_position_embeddings": 16384, "model_type": "starcoder2", "norm_epsilon": 1e-05,
+        "norm_type": "layer_norm", "num_attention_heads": 36, "num_hidden_layers": 32, "num_key_value_heads": 4,
+        "rope_theta": 1000000, "sliding_window": 4096, "use_bias": True, "vocab_size": 49152,
+    },
+}  # fmt: skip
+
+
+def without_init(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"init_std": 0.02})
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_configs_are_our_presets(preset: str) -> None:
+    read = ModelConfig(**model_config_from_hf(PUBLISHED[preset]))
+    assert without_init(read) == ModelConfig(**PRESETS[preset])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_survives_the_way_there_and_back(preset: str) -> None:
+    model = ModelConfig(**PRESETS[preset])
+    written = hf_config(model, dtype=torch.bfloat16, bos_id=1, eos_id=2)
+    assert ModelConfig(**model_config_from_hf(json.loads(json.dumps(written)))) == model
+    assert written["torch_dtype"] == "bfloat16"
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, 2)
+
+
+@pytest.mark.parametrize("preset", ["llama3.1-8b", "mistral-7b"])
+def test_transformers_5_rope_parameters_are_read(preset: str) -> None:
+    config = dict(PUBLISHED[preset])
+    rope = {"rope_theta": config.pop("rope_theta"), **(config.pop("rope_scaling", None) or {"rope_type": "default"})}
+    assert model_config_from_hf(config | {"rope_parameters": rope}) == model_config_from_hf(PUBLISHED[preset])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_transformers_reads_what_we_write(preset: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = ModelConfig(**PRESETS[preset])
+    written = hf_config(model, dtype=torch.bfloat16, bos_id=None, eos_id=None)
+    read = transformers.AutoConfig.for_model(**written)
+    assert type(read).__name__ + "" == FAMILIES[model.family].architecture.replace("ForCausalLM", "Config")
+    assert (read.num_hidden_layers, read.num_key_value_heads) == (model.num_layers, model.num_kv_heads)
+    assert read.rope_parameters["rope_theta"] == model.rope_theta
+    assert read.rope_parameters["rope_type"] == ("llama3" if model.rope_scaling else "default")
+    assert getattr(read, "sliding_window", None) == model.sliding_window
+    assert read.tie_word_embeddings == model.tie_embeddings
+    assert read.dtype == torch.bfloat16
+
+
+def test_missing_keys_mean_what_transformers_means() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 16, "max_position_embeddings": 128,
+    }  # fmt: skip
+    for name, family in FAMILIES.items():
+        ours = model_config_from_hf(sizes | {"architectures": [family.architecture]})
+        theirs = transformers.AutoConfig.for_model(name, **sizes)
+        assert ours["num_kv_heads"] == (theirs.num_key_value_heads or 16), name
+        if not name.startswith("qwen2") and family.has_head_dim:
+            assert ours["head_dim"] == theirs.head_dim, name
+        assert ours["norm_eps"] == getattr(theirs, family.norm_key), name
+        assert ours["tie_embeddings"] == theirs.tie_word_embeddings, name
+        assert ours["init_std"] == theirs.initializer_range, name
+        if family.has_window:
+            assert ours["sliding_window"] == theirs.sliding_window, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"\['GPT2LMHeadModel'\] is not supported; known: LlamaForCausalLM"),
+        ({"architectures": None}, "architectures = None"),
+        ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attention_bias": True}, "attention_bias = True is not supported; expected False"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "without 'factor'"),
+        ({"rope_scaling": "llama3"}, "expected an object"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"hidden_size": None}, "hidden_size = None; expected a positive integer"),
+        ({"hidden_size": "4096"}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ],
+)
+def test_what_we_do_not_implement_is_refused_with_the_reason(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(CheckpointError, match=expected):
+        model_config_from_hf(PUBLISHED["llama2-7b"] | changes)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "expected"),
+    [
+        ("tiny", {"qkv_bias": True}, r"model\.qkv_bias = True cannot be exported as LlamaForCausalLM"),
+        ("tiny", {"sliding_window": 8}, "model.sliding_window = 8"),
+        ("tiny-qwen2", {"head_dim": 32}, "model.head_dim = 32"),
+        ("tiny-starcoder2", {"norm": "rms"}, "model.norm = 'rms'"),
+    ],
+)
+def test_what_the_family_cannot_express_is_refused(preset: str, changes: dict[str, Any], expected: str) -> None:
+    model = ModelConfig(**{**PRESETS[preset], **changes})
+    with pytest.raises(ConfigError, match=expected):
+        hf_config(model, dtype=torch.float32, bos_id=None, eos_id=None)

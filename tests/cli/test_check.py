@@ -1,0 +1,57 @@
+"""What `python -m engine check` prints; as a process it is tested in `e2e`."""
+
+import re
+
+import pytest
+
+from engine.cli.check import check
+from engine.errors import ConfigError, DataError, OutOfMemoryError
+from engine.testing.runs import run_config
+
+
+def printed(capsys, config, world_size: int = 1, gpu_memory_gib: float = 80, ranks_per_node: int = 8) -> list[str]:
+    check(config, world_size, gpu_memory_gib, ranks_per_node)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_run_that_works(workspace, capsys):
+    lines = printed(capsys, run_config(workspace, "--train.eval_steps", "1"), 2)
+    assert [re.sub(r"[\d,]+", "n", line) for line in lines if line.startswith("data")] == [
+        "data        n tokens to train",
+        "data        n tokens to valid",
+    ]
+    assert "assumed     float32 on cpu, this machine's memory, 2 rank(s) a node (--ranks-per-node)" in lines
+    assert lines[-1] == "ok"
+
+
+def test_gpus_that_are_not_here(workspace, capsys):
+    config = run_config(workspace, "--precision.mode", "bf16", "--run.device", "auto", "--parallel.tp", "auto")
+    lines = printed(capsys, config, 4, gpu_memory_gib=40, ranks_per_node=2)
+    assert (
+        "assumed     bfloat16 on cuda, GPUs of 40 GiB (--gpu-memory-gib), 2 rank(s) a node (--ranks-per-node)" in lines
+    )
+    assert "            tp auto: the smallest tp × pp whose fullest rank, 2.0 GiB, fits in 90% of 40.0 GiB" in lines
+
+
+def test_files_that_are_not_here_are_named(tmp_path, capsys):
+    lines = printed(capsys, run_config(tmp_path))
+    assert f"data        {tmp_path / 'corpus.idx'} is not on this machine and not checked" in lines
+    assert lines[-1] == "ok, but for what is not on this machine"
+
+
+def test_what_does_not_fit_is_shown_and_refused(tmp_path, capsys):
+    config = run_config(tmp_path, "--precision.mode", "bf16", "--run.device", "auto")
+    with pytest.raises(OutOfMemoryError, match=r"a GPU has 1\.0 GiB"):
+        check(config, 1, 1, 8)
+    assert "stage 0     0      embedding, 0–3, head" in capsys.readouterr().out
+
+
+def test_data_that_do_not_fit_the_run(workspace):
+    with pytest.raises(DataError, match="and needs"):
+        check(run_config(workspace, "--data.seq_length", "4096", "--data.split", "[1, 9, 0]"), 1, 80, 8)
+
+
+@pytest.mark.parametrize(("options", "name"), [((0, 80, 8), "world-size 0"), ((1, 80, 0), "ranks-per-node 0")])
+def test_options_out_of_range(tmp_path, options, name):
+    with pytest.raises(ConfigError, match=f"--{name}: expected at least 1"):
+        check(run_config(tmp_path), *options)

@@ -1,0 +1,113 @@
+"""The program that converts checkpoints: both ways, seen from the input; messages and exit codes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from engine.checkpoint.manager import Piece, State, open_checkpoint, save
+from engine.checkpoint.rectangles import Rectangle
+from engine.config.schema import ModelConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.model.families import PRESETS
+from engine.model.parameters import logical_shapes
+
+PROGRAM = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+MODEL = ModelConfig(**{**PRESETS["tiny"], "num_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8})
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", PROGRAM)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def convert(program: ModuleType) -> Callable[..., None]:
+    return lambda *arguments: program.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run on bytes with one checkpoint."""
+    torch.manual_seed(0)
+    pieces = [
+        Piece("param", name, shape, Rectangle((0,) * len(shape), shape), torch.randn(shape))
+        for name, shape in logical_shapes(MODEL).items()
+    ]
+    save(
+        tmp_path / "run", pieces, State(5, 20, 80, None, "data", {}),
+        config_yaml=yaml.safe_dump({"model": MODEL.model_dump(mode="json"), "data": {"tokenizer": "byte"}}),
+        tokenizer_files=[], keep_last=1, rank=0, world_size=1, agree=lambda problem: problem,
+    )  # fmt: skip
+    return tmp_path / "run"
+
+
+def test_both_ways_and_the_next_command(
+    convert: Callable[..., None], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert("--from", run_dir / "checkpoints", "--to", tmp_path / "hf", "--dtype", "fp32")
+    said = capsys.readouterr().out
+    assert "exported 12 tensors" in said
+    assert "(step 5)" in said
+    assert "read back and verified" in said
+    assert f"generate.py {tmp_path / 'hf'}" in said
+
+    convert("--from", tmp_path / "hf", "--to", tmp_path / "imported")
+    said = capsys.readouterr().out
+    assert "imported 12 tensors" in said
+    assert f"generate.py {tmp_path / 'imported'}" in said
+    assert f"run.resume to {tmp_path / 'imported'}" in said
+    before, after = open_checkpoint(run_dir), open_checkpoint(tmp_path / "imported")
+    for name in logical_shapes(MODEL):
+        assert torch.equal(before.read("param", name), after.read("param", name))
+
+
+def test_a_checkpoint_directory_is_exported_as_bf16_unless_told(
+    convert: Callable[..., None], run_dir: Path, tmp_path: Path
+) -> None:
+    convert("--from", run_dir / "checkpoints" / "step_00000005", "--to", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_progress_shows_speed_and_time_left(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = program.ProgressLines({"a": (10,), "b": (30,)})
+    progress._last -= 10
+    progress("a", 10)
+    progress("b", 30)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "1/2 tensors" in err and "GB/s" in err and "ETA" in err
+
+
+def test_what_cannot_be_converted(convert: Callable[..., None], run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no such directory: --from .*misspelt"):
+        convert("--from", tmp_path / "misspelt", "--to", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="neither a Hugging Face directory"):
+        convert("--from", tmp_path / "empty", "--to", tmp_path / "out")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        convert("--from", run_dir, "--to", run_dir)
+    convert("--from", run_dir, "--to", tmp_path / "hf")
+    with pytest.raises(ConfigError, match="--dtype bf16 is for exports"):
+        convert("--from", tmp_path / "hf", "--to", tmp_path / "out", "--dtype", "bf16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_a_program_it_ends_with_the_code_of_the_error(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), "--from", str(tmp_path / "misspelt"), "--to", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=PROGRAM.parents[1], env={"PYTHONPATH": "."})
+    assert ended.returncode == 66
+    assert "error: no such directory: --from" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,205 @@
+import json
+
+import pytest
+import yaml
+
+from engine.config.derived import microbatches, with_steps
+from engine.config.load import load, resolve
+from engine.config.schema import Config
+from engine.errors import CheckpointError, ConfigError
+from engine.model.families import PRESETS
+
+MINIMAL = {
+    "model": {"preset": "tiny"},
+    "data": {"tokenizer": "byte", "train": [{"path": "corpus"}], "seq_length": 128},
+    "batch": {"global": 8},
+    "train": {"steps": 10},
+}
+
+
+def build(changes: dict | None = None, *overrides: str) -> Config:
+    raw = json.loads(json.dumps(MINIMAL))
+    for section, values in (changes or {}).items():
+        raw[section] = raw.get(section, {}) | values if isinstance(values, dict) else values
+    return resolve(raw, overrides, presets=PRESETS, source="test.yaml")
+
+
+def message(changes: dict | None = None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build(changes, *overrides)
+    return str(caught.value)
+
+
+def test_precedence_is_defaults_preset_file_command_line():
+    config = build({"model": {"preset": "tiny", "hidden_size": 32}}, "--model.hidden_size", "96")
+    assert config.model.hidden_size == 96  # command line over file over preset
+    assert build({"model": {"preset": "tiny", "hidden_size": 32}}).model.hidden_size == 32
+    assert config.model.num_layers == PRESETS["tiny"]["num_layers"]
+    assert config.optimizer.lr == 3e-4
+
+
+def test_overrides_are_yaml_and_come_in_two_forms():
+    config = build(
+        {},
+        "--data.train=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]",
+        "--optimizer.lr",
+        "1e-3",
+        "--log.tensorboard",
+        "false",
+        "--model.sliding_window",
+        "null",
+    )
+    assert [d.weight for d in config.data.train] == [0.7, 0.3]
+    assert config.optimizer.lr == 1e-3
+    assert config.log.tensorboard is False
+
+
+def test_a_preset_on_the_command_line_replaces_the_one_in_the_file():
+    assert build({"model": {"preset": "llama2-7b"}}, "--model.preset", "tiny").model.hidden_size == 64
+
+
+def test_unknown_keys_name_the_nearest_setting():
+    text = message({"optimizer": {"learning_rate": 1}, "lr_shedule": {}})
+    assert "lr_shedule: no such setting (did you mean 'lr_schedule'?)" in text
+    assert "optimizer.learning_rate: no such setting" in text
+    assert "batch.golbal: no such setting (did you mean 'global'?)" in message({}, "--batch.golbal", "4")
+    assert "data.train.0.wieght: no such setting (did you mean 'weight'?)" in message(
+        {"data": {"train": [{"path": "a", "wieght": 1}]}}
+    )
+
+
+def test_all_problems_are_reported_at_once():
+    text = message({"batch": {"global": "many"}, "train": {"steps": -1}, "nonsense": {}, "model": {"preset": "tinny"}})
+    for part in ("batch.global = 'many'", "train.steps = -1", "nonsense", "'tinny' is unknown (did you mean 'tiny'?)"):
+        assert part in text
+    assert "problems in test.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads = 3 does not divide model.num_heads = 4"),
+        ({"model": {"head_dim": 15}}, "model.head_dim = 15 is odd"),
+        ({"data": {"seq_length": 99999}}, "longer than model.max_position = 4096"),
+        ({"lr_schedule": {"min_lr": 1.0}}, "lr_schedule.min_lr = 1.0 is above optimizer.lr"),
+        ({"lr_schedule": {"warmup_steps": 11}}, "= 11 is more than train.steps = 10"),
+        ({"lr_schedule": {"decay_steps": 5}}, "only applies to kind wsd"),
+        ({"data": {"split": [0, 1, 1]}}, "the first > 0"),
+        ({"data": {"split": [1, 0, 0]}, "train": {"eval_steps": 1}}, "needs a validation share"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, "both must be in [0, 1)"),
+        ({"optimizer": {"betas": [0.9, 0.999], "moments": "bf16"}}, "use betas[1] <= 0.99 or moments = fp32"),
+        ({"parallel": {"virtual_stages": 2}}, "virtual_stages = 2 and parallel.schedule = 1f1b: the interleaved"),
+        ({"parallel": {"schedule": "interleaved"}}, "virtual_stages = 1 and parallel.schedule = interleaved"),
+        ({"parallel": {"recompute_layers": 1}}, "recompute_layers = 1 needs parallel.recompute = selective or full"),
+        ({"parallel": {"compile": True, "schedule": "zero_bubble"}}, "choose one of the two"),
+        ({"parallel": {"layers_per_stage": [2, -1]}}, "parallel.layers_per_stage.1 = -1"),
+    ],
+)
+def test_settings_that_do_not_fit_together(changes, expected):
+    assert expected in message(changes)
+
+
+def test_tp_and_pp_are_numbers_or_auto():
+    parallel = build({"parallel": {"tp": "auto"}}, "--parallel.pp", "4").parallel
+    assert (parallel.tp, parallel.pp) == ("auto", 4)
+    text = message({"parallel": {"tp": "some", "pp": 0}})
+    assert text.splitlines()[1:] == [
+        "  parallel.tp = 'some': expected a number of at least 1, or auto",
+        "  parallel.pp = 0: expected a number of at least 1, or auto",
+    ]
+
+
+def test_arguments_that_are_not_overrides():
+    assert "unexpected argument 'oops'" in message({}, "oops")
+    assert "--train.steps needs a value" in message({}, "--train.steps")
+    assert "--train.steps needs a value" in message({}, "--train.steps", "--log.interval", "1")
+    assert "not valid YAML" in message({}, "--train.steps", "[1")
+
+
+def test_the_resolved_yaml_loads_to_an_equal_config(tmp_path):
+    config = build({"model": {"preset": "tiny-llama3"}}, "--run.dir", "runs/x")
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load(path, presets=PRESETS) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("!!python/object:os.system x", "not valid YAML")],
+)
+def test_files_that_are_no_configuration(tmp_path, content, expected):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=expected):
+        load(path, presets=PRESETS)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration file at"):
+        load(tmp_path / "none.yaml", presets=PRESETS)
+
+
+def test_an_indivisible_batch_names_the_nearest_that_work():
+    config = build({"batch": {"micro": 2, "global": 10}})
+    assert microbatches(config, 5) == 1
+    with pytest.raises(ConfigError, match=r"batch.global = 6 or 12"):
+        microbatches(config, 3)
+
+
+def test_the_schema_covers_every_section():
+    schema = Config.model_json_schema(by_alias=True)
+    assert set(schema["properties"]) == set(yaml.safe_load(build().to_yaml()))
+
+
+FINE_TUNING = {"task": "sft", "data": MINIMAL["data"]}
+TRAINED = {**PRESETS["tiny"], "hidden_size": 48}
+
+
+def test_steps_follow_from_epochs():
+    config = build({**FINE_TUNING, "train": {"steps": 0, "epochs": 3}, "lr_schedule": {"warmup_ratio": 0.1}})
+    assert with_steps(config, rows=21).train.steps == 8  # 63 rows, 8 to a step
+    assert with_steps(config, rows=21).lr_schedule.warmup_steps == 1
+    assert with_steps(build({**FINE_TUNING, "train": {"steps": 5, "epochs": 3}}), rows=21).train.steps == 5
+    assert with_steps(build({**FINE_TUNING, "train": {"steps": 50, "epochs": 3}}), rows=21).train.steps == 8
+    assert with_steps(build()).train.steps == 10
+    late = build({**FINE_TUNING, "train": {"steps": 0, "epochs": 3}, "lr_schedule": {"warmup_steps": 9}})
+    with pytest.raises(ConfigError, match=r"warmup_steps \+ decay_steps = 9 is more than the 8 steps"):
+        with_steps(late, rows=21)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": {"steps": 0}}, "train.steps: is required and not given"),
+        ({**FINE_TUNING, "train": {"steps": 0}}, "train.steps or train.epochs: is required and not given"),
+        ({"train": {"steps": 5, "epochs": 2}}, "train.epochs, train.neftune_alpha and data.packing are for task = sft"),
+        ({"data": {"packing": False}}, "are for task = sft"),
+        ({"task": "sft", "data": {"document_mask": False}}, "data.document_mask = false would let conversations see"),
+        ({"train": {"early_stopping": 2}}, "train.early_stopping and checkpoint.keep_best compare evaluations"),
+        ({"model": {"preset": "tiny", "from_hf": "a"}}, "model.preset and model.from_hf exclude each other"),
+    ],
+)
+def test_settings_of_fine_tuning_that_do_not_fit_together(changes, expected):
+    assert expected in message(changes)
+
+
+def test_a_trained_model_fills_the_fields_and_names_its_tokenizer():
+    asked = []
+
+    def trained(kind, path):
+        asked.append((kind, str(path)))
+        if path.name == "none":
+            raise CheckpointError("no such model directory")
+        return TRAINED, "their/tokenizer"
+
+    def build_from(model, *overrides):
+        raw = {**MINIMAL, "model": model, "data": {key: MINIMAL["data"][key] for key in ("train", "seq_length")}}
+        return resolve(raw, overrides, presets=PRESETS, source="test.yaml", trained=trained)
+
+    config = build_from({"from_hf": "a/b", "init_std": 0.5})
+    assert (config.model.hidden_size, config.model.init_std, config.data.tokenizer) == (48, 0.5, "their/tokenizer")
+    assert build_from({"from_hf": "a"}, "--data.tokenizer", "byte").data.tokenizer == "byte"
+    assert build_from({"preset": "llama2-7b"}, "--model.from_checkpoint", "c").model.hidden_size == 48
+    assert asked == [("from_hf", "a/b"), ("from_hf", "a"), ("from_checkpoint", "c")]
+    with pytest.raises(ConfigError, match=r"^1 problem in .*\n  model\.from_hf = none: no such model directory$"):
+        build_from({"from_hf": "none"})  # and not: data.tokenizer is missing

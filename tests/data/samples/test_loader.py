@@ -1,0 +1,257 @@
+"""Batches: shapes, masks, shares of ranks, workers that read ahead, fail and die."""
+
+import copy
+import multiprocessing
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from engine.data.samples import loader
+from engine.data.samples.loader import Batch, batches, collate
+from engine.data.samples.pretrain import Sample
+from engine.errors import ConfigError, DataFormatError, StorageError, TriaxisError
+
+LENGTH = 6
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Sample i holds i * 10, i * 10 + 1, ...; a document starts inside it at 1 + i % 5."""
+
+    def sample(self, i: int) -> Sample:
+        return Sample.following(i * 10 + np.arange(LENGTH + 1), np.array([1 + i % (LENGTH - 1)]))
+
+
+def read(dataset=None, *, rank=0, dp=1, first=0, num=24, B=8, micro=2, mask=True, workers=0, pin=False):
+    return batches(
+        dataset or Counting(),
+        first_sample=first,
+        num_samples=num,
+        global_batch_size=B,
+        micro_batch_size=micro,
+        dp_rank=rank,
+        dp_size=dp,
+        document_mask=mask,
+        num_workers=workers,
+        pin_memory=pin,
+    )
+
+
+def numbers(steps) -> list[list[int]]:
+    """The sample numbers of each step."""
+    return [[i for batch in step for i in batch.sample_numbers] for step in steps]
+
+
+def test_a_batch_with_document_mask():
+    contents = [(np.arange(5), np.array([1, 3])), (np.arange(10, 15), np.array([], np.int64))]
+    samples = [Sample.following(*content) for content in contents]
+    batch = collate(samples, (7, 9), document_mask=True)
+    assert batch.tokens.tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert batch.labels.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14]]
+    assert batch.positions.tolist() == [[0, 0, 1, 0], [0, 1, 2, 3]]
+    assert batch.loss_mask.tolist() == [[1.0] * 4] * 2
+    assert batch.cu_seqlens == (0, 1, 3, 4, 8)
+    assert batch.sample_numbers == (7, 9)
+    assert batch.num_tokens == 8 and type(batch.num_tokens) is int
+    kinds = [batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype, batch.loss_mask.dtype]
+    assert kinds == [torch.int64, torch.int64, torch.int64, torch.float32]
+    assert all(type(offset) is int for offset in batch.cu_seqlens)
+
+
+def test_a_batch_without_document_mask():
+    samples = [Sample.following(np.arange(5), np.array([1, 3]))] * 2
+    batch = collate(samples, (0, 1), document_mask=False)
+    assert batch.positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert batch.cu_seqlens == (0, 4, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_batches_do_not_depend_on_the_number_of_workers(workers):
+    steps = list(read(workers=workers, first=100))
+    assert numbers(steps) == [list(range(start, start + 8)) for start in (100, 108, 116)]
+    assert [len(step) for step in steps] == [4, 4, 4]
+    for step in steps:
+        for batch in step:
+            expected = collate(
+                [Counting().sample(i) for i in batch.sample_numbers], batch.sample_numbers, document_mask=True
+            )
+            for name in ("tokens", "labels", "loss_mask", "positions"):
+                assert torch.equal(getattr(batch, name), getattr(expected, name))
+                assert getattr(batch, name).is_contiguous()
+            assert (batch.cu_seqlens, batch.num_tokens) == (expected.cu_seqlens, expected.num_tokens)
+
+
+@pytest.mark.parametrize("dp, micro", [(1, 8), (2, 1), (4, 2), (8, 1)])
+def test_ranks_share_each_global_batch_in_order(dp, micro):
+    shares = [numbers(read(rank=rank, dp=dp, micro=micro)) for rank in range(dp)]
+    assert [list(chain(*step)) for step in zip(*shares, strict=True)] == numbers(read())
+    assert all(len(step) == 8 // dp for share in shares for step in share)
+
+
+def test_reading_can_go_on_without_end_from_anywhere():
+    steps = read(first=10**12 + 3, num=None, workers=1)
+    assert [next(steps)[0].sample_numbers[0] - 10**12 for _ in range(30)] == list(range(3, 243, 8))
+
+
+@pytest.mark.parametrize("sizes", [{"B": 6, "micro": 4}, {"B": 6, "dp": 4, "micro": 1}, {"num": 25}])
+def test_sizes_that_do_not_divide_are_refused(sizes):
+    with pytest.raises(ConfigError, match=r"batch\.global = .* must be a multiple of batch\.micro"):
+        read(**sizes)
+
+
+def test_reading_ahead_leaves_the_random_numbers_of_the_run_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(read(workers=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_batch_moves_as_a_whole():
+    (batch,) = next(read(micro=8))
+    moved = batch.to("meta")
+    assert {moved.tokens.device, moved.labels.device, moved.loss_mask.device, moved.positions.device} == {
+        torch.device("meta")
+    }
+    assert (moved.cu_seqlens, moved.sample_numbers) == (batch.cu_seqlens, batch.sample_numbers)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+def test_batches_are_pinned():
+    for step in read(workers=1, pin=True):
+        assert all(batch.tokens.is_pinned() and batch.loss_mask.is_pinned() for batch in step)
+
+
+# ---- workers
+
+
+@dataclass(frozen=True)
+class Failing:
+    """Raises at one sample."""
+
+    error: Exception
+    at: int = 11
+
+    def sample(self, i: int) -> Sample:
+        if i == self.at:
+            raise self.error
+        return Counting().sample(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (DataFormatError("web.bin: size = 3"), DataFormatError),
+        (OSError(5, "Input/output error", "web.bin"), StorageError),
+    ],
+)
+def test_an_error_of_a_worker_arrives_as_it_is(workers, error, kind):
+    steps = read(Failing(error), workers=workers)
+    assert numbers([next(steps)]) == [list(range(8))]
+    with pytest.raises(kind) as caught:
+        next(steps)
+    assert type(caught.value) is kind
+    assert "web.bin" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_programming_error_of_a_worker_keeps_its_traceback(workers):
+    with pytest.raises(
+        RuntimeError, match=r"reading \(10, 11\) failed:\n(?s:.*)in sample\n(?s:.*)ZeroDivisionError: odd"
+    ):
+        list(read(Failing(ZeroDivisionError("odd")), workers=workers))
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """Ends the process that reads sample 11, as the kernel does where memory runs out."""
+
+    def sample(self, i: int) -> Sample:
+        if i == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Counting().sample(i)
+
+
+def test_the_death_of_a_worker_is_an_error_and_not_a_hang():
+    with pytest.raises(TriaxisError, match=r"DataLoader worker .*data\.num_workers = 0"):
+        list(read(Deadly(), workers=1))
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Sample i tells about the process that reads it: pid, group, threads, and what it does at Ctrl-C."""
+
+    def sample(self, i: int) -> Sample:
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        told = np.array([os.getpid(), os.getpgid(0), torch.get_num_threads(), ignored, 0, 0, 0])
+        return Sample.following(told, np.array([3]))
+
+
+def test_workers_survive_signals_meant_for_the_training_process():
+    steps = read(Telling(), num=None, workers=1)
+    pid, group, threads, ignored = next(steps)[0].tokens[0, :4].tolist()
+    assert pid != os.getpid()
+    assert group == pid != os.getpgid(0)
+    assert (threads, ignored) == (1, 1)
+    os.kill(pid, signal.SIGINT)
+    assert [next(steps)[0].tokens[0, 0].item() for _ in range(10)] == [pid] * 10
+
+
+def test_a_signal_to_a_worker_itself_ends_it():
+    steps = read(Telling(), num=None, workers=1)
+    subprocess.run(["kill", str(next(steps)[0].tokens[0, 0].item())], check=True)
+    with pytest.raises(TriaxisError, match="worker"):
+        list(steps)
+
+
+def test_closing_the_iterator_ends_the_workers():
+    before = len(multiprocessing.active_children())
+    steps = read(num=None, workers=2)
+    next(steps)
+    assert len(multiprocessing.active_children()) == before + 2
+    steps.close()
+    assert len(multiprocessing.active_children()) == before
+
+
+def test_two_loaders_do_not_disturb_each_other():
+    """As an evaluation between two training steps does."""
+    steps = read(num=None, workers=1)
+    seen = [next(steps)]
+    for _ in range(2):
+        assert numbers(read(first=1000, num=8, workers=1)) == [list(range(1000, 1008))]
+        seen += [next(steps) for _ in range(5)]
+    assert numbers(seen) == [list(range(start, start + 8)) for start in range(0, 88, 8)]
+
+
+def test_a_batch_crosses_processes_without_shared_memory():
+    batch = next(read(micro=8))[0]
+    rebuild, fields = batch.__reduce__()
+    assert all(isinstance(array, np.ndarray) for array in fields[0])
+    again = rebuild(*fields)
+    assert isinstance(again, Batch)
+    assert torch.equal(again.positions, batch.positions)
+
+
+@pytest.mark.parametrize(("multiple", "learned"), [(1, [0, 2, 4, 5, 6, 7]), (7, [0, 1, 2, 4, 5, 6, 7]), (8, None)])
+def test_labels_that_are_not_learned_do_not_count(monkeypatch, multiple, learned):
+    monkeypatch.setattr(loader, "ROUND", multiple)
+    mask = np.array([True, False, True, False])
+    following = Sample.following(np.arange(5), np.array([], int))
+    samples = [Sample(np.arange(4), np.arange(4) + 7, np.array([2]), mask), following]
+    batch = collate(samples, (0, 1), document_mask=True)
+    assert batch.labels.tolist() == [[7, 8, 9, 10], [1, 2, 3, 4]]
+    assert batch.loss_mask.tolist() == [[1.0, 0.0, 1.0, 0.0], [1.0] * 4]
+    assert batch.num_tokens == 6
+    sent = copy.deepcopy(batch)  # as it crosses processes
+    assert sent.loss_mask.equal(batch.loss_mask)
+    assert (None if sent.learned is None else sent.learned.tolist()) == learned
+    assert collate(samples[1:], (1,), document_mask=True).learned is None

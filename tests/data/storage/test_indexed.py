@@ -1,0 +1,445 @@
+"""Token datasets: the exact bytes, and the distrust of the reader."""
+
+import copy
+import errno
+import json
+import os
+import random
+import struct
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.data.storage import indexed
+from engine.data.storage.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWriter, SourceFile, token_dtype
+from engine.errors import DataError, DataFormatError, StorageError
+
+INTEGER_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+INFO = DatasetInfo(tokenizer_kind="byte", tokenizer_hash="b0", vocab_size=300, eod_id=0)
+
+
+def index_bytes(lengths, documents, *, code=8, itemsize=2, modes=b"", pointers=None, version=1, n=None, d=None):
+    """An index written field by field, as the format's table says."""
+    if pointers is None:
+        pointers = [itemsize * sum(lengths[:i]) for i in range(len(lengths))]
+    n, d = len(lengths) if n is None else n, len(documents) if d is None else d
+    return (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", version, code, n, d)
+        + struct.pack(f"<{len(lengths)}i", *lengths)
+        + struct.pack(f"<{len(pointers)}q", *pointers)
+        + struct.pack(f"<{len(documents)}q", *documents)
+        + modes
+    )
+
+
+def put(folder: Path, index: bytes, data: bytes) -> Path:
+    for name, content in ("set.idx", index), ("set.bin", data):
+        (folder / name).unlink(missing_ok=True)  # rewriting in place is far slower on some file systems
+        (folder / name).write_bytes(content)
+    return folder / "set"
+
+
+def some(folder: Path) -> Path:
+    """Three sequences of 3, 0 and 2 tokens, each a document."""
+    return put(folder, index_bytes([3, 0, 2], [0, 1, 2, 3]), struct.pack("<5H", 7, 8, 9, 10, 11))
+
+
+# ---- writing
+
+
+def test_the_writer_writes_the_bytes_that_the_format_prescribes(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "set", token_dtype(300)) as writer:
+        writer.add_document([7, 8, 9])
+        writer.add_documents(np.array([10, 11]), [0, 2])
+    assert (tmp_path / "set.bin").read_bytes() == struct.pack("<5H", 7, 8, 9, 10, 11)
+    assert (tmp_path / "set.idx").read_bytes() == (
+        b"MMIDIDX\x00\x00"
+        b"\x01\x00\x00\x00\x00\x00\x00\x00"  # version
+        b"\x08"  # uint16
+        b"\x03\x00\x00\x00\x00\x00\x00\x00"  # sequences
+        b"\x04\x00\x00\x00\x00\x00\x00\x00"  # document indices
+        b"\x03\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00"  # lengths 3, 0, 2
+        + struct.pack("<3q", 0, 6, 6)  # pointers, in bytes
+        + struct.pack("<4q", 0, 1, 2, 3)  # document indices
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
+    assert token_dtype(65_499) == np.uint16
+    assert token_dtype(65_500) == np.int32
+    with IndexedDatasetWriter(tmp_path / "set", token_dtype(100_000)) as writer:
+        writer.add_document([99_999, 1])
+    assert (tmp_path / "set.bin").read_bytes() == struct.pack("<2i", 99_999, 1)
+    assert (tmp_path / "set.idx").read_bytes() == index_bytes([2], [0, 1], code=4, itemsize=4)
+
+
+def test_pointers_of_many_documents_continue_from_chunk_to_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "CHUNK", 3)
+    lengths = [4, 0, 1, 2, 2, 5, 0, 3]
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+        writer.add_documents(np.arange(17), lengths)
+    assert (tmp_path / "set.idx").read_bytes() == index_bytes(lengths, range(9))
+    IndexedDataset(tmp_path / "set").verify(17)
+
+
+def test_the_description_carries_the_counts_and_is_read_back(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "deep" / "set.v1", np.uint16, INFO) as writer:
+        writer.add_document([1, 2])
+        writer.info = INFO.model_copy(update={"skipped": 4, "sources": (SourceFile(path="a.txt", bytes=9),)})
+    info = IndexedDataset(tmp_path / "deep" / "set.v1").info
+    assert info is not None
+    assert (info.num_documents, info.num_tokens, info.skipped) == (1, 2, 4)
+    assert info.sources == (SourceFile(path="a.txt", bytes=9),)
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), IndexedDatasetWriter(tmp_path / "set", np.uint16, INFO) as writer:
+        writer.add_document([1, 2, 3])
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_full_disk_is_reported_and_leaves_the_old_dataset(tmp_path, monkeypatch, failing):
+    before = some(tmp_path).with_suffix(".idx").read_bytes()
+    calls = iter(range(1, 10))
+
+    def fsync(descriptor):
+        if next(calls) == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (
+        pytest.raises(StorageError, match=r"set.*No space left"),
+        IndexedDatasetWriter(tmp_path / "set", np.uint16, INFO) as writer,
+    ):
+        writer.add_document([1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]
+    assert (tmp_path / "set.idx").read_bytes() == before
+
+
+def test_the_index_appears_last_and_is_never_beside_foreign_data(tmp_path, monkeypatch):
+    some(tmp_path)
+    (tmp_path / "set.json").write_text("stale")
+    appeared = []
+    replace = os.replace
+
+    def recording(source, target):
+        if target.suffix != ".idx":
+            assert not (tmp_path / "set.idx").exists()
+        appeared.append(target.suffix)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", recording)
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16, INFO) as writer:
+        writer.add_document([5])
+    assert appeared == [".bin", ".json", ".idx"]
+    assert IndexedDataset(tmp_path / "set").info is not None
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+        writer.add_document([5])
+    assert IndexedDataset(tmp_path / "set").info is None  # the old description went with the old data
+
+
+@pytest.mark.parametrize("ids", [[65_536], [-1], [3, 70_000, 4]])
+def test_ids_that_the_type_cannot_hold_are_refused(tmp_path, ids):
+    with pytest.raises(DataError, match=r"does not fit uint16"), IndexedDatasetWriter(tmp_path / "set", "u2") as writer:
+        writer.add_document(ids)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float_types_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match="float32"):
+        IndexedDatasetWriter(tmp_path / "set", np.float32)
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("code", INTEGER_TYPES)
+@pytest.mark.parametrize("modes", [b"", b"\x00\x01\x00\x00"], ids=["plain", "modes"])
+def test_a_foreign_file_with_documents_of_several_sequences(tmp_path, code, modes):
+    dtype = np.dtype(INTEGER_TYPES[code])
+    ids = np.arange(100, 109).astype(dtype)
+    index = index_bytes([2, 3, 0, 4], [0, 2, 2, 4], code=code, itemsize=dtype.itemsize, modes=modes)
+    data = IndexedDataset(put(tmp_path, index, ids.tobytes()))
+    assert (data.num_sequences, data.num_documents, data.num_tokens, data.dtype) == (4, 3, 9, dtype)
+    assert data.tokens(0, 9).tolist() == list(range(100, 109))
+    assert data.tokens(4, 2).tolist() == [104, 105]
+    assert [data.document_start(j) for j in range(4)] == [0, 5, 5, 9]
+    assert data.document_starts_in(0, 9).tolist() == [5]
+    assert np.concatenate(list(data.document_lengths())).tolist() == [5, 0, 4]
+    assert [data.document_at(i) for i in (0, 4, 5, 8)] == [0, 0, 2, 2]
+    data.verify(109)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_boundaries_agree_with_a_plain_count(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(indexed, "CHUNK", chunk)
+    monkeypatch.setattr("engine.data.storage.files.CHUNK", chunk)
+    draw = random.Random(3)
+    lengths = [draw.choice([0, 0, 1, 2, 9]) for _ in range(60)]
+    documents = sorted([0, 60] + [draw.randrange(61) for _ in range(30)])
+    total = sum(lengths)
+    data = IndexedDataset(put(tmp_path, index_bytes(lengths, documents), bytes(2 * total)))
+    starts = [sum(lengths[:first]) for first in documents]
+    assert [data.document_start(j) for j in range(len(documents))] == starts
+    assert np.concatenate(list(data.document_lengths())).tolist() == np.diff(starts).tolist()
+    for start in range(total):
+        assert starts[data.document_at(start)] <= start < starts[data.document_at(start) + 1]
+        for stop in (start, start + 1, start + 5, total):
+            expected = sorted({x for x in starts[:-1] if start < x < stop})
+            assert data.document_starts_in(start, stop).tolist() == expected
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
+def test_datasets_without_tokens(tmp_path, lengths):
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+        writer.add_documents(np.array([], np.int64), lengths)
+        writer.add_documents([], [])
+    data = IndexedDataset(tmp_path / "set")
+    assert (data.num_tokens, data.num_documents, data.num_sequences) == (0, len(lengths), len(lengths))
+    assert data.tokens(0, 0).tolist() == []
+    assert data.document_starts_in(0, 0).tolist() == []
+    assert [x for chunk in data.document_lengths() for x in chunk] == lengths
+    data.verify(10)
+
+
+def test_a_copy_in_another_process_opens_the_files_by_name(tmp_path):
+    # copying takes the same way as pickling
+    assert copy.copy(IndexedDataset(some(tmp_path))).tokens(1, 2).tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("start, count", [(-1, 2), (4, 2), (0, 6), (0, -1)])
+def test_tokens_outside_the_dataset(tmp_path, start, count):
+    with pytest.raises(IndexError, match="of 5"):
+        IndexedDataset(some(tmp_path)).tokens(start, count)
+
+
+# ---- distrust
+
+FIVE = struct.pack("<5H", 7, 8, 9, 10, 11)
+DAMAGED = {
+    "empty": (b"", FIVE, r"idx: size = 0 bytes; expected at least 34"),
+    "short header": (index_bytes([5], [0, 1])[:20], FIVE, r"idx: size = 20"),
+    "magic": (b"GARBAGE!!" + index_bytes([5], [0, 1])[9:], FIVE, r"idx: magic = b'GARBAGE!!'; expected b'MMIDIDX"),
+    "version": (index_bytes([5], [0, 1], version=2), FIVE, r"version = 2; expected 1"),
+    "unknown type": (index_bytes([5], [0, 1], code=9), FIVE, r"dtype code = 9"),
+    "float64": (index_bytes([5], [0, 1], code=6), FIVE, r"dtype = float64; expected an integer type"),
+    "float32": (index_bytes([5], [0, 1], code=7), FIVE, r"dtype = float32; expected an integer type"),
+    "huge counts": (index_bytes([5], [0, 1], n=(1 << 64) - 1, d=1 << 63), FIVE, r"idx: size = 62 bytes; expected"),
+    "counts that overflow": (index_bytes([5], [0, 1], n=1 << 62), FIVE, r"idx: size = 62 bytes; expected"),
+    "cut": (index_bytes([5], [0, 1])[:-1], FIVE, r"idx: size = 61 bytes; expected 62 \(63 with modes\)"),
+    "no document index": (index_bytes([5], []), FIVE, r"document count = 0"),
+    "negative length": (index_bytes([6, -1, 0], [0, 3], pointers=[0, 12, 10]), FIVE, r"lengths\[1\] = -1"),
+    "negative last length": (index_bytes([6, -1], [0, 2]), FIVE, r"lengths\[1\] = -1; expected 0 or more"),
+    "first pointer": (index_bytes([5], [0, 1], pointers=[2]), FIVE, r"pointers\[0\] = 2; expected 0"),
+    "gap": (index_bytes([1, 2, 1], [0, 3], pointers=[0, 4, 8]), FIVE, r"pointers\[1\] = 4; expected the end"),
+    "odd": (index_bytes([1, 2, 2], [0, 3], pointers=[0, 3, 6]), FIVE, r"pointers\[1\] = 3"),
+    "wild": (index_bytes([1, 2, 2], [0, 3], pointers=[0, 1 << 62, 6]), FIVE, r"pointers\[1\] = 46116"),
+    "first document": (index_bytes([5], [1, 1]), FIVE, r"documents\[0\] = 1; expected 0"),
+    "last document": (index_bytes([5], [0, 2]), FIVE, r"documents\[1\] = 2; expected 1"),
+    "falling documents": (index_bytes([2, 3], [0, 2, 1, 2]), FIVE, r"documents\[2\] = 1; expected rising"),
+    "wild document": (index_bytes([2, 3], [0, 9, 2]), FIVE, r"documents\[1\] = 9; expected rising, at most 2"),
+    "truncated data": (index_bytes([3, 2], [0, 1, 2]), FIVE[:-2], r"bin: size = 8 bytes; expected 10 bytes"),
+    "odd data": (index_bytes([3, 2], [0, 1, 2]), FIVE[:-1], r"bin: size = 9 bytes"),
+    "longer data": (index_bytes([3, 2], [0, 1, 2]), FIVE + b"xx", r"bin: size = 12 bytes; expected 10 bytes"),
+    "data without sequences": (index_bytes([], [0]), FIVE, r"bin: size = 10 bytes; expected 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("index, data, message", DAMAGED.values(), ids=DAMAGED)
+def test_damage_is_named(tmp_path, index, data, message):
+    with pytest.raises(DataFormatError, match=message) as caught:
+        IndexedDataset(put(tmp_path, index, data))
+    assert str(tmp_path / "set") in str(caught.value)
+    assert caught.value.exit_code == 65
+
+
+IN_THE_MIDDLE = ["negative length", "gap", "odd", "wild", "falling documents", "wild document"]
+
+
+@pytest.mark.parametrize("case", IN_THE_MIDDLE)
+def test_large_tables_are_checked_when_they_are_used_and_by_verify(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", 0)
+    index, content, message = DAMAGED[case]
+    data = IndexedDataset(put(tmp_path, index, content))
+    with pytest.raises(DataFormatError, match=message):
+        data.verify(None)
+
+
+@pytest.mark.parametrize("pointer", [3, 1 << 62, -8, 12])
+def test_a_wrong_pointer_is_found_on_access(tmp_path, monkeypatch, pointer):
+    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", 0)
+    index = index_bytes([1, 2, 2], [0, 1, 2, 3], pointers=[0, pointer, 6])
+    data = IndexedDataset(put(tmp_path, index, FIVE))
+    with pytest.raises(DataFormatError, match=rf"set\.idx: pointers\[1\] = {pointer}"):
+        data.document_start(1)
+
+
+def test_documents_that_run_backwards_are_found_on_access(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", 0)
+    data = IndexedDataset(put(tmp_path, index_bytes([1, 1, 1, 2], [0, 2, 1, 3, 4]), FIVE))
+    with pytest.raises(DataFormatError, match=r"documents\[2\]"):
+        data.document_starts_in(0, 5)
+
+
+@pytest.mark.parametrize("name", ["set.idx", "set.bin"])
+def test_a_missing_file_is_named_and_how_to_make_it(tmp_path, name):
+    prefix = some(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=rf"{name}; .*tools/preprocess_data\.py"):
+        IndexedDataset(prefix)
+
+
+def test_a_prefix_given_with_its_ending(tmp_path):
+    with pytest.raises(DataError, match=r"without \.bin"):
+        IndexedDataset(f"{some(tmp_path)}.bin")
+
+
+def test_a_directory_is_not_a_dataset(tmp_path):
+    (tmp_path / "set.idx").mkdir()
+    with pytest.raises(DataError, match=r"set\.idx"):
+        IndexedDataset(tmp_path / "set")
+
+
+def test_data_that_shrink_while_in_use_give_a_message(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+        writer.add_documents(np.zeros(40_000, np.int64), [20_000] * 2)
+    data = IndexedDataset(tmp_path / "set")
+    os.truncate(tmp_path / "set.bin", 100)
+    for start in (0, 39_000):
+        with pytest.raises(DataFormatError, match=r"set\.bin: size = 100 bytes; expected 80000 .*shrank"):
+            data.tokens(start, 1000)
+    with pytest.raises(DataFormatError, match=r"set\.bin: size"):
+        data.verify(10)
+
+
+def test_an_index_that_shrinks_while_in_use_gives_a_message(tmp_path):
+    data = IndexedDataset(some(tmp_path))
+    os.truncate(tmp_path / "set.idx", 40)
+    with pytest.raises(DataFormatError, match=r"set\.idx: size = 40 bytes; expected 102 .*shrank"):
+        data.document_start(1)
+
+
+def test_verify_finds_the_first_id_outside_the_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "CHUNK", 2)
+    reports = []
+    data = IndexedDataset(some(tmp_path))
+    data.verify(12, lambda *report: reports.append(report))
+    assert reports[-1] == (data.num_bytes, data.num_bytes)
+    assert reports == sorted(reports)
+    with pytest.raises(DataFormatError, match=r"set\.bin: tokens\[3\] = 10; expected 0 \.\. 9"):
+        data.verify(10)
+
+
+def test_verify_finds_negative_ids_even_without_a_vocabulary(tmp_path):
+    prefix = put(tmp_path, index_bytes([3], [0, 1], code=4, itemsize=4), struct.pack("<3i", 5, -2, 5))
+    with pytest.raises(DataFormatError, match=r"tokens\[1\] = -2; expected 0 or more"):
+        IndexedDataset(prefix).verify(None)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", r"set\.json: content"),
+        ('{"tokenizer_kind": "byte"}', r"set\.json: tokenizer_hash"),
+        (
+            INFO.model_copy(update={"num_tokens": 6, "num_documents": 3}).model_dump_json(),
+            r"num_tokens = 6; expected 5",
+        ),
+    ],
+)
+def test_a_description_that_is_damaged_or_of_another_dataset(tmp_path, text, message):
+    prefix = some(tmp_path)
+    (tmp_path / "set.json").write_text(text)
+    with pytest.raises(DataFormatError, match=message):
+        IndexedDataset(prefix)
+
+
+def mutated(draw: random.Random, content: bytes) -> bytes:
+    """A few bytes changed, or the end cut or grown."""
+    result = bytearray(content)
+    for _ in range(draw.choice([1, 1, 2, 5])):
+        kind = draw.randrange(6)
+        if kind == 0:
+            del result[draw.randrange(len(result) + 1) :]
+        elif kind == 1:
+            result += draw.randbytes(draw.choice([1, 4, 8, 24]))
+        elif result:
+            at = draw.randrange(min(len(result), draw.choice([34, 1 << 30])))
+            piece = draw.choice([b"\xff", b"\x00", b"\x80", b"\xff" * 8, b"\x7f", draw.randbytes(4)])
+            result[at : at + len(piece)] = piece
+    return bytes(result)
+
+
+@pytest.mark.parametrize("checked_at_opening", [0, 1 << 20])
+def test_mutated_files_give_data_or_a_format_error(tmp_path, monkeypatch, checked_at_opening):
+    """2 x 2,500 mutations: no other exception, no read outside the files, no large allocation."""
+    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", checked_at_opening)
+    draw = random.Random(checked_at_opening)
+    lengths = [3, 0, 5, 1, 7, 2]
+    index, content = index_bytes(lengths, [0, 2, 2, 3, 6]), bytes(range(36))
+    refused = 0
+    tracemalloc.start()
+    for _ in range(2500):
+        broken = draw.random() < 0.9
+        prefix = put(tmp_path, mutated(draw, index) if broken else index, content if broken else mutated(draw, content))
+        try:
+            data = IndexedDataset(prefix)
+            data.tokens(0, data.num_tokens)
+            starts = data.document_starts_in(0, data.num_tokens)
+            assert ((starts > 0) & (starts < data.num_tokens)).all()
+            assert sum(int(chunk.sum()) for chunk in data.document_lengths()) == data.num_tokens
+            data.verify(1 << 16)
+        except DataFormatError:
+            refused += 1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert refused > 1000
+    assert peak < 1 << 20
+
+
+def masked(prefix: Path) -> IndexedDataset:
+    with IndexedDatasetWriter(prefix, np.uint16, masked=True) as writer:
+        writer.add_document([5, 6, 7], [0, 1, 1])
+        writer.add_documents([8, 9], [1, 1], np.array([True, False]))
+    return IndexedDataset(prefix)
+
+
+def test_a_mask_says_which_tokens_are_targets(tmp_path):
+    data = masked(tmp_path / "chat")
+    assert data.has_mask and data.mask(0, 5).tolist() == [0, 1, 1, 1, 0] and data.mask(2, 1).tolist() == [1]
+    assert (tmp_path / "chat.mask.bin").read_bytes() == b"\0\1\1\1\0"
+    data.verify(10)
+    with pytest.raises(IndexError):
+        data.mask(4, 2)
+
+
+def test_a_mask_that_does_not_belong_to_the_tokens_is_refused(tmp_path):
+    masked(tmp_path / "chat")
+    path = tmp_path / "chat.mask.bin"
+    path.write_bytes(b"\0\1\2\1\0")
+    data = IndexedDataset(tmp_path / "chat")
+    for look in (lambda: data.mask(0, 5), lambda: data.verify(10)):
+        with pytest.raises(DataFormatError, match=r"chat\.mask\.bin: mask\[2\] = 2; expected 0 or 1"):
+            look()
+    path.write_bytes(b"\0\1\1\1")
+    with pytest.raises(DataFormatError, match=r"chat\.mask\.bin: size = 4 bytes; expected 5"):
+        IndexedDataset(tmp_path / "chat")
+    with IndexedDatasetWriter(tmp_path / "plain", np.uint16, masked=True) as writer, pytest.raises(ValueError):
+        writer.add_document([1, 2])
+    with IndexedDatasetWriter(tmp_path / "chat", np.uint16) as writer:  # an old mask must not stay beside new tokens
+        writer.add_document([1, 2, 3, 4, 5])
+    assert not IndexedDataset(tmp_path / "chat").has_mask
+
+
+def test_a_description_cannot_command_the_terminal(tmp_path):
+    prefix = some(tmp_path)
+    description = {"tokenizer_kind": "\x1b]0;gone\x07", "tokenizer_hash": "a", "vocab_size": 300, "eod_id": 2}
+    (tmp_path / "set.json").write_text(json.dumps(description))
+    with pytest.raises(DataFormatError, match=r"set\.json: tokenizer_kind = '\\x1b"):
+        IndexedDataset(prefix)

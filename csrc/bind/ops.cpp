@@ -89,28 +89,28 @@ const float* one_float(const OptionalTensor& x, const char* name) {
 }
 
 triaxis_scaling scaling_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "tensor" || name == "rows" || name == "squares", "scaling is 'tensor', 'rows' or 'squares'");
-  return name == "tensor" ? TRIAXIS_TENSOR : name == "rows" ? TRIAXIS_ROWS : TRIAXIS_SQUARES;
+  STD_TORCH_CHECK(name == "tensorwise" || name == "block_1x128" || name == "block_128x128", "scaling is 'tensorwise', 'block_1x128' or 'block_128x128'");
+  return name == "tensorwise" ? TRIAXIS_TENSORWISE : name == "block_1x128" ? TRIAXIS_BLOCK_1X128 : TRIAXIS_BLOCK_128X128;
 }
 
-// How the result of an operator is quantised to E4M3, and where to.
+// How the result of an operator is quantized to E4M3, and where to.
 struct Fp8Result {
-  Tensor values, scales;
+  Tensor values, scale_inv;
   triaxis_fp8_output output{};
 
   Fp8Result(const Tensor& like, int64_t rows, int64_t columns, const std::string& scaling, const OptionalTensor& scale,
             const OptionalTensor& amax, bool power_of_two)
       : values(empty(like, {rows, columns}, ScalarType::Float8_e4m3fn)),
-        scales(scaling == "rows" ? empty(like, {(columns + 127) / 128, rows}, ScalarType::Float)
+        scale_inv(scaling == "block_1x128" ? empty(like, {(columns + 127) / 128, rows}, ScalarType::Float)
                                  : empty(like, {0}, ScalarType::Float)) {
     STD_TORCH_CHECK(columns % 16 == 0, "[", rows, ", ", columns, "]: FP8 takes multiples of 16");
-    STD_TORCH_CHECK(scaling == "rows" || (scaling == "tensor" && scale.has_value()),
-                    "scaling is 'rows', or 'tensor' with a scale");
+    STD_TORCH_CHECK(scaling == "block_1x128" || (scaling == "tensorwise" && scale.has_value()),
+                    "scaling is 'block_1x128', or 'tensorwise' with a scale");
     output.values = values.data_ptr();
     output.scale = one_float(scale, "scale");
     output.amax = const_cast<float*>(one_float(amax, "amax"));
-    output.scales = scaling == "rows" ? static_cast<float*>(scales.data_ptr()) : nullptr;
-    output.scales_stride = rows;
+    output.scale_inv = scaling == "block_1x128" ? static_cast<float*>(scale_inv.data_ptr()) : nullptr;
+    output.scale_inv_stride = rows;
     output.scaling = scaling_of(scaling);
     output.power_of_two = power_of_two;
   }
@@ -122,8 +122,7 @@ struct NormResult {
 };
 
 NormResult run_norm(
-    Tensor x, OptionalTensor residual, const Tensor& weight, const OptionalTensor& bias, double eps, bool centered,
-    bool zero_centered, bool hf_rounding, void* y, const triaxis_fp8_output& fp8) {
+    Tensor x, OptionalTensor residual, const Tensor& weight, const OptionalTensor& bias, double eps, bool centered, void* y, const triaxis_fp8_output& fp8) {
   const int64_t rows = x.size(0), columns = x.size(1);
   check_vector(weight, columns, x.scalar_type(), "weight");
   if (bias) check_vector(*bias, columns, x.scalar_type(), "bias");
@@ -150,8 +149,6 @@ NormResult run_norm(
   a.eps = static_cast<float>(eps);
   a.dtype = dtype_of(x, "x");
   a.centered = centered;
-  a.zero_centered = zero_centered;
-  a.hf_rounding = hf_rounding;
   a.fp8 = fp8;
   const OnDevice device(x);
   check_status(triaxis_norm_forward(&a, device.stream), "norm_forward");
@@ -159,67 +156,59 @@ NormResult run_norm(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
-    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered,
-    bool zero_centered, bool hf_rounding) {
+    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
   Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
   const auto [sum, mean, rstd] =
-      run_norm(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding, y.data_ptr(), {});
+      run_norm(x, residual, weight, bias, eps, centered, y.data_ptr(), {});
   return {y, sum, mean, rstd};
 }
 
-// -> the output in E4M3 and its scales (empty for one scale a tensor), and what norm_forward leaves
+// -> the output in E4M3 and its scale_inv (empty if tensorwise), and what norm_forward leaves
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward_fp8(
-    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered,
-    bool zero_centered, bool hf_rounding, std::string scaling, OptionalTensor scale, OptionalTensor amax,
+    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered, std::string scaling, OptionalTensor scale, OptionalTensor amax,
     bool power_of_two) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
   const Fp8Result y(x, x.size(0), x.size(1), scaling, scale, amax, power_of_two);
   const auto [sum, mean, rstd] =
-      run_norm(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding, nullptr, y.output);
-  return {y.values, y.scales, sum, mean, rstd};
+      run_norm(x, residual, weight, bias, eps, centered, nullptr, y.output);
+  return {y.values, y.scale_inv, sum, mean, rstd};
 }
 
-// -> gradients of the input, the weight (fp32) and the bias (fp32, empty without one)
+// -> gradients of x, the weight (fp32) and the bias (fp32, empty unless centered)
 std::tuple<Tensor, Tensor, Tensor> norm_backward(
-    Tensor grad_y, OptionalTensor grad_sum, Tensor saved, Tensor weight, OptionalTensor bias, Tensor mean, Tensor rstd,
-    bool centered, bool zero_centered, bool hf_rounding, bool from_output) {
+    Tensor grad_y, OptionalTensor grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool centered) {
   STD_TORCH_CHECK(grad_y.dim() == 2, "grad_y: expected a matrix");
   const int64_t rows = grad_y.size(0), columns = grad_y.size(1);
-  check_matrix(saved, grad_y, "saved");
+  check_matrix(x, grad_y, "x");
   if (grad_sum) check_matrix(*grad_sum, grad_y, "grad_sum");
   check_vector(weight, columns, grad_y.scalar_type(), "weight");
-  if (bias) check_vector(*bias, columns, grad_y.scalar_type(), "bias");
   check_vector(rstd, rows, ScalarType::Float, "rstd");
   check_vector(mean, centered ? rows : 0, ScalarType::Float, "mean");
   grad_y = with_dense_rows(grad_y);
-  saved = with_dense_rows(saved);
+  x = with_dense_rows(x);
   if (grad_sum) grad_sum = with_dense_rows(*grad_sum);
 
   Tensor grad_x = empty(grad_y, {rows, columns}, grad_y.scalar_type());
   Tensor grad_weight = empty(grad_y, {columns}, ScalarType::Float);
-  Tensor grad_bias = empty(grad_y, {bias ? columns : 0}, ScalarType::Float);
+  Tensor grad_bias = empty(grad_y, {centered ? columns : 0}, ScalarType::Float);
   triaxis_norm_backward_args a{};
   a.grad_y = grad_y.data_ptr();
   a.grad_sum = pointer(grad_sum);
-  a.saved = saved.data_ptr();
+  a.x = x.data_ptr();
   a.weight = weight.data_ptr();
-  a.bias = pointer(bias);
   a.mean = centered ? static_cast<const float*>(mean.data_ptr()) : nullptr;
   a.rstd = static_cast<const float*>(rstd.data_ptr());
   a.grad_x = grad_x.data_ptr();
   a.grad_weight = static_cast<float*>(grad_weight.data_ptr());
-  a.grad_bias = bias ? static_cast<float*>(grad_bias.data_ptr()) : nullptr;
+  a.grad_bias = centered ? static_cast<float*>(grad_bias.data_ptr()) : nullptr;
   a.rows = rows;
   a.columns = columns;
   a.grad_y_stride = row_stride(grad_y);
   a.grad_sum_stride = grad_sum ? row_stride(*grad_sum) : 0;
-  a.saved_stride = row_stride(saved);
+  a.x_stride = row_stride(x);
   a.dtype = dtype_of(grad_y, "grad_y");
   a.centered = centered;
-  a.zero_centered = zero_centered;
-  a.hf_rounding = hf_rounding;
-  a.from_output = from_output;
   const OnDevice device(grad_y);
   Tensor workspace = empty(grad_y, {triaxis_norm_backward_workspace(&a)}, ScalarType::Float);
   a.workspace = static_cast<float*>(workspace.data_ptr());
@@ -248,7 +237,7 @@ Tensor swiglu_forward(Tensor gate_up) {
   return out;
 }
 
-// -> the output in E4M3 and its scales (empty for one scale a tensor)
+// -> the output in E4M3 and its scale_inv (empty if tensorwise)
 std::tuple<Tensor, Tensor> swiglu_forward_fp8(
     Tensor gate_up, std::string scaling, OptionalTensor scale, OptionalTensor amax, bool power_of_two) {
   STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gate_up: expected a matrix of an even width");
@@ -258,7 +247,7 @@ std::tuple<Tensor, Tensor> swiglu_forward_fp8(
   a.fp8 = out.output;
   const OnDevice device(gate_up);
   check_status(triaxis_swiglu_forward(&a, device.stream), "swiglu_forward_fp8");
-  return {out.values, out.scales};
+  return {out.values, out.scale_inv};
 }
 
 Tensor swiglu_backward(Tensor grad_out, Tensor gate_up) {
@@ -428,54 +417,54 @@ Tensor square_sum(Tensor x) {
   return out;
 }
 
-// -> the FP8 matrix and its transpose (empty where not asked for), and the scales of the blocks of both
+// -> the FP8 matrix and its transpose (empty if not requested), and scale_inv of both (empty if tensorwise)
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
-    Tensor x, ScalarType dtype, std::string scaling, bool rowwise, bool turned, OptionalTensor scale, OptionalTensor amax,
+    Tensor x, ScalarType dtype, std::string scaling, bool row_major, bool transposed, OptionalTensor scale, OptionalTensor amax,
     bool power_of_two) {
   STD_TORCH_CHECK(x.dim() == 2, "quantize: expected a matrix");
   STD_TORCH_CHECK(dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2,
                   "quantize: expected float8_e4m3fn or float8_e5m2");
   const int64_t rows = x.size(0), columns = x.size(1);
-  STD_TORCH_CHECK(columns % 16 == 0 && (!turned || rows % 16 == 0), "quantize: [", rows, ", ", columns,
+  STD_TORCH_CHECK(columns % 16 == 0 && (!transposed || rows % 16 == 0), "quantize: [", rows, ", ", columns,
                   "]: FP8 takes multiples of 16");
   triaxis_quantize_args a{};
   a.scaling = scaling_of(scaling);
-  STD_TORCH_CHECK(a.scaling != TRIAXIS_TENSOR || scale.has_value(), "quantize: scaling 'tensor' needs a scale");
+  STD_TORCH_CHECK(a.scaling != TRIAXIS_TENSORWISE || scale.has_value(), "quantize: scaling 'tensorwise' needs a scale");
   x = with_dense_rows(x);
   const auto blocks = [](int64_t size) { return (size + 127) / 128; };
   const auto padded = [](int64_t size) { return (size + 3) / 4 * 4; };  // as cuBLASLt wants the blocks along K
   const auto scales = [&](bool wanted, int64_t outer, int64_t inner) {
-    if (!wanted || a.scaling == TRIAXIS_TENSOR) return empty(x, {0}, ScalarType::Float);
-    if (a.scaling == TRIAXIS_ROWS) return empty(x, {blocks(inner), outer}, ScalarType::Float);
+    if (!wanted || a.scaling == TRIAXIS_TENSORWISE) return empty(x, {0}, ScalarType::Float);
+    if (a.scaling == TRIAXIS_BLOCK_1X128) return empty(x, {blocks(inner), outer}, ScalarType::Float);
     return torch::stable::new_zeros(x, {blocks(outer), padded(blocks(inner))}, ScalarType::Float);
   };
-  Tensor row_result = rowwise ? empty(x, {rows, columns}, dtype) : empty(x, {0}, dtype);
-  Tensor turned_result = turned ? empty(x, {columns, rows}, dtype) : empty(x, {0}, dtype);
-  Tensor row_scales = scales(rowwise, rows, columns), turned_scales = scales(turned, columns, rows);
+  Tensor row_result = row_major ? empty(x, {rows, columns}, dtype) : empty(x, {0}, dtype);
+  Tensor transposed_result = transposed ? empty(x, {columns, rows}, dtype) : empty(x, {0}, dtype);
+  Tensor scale_inv = scales(row_major, rows, columns), transposed_scale_inv = scales(transposed, columns, rows);
   const auto floats = [](const Tensor& t) { return t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr; };
   a.x = x.data_ptr();
-  a.rowwise = rowwise ? row_result.data_ptr() : nullptr;
-  a.turned = turned ? turned_result.data_ptr() : nullptr;
+  a.row_major = row_major ? row_result.data_ptr() : nullptr;
+  a.transposed = transposed ? transposed_result.data_ptr() : nullptr;
   a.scale = one_float(scale, "scale");
   a.amax = const_cast<float*>(one_float(amax, "amax"));
-  a.row_scales = floats(row_scales);
-  a.turned_scales = floats(turned_scales);
+  a.scale_inv = floats(scale_inv);
+  a.transposed_scale_inv = floats(transposed_scale_inv);
   a.rows = rows;
   a.columns = columns;
   a.stride = row_stride(x);
-  a.row_scales_stride = row_scales.dim() == 2 ? row_scales.size(1) : 0;
-  a.turned_scales_stride = turned_scales.dim() == 2 ? turned_scales.size(1) : 0;
+  a.scale_inv_stride = scale_inv.dim() == 2 ? scale_inv.size(1) : 0;
+  a.transposed_scale_inv_stride = transposed_scale_inv.dim() == 2 ? transposed_scale_inv.size(1) : 0;
   a.dtype = dtype_of(x, "x");
   a.out_dtype = dtype == ScalarType::Float8_e4m3fn ? TRIAXIS_E4M3 : TRIAXIS_E5M2;
   a.power_of_two = power_of_two;
   const OnDevice device(x);
   check_status(triaxis_quantize(&a, device.stream), "quantize");
-  return {row_result, turned_result, row_scales, turned_scales};
+  return {row_result, transposed_result, scale_inv, transposed_scale_inv};
 }
 
 // Checks and pointers that the FP8 products share.
 triaxis_fp8_matmul_args fp8_product(
-    const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& a_scales, const Tensor& b_scales,
+    const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& a_scale_inv, const Tensor& b_scale_inv,
     const std::string& a_scaling, const std::string& b_scaling) {
   const auto fp8 = [](const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) % 16 == 0 && x.size(1) % 16 == 0, name,
@@ -492,8 +481,8 @@ triaxis_fp8_matmul_args fp8_product(
   STD_TORCH_CHECK(out.size(0) == a.size(0) && out.size(1) == b.size(0) && out.is_contiguous(), "out: wrong shape");
   x.a = a.data_ptr();
   x.b = b.data_ptr();
-  x.a_scales = static_cast<const float*>(a_scales.data_ptr());
-  x.b_scales = static_cast<const float*>(b_scales.data_ptr());
+  x.a_scale_inv = static_cast<const float*>(a_scale_inv.data_ptr());
+  x.b_scale_inv = static_cast<const float*>(b_scale_inv.data_ptr());
   x.out = out.data_ptr();
   x.m = a.size(0);
   x.n = b.size(0);
@@ -516,55 +505,54 @@ void run_cublaslt(triaxis_fp8_matmul_args x, const Tensor& a) {
 }
 
 Tensor fp8_matmul(
-    Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling,
-    OptionalTensor bias, ScalarType dtype, bool fast) {
+    Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, std::string a_scaling, std::string b_scaling,
+    ScalarType dtype, bool fast) {
   Tensor out = empty(a, {a.size(0), b.size(0)}, dtype);
-  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling);
-  x.bias = pointer(bias);
+  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scale_inv, b_scale_inv, a_scaling, b_scaling);
   x.fast = fast;
   run_cublaslt(x, a);
   return out;
 }
 
 void fp8_matmul_add_(
-    Tensor out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling) {
-  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling);
+    Tensor out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, std::string a_scaling, std::string b_scaling) {
+  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scale_inv, b_scale_inv, a_scaling, b_scaling);
   x.accumulate = true;
   run_cublaslt(x, a);
 }
 #endif
 
-void run_sm90(const triaxis_fp8_matmul_args& x, const Tensor& a, const Tensor& a_scales, const Tensor& b_scales) {
+void run_sm90(const triaxis_fp8_matmul_args& x, const Tensor& a, const Tensor& a_scale_inv, const Tensor& b_scale_inv) {
   STD_TORCH_CHECK(x.a_dtype == TRIAXIS_E4M3 && x.b_dtype == TRIAXIS_E4M3, "a and b: expected float8_e4m3fn");
-  STD_TORCH_CHECK(x.a_scaling == TRIAXIS_ROWS && x.b_scaling != TRIAXIS_TENSOR,
-                  "expected scalings 'rows' and 'rows', or 'rows' and 'squares'");
+  STD_TORCH_CHECK(x.a_scaling == TRIAXIS_BLOCK_1X128 && x.b_scaling != TRIAXIS_TENSORWISE,
+                  "expected scalings 'block_1x128' and 'block_1x128' or 'block_128x128'");
   const int64_t blocks = (x.k + 127) / 128;
   const auto check = [](const Tensor& scales, int64_t rows, int64_t columns, const char* name) {
     STD_TORCH_CHECK(scales.dim() == 2 && scales.size(0) == rows && scales.size(1) == columns && scales.is_contiguous() &&
                         scales.scalar_type() == ScalarType::Float,
                     name, ": expected dense float32 [", rows, ", ", columns, "]");
   };
-  check(a_scales, blocks, x.m, "a_scales");
-  if (x.b_scaling == TRIAXIS_ROWS) check(b_scales, blocks, x.n, "b_scales");
-  if (x.b_scaling == TRIAXIS_SQUARES) check(b_scales, (x.n + 127) / 128, (blocks + 3) / 4 * 4, "b_scales");
+  check(a_scale_inv, blocks, x.m, "a_scale_inv");
+  if (x.b_scaling == TRIAXIS_BLOCK_1X128) check(b_scale_inv, blocks, x.n, "b_scale_inv");
+  if (x.b_scaling == TRIAXIS_BLOCK_128X128) check(b_scale_inv, (x.n + 127) / 128, (blocks + 3) / 4 * 4, "b_scale_inv");
   const OnDevice device(a);
   check_status(triaxis_fp8_matmul_sm90(&x, a.get_device_index(), device.stream), "fp8_matmul_sm90");
 }
 
 Tensor fp8_matmul_sm90(
-    Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling, ScalarType dtype) {
+    Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, std::string a_scaling, std::string b_scaling, ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "dtype: expected float32 or bfloat16");
   Tensor out = empty(a, {a.size(0), b.size(0)}, dtype);
-  run_sm90(fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling), a, a_scales, b_scales);
+  run_sm90(fp8_product(out, a, b, a_scale_inv, b_scale_inv, a_scaling, b_scaling), a, a_scale_inv, b_scale_inv);
   return out;
 }
 
 void fp8_matmul_sm90_add_(
-    Tensor out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, std::string a_scaling, std::string b_scaling) {
+    Tensor out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, std::string a_scaling, std::string b_scaling) {
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out: expected float32");
-  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scales, b_scales, a_scaling, b_scaling);
+  triaxis_fp8_matmul_args x = fp8_product(out, a, b, a_scale_inv, b_scale_inv, a_scaling, b_scaling);
   x.accumulate = true;
-  run_sm90(x, a, a_scales, b_scales);
+  run_sm90(x, a, a_scale_inv, b_scale_inv);
 }
 
 [[maybe_unused]] void register_kernels(torch::stable::detail::StableLibrary& library) {
@@ -593,16 +581,15 @@ STABLE_TORCH_LIBRARY_IMPL(triaxis, CPU, library) { register_kernels(library); }
 #else
 STABLE_TORCH_LIBRARY(triaxis, library) {
   library.def(
-      "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, "
-      "bool zero_centered, bool hf_rounding) -> (Tensor, Tensor, Tensor, Tensor)");
+      "norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "norm_forward_fp8(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, "
-      "bool zero_centered, bool hf_rounding, str scaling, Tensor? scale, Tensor(a!)? amax, bool power_of_two) -> "
+      "str scaling, Tensor? scale, Tensor(a!)? amax, bool power_of_two) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor saved, Tensor weight, Tensor? bias, Tensor mean, "
-      "Tensor rstd, bool centered, bool zero_centered, bool hf_rounding, bool from_output) -> "
-      "(Tensor, Tensor, Tensor)");
+      "norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+      "bool centered) -> (Tensor, Tensor, Tensor)");
   library.def("swiglu_forward(Tensor gate_up) -> Tensor");
   library.def(
       "swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax, bool power_of_two) -> "
@@ -621,19 +608,19 @@ STABLE_TORCH_LIBRARY(triaxis, library) {
       "float weight_decay) -> ()");
   library.def("square_sum(Tensor x) -> Tensor");
   library.def(
-      "quantize(Tensor x, ScalarType dtype, str scaling, bool rowwise, bool turned, Tensor? scale, Tensor(a!)? amax, "
+      "quantize(Tensor x, ScalarType dtype, str scaling, bool row_major, bool transposed, Tensor? scale, Tensor(a!)? amax, "
       "bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "fp8_matmul(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, str b_scaling, Tensor? bias, "
+      "fp8_matmul(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, str a_scaling, str b_scaling, "
       "ScalarType dtype, bool fast) -> Tensor");
   library.def(
-      "fp8_matmul_add_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, "
+      "fp8_matmul_add_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, str a_scaling, "
       "str b_scaling) -> ()");
   library.def(
-      "fp8_matmul_sm90(Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, str b_scaling, "
+      "fp8_matmul_sm90(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, str a_scaling, str b_scaling, "
       "ScalarType dtype) -> Tensor");
   library.def(
-      "fp8_matmul_sm90_add_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, str a_scaling, "
+      "fp8_matmul_sm90_add_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, str a_scaling, "
       "str b_scaling) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(triaxis, CUDA, library) {

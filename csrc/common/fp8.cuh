@@ -49,11 +49,11 @@ __device__ __forceinline__ void store_fp8(
 #pragma unroll
   for (int j = 0; j < kSize; ++j) most = fmaxf(most, fabsf(to_float(y.at[j])));
   Scale scale{};
-  if (out.scaling == TRIAXIS_ROWS) {
+  if (out.scaling == TRIAXIS_BLOCK_1X128) {
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
     scale = scale_for<__NV_E4M3>(most, out.power_of_two);
-    if (inside && column % 128 == 0) out.scales[column / 128 * out.scales_stride + row] = scale.back;
+    if (inside && column % 128 == 0) out.scale_inv[column / 128 * out.scale_inv_stride + row] = scale.back;
   } else {
     scale.to = *out.scale;
     top = fmaxf(top, most);
@@ -67,14 +67,14 @@ __device__ __forceinline__ void store_fp8(
 
 // Once a warp, behind its last row.
 __device__ __forceinline__ void store_amax(const triaxis_fp8_output& out, float top) {
-  if (out.scaling != TRIAXIS_TENSOR || out.amax == nullptr) return;
+  if (out.scaling != TRIAXIS_TENSORWISE || out.amax == nullptr) return;
   top = warp_max(top);
   if ((threadIdx.x + threadIdx.y * blockDim.x) % kWarp == 0) raise_to(out.amax, top);
 }
 
 inline bool valid_output(const triaxis_fp8_output& out, int64_t columns) {
-  return columns % 16 == 0 && (out.scaling == TRIAXIS_ROWS ? out.scales != nullptr
-                                                           : out.scaling == TRIAXIS_TENSOR && out.scale != nullptr);
+  return columns % 16 == 0 && (out.scaling == TRIAXIS_BLOCK_1X128 ? out.scale_inv != nullptr
+                                                           : out.scaling == TRIAXIS_TENSORWISE && out.scale != nullptr);
 }
 
 }  // namespace triaxis

@@ -32,8 +32,8 @@ struct Heuristic {
 };
 
 // Values of cublasLt.h and library_types.h, which have not changed since CUDA 12.
-enum { kCompute32F = 68, kTranspose = 1, kEpilogueBias = 4, kMaxWorkspaceBytes = 1 };
-enum { kTransA = 3, kEpilogue = 7, kBiasPointer = 8, kAScale = 17, kBScale = 18, kFastAccumulation = 25, kBiasType = 26 };
+enum { kCompute32F = 68, kTranspose = 1, kMaxWorkspaceBytes = 1 };
+enum { kTransA = 3, kAScale = 17, kBScale = 18, kFastAccumulation = 25 };
 enum { kAScaleMode = 31, kBScaleMode = 32 };
 enum { kScalar = 0, kRows128 = 4, kSquares128 = 5 };
 enum { kF32 = 0, kF16 = 2, kBF16 = 14, kE4M3 = 28, kE5M2 = 29 };
@@ -97,7 +97,7 @@ int type_of(triaxis_dtype dtype) {
 }
 
 int32_t mode_of(triaxis_scaling scaling) {
-  return scaling == TRIAXIS_TENSOR ? kScalar : scaling == TRIAXIS_ROWS ? kRows128 : kSquares128;
+  return scaling == TRIAXIS_TENSORWISE ? kScalar : scaling == TRIAXIS_BLOCK_1X128 ? kRows128 : kSquares128;
 }
 
 // The first status that is not 0 stays.
@@ -114,9 +114,8 @@ int set(const Plan& plan, int attribute, const T& value) {
 }
 
 int set_pointers(const Plan& plan, const triaxis_fp8_matmul_args& x) {
-  if (const int failed = set(plan, kAScale, x.b_scales)) return failed;
-  if (const int failed = set(plan, kBScale, x.a_scales)) return failed;
-  return x.bias == nullptr ? 0 : set(plan, kBiasPointer, x.bias);
+  if (const int failed = set(plan, kAScale, x.b_scale_inv)) return failed;
+  return set(plan, kBScale, x.a_scale_inv);
 }
 
 int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
@@ -126,15 +125,11 @@ int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
   if (status.value != 0) return status.value;
   status(set(plan, kTransA, int32_t(kTranspose)));
   status(set(plan, kFastAccumulation, int8_t(x.fast != 0)));
-  if (x.a_scaling != TRIAXIS_TENSOR || x.b_scaling != TRIAXIS_TENSOR) {  // older versions know scalars alone
+  if (x.a_scaling != TRIAXIS_TENSORWISE || x.b_scaling != TRIAXIS_TENSORWISE) {  // older versions know scalars alone
     status(set(plan, kAScaleMode, mode_of(x.b_scaling)));
     status(set(plan, kBScaleMode, mode_of(x.a_scaling)));
   }
   status(set_pointers(plan, x));  // without them it refuses scales of blocks, and may choose what cannot take any
-  if (x.bias != nullptr) {
-    status(set(plan, kEpilogue, int32_t(kEpilogueBias)));
-    status(set(plan, kBiasType, int32_t(type_of(x.out_dtype == TRIAXIS_F32 ? TRIAXIS_BF16 : x.out_dtype))));
-  }
   status(lt.layout_create(&plan.a, type_of(x.b_dtype), uint64_t(x.k), uint64_t(x.n), x.k));
   status(lt.layout_create(&plan.b, type_of(x.a_dtype), uint64_t(x.k), uint64_t(x.m), x.k));
   status(lt.layout_create(&plan.d, type_of(x.out_dtype), uint64_t(x.n), uint64_t(x.m), x.n));
@@ -150,7 +145,7 @@ int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
   return status.value;
 }
 
-using Key = std::tuple<int, int64_t, int64_t, int64_t, int, int, int, int, int, bool, bool>;
+using Key = std::tuple<int, int64_t, int64_t, int64_t, int, int, int, int, int, bool>;
 
 }  // namespace
 
@@ -158,7 +153,7 @@ extern "C" int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int devic
   const triaxis_fp8_matmul_args& x = *args;
   const Library& lt = library();
   if (!lt.complete) return TRIAXIS_NO_CUBLASLT;
-  const bool in_blocks = x.a_scaling != TRIAXIS_TENSOR || x.b_scaling != TRIAXIS_TENSOR;
+  const bool in_blocks = x.a_scaling != TRIAXIS_TENSORWISE || x.b_scaling != TRIAXIS_TENSORWISE;
   if (in_blocks && lt.version() < kBlockScalesSince) return TRIAXIS_OLD_CUBLASLT;
   if (x.m == 0 || x.n == 0 || x.k == 0) return 0;
 
@@ -170,7 +165,7 @@ extern "C" int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int devic
   if (handle == nullptr) {
     if (const int failed = lt.create(&handle)) return kFirstStatus + failed;
   }
-  const Key key{device, x.m, x.n, x.k, x.a_dtype, x.b_dtype, x.out_dtype, x.a_scaling, x.b_scaling, x.fast != 0, x.bias != nullptr};
+  const Key key{device, x.m, x.n, x.k, x.a_dtype, x.b_dtype, x.out_dtype, x.a_scaling, x.b_scaling, x.fast != 0};
   auto found = plans.find(key);
   if (found == plans.end()) {
     Plan plan;

@@ -22,7 +22,7 @@ static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters
 
 struct Shared {
   uint8_t a[kStages][kTileM * kTileK], b[kStages][kTileN * kTileK];
-  float a_scales[kStages][kTileM], b_scales[kStages][kTileN];
+  float a_scale_inv[kStages][kTileM], b_scale_inv[kStages][kTileN];
   Barrier full[kStages], empty[kStages];
 };
 constexpr int kAlignment = kSwizzle * kSwizzleRows;
@@ -31,7 +31,7 @@ static_assert(kSharedBytes <= 227 * 1024);
 static_assert(sizeof(Shared::a[0]) % kAlignment == 0 && sizeof(Shared::b[0]) % kAlignment == 0);
 
 struct Product {
-  TensorMap a, b, a_scales, b_scales;
+  TensorMap a, b, a_scale_inv, b_scale_inv;
   void* out;
   int m, n, tiles_m, tiles_n, blocks_k, accumulate;
 };
@@ -73,9 +73,9 @@ __device__ void produce(const Product& p, Shared& shared) {
       arrive_expecting(full, kBytes);
       copy(p.a, shared.a[ring.stage], full, tile.m * kTileM, k * kTileK);
       copy(p.b, shared.b[ring.stage], full, tile.n * kTileN, k * kTileK);
-      copy(p.a_scales, shared.a_scales[ring.stage], full, k, tile.m * kTileM);
-      if (kBRows) copy(p.b_scales, shared.b_scales[ring.stage], full, k, tile.n * kTileN);
-      if (!kBRows) copy(p.b_scales, shared.b_scales[ring.stage], full, tile.n, k);
+      copy(p.a_scale_inv, shared.a_scale_inv[ring.stage], full, k, tile.m * kTileM);
+      if (kBRows) copy(p.b_scale_inv, shared.b_scale_inv[ring.stage], full, k, tile.n * kTileN);
+      if (!kBRows) copy(p.b_scale_inv, shared.b_scale_inv[ring.stage], full, tile.n, k);
     }
   }
 }
@@ -83,12 +83,12 @@ __device__ void produce(const Product& p, Shared& shared) {
 // Adds the sums of 128 products, times their scales; those of `a` start at the warpgroup's first row.
 template <bool kBRows>
 __device__ __forceinline__ void promote(
-    float (&total)[kFragment], const float (&part)[kFragment], const float* a_scales, const float* b_scales, int thread) {
-  const float of_row[2] = {a_scales[fragment_row(thread, 0)], a_scales[fragment_row(thread, 2)]};
-  const float of_square[2] = {of_row[0] * b_scales[0], of_row[1] * b_scales[0]};
+    float (&total)[kFragment], const float (&part)[kFragment], const float* a_scale_inv, const float* b_scale_inv, int thread) {
+  const float of_row[2] = {a_scale_inv[fragment_row(thread, 0)], a_scale_inv[fragment_row(thread, 2)]};
+  const float of_square[2] = {of_row[0] * b_scale_inv[0], of_row[1] * b_scale_inv[0]};
 #pragma unroll
   for (int i = 0; i < kFragment; i += 4) {
-    const Vec<float, 2> of_column = kBRows ? load<2>(b_scales + fragment_column(thread, i)) : Vec<float, 2>{};
+    const Vec<float, 2> of_column = kBRows ? load<2>(b_scale_inv + fragment_column(thread, i)) : Vec<float, 2>{};
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       total[i + j] += part[i + j] * (kBRows ? of_row[j / 2] * of_column.at[j % 2] : of_square[j / 2]);
@@ -169,7 +169,7 @@ __device__ void consume(const Product& p, Shared& shared) {
       for (int at = 0; at < kTileK; at += kProductK) multiply(part, along(a, at), along(b, at), at > 0);
       commit_products();
       finish_products(part);
-      promote<kBRows>(total, part, shared.a_scales[ring.stage] + group * kProductM, shared.b_scales[ring.stage], thread);
+      promote<kBRows>(total, part, shared.a_scale_inv[ring.stage] + group * kProductM, shared.b_scale_inv[ring.stage], thread);
       __syncwarp();
       if (thread % kWarp == 0) arrive(shared.empty[ring.stage]);
     }
@@ -220,8 +220,8 @@ int start(const Product& p, int device, void* stream) {
 bool valid(const triaxis_fp8_matmul_args& x) {
   const auto size = [](int64_t s) { return s >= 0 && s % 16 == 0 && s <= 1 << 24; };
   return size(x.m) && size(x.n) && size(x.k) && x.k > 0 && reinterpret_cast<uintptr_t>(x.out) % 16 == 0 &&
-         x.a_dtype == TRIAXIS_E4M3 && x.b_dtype == TRIAXIS_E4M3 && x.a_scaling == TRIAXIS_ROWS &&
-         x.b_scaling != TRIAXIS_TENSOR && x.bias == nullptr &&
+         x.a_dtype == TRIAXIS_E4M3 && x.b_dtype == TRIAXIS_E4M3 && x.a_scaling == TRIAXIS_BLOCK_1X128 &&
+         x.b_scaling != TRIAXIS_TENSORWISE &&
          (x.out_dtype == TRIAXIS_F32 || (x.out_dtype == TRIAXIS_BF16 && !x.accumulate)) &&
          ceil_div(x.m, kTileM) * ceil_div(x.n, kTileN) < 1 << 30;
 }
@@ -235,7 +235,7 @@ extern "C" int triaxis_fp8_matmul_sm90(const triaxis_fp8_matmul_args* args, int 
   const triaxis_fp8_matmul_args& x = *args;
   if (!valid(x)) return kInvalidArgument;
   if (x.m == 0 || x.n == 0) return 0;
-  const bool b_rows = x.b_scaling == TRIAXIS_ROWS;
+  const bool b_rows = x.b_scaling == TRIAXIS_BLOCK_1X128;
   const int64_t blocks_k = ceil_div(x.k, kTileK), blocks_n = ceil_div(x.n, kTileN);
   Product p{};
   p.out = x.out;
@@ -249,10 +249,10 @@ extern "C" int triaxis_fp8_matmul_sm90(const triaxis_fp8_matmul_args* args, int 
   const auto* const b = static_cast<const uint8_t*>(x.b);
   int failed = make_tensor_map(p.a, a, x.m, x.k, kTileM, kTileK);
   if (failed == 0) failed = make_tensor_map(p.b, b, x.n, x.k, kTileN, kTileK);
-  if (failed == 0) failed = make_tensor_map(p.a_scales, x.a_scales, blocks_k, x.m, 1, kTileM);
+  if (failed == 0) failed = make_tensor_map(p.a_scale_inv, x.a_scale_inv, blocks_k, x.m, 1, kTileM);
   if (failed == 0)
-    failed = b_rows ? make_tensor_map(p.b_scales, x.b_scales, blocks_k, x.n, 1, kTileN)
-                    : make_tensor_map(p.b_scales, x.b_scales, blocks_n, ceil_div(blocks_k, 4) * 4, 1, kSquareScales);
+    failed = b_rows ? make_tensor_map(p.b_scale_inv, x.b_scale_inv, blocks_k, x.n, 1, kTileN)
+                    : make_tensor_map(p.b_scale_inv, x.b_scale_inv, blocks_n, ceil_div(blocks_k, 4) * 4, 1, kSquareScales);
   if (failed != 0) return failed;
   if (x.out_dtype == TRIAXIS_F32)
     return b_rows ? start<float, true>(p, device, stream) : start<float, false>(p, device, stream);

@@ -61,7 +61,7 @@ __device__ __forceinline__ void init(Barrier& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes barriers that this thread initialised known to the copies; a __syncthreads() makes them known to the block.
+// Makes barriers that this thread initialized known to the copies; a __syncthreads() makes them known to the block.
 __device__ __forceinline__ void fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -25,25 +25,25 @@ enum {
 
 const char* triaxis_error_string(int status);
 
-/* How an operator's result is quantised to E4M3 in the pass that makes it, as triaxis_quantize would quantise the rounded
- * result; TRIAXIS_TENSOR or TRIAXIS_ROWS. Columns are a multiple of 16.
- */
-typedef enum { TRIAXIS_TENSOR, TRIAXIS_ROWS, TRIAXIS_SQUARES } triaxis_scaling;
+/* What shares a scale: a tensor, 1 × 128 elements of a row, or a block of 128 × 128. */
+typedef enum { TRIAXIS_TENSORWISE, TRIAXIS_BLOCK_1X128, TRIAXIS_BLOCK_128X128 } triaxis_scaling;
 
+/* How a fused operator quantizes its output to E4M3: as triaxis_quantize would quantize the rounded output, with
+ * TRIAXIS_TENSORWISE or TRIAXIS_BLOCK_1X128. Columns are a multiple of 16.
+ */
 typedef struct {
-  void* values; /* [rows, columns], contiguous; null: the result is written as it is, and nothing here matters */
+  void* values; /* [rows, columns], contiguous; null: the output is not quantized, and nothing here matters */
   const float* scale;
-  float *amax, *scales; /* amax may be null; scales [blocks of a row, rows] */
-  int64_t scales_stride;
+  float *amax, *scale_inv; /* amax may be null; scale_inv [blocks of a row, rows] */
+  int64_t scale_inv_stride;
   triaxis_scaling scaling;
   int power_of_two;
 } triaxis_fp8_output;
 
-/* Normalisation over the columns. RMSNorm: x̂ = x / sqrt(mean(x²) + eps); LayerNorm (`centered`): x̂ = (x − mean) /
- * sqrt(variance + eps). Statistics are fp32. y = x̂ · weight + bias; `zero_centered` adds 1 to the weight, and
- * `hf_rounding` rounds x̂ to the dtype before it meets the weight, as Hugging Face's Llama does.
+/* Normalization over the columns. RMSNorm: x̂ = x / sqrt(mean(x²) + eps); LayerNorm (`centered`): x̂ = (x − mean) /
+ * sqrt(variance + eps). Statistics are fp32. y = x̂ · weight + bias, rounded once.
  *
- * With a `residual`, x + residual is rounded once, written to `sum`, and the rounded value is normalised.
+ * With a `residual`, x + residual is rounded once, written to `sum`, and the rounded value is normalized.
  */
 typedef struct {
   const void *x, *residual, *weight, *bias; /* residual and bias may be null; all in `dtype` */
@@ -52,26 +52,25 @@ typedef struct {
   int64_t rows, columns, x_stride, residual_stride;
   float eps;
   triaxis_dtype dtype; /* F32, BF16 or F16 */
-  int centered, zero_centered, hf_rounding;
+  int centered;
   triaxis_fp8_output fp8; /* instead of y; for at most 2048 vectors of 16 bytes in a row, all of them aligned */
 } triaxis_norm_forward_args;
 
 int triaxis_norm_forward(const triaxis_norm_forward_args* args, void* stream);
 
-/* Gradients of the above. `saved` is the normalised input (the sum, where there was a residual), or with `from_output`
- * the output y, from which x̂ is recovered: one tensor less to keep, for a weight that is nowhere near 0. `grad_sum` is
- * the gradient that reaches the sum by its other way, and is added to grad_x. Weight gradients are fp32, reduced in a
- * fixed order; `accumulate` adds them to what is there.
+/* Gradients of the above. `x` is what was normalized: the input, or its sum with the residual. `grad_sum` is the gradient
+ * that reaches this sum from the residual stream, and is added to grad_x. Weight gradients are fp32, reduced in a fixed
+ * order.
  */
 typedef struct {
-  const void *grad_y, *grad_sum, *saved, *weight, *bias; /* grad_sum may be null; bias only matters from_output */
+  const void *grad_y, *grad_sum, *x, *weight; /* grad_sum may be null */
   const float *mean, *rstd;
   void* grad_x;                     /* contiguous */
-  float *grad_weight, *grad_bias;   /* [columns]; grad_bias null without a bias */
+  float *grad_weight, *grad_bias;   /* [columns]; grad_bias only when centered */
   float* workspace;                 /* triaxis_norm_backward_workspace() floats */
-  int64_t rows, columns, grad_y_stride, grad_sum_stride, saved_stride;
+  int64_t rows, columns, grad_y_stride, grad_sum_stride, x_stride;
   triaxis_dtype dtype;
-  int centered, zero_centered, hf_rounding, from_output, accumulate;
+  int centered;
 } triaxis_norm_backward_args;
 
 int64_t triaxis_norm_backward_workspace(const triaxis_norm_backward_args* args);
@@ -147,19 +146,19 @@ int triaxis_adamw(const triaxis_adamw_args* args, void* stream);
 #define TRIAXIS_SQUARE_SUM_WORKSPACE 1024
 int triaxis_square_sum(const float* x, int64_t size, float* out, float* workspace, void* stream);
 
-/* Floats to FP8: x [rows, columns] as it lies (`rowwise`) and transposed (`turned`, [columns, rows]), either or both.
+/* Quantizes x [rows, columns] to FP8: `row_major` [rows, columns], `transposed` [columns, rows], either or both (else null).
  *
- * TRIAXIS_TENSOR multiplies by *scale, and raises *amax (where not null) to the largest magnitude. The others find the
- * scales of blocks and write what the FP8 numbers are to be multiplied by: TRIAXIS_ROWS for 1 × 128 elements along a row
- * of the result, as [blocks of a row, rows]; TRIAXIS_SQUARES for 128 × 128, as [blocks down, blocks across]. Strides are
- * between rows of the scales. Columns, and rows for `turned`, are multiples of 16.
+ * TRIAXIS_TENSORWISE multiplies by *scale and raises *amax (if not null) to the largest |x|. The others compute the scales
+ * of blocks and write `scale_inv`, what FP8 values are multiplied by to dequantize: TRIAXIS_BLOCK_1X128 along the rows of
+ * each output, as [blocks of a row, rows]; TRIAXIS_BLOCK_128X128 as [block rows, block columns]. Their strides are between
+ * rows of scale_inv. Columns, and rows for `transposed`, are multiples of 16.
  */
 typedef struct {
   const void* x;
-  void *rowwise, *turned;
+  void *row_major, *transposed;
   const float* scale;
-  float *amax, *row_scales, *turned_scales;
-  int64_t rows, columns, stride, row_scales_stride, turned_scales_stride;
+  float *amax, *scale_inv, *transposed_scale_inv;
+  int64_t rows, columns, stride, scale_inv_stride, transposed_scale_inv_stride;
   triaxis_dtype dtype, out_dtype; /* F32, BF16 or F16; E4M3 or E5M2 */
   triaxis_scaling scaling;
   int power_of_two;
@@ -167,14 +166,13 @@ typedef struct {
 
 int triaxis_quantize(const triaxis_quantize_args* args, void* stream);
 
-/* out [m, n] = a [m, k] · bᵀ for b [n, k], both FP8, contiguous and scaled as triaxis_quantize scales; fp32
- * accumulation. `accumulate` adds to what is in `out`. Sizes are multiples of 16, pointers of 16 bytes. `fast` accumulates
- * in fewer bits.
+/* FP8 matmul: out [m, n] = a [m, k] · bᵀ for b [n, k], both contiguous, with scale_inv as triaxis_quantize writes it; fp32
+ * accumulation. `accumulate` adds to `out`. Sizes are multiples of 16, pointers of 16 bytes. `fast` accumulates in fewer
+ * bits.
  */
 typedef struct {
   const void *a, *b;
-  const float *a_scales, *b_scales;
-  const void* bias; /* [n], of the dtype of `out` (bf16 for F32); may be null */
+  const float *a_scale_inv, *b_scale_inv;
   void *out, *workspace;
   uint64_t workspace_bytes;
   int64_t m, n, k;
@@ -185,8 +183,8 @@ typedef struct {
 
 int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int device, void* stream);
 
-/* The same by a kernel of this library, for GPUs of compute capability 9.0: E4M3 matrices, `a` scaled by TRIAXIS_ROWS and
- * `b` by TRIAXIS_ROWS or TRIAXIS_SQUARES; `out` bf16, or fp32, which it can accumulate into; no bias; k > 0. The tensor
+/* The same by a kernel of this library, for GPUs of compute capability 9.0: E4M3 matrices, `a` scaled TRIAXIS_BLOCK_1X128 and
+ * `b` TRIAXIS_BLOCK_1X128 or TRIAXIS_BLOCK_128X128; `out` bf16, or fp32, which it can accumulate into; k > 0. The tensor
  * cores sum 128 elements along k, and fp32 registers these sums. It needs no workspace.
  */
 int triaxis_fp8_matmul_sm90(const triaxis_fp8_matmul_args* args, int device, void* stream);

@@ -13,8 +13,6 @@
 namespace triaxis {
 namespace {
 
-constexpr float kSmallestWeight = 1e-5f;  // x̂ cannot be told from the output where the weight is 0
-
 struct Plan {
   int vectors = 0;  // 16-byte vectors of a thread; 0: the general kernels
   dim3 block;
@@ -24,13 +22,6 @@ struct Plan {
 template <typename T>
 __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int64_t stride) {
   return static_cast<const T*>(matrix) + row * stride;
-}
-
-// One element of the output; `weight` and `bias` are the parameters at its column.
-template <typename T>
-__device__ __forceinline__ T scaled(const triaxis_norm_forward_args& a, float normalised, float weight, float bias) {
-  if (a.hf_rounding) normalised = rounded<T>(normalised);
-  return from_float<T>(normalised * (weight + (a.zero_centered ? 1.0f : 0.0f)) + bias);
 }
 
 constexpr int kMostThreads = 512;  // of a tuned kernel: with more, its row would not fit in their registers
@@ -82,8 +73,8 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
       if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float centred = to_float(x[i].at[j]) - mean;
-        total += centred * centred;
+        const float centered = to_float(x[i].at[j]) - mean;
+        total += centered * centered;
       }
     }
     const float rstd = rsqrtf(row_sum(total) / columns + a.eps);
@@ -102,9 +93,9 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
         if (kCentered && a.bias != nullptr) bias = load_vec(static_cast<const T*>(a.bias) + v * kSize);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          const float normalised = (to_float(x[i].at[j]) - mean) * rstd;
+          const float normalized = (to_float(x[i].at[j]) - mean) * rstd;
           const float b = kCentered && a.bias != nullptr ? to_float(bias.at[j]) : 0.0f;
-          y.at[j] = scaled<T>(a, normalised, to_float(weight.at[j]), b);
+          y.at[j] = from_float<T>(normalized * to_float(weight.at[j]) + b);
         }
         if (!kFp8) store(static_cast<T*>(a.y) + row * a.columns + v * kSize, y);
       }
@@ -135,8 +126,8 @@ __global__ void __launch_bounds__(256) norm_forward_general(const triaxis_norm_f
       total = 0.0f;
     }
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
-      const float centred = to_float(x[c]) - mean;
-      total += centred * centred;
+      const float centered = to_float(x[c]) - mean;
+      total += centered * centered;
     }
     const float rstd = rsqrtf(row_sum(total) / columns + a.eps);
     if (threadIdx.x == 0) {
@@ -146,24 +137,21 @@ __global__ void __launch_bounds__(256) norm_forward_general(const triaxis_norm_f
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
       const float weight = to_float(static_cast<const T*>(a.weight)[c]);
       const float bias = kCentered && a.bias != nullptr ? to_float(static_cast<const T*>(a.bias)[c]) : 0.0f;
-      static_cast<T*>(a.y)[row * a.columns + c] = scaled<T>(a, (to_float(x[c]) - mean) * rstd, weight, bias);
+      static_cast<T*>(a.y)[row * a.columns + c] = from_float<T>((to_float(x[c]) - mean) * rstd * weight + bias);
     }
   }
 }
 
-// x̂ of one element, from the input or from the output; `weight` as it multiplied.
+// x̂ of one element.
 template <bool kCentered>
-__device__ __forceinline__ float normalised(
-    const triaxis_norm_backward_args& a, float saved, float weight, float bias, float mean, float rstd) {
-  if (!a.from_output) return (kCentered ? saved - mean : saved) * rstd;
-  const float divisor = copysignf(fmaxf(fabsf(weight), kSmallestWeight), weight);
-  return (saved - bias) / divisor;
+__device__ __forceinline__ float normalized(float x, float mean, float rstd) {
+  return (kCentered ? x - mean : x) * rstd;
 }
 
 // What a row's backward needs from memory, asked for before it is used.
 template <typename T, int kVectors>
 struct BackwardRow {
-  Vec<T> grad_y[kVectors], saved[kVectors];
+  Vec<T> grad_y[kVectors], x[kVectors];
   float mean, rstd;
 
   __device__ __forceinline__ void load(const triaxis_norm_backward_args& a, int64_t row, int row_vectors) {
@@ -173,7 +161,7 @@ struct BackwardRow {
       const int v = threadIdx.x + i * blockDim.x;
       if (v >= row_vectors) continue;
       grad_y[i] = load_vec(row_of<T>(a.grad_y, row, a.grad_y_stride) + v * Vec<T>::size);
-      saved[i] = load_vec(row_of<T>(a.saved, row, a.saved_stride) + v * Vec<T>::size);
+      x[i] = load_vec(row_of<T>(a.x, row, a.x_stride) + v * Vec<T>::size);
     }
     rstd = a.rstd[row];
     mean = a.mean != nullptr ? a.mean[row] : 0.0f;
@@ -186,15 +174,11 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
   const int row_vectors = int(a.columns / kSize);
-  const float columns = float(a.columns), offset = a.zero_centered ? 1.0f : 0.0f;
+  const float columns = float(a.columns);
   const int64_t first = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, step = int64_t(gridDim.x) * blockDim.y;
 
   Vec<T> weight[kVectors];
   float grad_weight[kVectors][kSize] = {}, grad_bias[kVectors][kSize] = {};
-  const auto bias_at = [&](int i, int j) {  // only from the output, and then from the cache
-    const bool needed = kCentered && a.from_output && a.bias != nullptr;
-    return needed ? to_float(static_cast<const T*>(a.bias)[(threadIdx.x + i * blockDim.x) * kSize + j]) : 0.0f;
-  };
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
@@ -212,15 +196,14 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
       if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
       keep_packed(weight[i]);
       keep_packed(now.grad_y[i]);
-      keep_packed(now.saved[i]);
+      keep_packed(now.x[i]);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float w = to_float(weight[i].at[j]) + offset, b = bias_at(i, j);
-        const float dy = to_float(now.grad_y[i].at[j]);
-        const float x = normalised<kCentered>(a, to_float(now.saved[i].at[j]), w, b, now.mean, now.rstd);
+        const float w = to_float(weight[i].at[j]), dy = to_float(now.grad_y[i].at[j]);
+        const float x = normalized<kCentered>(to_float(now.x[i].at[j]), now.mean, now.rstd);
         along += dy * w * x;
         if (kCentered) total += dy * w, grad_bias[i][j] += dy;
-        grad_weight[i][j] += dy * (a.hf_rounding ? rounded<T>(x) : x);
+        grad_weight[i][j] += dy * x;
       }
     }
     Vec<T> grad_sum[kVectors];
@@ -237,13 +220,12 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
       const int v = threadIdx.x + i * blockDim.x;
       if (v >= row_vectors) continue;
       keep_packed(now.grad_y[i]);
-      keep_packed(now.saved[i]);
+      keep_packed(now.x[i]);
       Vec<T> grad_x;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float w = to_float(weight[i].at[j]) + offset, b = bias_at(i, j);
-        const float x = normalised<kCentered>(a, to_float(now.saved[i].at[j]), w, b, now.mean, now.rstd);
-        float dx = (to_float(now.grad_y[i].at[j]) * w - total - x * along) * now.rstd;
+        const float x = normalized<kCentered>(to_float(now.x[i].at[j]), now.mean, now.rstd);
+        float dx = (to_float(now.grad_y[i].at[j]) * to_float(weight[i].at[j]) - total - x * along) * now.rstd;
         if (a.grad_sum != nullptr) dx += to_float(grad_sum[i].at[j]);
         grad_x.at[j] = from_float<T>(dx);
       }
@@ -258,8 +240,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
       a.workspace[part * a.columns + v * kSize + j] = grad_weight[i][j];
-      if (kCentered && a.grad_bias != nullptr)
-        a.workspace[(parts + part) * a.columns + v * kSize + j] = grad_bias[i][j];
+      if (kCentered) a.workspace[(parts + part) * a.columns + v * kSize + j] = grad_bias[i][j];
     }
   }
 }
@@ -268,27 +249,23 @@ template <typename T, bool kCentered>
 __global__ void __launch_bounds__(256) norm_backward_input_general(const triaxis_norm_backward_args a) {
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
-  const float columns = float(a.columns), offset = a.zero_centered ? 1.0f : 0.0f;
-  const bool needs_bias = kCentered && a.from_output && a.bias != nullptr;
+  const float columns = float(a.columns);
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T* const grad_y = row_of<T>(a.grad_y, row, a.grad_y_stride);
-    const T* const saved = row_of<T>(a.saved, row, a.saved_stride);
+    const T* const x = row_of<T>(a.x, row, a.x_stride);
     const float mean = kCentered ? a.mean[row] : 0.0f, rstd = a.rstd[row];
-    const auto weight_at = [&](int64_t c) { return to_float(static_cast<const T*>(a.weight)[c]) + offset; };
-    const auto normalised_at = [&](int64_t c) {
-      const float b = needs_bias ? to_float(static_cast<const T*>(a.bias)[c]) : 0.0f;
-      return normalised<kCentered>(a, to_float(saved[c]), weight_at(c), b, mean, rstd);
-    };
+    const auto weight_at = [&](int64_t c) { return to_float(static_cast<const T*>(a.weight)[c]); };
+    const auto normalized_at = [&](int64_t c) { return normalized<kCentered>(to_float(x[c]), mean, rstd); };
     float along = 0.0f, total = 0.0f;
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
       const float dx = to_float(grad_y[c]) * weight_at(c);
-      along += dx * normalised_at(c);
+      along += dx * normalized_at(c);
       if (kCentered) total += dx;
     }
     along = row_sum(along) / columns;
     if (kCentered) total = row_sum(total) / columns;
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
-      float dx = (to_float(grad_y[c]) * weight_at(c) - total - normalised_at(c) * along) * rstd;
+      float dx = (to_float(grad_y[c]) * weight_at(c) - total - normalized_at(c) * along) * rstd;
       if (a.grad_sum != nullptr) dx += to_float(row_of<T>(a.grad_sum, row, a.grad_sum_stride)[c]);
       static_cast<T*>(a.grad_x)[row * a.columns + c] = from_float<T>(dx);
     }
@@ -304,15 +281,10 @@ __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_weight_general(co
   const int64_t c = int64_t(blockIdx.x) * kWarp + threadIdx.x;
   float grad_weight = 0.0f, grad_bias = 0.0f;
   if (c < a.columns) {
-    const float weight = to_float(static_cast<const T*>(a.weight)[c]) + (a.zero_centered ? 1.0f : 0.0f);
-    const bool needs_bias = kCentered && a.from_output && a.bias != nullptr;
-    const float bias = needs_bias ? to_float(static_cast<const T*>(a.bias)[c]) : 0.0f;
     for (int64_t row = int64_t(blockIdx.y) * kLanes + threadIdx.y; row < a.rows; row += int64_t(gridDim.y) * kLanes) {
       const float mean = kCentered ? a.mean[row] : 0.0f;
-      const float saved = to_float(row_of<T>(a.saved, row, a.saved_stride)[c]);
       const float dy = to_float(row_of<T>(a.grad_y, row, a.grad_y_stride)[c]);
-      const float x = normalised<kCentered>(a, saved, weight, bias, mean, a.rstd[row]);
-      grad_weight += dy * (a.hf_rounding ? rounded<T>(x) : x);
+      grad_weight += dy * normalized<kCentered>(to_float(row_of<T>(a.x, row, a.x_stride)[c]), mean, a.rstd[row]);
       grad_bias += dy;
     }
   }
@@ -320,7 +292,7 @@ __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_weight_general(co
   shares[1][threadIdx.y][threadIdx.x] = grad_bias;
   __syncthreads();
   const int which = threadIdx.y;  // 0 sums the weight's, 1 the bias'
-  if (which > 1 || c >= a.columns || (which == 1 && a.grad_bias == nullptr)) return;
+  if (which > 1 || c >= a.columns || (which == 1 && !kCentered)) return;
   float total = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) total += shares[which][lane][threadIdx.x];
   a.workspace[(which * int64_t(gridDim.y) + blockIdx.y) * a.columns + c] = total;
@@ -340,7 +312,7 @@ __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_finish(const tria
   __syncthreads();
   if (threadIdx.y != 0 || c >= a.columns) return;
   float* const to = (blockIdx.y == 0 ? a.grad_weight : a.grad_bias) + c;
-  total = a.accumulate ? *to : 0.0f;
+  total = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) total += shares[lane][threadIdx.x];
   *to = total;
 }
@@ -378,8 +350,8 @@ template <typename T, bool kCentered>
 Plan backward_plan(const triaxis_norm_backward_args& a) {
   const int64_t vectors = a.columns / Vec<T>::size;
   const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 2 * kMostThreads && aligned<T>(a.grad_y, a.grad_y_stride) &&
-                     aligned<T>(a.grad_sum, a.grad_sum_stride) && aligned<T>(a.saved, a.saved_stride) &&
-                     aligned<T>(a.weight, 0) && aligned<T>(a.bias, 0) && aligned<T>(a.grad_x, 0);
+                     aligned<T>(a.grad_sum, a.grad_sum_stride) && aligned<T>(a.x, a.x_stride) &&
+                     aligned<T>(a.weight, 0) && aligned<T>(a.grad_x, 0);
   Plan plan;
   if (tuned) {
     plan.vectors = vectors <= 128 ? 1 : 2;
@@ -412,7 +384,7 @@ int backward(const triaxis_norm_backward_args& a, void* stream) {
     status = LAUNCH(kernel, dim3(plan.grid), plan.block, 0, stream, a);
   }
   if (status != 0) return status;
-  const dim3 grid(column_blocks, a.grad_bias == nullptr ? 1 : 2);
+  const dim3 grid(column_blocks, kCentered ? 2 : 1);
   return LAUNCH(norm_backward_finish, grid, dim3(kWarp, kLanes), 0, stream, a, parts_of(plan));
 }
 
@@ -437,7 +409,7 @@ extern "C" int64_t triaxis_norm_backward_workspace(const triaxis_norm_backward_a
     using T = decltype(type);
     return a.centered ? backward_plan<T, true>(a) : backward_plan<T, false>(a);
   });
-  return parts_of(plan) * a.columns * (a.grad_bias == nullptr ? 1 : 2);
+  return parts_of(plan) * a.columns * (a.centered ? 2 : 1);
 }
 
 extern "C" int triaxis_norm_backward(const triaxis_norm_backward_args* args, void* stream) {

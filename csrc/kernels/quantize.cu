@@ -16,8 +16,6 @@ constexpr int kAcross = kTile / kSize;            // threads of a row
 constexpr int kDown = kThreads / kAcross;         // threads of a column
 constexpr int kPasses = kTile / kDown;            // rows of a thread, one below the other
 
-enum class Scaling { tensor, rows, squares };  // one scale; one for 1 × 128 elements; one for 128 × 128
-
 __device__ __forceinline__ float max_across(float x) {
 #pragma unroll
   for (int offset = kAcross / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
@@ -26,15 +24,15 @@ __device__ __forceinline__ float max_across(float x) {
 
 // Where the transposed tile keeps rows 8 · unit … of a column of the tile: units change places from column to column, or
 // threads side by side would all meet in one bank.
-__device__ __forceinline__ int turned_at(int column, int unit) {
+__device__ __forceinline__ int transposed_at(int column, int unit) {
   return column * kTile + (unit ^ column / kSize) * kPasses;
 }
 
-template <typename T, __nv_fp8_interpretation_t kType, Scaling kScaling>
+template <typename T, __nv_fp8_interpretation_t kType, triaxis_scaling kScaling>
 __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args a) {
   __shared__ float maxima[kDown][kTile];
   __shared__ Scale column_scale[kTile];
-  __shared__ __align__(16) uint8_t turned[kTile * kTile];
+  __shared__ __align__(16) uint8_t transposed[kTile * kTile];
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
   const int64_t row0 = int64_t(blockIdx.y) * kTile, column0 = int64_t(blockIdx.x) * kTile;
   const int64_t column = column0 + across * kSize;
@@ -59,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args
     }
     top = fmaxf(top, row_max[p]);
   }
-  if (kScaling == Scaling::rows && a.turned != nullptr) {
+  if (kScaling == TRIAXIS_BLOCK_1X128 && a.transposed != nullptr) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) maxima[down][across * kSize + j] = column_max[j];
     __syncthreads();
@@ -68,25 +66,25 @@ __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args
       for (int d = 0; d < kDown; ++d) most = fmaxf(most, maxima[d][threadIdx.x]);
       column_scale[threadIdx.x] = scale_for<kType>(most, a.power_of_two);
       if (column0 + threadIdx.x < a.columns)
-        a.turned_scales[blockIdx.y * a.turned_scales_stride + column0 + threadIdx.x] = column_scale[threadIdx.x].back;
+        a.transposed_scale_inv[blockIdx.y * a.transposed_scale_inv_stride + column0 + threadIdx.x] = column_scale[threadIdx.x].back;
     }
     __syncthreads();
   }
   Scale square{};
-  if (kScaling == Scaling::tensor) square.to = *a.scale;
-  if (kScaling == Scaling::squares || (kScaling == Scaling::tensor && a.amax != nullptr)) {
+  if (kScaling == TRIAXIS_TENSORWISE) square.to = *a.scale;
+  if (kScaling == TRIAXIS_BLOCK_128X128 || (kScaling == TRIAXIS_TENSORWISE && a.amax != nullptr)) {
     top = warp_max(top);
     if (threadIdx.x % kWarp == 0) maxima[0][threadIdx.x / kWarp] = top;
     __syncthreads();
     top = 0.0f;
     for (int w = 0; w < kThreads / kWarp; ++w) top = fmaxf(top, maxima[0][w]);
-    if (kScaling == Scaling::squares) square = scale_for<kType>(top, a.power_of_two);
+    if (kScaling == TRIAXIS_BLOCK_128X128) square = scale_for<kType>(top, a.power_of_two);
     if (threadIdx.x == 0) {
-      if (kScaling == Scaling::tensor) {
+      if (kScaling == TRIAXIS_TENSORWISE) {
         raise_to(a.amax, top);
       } else {
-        if (a.row_scales != nullptr) a.row_scales[blockIdx.y * a.row_scales_stride + blockIdx.x] = square.back;
-        if (a.turned_scales != nullptr) a.turned_scales[blockIdx.x * a.turned_scales_stride + blockIdx.y] = square.back;
+        if (a.scale_inv != nullptr) a.scale_inv[blockIdx.y * a.scale_inv_stride + blockIdx.x] = square.back;
+        if (a.transposed_scale_inv != nullptr) a.transposed_scale_inv[blockIdx.x * a.transposed_scale_inv_stride + blockIdx.y] = square.back;
       }
     }
   }
@@ -95,24 +93,24 @@ __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args
   for (int p = 0; p < kPasses; ++p) {
     const int64_t row = row0 + down * kPasses + p;
     Scale along = square;
-    if (kScaling == Scaling::rows) along = scale_for<kType>(max_across(row_max[p]), a.power_of_two);
-    if (a.rowwise != nullptr && inside && row < a.rows) {
+    if (kScaling == TRIAXIS_BLOCK_1X128) along = scale_for<kType>(max_across(row_max[p]), a.power_of_two);
+    if (a.row_major != nullptr && inside && row < a.rows) {
       Vec<uint8_t, kSize> bytes;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) bytes.at[j] = to_fp8<kType>(to_float(x[p].at[j]) * along.to);
-      store(static_cast<uint8_t*>(a.rowwise) + row * a.columns + column, bytes);
-      if (kScaling == Scaling::rows && across == 0) a.row_scales[blockIdx.x * a.row_scales_stride + row] = along.back;
+      store(static_cast<uint8_t*>(a.row_major) + row * a.columns + column, bytes);
+      if (kScaling == TRIAXIS_BLOCK_1X128 && across == 0) a.scale_inv[blockIdx.x * a.scale_inv_stride + row] = along.back;
     }
   }
-  if (a.turned == nullptr) return;
+  if (a.transposed == nullptr) return;
 #pragma unroll
   for (int j = 0; j < kSize; ++j) {
     const int at = across * kSize + j;
-    const float to = kScaling == Scaling::rows ? column_scale[at].to : square.to;
+    const float to = kScaling == TRIAXIS_BLOCK_1X128 ? column_scale[at].to : square.to;
     Vec<uint8_t, kPasses> bytes;
 #pragma unroll
     for (int p = 0; p < kPasses; ++p) bytes.at[p] = to_fp8<kType>(to_float(x[p].at[j]) * to);
-    store(turned + turned_at(at, down), bytes);
+    store(transposed + transposed_at(at, down), bytes);
   }
   __syncthreads();
   constexpr int kPiece = 16, kPieces = kTile / kPiece;
@@ -121,25 +119,25 @@ __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args
     const int64_t to_row = column0 + at, to_column = row0 + piece * kPiece;
     if (to_row >= a.columns || to_column >= a.rows) continue;
     Vec<Vec<uint8_t, kPasses>, 2> bytes;
-    bytes.at[0] = load<kPasses>(turned + turned_at(at, 2 * piece));
-    bytes.at[1] = load<kPasses>(turned + turned_at(at, 2 * piece + 1));
-    *reinterpret_cast<decltype(bytes)*>(static_cast<uint8_t*>(a.turned) + to_row * a.rows + to_column) = bytes;
+    bytes.at[0] = load<kPasses>(transposed + transposed_at(at, 2 * piece));
+    bytes.at[1] = load<kPasses>(transposed + transposed_at(at, 2 * piece + 1));
+    *reinterpret_cast<decltype(bytes)*>(static_cast<uint8_t*>(a.transposed) + to_row * a.rows + to_column) = bytes;
   }
 }
 
 template <typename T, __nv_fp8_interpretation_t kType>
 int start(const triaxis_quantize_args& a, void* stream) {
-  const auto kernel = a.scaling == TRIAXIS_TENSOR ? quantize<T, kType, Scaling::tensor>
-                      : a.scaling == TRIAXIS_ROWS ? quantize<T, kType, Scaling::rows>
-                                                  : quantize<T, kType, Scaling::squares>;
+  const auto kernel = a.scaling == TRIAXIS_TENSORWISE ? quantize<T, kType, TRIAXIS_TENSORWISE>
+                      : a.scaling == TRIAXIS_BLOCK_1X128 ? quantize<T, kType, TRIAXIS_BLOCK_1X128>
+                                                  : quantize<T, kType, TRIAXIS_BLOCK_128X128>;
   const dim3 grid(unsigned(ceil_div(a.columns, kTile)), unsigned(ceil_div(a.rows, kTile)));
   return LAUNCH(kernel, grid, dim3(kThreads), 0, stream, a);
 }
 
 bool valid(const triaxis_quantize_args& a) {
   return floating(a.dtype) && (a.out_dtype == TRIAXIS_E4M3 || a.out_dtype == TRIAXIS_E5M2) && a.rows >= 0 &&
-         a.columns >= 0 && a.columns % 16 == 0 && (a.turned == nullptr || a.rows % 16 == 0) && a.rows <= 65535ll * kTile &&
-         (a.scaling != TRIAXIS_TENSOR || a.scale != nullptr);
+         a.columns >= 0 && a.columns % 16 == 0 && (a.transposed == nullptr || a.rows % 16 == 0) && a.rows <= 65535ll * kTile &&
+         (a.scaling != TRIAXIS_TENSORWISE || a.scale != nullptr);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ from torch import nn
 from engine.config.schema import ModelConfig, OpsConfig
 from engine.model.layers import ColumnLinear, Norm, Parameters, RowLinear
 from engine.model.parameters import kv_share
-from engine.ops.attention import Implementation, attention
+from engine.ops.attention import AttentionImpl, attention
 from engine.ops.rope import apply_rope, apply_rope_qkv
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import again
@@ -67,10 +67,10 @@ class Attention(nn.Module):
         return attend(self.layer, q, k, v)
 
 
-def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None, by: Implementation = "auto") -> Attend:
+def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None, impl: AttentionImpl = "auto") -> Attend:
     """Causal attention closed within each segment of the flattened tokens; `by`: see `ops.attention`."""
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, cu_seqlens, sliding_window, by)
+        return attention(q, k, v, cu_seqlens, sliding_window, impl)
 
     return attend

@@ -55,15 +55,15 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = parameters[f"{path}.weight"]
         self.bias = parameters.get(f"{path}.bias")
-        self.eps, self.by = eps, ops.norm
+        self.eps, self.impl = eps, ops.norm
 
     def forward(self, x: torch.Tensor, feeds: ColumnLinear | None = None) -> torch.Tensor | Fp8Activation:
         """The norm of x [t, h]; in FP8 alone where it `feeds` a layer that multiplies so."""
         if output := self._fp8_output(x, feeds):
             return norm_to_fp8(x, None, self.weight, self.bias, self.eps, output)[0]
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps, by=self.by)
-        return layer_norm(x, self.weight, self.bias, self.eps, by=self.by)
+            return rms_norm(x, self.weight, self.eps, impl=self.impl)
+        return layer_norm(x, self.weight, self.bias, self.eps, impl=self.impl)
 
     def of_sum(
         self, x: torch.Tensor, residual: torch.Tensor, feeds: ColumnLinear | None = None
@@ -71,10 +71,10 @@ class Norm(nn.Module):
         """The norm of x + residual, as above, and that sum."""
         if output := self._fp8_output(x, feeds):
             return norm_to_fp8(x, residual, self.weight, self.bias, self.eps, output)
-        return add_norm(x, residual, self.weight, self.bias, self.eps, by=self.by)
+        return add_norm(x, residual, self.weight, self.bias, self.eps, impl=self.impl)
 
     def _fp8_output(self, x: torch.Tensor, feeds: ColumnLinear | None) -> Fp8Output | None:
-        if feeds is None or self.by not in ("auto", "triaxis"):
+        if feeds is None or self.impl not in ("auto", "triaxis"):
             return None
         return fused_output(feeds.weight, x, x.shape[-1])
 

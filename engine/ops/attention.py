@@ -26,7 +26,7 @@ _FASTEST_FIRST = [
 ]
 
 
-Implementation = Literal["auto", "sdpa", "varlen", "flash_attn", "te"]
+AttentionImpl = Literal["auto", "sdpa", "varlen", "flash_attn", "te"]
 
 
 def attention(
@@ -35,15 +35,15 @@ def attention(
     v: Tensor,
     cu_seqlens: tuple[int, ...],
     sliding_window: int | None = None,
-    by: Implementation = "auto",
+    impl: AttentionImpl = "auto",
 ) -> Tensor:
     """Softmax attention of `q` [t, n, d] over `k`, `v` [t, n_kv, d], causal within each segment: [t, n, d].
 
     Segment i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. With `sliding_window` a token sees itself and the
     window − 1 tokens before it.
     """
-    if (by := chosen(by, q, cu_seqlens, sliding_window)) != "sdpa":
-        return _all_segments(by, q, k, v, cu_seqlens, sliding_window)
+    if (impl := choose_impl(impl, q, cu_seqlens, sliding_window)) != "sdpa":
+        return _all_segments(impl, q, k, v, cu_seqlens, sliding_window)
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     if len(runs) == 1:
@@ -53,11 +53,13 @@ def attention(
     return torch.cat([_equal_segments(q, k, v, length, sliding_window) for (length, _), q, k, v in parts])
 
 
-def chosen(by: Implementation, q: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None) -> Implementation:
+def choose_impl(
+    impl: AttentionImpl, q: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
+) -> AttentionImpl:
     """The rule: on a GPU, sequences of one length without a window go to SDPA, whose cuDNN kernel is the fastest;
     others to kernels that take documents of any length in one call. Those know half precision alone."""
-    if by != "auto":
-        return by
+    if impl != "auto":
+        return impl
     lengths = {b - a for a, b in pairwise(cu_seqlens)}
     plain = len(lengths) == 1 and (sliding_window is None or sliding_window >= max(lengths))
     if not q.is_cuda or plain or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
@@ -105,12 +107,12 @@ def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, sliding_window
 
 
 def _all_segments(
-    by: Implementation, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
+    impl: AttentionImpl, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
 ) -> Tensor:
     """One call of flash attention for documents of any lengths."""
     offsets, longest = _offsets(cu_seqlens, q.device), max(b - a for a, b in pairwise(cu_seqlens))
     reach = None if sliding_window is None else sliding_window - 1  # tokens before the one that attends
-    if by == "varlen":
+    if impl == "varlen":
         function, known = _varlen()
         if "enable_gqa" not in known:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -118,7 +120,7 @@ def _all_segments(
         if "enable_gqa" in known:
             options["enable_gqa"] = q.shape[1] != k.shape[1]
         return function(q, k, v, offsets, offsets, longest, longest, **options)
-    if by == "te":
+    if impl == "te":
         attend = _te_attention(q.shape[1], k.shape[1], q.shape[2])
         window = None if reach is None else (reach, 0)
         given = {"cu_seqlens_q": offsets, "cu_seqlens_kv": offsets, "max_seqlen_q": longest, "max_seqlen_kv": longest}

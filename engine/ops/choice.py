@@ -1,7 +1,7 @@
-"""Which implementation of an operator runs, where there are several.
+"""Chooses and checks operator implementations.
 
-`auto` takes the fastest that is here and never fails; one that is asked for by name runs, or is an error before the
-first step. Other packages are found by what only the right one has: PyPI's "apex" is a web toolkit.
+`auto` takes the fastest available implementation and never fails; one that is requested by name runs, or is an error
+before the first step. Packages are detected by a module that only the right one has: PyPI's "apex" is a web toolkit.
 """
 
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from engine.config.schema import OpsConfig
 from engine.errors import ConfigError
 from engine.ops import native
 
-# of norms and attention: what to import, and what to install
+# name in the config -> modules that identify the package, what to install
 _PACKAGES = {
     "apex": (("amp_C",), "NVIDIA's apex, built with its CUDA extensions"),
     "te": (("transformer_engine.pytorch",), "transformer-engine[pytorch]"),
@@ -22,9 +22,9 @@ _PACKAGES = {
 
 
 def require_implementations(ops: OpsConfig, device: torch.device) -> None:
-    """Raises: ConfigError: an implementation that was asked for by name cannot run here."""
+    """Raises: ConfigError: an implementation that was requested by name cannot run on `device`."""
     for name, wanted in ops.model_dump().items():
-        if wanted in ("auto", "torch", "sdpa") or name == "fp8_matmul":  # that one meets its recipe in parallel/fp8.py
+        if wanted in ("auto", "torch", "sdpa") or name == "fp8_matmul":  # checked with its recipe in parallel/fp8.py
             continue
         if device.type != "cuda":
             raise ConfigError(f"ops.{name} = {wanted} needs a GPU, and this run is on {device.type}; use auto")
@@ -35,8 +35,8 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
             raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][1]}, which is not installed; use auto")
 
 
-def in_words(ops: OpsConfig, device: torch.device) -> str:
-    """What a run takes, for its start: `python -m engine env` says more."""
+def describe_ops(ops: OpsConfig, device: torch.device) -> str:
+    """One line for the start of a run: the kernels in use and every setting of `ops`."""
     if device.type != "cuda":
         kernels = "plain PyTorch (no GPU)"
     elif native.has_kernels():

@@ -116,8 +116,8 @@ def _loss_and_gradients(
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
     # [h, v] on a CPU: this way round the small operand is the one that the product transposes
-    turned = not weight.is_cuda
-    shape = weight.shape[::-1] if turned else weight.shape
+    transposed = not weight.is_cuda
+    shape = weight.shape[::-1] if transposed else weight.shape
     grad_weight = torch.zeros(shape, dtype=wide, device=weight.device) if for_weight else None
     vocab_size = weight.shape[0] if options.shard is None else options.shard.most_rows
     rows = chunk_rows(vocab_size, hidden.device.type)
@@ -135,12 +135,12 @@ def _loss_and_gradients(
             torch.mul(matmul_transposed(error, weight.t()), mask, out=grad_hidden[part])
         if grad_weight is not None:
             masked = (x * mask).to(x.dtype)
-            if turned:
+            if transposed:
                 grad_weight += matmul_transposed(masked.t(), error.t())
             else:
                 add_grad_weight(grad_weight, error, masked)
         del logits, error  # or they would live while the next chunk is computed
-    if grad_weight is not None and turned:
+    if grad_weight is not None and transposed:
         grad_weight = grad_weight.t().contiguous()
     return loss, grad_hidden, grad_weight
 

@@ -1,8 +1,8 @@
-"""Products of FP8 matrices with fp32 accumulation, and their emulation.
+"""FP8 matmuls with fp32 accumulation, and their emulation on a CPU.
 
-A product takes both factors with their rows along the summed dimension, as Hopper's FP8 instructions do. Without a GPU
-the quantised factors are multiplied in fp32: every rounding of a real product but its accumulator's. What the GPU
-would refuse is refused everywhere.
+Both operands have their rows along the dimension that is summed, as Hopper's FP8 instructions require. On a CPU the
+operands are dequantized and multiplied in fp32: every rounding of the FP8 matmul except that of its accumulator. What a
+GPU would refuse is refused everywhere.
 """
 
 from typing import Literal
@@ -12,88 +12,93 @@ from torch import Tensor
 
 from engine.ops import native
 from engine.ops.linear import matmul_transposed
-from engine.ops.quantize import BLOCK, Quantised, quantize
+from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, BLOCK_SIZE, TENSORWISE, QuantizedTensor, quantize
 
-MULTIPLE = 16  # of every size of an FP8 product
-_PAIRS = {("tensor", "tensor"), ("rows", "squares"), ("squares", "rows"), ("rows", "rows")}
+_SIZE_MULTIPLE = 16  # of m, n and k
+_SCALINGS = {
+    (TENSORWISE, TENSORWISE),
+    (BLOCK_1X128, BLOCK_128X128),
+    (BLOCK_128X128, BLOCK_1X128),
+    (BLOCK_1X128, BLOCK_1X128),
+}
 
-
-Implementation = Literal["auto", "cublaslt", "triaxis", "torch"]
+Fp8MatmulImpl = Literal["auto", "cublaslt", "triaxis", "torch"]
 
 
 def scaled_matmul(
-    a: Quantised, b: Quantised, dtype: torch.dtype, *, fast: bool = False, by: Implementation = "auto"
+    a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, *, fast: bool = False, impl: Fp8MatmulImpl = "auto"
 ) -> Tensor:
     """a·bᵀ for `a` [m, k] and `b` [n, k]: [m, n] of `dtype`.
 
-    `fast` lets a GPU accumulate in fewer bits, which per-tensor scales alone admit.
+    `fast` lets a GPU accumulate in fewer bits; only TENSORWISE matmuls have that.
 
     Raises:
-        ValueError: sizes, formats or scalings that the GPU has no product for.
+        ValueError: no GPU has a matmul of these sizes, formats or scalings.
     """
     _require_supported(a, b)
     if a.values.is_cuda:
-        return _on_gpu(a, b, dtype, None, fast, by)
-    return matmul_transposed(dequantised(a), dequantised(b)).to(dtype)
+        return _on_gpu(a, b, dtype, None, fast, impl)
+    return matmul_transposed(dequantize(a), dequantize(b)).to(dtype)
 
 
-def add_scaled_matmul(out: Tensor, a: Quantised, b: Quantised, *, by: Implementation = "auto") -> None:
-    """Adds a·bᵀ to `out` fp32 [m, n]."""
+def add_scaled_matmul(out: Tensor, a: QuantizedTensor, b: QuantizedTensor, *, impl: Fp8MatmulImpl = "auto") -> None:
+    """Adds a·bᵀ to `out` fp32 [m, n]. Raises: ValueError: as `scaled_matmul`."""
     _require_supported(a, b)
     if a.values.is_cuda:
-        _on_gpu(a, b, torch.float32, out, False, by)
+        _on_gpu(a, b, torch.float32, out, False, impl)
     else:
-        out.add_(matmul_transposed(dequantised(a), dequantised(b)))
+        out.add_(matmul_transposed(dequantize(a), dequantize(b)))
 
 
-def dequantised(x: Quantised) -> Tensor:
-    """What the FP8 numbers stand for, fp32 [m, k]."""
+def dequantize(x: QuantizedTensor) -> Tensor:
+    """values · scale_inv, fp32 [m, k]."""
     values = x.values.float()
-    if x.scaling == "tensor":
-        return values.mul_(x.scales)
+    if x.scaling == TENSORWISE:
+        return values.mul_(x.scale_inv)
     rows, columns = values.shape
-    scales = x.scales.t() if x.scaling == "rows" else x.scales.repeat_interleave(BLOCK, 0)[:rows]
-    return values.mul_(scales.repeat_interleave(BLOCK, 1)[:, :columns])
+    by_row = x.scale_inv.t() if x.scaling == BLOCK_1X128 else x.scale_inv.repeat_interleave(BLOCK_SIZE, 0)[:rows]
+    return values.mul_(by_row.repeat_interleave(BLOCK_SIZE, 1)[:, :columns])
 
 
-def turned(x: Quantised) -> Quantised:
-    """The transpose, with its rows quantised: exact for one scale a tensor, quantised once more for blocks of rows."""
-    if x.scaling == "tensor":
-        return Quantised(x.values.t().contiguous(), x.scales, "tensor")
-    wide = dequantised(x).to(torch.bfloat16)
-    _, result = quantize(wide, x.values.dtype, x.scaling, rowwise=False, turned=True, power_of_two=True)
+def transpose(x: QuantizedTensor) -> QuantizedTensor:
+    """The transpose: exact for TENSORWISE; BLOCK_1X128 is quantized again, in blocks along the other dimension."""
+    if x.scaling == TENSORWISE:
+        return QuantizedTensor(x.values.t().contiguous(), x.scale_inv, TENSORWISE)
+    wide = dequantize(x).to(torch.bfloat16)
+    _, result = quantize(wide, x.values.dtype, x.scaling, row_major=False, transposed=True, power_of_two=True)
     assert result is not None
     return result
 
 
-def _require_supported(a: Quantised, b: Quantised) -> None:
+def _require_supported(a: QuantizedTensor, b: QuantizedTensor) -> None:
     for x in (a, b):
-        if any(size % MULTIPLE for size in x.values.shape):
-            raise ValueError(f"FP8 products take multiples of {MULTIPLE}, not {list(x.values.shape)}")
+        if any(size % _SIZE_MULTIPLE for size in x.values.shape):
+            raise ValueError(f"FP8 matmuls take multiples of {_SIZE_MULTIPLE}, not {list(x.values.shape)}")
     if a.values.dtype == b.values.dtype == torch.float8_e5m2:
-        raise ValueError("there is no FP8 product of two E5M2 matrices")
-    if (a.scaling, b.scaling) not in _PAIRS:
-        raise ValueError(f"there is no FP8 product of matrices scaled by {a.scaling} and by {b.scaling}")
+        raise ValueError("there is no FP8 matmul of two E5M2 matrices")
+    if (a.scaling, b.scaling) not in _SCALINGS:
+        raise ValueError(f"there is no FP8 matmul of matrices scaled {a.scaling} and {b.scaling}")
 
 
 def _on_gpu(
-    a: Quantised, b: Quantised, dtype: torch.dtype, out: Tensor | None, fast: bool, by: Implementation
+    a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, out: Tensor | None, fast: bool, impl: Fp8MatmulImpl
 ) -> Tensor:
-    """The rule: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's call, which does not and
-    which has one scale a tensor. The own kernel is for Hopper and scales of blocks, and has to be asked for by name."""
-    if by == "auto":
-        by = "torch" if native.WHY_NOT else "cublaslt"
-    given = (a.values, b.values, a.scales, b.scales, a.scaling, b.scaling)
-    if by == "torch":
-        if a.scaling != "tensor":
-            raise ValueError("PyTorch's FP8 product has one scale a tensor; scales of blocks need csrc")
-        product = torch._scaled_mm(a.values, b.values.t(), a.scales, b.scales, out_dtype=dtype, use_fast_accum=fast)
-        return product if out is None else out.add_(product)
-    own = by == "triaxis" and a.scaling != "tensor"
+    """The rule: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which is TENSORWISE
+    and does not accumulate. csrc's own kernel, for Hopper and scales of blocks, has to be requested by name."""
+    if impl == "auto":
+        impl = "torch" if native.WHY_NOT else "cublaslt"
+    operands = (a.values, b.values, a.scale_inv, b.scale_inv, a.scaling, b.scaling)
+    if impl == "torch":
+        if a.scaling != TENSORWISE:
+            raise ValueError("PyTorch's FP8 matmul has one scale a tensor; scales of blocks need csrc")
+        scales = {"scale_a": a.scale_inv, "scale_b": b.scale_inv}
+        result = torch._scaled_mm(a.values, b.values.t(), **scales, out_dtype=dtype, use_fast_accum=fast)
+        return result if out is None else out.add_(result)
+    sm90 = impl == "triaxis" and a.scaling != TENSORWISE
     if out is None:
-        if own:
-            return torch.ops.triaxis.fp8_matmul_sm90(*given, dtype)
-        return torch.ops.triaxis.fp8_matmul(*given, None, dtype, fast)
-    add = torch.ops.triaxis.fp8_matmul_sm90_add_ if own else torch.ops.triaxis.fp8_matmul_add_
-    add(out, *given)
+        if sm90:
+            return torch.ops.triaxis.fp8_matmul_sm90(*operands, dtype)
+        return torch.ops.triaxis.fp8_matmul(*operands, dtype, fast)
+    add = torch.ops.triaxis.fp8_matmul_sm90_add_ if sm90 else torch.ops.triaxis.fp8_matmul_add_
+    add(out, *operands)
     return out

@@ -29,7 +29,7 @@ def why_no_kernels() -> str:
     return WHY_NOT or "csrc was built without CUDA"
 
 
-def _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding):  # type: ignore[no-untyped-def]
+def _norm_forward(x, residual, weight, bias, eps, centered):  # type: ignore[no-untyped-def]
     rows = x.shape[0]
     statistics = x.new_empty(rows, dtype=torch.float32)
     total = x.new_empty(0 if residual is None else x.shape)
@@ -37,19 +37,19 @@ def _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_ro
 
 
 def _fp8(like, rows, columns, scaling):  # type: ignore[no-untyped-def]
-    scales = (-(-columns // 128), rows) if scaling == "rows" else (0,)
-    return like.new_empty(rows, columns, dtype=torch.float8_e4m3fn), like.new_empty(scales, dtype=torch.float32)
+    blocks = (-(-columns // 128), rows) if scaling == "block_1x128" else (0,)
+    return like.new_empty(rows, columns, dtype=torch.float8_e4m3fn), like.new_empty(blocks, dtype=torch.float32)
 
 
-def _norm_forward_fp8(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding, scaling, *rest):  # type: ignore[no-untyped-def]
-    _, *beside = _norm_forward(x, residual, weight, bias, eps, centered, zero_centered, hf_rounding)
+def _norm_forward_fp8(x, residual, weight, bias, eps, centered, scaling, *rest):  # type: ignore[no-untyped-def]
+    _, *beside = _norm_forward(x, residual, weight, bias, eps, centered)
     return *_fp8(x, x.shape[0], x.shape[1], scaling), *beside
 
 
-def _norm_backward(grad_y, grad_sum, saved, weight, bias, *rest):  # type: ignore[no-untyped-def]
+def _norm_backward(grad_y, grad_sum, x, weight, mean, rstd, centered):  # type: ignore[no-untyped-def]
     columns = grad_y.shape[1]
     floats = grad_y.new_empty(columns, dtype=torch.float32)
-    return grad_y.new_empty(grad_y.shape), floats, floats.new_empty(0 if bias is None else columns)
+    return grad_y.new_empty(grad_y.shape), floats, floats.new_empty(columns if centered else 0)
 
 
 def _rope_qk(qkv, cos, sin, kv_heads):  # type: ignore[no-untyped-def]
@@ -67,21 +67,21 @@ def _statistics(logits, labels, first_label):  # type: ignore[no-untyped-def]
     return z, z.clone()
 
 
-def _quantize(x, dtype, scaling, rowwise, turned, scale, amax, power_of_two):  # type: ignore[no-untyped-def]
+def _quantize(x, dtype, scaling, row_major, transposed, scale, amax, power_of_two):  # type: ignore[no-untyped-def]
     rows, columns = x.shape
 
     def scales(wanted: bool, outer: int, inner: int) -> Tensor:
         blocks = -(-inner // 128)
-        if not wanted or scaling == "tensor":
+        if not wanted or scaling == "tensorwise":
             return x.new_empty(0, dtype=torch.float32)
-        shape = (blocks, outer) if scaling == "rows" else (-(-outer // 128), -(-blocks // 4) * 4)
+        shape = (blocks, outer) if scaling == "block_1x128" else (-(-outer // 128), -(-blocks // 4) * 4)
         return x.new_empty(shape, dtype=torch.float32)
 
     return (
-        x.new_empty((rows, columns) if rowwise else 0, dtype=dtype),
-        x.new_empty((columns, rows) if turned else 0, dtype=dtype),
-        scales(rowwise, rows, columns),
-        scales(turned, columns, rows),
+        x.new_empty((rows, columns) if row_major else 0, dtype=dtype),
+        x.new_empty((columns, rows) if transposed else 0, dtype=dtype),
+        scales(row_major, rows, columns),
+        scales(transposed, columns, rows),
     )
 
 

@@ -5,7 +5,6 @@ rounded once, after the weight.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -17,39 +16,15 @@ from torch.autograd.function import once_differentiable
 from engine.ops import native
 from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
 
-Implementation = Literal["auto", "triaxis", "torch", "apex", "te"]
+NormImpl = Literal["auto", "triaxis", "torch", "apex", "te"]
 
 
-@dataclass(frozen=True)
-class NormOptions:
-    """Variants that models are published with.
-
-    Attributes:
-        zero_centered: the weight is kept as its distance from 1 (Gemma).
-        hf_rounding: the normalised value is rounded to the dtype of the input before it meets the weight, as Hugging
-            Face's Llama does.
-        memory_efficient: keep the output for the backward pass, which whoever reads it keeps anyway, and not the input;
-            for weights that stay away from 0. The kernels alone do so; elsewhere it changes nothing.
-    """
-
-    zero_centered: bool = False
-    hf_rounding: bool = False
-    memory_efficient: bool = False
-
-
-_PLAIN = NormOptions()
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN, by: Implementation = "auto"
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto") -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
-    if _by_kernel(x, weight, by):
-        return _KernelNorm.apply(x, None, weight, None, eps, options)[0]
-    if by in ("apex", "te"):
-        return _by_package(by, x, weight, None, eps, options)
-    if options.zero_centered or options.hf_rounding:
-        return rms_norm_reference(x, weight, eps, options)
+    if _uses_kernel(x, weight, impl):
+        return _KernelNorm.apply(x, None, weight, None, eps)[0]
+    if impl in ("apex", "te"):
+        return _package_norm(impl, x, weight, None, eps)
     if uses_fewer_passes(x):
         return _RmsNorm.apply(x, weight, eps)
     if x.dtype == weight.dtype:
@@ -57,83 +32,70 @@ def rms_norm(
     return rms_norm_reference(x, weight, eps)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, options: NormOptions = _PLAIN, by: Implementation = "auto"
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: NormImpl = "auto") -> Tensor:
     """(x − mean) / sqrt(variance + eps) · weight + bias, over the last dimension."""
-    if _by_kernel(x, weight, by):
-        return _KernelNorm.apply(x, None, weight, bias, eps, options)[0]
-    if by in ("apex", "te"):
-        return _by_package(by, x, weight, bias, eps, options)
-    if x.dtype == weight.dtype and not options.zero_centered and not options.hf_rounding:
+    if _uses_kernel(x, weight, impl):
+        return _KernelNorm.apply(x, None, weight, bias, eps)[0]
+    if impl in ("apex", "te"):
+        return _package_norm(impl, x, weight, bias, eps)
+    if x.dtype == weight.dtype:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return layer_norm_reference(x, weight, bias, eps, options)
+    return layer_norm_reference(x, weight, bias, eps)
 
 
 def add_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    options: NormOptions = _PLAIN,
-    by: Implementation = "auto",
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: NormImpl = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual (LayerNorm with a bias, else RMSNorm), and that sum; one pass over memory on a GPU."""
-    if _by_kernel(x, weight, by):
-        return _KernelNorm.apply(x, residual, weight, bias, eps, options)
+    if _uses_kernel(x, weight, impl):
+        return _KernelNorm.apply(x, residual, weight, bias, eps)
     total = x + residual
     if bias is None:
-        return rms_norm(total, weight, eps, options, by), total
-    return layer_norm(total, weight, bias, eps, options, by), total
+        return rms_norm(total, weight, eps, impl), total
+    return layer_norm(total, weight, bias, eps, impl), total
 
 
 def norm_to_fp8(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, output: Fp8Output
 ) -> tuple[Fp8Activation, Tensor]:
-    """The norm of x [t, h] (or of x + residual) in FP8, and that sum; where `output.possible`."""
-    carrier, total, values, scales = _KernelNorm.apply(x, residual, weight, bias, eps, _PLAIN, output)
-    return Fp8Activation(output.quantised(values, scales), carrier), total
+    """The norm of x [t, h] (or of x + residual) in FP8, and that sum; only if `output.supports` it."""
+    carrier, total, values, scale_inv = _KernelNorm.apply(x, residual, weight, bias, eps, output)
+    return Fp8Activation(output.quantized(values, scale_inv), carrier), total
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _widened(x)
-    return _scaled(x, wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps), weight, options).to(x.dtype)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, options: NormOptions = _PLAIN) -> Tensor:
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     wide = _widened(x)
-    centred = wide - wide.mean(-1, keepdim=True)
-    normalised = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
-    return (_scaled(x, normalised, weight, options) + bias).to(x.dtype)
+    centered = wide - wide.mean(-1, keepdim=True)
+    normalized = centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + eps)
+    return (normalized * weight + bias).to(x.dtype)
 
 
-def _by_kernel(x: Tensor, weight: Tensor, by: Implementation) -> bool:
-    return by in ("auto", "triaxis") and native.runs(x) and x.dtype == weight.dtype
+def _uses_kernel(x: Tensor, weight: Tensor, impl: NormImpl) -> bool:
+    return impl in ("auto", "triaxis") and native.runs(x) and x.dtype == weight.dtype
 
 
-def _by_package(
-    by: Implementation, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, options: NormOptions
-) -> Tensor:
+def _package_norm(impl: NormImpl, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """apex or Transformer Engine, which `require_implementations` has found."""
-    if options.hf_rounding or (options.zero_centered and by == "apex"):
-        raise ValueError(f"ops.norm = {by} has no {options}")
-    if by == "te":
-        return _te_norm(bias is not None, weight.shape[0], eps, options.zero_centered)(x, weight, bias)
+    if impl == "te":
+        return _te_norm(bias is not None, weight.shape[0], eps)(x, weight, bias)
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
 
-    keep = {"memory_efficient": options.memory_efficient}
     if bias is None:
-        return fused_rms_norm_affine(x, weight, weight.shape, eps, **keep)
-    return fused_layer_norm_affine(x, weight, bias, weight.shape, eps, **keep)
+        return fused_rms_norm_affine(x, weight, weight.shape, eps)
+    return fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
 
 
 @cache
-def _te_norm(centered: bool, hidden_size: int, eps: float, zero_centered: bool) -> Callable[..., Tensor]:
+def _te_norm(centered: bool, hidden_size: int, eps: float) -> Callable[..., Tensor]:
     """Transformer Engine's module, called with our parameters instead of its own."""
     import transformer_engine.pytorch as te
 
-    module = (te.LayerNorm if centered else te.RMSNorm)(hidden_size, eps=eps, zero_centered_gamma=zero_centered)
+    module = (te.LayerNorm if centered else te.RMSNorm)(hidden_size, eps=eps)
 
     def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         given = {"weight": weight} | ({} if bias is None else {"bias": bias})
@@ -147,18 +109,12 @@ def uses_fewer_passes(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _scaled(x: Tensor, normalised: Tensor, weight: Tensor, options: NormOptions) -> Tensor:
-    if options.hf_rounding:
-        normalised = normalised.to(x.dtype).to(normalised.dtype)
-    return normalised * (weight.to(normalised.dtype) + 1 if options.zero_centered else weight)
-
-
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _KernelNorm(torch.autograd.Function):
-    """The compiled kernels: (x, residual or None, weight, bias or None) -> (norm, sum)."""
+    """The kernels: (x, residual or None, weight, bias or None) -> (norm, sum[, values and scale_inv of the norm])."""
 
     @staticmethod
     def forward(
@@ -168,77 +124,62 @@ class _KernelNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
-        options: NormOptions,
         output: Fp8Output | None = None,
     ) -> tuple[Tensor, ...]:
-        flat = None if residual is None else residual.reshape(-1, x.shape[-1])
-        centered = bias is not None
+        h = x.shape[-1]
         given = (
-            x.reshape(-1, x.shape[-1]),
-            flat,
+            x.reshape(-1, h),
+            None if residual is None else residual.reshape(-1, h),
             weight,
             bias,
             eps,
-            centered,
-            options.zero_centered,
-            options.hf_rounding,
+            bias is not None,
         )
-        quantised: tuple[Tensor, ...] = ()
+        quantized: tuple[Tensor, ...] = ()
         if output is None:
             y, total, mean, rstd = torch.ops.triaxis.norm_forward(*given)
             y = y.view(x.shape)
         else:
-            *quantised, total, mean, rstd = torch.ops.triaxis.norm_forward_fp8(*given, *output.arguments)
+            *quantized, total, mean, rstd = torch.ops.triaxis.norm_forward_fp8(*given, *output.arguments)
             y = carrier_of(x, x.shape)
         total = x if residual is None else total.view(x.shape)
-        ctx.save_for_backward(y if options.memory_efficient else total, weight, bias, mean, rstd)
-        ctx.options, ctx.has_residual = options, residual is not None
-        ctx.takers = [_taker(parameter) for parameter in (weight, bias)]
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+        ctx.sinks = [_gradient_sink(parameter) for parameter in (weight, bias)]
         ctx.set_materialize_grads(False)
         if residual is None:
             total = x.new_empty(0)
-        ctx.mark_non_differentiable(*([total] if residual is None else []), *quantised)
-        return y, total, *quantised
+        ctx.mark_non_differentiable(*([total] if residual is None else []), *quantized)
+        return y, total, *quantized
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, weight, bias, mean, rstd = ctx.saved_tensors
+        total, weight, mean, rstd = ctx.saved_tensors
         grad_y, grad_sum = grad_outputs[:2]
         if grad_y is None:
-            grad_y = torch.zeros_like(saved)
+            grad_y = torch.zeros_like(total)
         h = grad_y.shape[-1]
-        grad_x, grad_weight, grad_bias = torch.ops.triaxis.norm_backward(
-            grad_y.reshape(-1, h),
-            None if grad_sum is None or not ctx.has_residual else grad_sum.reshape(-1, h),
-            saved.reshape(-1, h),
-            weight,
-            bias,
-            mean,
-            rstd,
-            bias is not None,
-            ctx.options.zero_centered,
-            ctx.options.hf_rounding,
-            ctx.options.memory_efficient,
-        )
+        grad_sum = None if grad_sum is None or not ctx.has_residual else grad_sum.reshape(-1, h)
+        given = (grad_y.reshape(-1, h), grad_sum, total.reshape(-1, h), weight, mean, rstd, ctx.has_bias)
+        grad_x, *parameter_grads = torch.ops.triaxis.norm_backward(*given)
         grad_x = grad_x.view(grad_y.shape)
-        gradients = [
-            _given(take, gradient) if needed else None
-            for take, gradient, needed in zip(
-                ctx.takers, (grad_weight, grad_bias), ctx.needs_input_grad[2:4], strict=True
-            )
-        ]
-        return grad_x, grad_x if ctx.has_residual else None, *gradients, None, None, None
+        grad_weight, grad_bias = (
+            _deliver(sink, grad) if needed else None
+            for sink, grad, needed in zip(ctx.sinks, parameter_grads, ctx.needs_input_grad[2:4], strict=True)
+        )
+        return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias, None, None
 
 
-def _given(take: Callable[[Tensor], None] | None, gradient: Tensor) -> Tensor | None:
-    if take is None:
-        return gradient
-    take(gradient)
+def _deliver(sink: Callable[[Tensor], None] | None, grad: Tensor) -> Tensor | None:
+    """Hands a parameter's gradient to its sink; without one, returns it for autograd."""
+    if sink is None:
+        return grad
+    sink(grad)
     return None
 
 
-def _taker(parameter: Tensor | None) -> Callable[[Tensor], None] | None:
+def _gradient_sink(parameter: Tensor | None) -> Callable[[Tensor], None] | None:
     """How a parameter takes its fp32 gradient itself, where autograd would round it to the parameter's dtype."""
     return None if torch.compiler.is_compiling() else getattr(parameter, "add_gradient", None)
 
@@ -259,9 +200,9 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         grad = _widened(grad_outputs[0])
-        normalised = x * inverse
-        product = grad * normalised
+        normalized = x * inverse
+        product = grad * normalized
         grad_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean = (product @ weight.to(product.dtype)).div_(-x.shape[-1])[..., None]
-        grad_x = (grad * weight).addcmul_(normalised, mean).mul_(inverse)
+        grad_x = (grad * weight).addcmul_(normalized, mean).mul_(inverse)
         return grad_x.to(x.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None

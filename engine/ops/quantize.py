@@ -1,11 +1,11 @@
-"""Floats to FP8 (E4M3, E5M2: Micikevicius et al., arXiv 2209.05433), with the scales that go with them.
+"""Quantization to FP8 (E4M3 and E5M2: Micikevicius et al., arXiv 2209.05433) and its scales.
 
-A quantised matrix is the FP8 numbers and what to multiply them by: one number, one for each 1 × 128 elements of a row,
-or one for each square of 128 × 128. Conversions saturate, everywhere; what is not a number stays so.
+A quantized matrix is FP8 values and `scale_inv`, what they are multiplied by to dequantize: one number for the tensor,
+one for each 1 × 128 block of a row, or one for each 128 × 128 block. Conversions saturate; NaN stays NaN.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,60 +13,69 @@ from torch import Tensor
 
 from engine.ops import native
 
-BLOCK = 128
-_SMALLEST_AMAX = 1e-4  # a block of zeros still has a scale
+Scaling = Literal["tensorwise", "block_1x128", "block_128x128"]
+TENSORWISE: Final = "tensorwise"  # one scale a tensor
+BLOCK_1X128: Final = "block_1x128"  # one for 128 elements along a row: activations and gradients
+BLOCK_128X128: Final = "block_128x128"  # one for a square: weights
+BLOCK_SIZE = 128
 
-Scaling = Literal["tensor", "rows", "squares"]
+_MIN_AMAX = 1e-4  # so that a block of zeros has a finite scale
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """`values` FP8 [m, k]; `scales` fp32: "tensor" [1], "rows" [⌈k/128⌉, m], "squares" [⌈m/128⌉, ⌈k/128⌉ rounded up to
-    a multiple of 4 with zeros]. values · scales is what was quantised."""
+class QuantizedTensor:
+    """A matrix in FP8: values · scale_inv is the matrix that was quantized.
+
+    Attributes:
+        values: FP8 [m, k].
+        scale_inv: fp32; TENSORWISE [1], BLOCK_1X128 [⌈k/128⌉, m], BLOCK_128X128 [⌈m/128⌉, ⌈k/128⌉ padded with zeros to
+            a multiple of 4].
+    """
 
     values: Tensor
-    scales: Tensor
+    scale_inv: Tensor
     scaling: Scaling
 
 
 @dataclass(frozen=True)
 class Fp8Output:
-    """How an operator quantises its output to E4M3 in the pass that makes it: as `quantize` would; see there."""
+    """How a fused operator quantizes its output to E4M3; the arguments are those of `quantize`."""
 
-    scaling: Literal["tensor", "rows"]
+    scaling: Literal["tensorwise", "block_1x128"]
     scale: Tensor | None = None
     amax: Tensor | None = None
     power_of_two: bool = False
 
-    def possible(self, x: Tensor, columns: int) -> bool:
-        """Whether the kernels can, for outputs of `columns` elements a row made from `x`."""
-        vector = 16 // x.element_size()
+    def supports(self, x: Tensor, columns: int) -> bool:
+        """Whether the kernels can write an output of `columns` elements a row, computed from `x`."""
+        vector = 16 // x.element_size()  # elements of a 16-byte access; a block holds at most 2048 vectors of a row
         return native.runs(x) and columns % 16 == 0 and columns <= 2048 * vector and x.data_ptr() % 16 == 0
 
     @property
     def arguments(self) -> tuple[str, Tensor | None, Tensor | None, bool]:
+        """The last arguments of the fused operators."""
         return self.scaling, self.scale, self.amax, self.power_of_two
 
-    def quantised(self, values: Tensor, scales: Tensor) -> Quantised:
-        """What such an operator returned."""
-        return Quantised(values, scales if self.scale is None else self.scale.reciprocal(), self.scaling)
+    def quantized(self, values: Tensor, scale_inv: Tensor) -> QuantizedTensor:
+        """The output of a fused operator, which returns no `scale_inv` for TENSORWISE."""
+        return QuantizedTensor(values, scale_inv if self.scale is None else self.scale.reciprocal(), self.scaling)
 
 
 @dataclass(frozen=True)
 class Fp8Activation:
-    """An activation [t, h] that exists in FP8 alone.
+    """An activation [t, h] that exists only in FP8.
 
     Attributes:
-        quantised: what products read.
-        carrier: a tensor of its shape, for autograd; it has no values.
+        quantized: what matmuls read.
+        carrier: a tensor of the activation's shape and dtype without memory, to which autograd attaches the gradient.
     """
 
-    quantised: Quantised
+    quantized: QuantizedTensor
     carrier: Tensor
 
 
 def carrier_of(like: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of a shape that takes no memory."""
+    """A tensor of `shape`, with the dtype and device of `like`, that takes no memory."""
     return like.new_zeros(()).expand(shape)
 
 
@@ -75,31 +84,31 @@ def quantize(
     dtype: torch.dtype,
     scaling: Scaling,
     *,
-    rowwise: bool = True,
-    turned: bool = False,
+    row_major: bool = True,
+    transposed: bool = False,
     scale: Tensor | None = None,
     amax: Tensor | None = None,
     power_of_two: bool = False,
-) -> tuple[Quantised | None, Quantised | None]:
-    """`x` [m, k] as it lies, and transposed to [k, m], each where it is asked for.
+) -> tuple[QuantizedTensor | None, QuantizedTensor | None]:
+    """Quantizes `x` [m, k] to `dtype`: as [m, k] (`row_major`) and transposed to [k, m], each if requested.
 
-    "tensor" needs `scale` (fp32, one element), which x is multiplied by, and raises `amax` (fp32, one element) to the
-    largest magnitude of x. `power_of_two` rounds the scales of blocks up to powers of two.
+    TENSORWISE multiplies x by `scale` (fp32, one element) and raises `amax` (fp32, one element) to the largest |x|.
+    The scales of blocks are computed here; `power_of_two` rounds their `scale_inv` up to powers of two.
 
     Raises:
-        ValueError: k (or m, for the transposed) is not a multiple of 16, which FP8 products need.
+        ValueError: k (or m, for the transpose) is not a multiple of 16, which FP8 matmuls need.
     """
     rows, columns = x.shape
-    if columns % 16 or (turned and rows % 16):
-        raise ValueError(f"[{rows}, {columns}] cannot be quantised: FP8 products take multiples of 16")
+    if columns % 16 or (transposed and rows % 16):
+        raise ValueError(f"[{rows}, {columns}] cannot be quantized: FP8 matmuls take multiples of 16")
     run = torch.ops.triaxis.quantize if native.runs(x) else quantize_reference
-    values, turned_values, scales, turned_scales = run(x, dtype, scaling, rowwise, turned, scale, amax, power_of_two)
-    if scaling == "tensor":
+    values, values_t, scale_inv, scale_inv_t = run(x, dtype, scaling, row_major, transposed, scale, amax, power_of_two)
+    if scaling == TENSORWISE:
         assert scale is not None
-        scales = turned_scales = scale.reciprocal()
+        scale_inv = scale_inv_t = scale.reciprocal()
     return (
-        Quantised(values, scales, scaling) if rowwise else None,
-        Quantised(turned_values, turned_scales, scaling) if turned else None,
+        QuantizedTensor(values, scale_inv, scaling) if row_major else None,
+        QuantizedTensor(values_t, scale_inv_t, scaling) if transposed else None,
     )
 
 
@@ -107,57 +116,52 @@ def quantize_reference(
     x: Tensor,
     dtype: torch.dtype,
     scaling: Scaling,
-    rowwise: bool,
-    turned: bool,
+    row_major: bool,
+    transposed: bool,
     scale: Tensor | None,
     amax: Tensor | None,
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernel does, in plain PyTorch, for any device."""
+    """The operator `triaxis::quantize` in plain PyTorch: values, their transpose, and the `scale_inv` of each; empty
+    where not requested."""
     wide = x.float()
-    if scaling == "tensor":
+    no_values, no_scales = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
+    if scaling == TENSORWISE:
         assert scale is not None
-        if amax is not None:
-            torch.maximum(amax, wide.abs().amax().view_as(amax) if x.numel() else amax, out=amax)
+        if amax is not None and x.numel():
+            torch.maximum(amax, wide.abs().amax().view_as(amax), out=amax)
         values = to_fp8(wide * scale, dtype)
-        none = x.new_empty(0, dtype=torch.float32)
-        return (
-            values if rowwise else x.new_empty(0, dtype=dtype),
-            values.t().contiguous() if turned else x.new_empty(0, dtype=dtype),
-            none,
-            none,
-        )
-    results = []
-    for wanted, matrix in ((rowwise, wide), (turned, wide.t())):
-        if wanted:
-            results.append(_in_blocks(matrix, dtype, scaling, power_of_two))
-        else:
-            results.append((x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)))
-    (values, scales), (turned_values, turned_scales) = results
-    return values, turned_values, scales, turned_scales
+        values_t = values.t().contiguous() if transposed else no_values
+        return values if row_major else no_values, values_t, no_scales, no_scales
+    (values, scale_inv), (values_t, scale_inv_t) = (
+        _quantize_blocks(matrix, dtype, scaling, power_of_two) if requested else (no_values, no_scales)
+        for requested, matrix in ((row_major, wide), (transposed, wide.t()))
+    )
+    return values, values_t, scale_inv, scale_inv_t
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded to nearest even and saturated. Torch's own conversion lets E5M2 overflow to infinity."""
+    """Rounds to nearest even and saturates. PyTorch's own conversion lets E5M2 overflow to infinity."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype)
 
 
-def scale_of(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
-    """What FP8 numbers are to be multiplied by so that the largest stands for `amax`."""
-    scale = amax.clamp(min=_SMALLEST_AMAX) / torch.finfo(dtype).max
-    return torch.exp2(torch.ceil(torch.log2(scale.double()))).float() if power_of_two else scale
+def scale_inv_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
+    """amax / max(dtype): what FP8 values are multiplied by to dequantize, if the largest of them stands for `amax`."""
+    scale_inv = amax.clamp(min=_MIN_AMAX) / torch.finfo(dtype).max
+    return torch.exp2(torch.ceil(torch.log2(scale_inv.double()))).float() if power_of_two else scale_inv
 
 
-def _in_blocks(x: Tensor, dtype: torch.dtype, scaling: Scaling, power_of_two: bool) -> tuple[Tensor, Tensor]:
+def _quantize_blocks(x: Tensor, dtype: torch.dtype, scaling: Scaling, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Values [m, k] and the `scale_inv` of their blocks, for `x` [m, k]."""
     rows, columns = x.shape
-    height = BLOCK if scaling == "squares" else 1
-    padded = F.pad(x, (0, -columns % BLOCK, 0, -rows % height))
-    blocks = padded.view(-1, height, padded.shape[1] // BLOCK, BLOCK)  # [blocks down, height, blocks across, 128]
-    amax = blocks.abs().amax((1, 3)).clamp(min=_SMALLEST_AMAX)  # [blocks down, blocks across]
-    scales = scale_of(amax, dtype, power_of_two)
-    factors = scales.reciprocal() if power_of_two else torch.full_like(amax, torch.finfo(dtype).max).div_(amax)
-    values = to_fp8(blocks * factors[:, None, :, None], dtype).view_as(padded)[:rows, :columns]
-    if scaling == "rows":
-        return values.contiguous(), scales.t().contiguous()
-    return values.contiguous(), F.pad(scales, (0, -scales.shape[1] % 4))
+    height = BLOCK_SIZE if scaling == BLOCK_128X128 else 1
+    padded = F.pad(x, (0, -columns % BLOCK_SIZE, 0, -rows % height))
+    blocks = padded.view(-1, height, padded.shape[1] // BLOCK_SIZE, BLOCK_SIZE)  # [block rows, height, …, 128]
+    amax = blocks.abs().amax((1, 3)).clamp(min=_MIN_AMAX)  # [block rows, block cols]
+    scale_inv = scale_inv_from_amax(amax, dtype, power_of_two)
+    scale = scale_inv.reciprocal() if power_of_two else torch.full_like(amax, torch.finfo(dtype).max).div_(amax)
+    values = to_fp8(blocks * scale[:, None, :, None], dtype).view_as(padded)[:rows, :columns]
+    if scaling == BLOCK_1X128:
+        return values.contiguous(), scale_inv.t().contiguous()
+    return values.contiguous(), F.pad(scale_inv, (0, -scale_inv.shape[1] % 4))

@@ -21,9 +21,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_to_fp8(gate_up: Tensor, output: Fp8Output) -> Fp8Activation:
-    """The same of `gate_up` [t, 2f] in FP8, where `output.possible`."""
-    carrier, values, scales = _KernelSwiGluFp8.apply(gate_up, output)
-    return Fp8Activation(output.quantised(values, scales), carrier)
+    """SwiGLU of `gate_up` [t, 2f] in FP8, [t, f]; only if `output.supports` it."""
+    carrier, values, scale_inv = _KernelSwiGluFp8.apply(gate_up, output)
+    return Fp8Activation(output.quantized(values, scale_inv), carrier)
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class _KernelSwiGluFp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, output: Fp8Output) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(gate_up)
-        values, scales = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments)
-        ctx.mark_non_differentiable(values, scales)
-        return carrier_of(gate_up, values.shape), values, scales
+        values, scale_inv = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments)
+        ctx.mark_non_differentiable(values, scale_inv)
+        return carrier_of(gate_up, values.shape), values, scale_inv
 
     @staticmethod
     @once_differentiable

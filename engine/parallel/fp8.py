@@ -1,7 +1,7 @@
-"""FP8 for the parallel linear layers: which scales their products use, and what is remembered for them.
+"""FP8 recipes of the parallel linear layers: the scales of their matmuls, and the amax history behind them.
 
-Three recipes. "tensorwise": one scale a tensor, from its largest magnitude now. "delayed": one scale a tensor, from the
-largest magnitudes of earlier steps (Transformer Engine's default), so that quantising need not wait for a maximum.
+Three recipes. "tensorwise": one scale a tensor, from its current amax. "delayed": one scale a tensor, from the amax
+history of earlier steps (Transformer Engine's default), so that quantization need not wait for a maximum.
 "blockwise": scales for 1 × 128 elements of activations and gradients and 128 × 128 of weights, powers of two
 (DeepSeek-V3, arXiv 2412.19437). Activations and weights are E4M3; gradients E5M2, under "blockwise" E4M3.
 
@@ -18,8 +18,8 @@ from torch.distributed import ProcessGroup
 from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.ops import native
-from engine.ops.fp8 import Implementation
-from engine.ops.quantize import Fp8Output, Quantised, quantize
+from engine.ops.fp8 import Fp8MatmulImpl
+from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, TENSORWISE, Fp8Output, QuantizedTensor, quantize
 from engine.parallel.collectives import all_gather, all_max
 from engine.parallel.gradients import TrainedParameter
 from engine.parallel.layout import TensorParallel, World
@@ -35,11 +35,11 @@ class Fp8Layer:
 
     Attributes:
         tp: with whom the layer is shared.
-        scales, amax: of input and gradient, fp32 [2]; the scales that "delayed" uses in this step, and the largest
-            magnitudes seen in it.
-        by: the implementation of the products.
+        scales, amax: of input and gradient, fp32 [2]; the scales that "delayed" uses in this step, and the amax of this
+            step so far.
+        impl: the implementation of the matmuls.
         delayed: the scales are those of "delayed".
-        kept: the quantised weight, as it lies and transposed, until the weight changes.
+        kept: the quantized weight, row-major and transposed, until the weight changes.
     """
 
     recipe: Recipe
@@ -47,56 +47,57 @@ class Fp8Layer:
     tp: TensorParallel
     scales: Tensor
     amax: Tensor
-    by: Implementation = "auto"
+    impl: Fp8MatmulImpl = "auto"
     delayed: bool = False
-    kept: tuple[Quantised, Quantised] | None = None
+    kept: tuple[QuantizedTensor, QuantizedTensor] | None = None
 
-    def input(self, x: Tensor, *, sharded: bool) -> Quantised:
-        """`x` [t, in] quantised along its rows; `sharded`: the features of x are this rank's share."""
-        return self._quantised(x, _INPUT, _E4M3, sharded)[0]
+    def input(self, x: Tensor, *, sharded: bool) -> QuantizedTensor:
+        """`x` [t, in] quantized along its rows; `sharded`: the features of x are this rank's share."""
+        return self._quantize(x, _INPUT, _E4M3, sharded)[0]
 
     def output(self) -> Fp8Output | None:
-        """How whatever makes the layer's input quantises it in one go; None where a maximum has to be found first."""
+        """How whatever makes the layer's input quantizes it in one go; None where a maximum has to be found first."""
         if self.recipe == "blockwise":
-            return Fp8Output("rows", power_of_two=True)
+            return Fp8Output(BLOCK_1X128, power_of_two=True)
         if not self.delayed:
             return None
-        return Fp8Output("tensor", self.scales[_INPUT : _INPUT + 1], self.amax[_INPUT : _INPUT + 1])
+        return Fp8Output(TENSORWISE, self.scales[_INPUT : _INPUT + 1], self.amax[_INPUT : _INPUT + 1])
 
-    def grad(self, grad: Tensor, *, sharded: bool) -> tuple[Quantised, Quantised]:
+    def grad(self, grad: Tensor, *, sharded: bool) -> tuple[QuantizedTensor, QuantizedTensor]:
         """The gradient of the output, [t, out], along its rows and transposed."""
         dtype = _E4M3 if self.recipe == "blockwise" else _E5M2
-        return self._quantised(grad, _GRAD, dtype, sharded, turned=True)
+        return self._quantize(grad, _GRAD, dtype, sharded, transposed=True)
 
-    def quantised_weight(self) -> tuple[Quantised, Quantised]:
-        """The weight [out, in] as it lies and transposed; quantised once until `Fp8State.weights_changed`."""
+    def quantized_weight(self) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """The weight [out, in], row-major and transposed; quantized once until `Fp8State.weights_changed`."""
         if self.kept is None:
             weight = self.weight.detach()
             if self.recipe == "blockwise":
-                both = quantize(weight, _E4M3, "squares", turned=True, power_of_two=True)
+                both = quantize(weight, _E4M3, BLOCK_128X128, transposed=True, power_of_two=True)
             else:
-                both = quantize(weight, _E4M3, "tensor", turned=True, scale=self._scale_now(weight, _E4M3, True))
+                scale = self._current_scale(weight, _E4M3, True)
+                both = quantize(weight, _E4M3, TENSORWISE, transposed=True, scale=scale)
             self.kept = _both(both)
         return self.kept
 
-    def _quantised(
-        self, x: Tensor, which: int, dtype: torch.dtype, sharded: bool, *, turned: bool = False
-    ) -> tuple[Quantised, Quantised]:
+    def _quantize(
+        self, x: Tensor, which: int, dtype: torch.dtype, sharded: bool, *, transposed: bool = False
+    ) -> tuple[QuantizedTensor, QuantizedTensor]:
         if self.recipe == "blockwise":
-            return _both(quantize(x, dtype, "rows", turned=turned, power_of_two=True))
+            return _both(quantize(x, dtype, BLOCK_1X128, transposed=transposed, power_of_two=True))
         amax = self.amax[which : which + 1] if self.recipe == "delayed" else None
-        scale = self.scales[which : which + 1] if self.delayed else self._scale_now(x, dtype, sharded)
-        return _both(quantize(x, dtype, "tensor", turned=turned, scale=scale, amax=amax))
+        scale = self.scales[which : which + 1] if self.delayed else self._current_scale(x, dtype, sharded)
+        return _both(quantize(x, dtype, TENSORWISE, transposed=transposed, scale=scale, amax=amax))
 
-    def _scale_now(self, x: Tensor, dtype: torch.dtype, sharded: bool) -> Tensor:
+    def _current_scale(self, x: Tensor, dtype: torch.dtype, sharded: bool) -> Tensor:
         amax = x.abs().amax().float().view(1)
         if sharded and self.tp.group is not None:
             all_max(amax, self.tp.group).wait()
-        return _scale_for(amax, dtype)
+        return _scale_from_amax(amax, dtype)
 
 
 def multiplies_in_fp8(config: Config, path: str, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter at `path` of the table is the weight of a product in FP8.
+    """Whether the parameter at `path` of the table is the weight of an FP8 matmul.
 
     The linear layers of all blocks are, but of those that stay in bf16. Embedding and head never are.
     """
@@ -108,7 +109,7 @@ def multiplies_in_fp8(config: Config, path: str, shape: tuple[int, ...]) -> bool
 
 
 def require_device(config: Config, device: torch.device) -> None:
-    """Raises: ConfigError: the GPU has no such products. A CPU emulates all of them."""
+    """Raises: ConfigError: the GPU has no FP8 matmuls of this recipe. A CPU emulates all of them."""
     precision = config.precision
     if precision.mode != "fp8" or device.type != "cuda":
         return
@@ -118,14 +119,14 @@ def require_device(config: Config, device: torch.device) -> None:
         raise ConfigError(f"precision.mode = fp8 needs a GPU of compute capability 8.9 or newer, and {has}; use bf16")
     if precision.recipe == "blockwise" and found != (9, 0):
         raise ConfigError(f"precision.recipe = blockwise needs compute capability 9.0, and {has}; use tensorwise")
-    by = config.ops.fp8_matmul
-    if native.WHY_NOT and (precision.recipe == "blockwise" or by in ("cublaslt", "triaxis")):
+    impl = config.ops.fp8_matmul
+    if native.WHY_NOT and (precision.recipe == "blockwise" or impl in ("cublaslt", "triaxis")):
         raise ConfigError(
-            f"precision.recipe = {precision.recipe} with ops.fp8_matmul = {by} needs csrc: {native.WHY_NOT}"
+            f"precision.recipe = {precision.recipe} with ops.fp8_matmul = {impl} needs csrc: {native.WHY_NOT}"
         )
-    if (by == "torch" and precision.recipe == "blockwise") or (by == "triaxis" and precision.recipe != "blockwise"):
-        has = "one scale a tensor" if by == "torch" else "scales of blocks"
-        raise ConfigError(f"ops.fp8_matmul = {by} has {has}, not precision.recipe = {precision.recipe}; use cublaslt")
+    if impl == ("torch" if precision.recipe == "blockwise" else "triaxis"):
+        has = "one scale a tensor" if impl == "torch" else "scales of blocks"
+        raise ConfigError(f"ops.fp8_matmul = {impl} has {has}, not precision.recipe = {precision.recipe}; use cublaslt")
 
 
 class Fp8State:
@@ -142,7 +143,7 @@ class Fp8State:
         world: World,
         *,
         amax_history: int,
-        by: Implementation = "auto",
+        impl: Fp8MatmulImpl = "auto",
     ) -> None:
         self.recipe, self.world = recipe, world
         count, device = len(parameters), world.device
@@ -153,16 +154,16 @@ class Fp8State:
         self._has_history = False
         self.by_path: dict[str, Fp8Layer] = {}
         for index, (path, weight) in enumerate(parameters.items()):
-            layer = Fp8Layer(recipe, weight, world.tp, self._scales[index], self._amax[index], by)
+            layer = Fp8Layer(recipe, weight, world.tp, self._scales[index], self._amax[index], impl)
             self.by_path[path] = weight.fp8 = layer
 
     def weights_changed(self) -> None:
-        """Forget the quantised weights; call before the first forward pass behind an update."""
+        """Forget the quantized weights; call before the first forward pass behind an update."""
         for layer in self.by_path.values():
             layer.kept = None
 
     def begin_step(self) -> None:
-        """Take the scales of the step from what earlier steps saw; the first step of all takes those of the moment."""
+        """Compute the scales of this step from the amax history; the very first step uses the current amax."""
         if self.recipe != "delayed":
             return
         self._amax.zero_()
@@ -172,7 +173,7 @@ class Fp8State:
             layer.delayed = self._has_history
 
     def end_step(self) -> None:
-        """Remember the largest magnitudes of the step, over all ranks that hold a part of a layer or of the batch."""
+        """Append the amax of this step, over all ranks that share a layer or the batch, to the history."""
         if self.recipe != "delayed":
             return
         for group in (self.world.tp.group, self.world.dp_group):
@@ -192,28 +193,28 @@ class Fp8State:
 
 
 def fused_output(weight: Tensor, x: Tensor, columns: int) -> Fp8Output | None:
-    """How to quantise an input of `columns` features for the layer of `weight` in the pass that makes it from `x`; None
+    """How to quantize an input of `columns` features for the layer of `weight` in the pass that makes it from `x`; None
     where the layer is not in FP8, its scale not known before, or a kernel not there."""
     layer = getattr(weight, "fp8", None)
     if layer is None or torch.compiler.is_compiling():
         return None
     output: Fp8Output | None = layer.output()
-    return output if output is not None and output.possible(x, columns) else None
+    return output if output is not None and output.supports(x, columns) else None
 
 
-def own_rows(x: Quantised, tp: TensorParallel) -> Quantised:
+def own_rows(x: QuantizedTensor, tp: TensorParallel) -> QuantizedTensor:
     """This rank's tokens of `x` [t, in]."""
     rows = slice(tp.rank * (size := x.values.shape[0] // tp.size), (tp.rank + 1) * size)
-    scales = x.scales[:, rows].contiguous() if x.scaling == "rows" else x.scales
-    return Quantised(x.values[rows].clone(), scales, x.scaling)
+    scale_inv = x.scale_inv[:, rows].contiguous() if x.scaling == BLOCK_1X128 else x.scale_inv
+    return QuantizedTensor(x.values[rows].clone(), scale_inv, x.scaling)
 
 
-def gather_rows(x: Quantised, group: ProcessGroup) -> Quantised:
+def gather_rows(x: QuantizedTensor, group: ProcessGroup) -> QuantizedTensor:
     """All tokens from every rank's part, in half the bytes of bf16."""
     values = _gathered(x.values.view(torch.uint8), group).view(x.values.dtype)
-    if x.scaling != "rows":
-        return Quantised(values, x.scales, x.scaling)
-    return Quantised(values, _gathered(x.scales.t().contiguous(), group).t().contiguous(), x.scaling)
+    if x.scaling != BLOCK_1X128:
+        return QuantizedTensor(values, x.scale_inv, x.scaling)
+    return QuantizedTensor(values, _gathered(x.scale_inv.t().contiguous(), group).t().contiguous(), x.scaling)
 
 
 def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -222,13 +223,13 @@ def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
     return out
 
 
-def _scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to multiply by so that `amax` becomes the largest FP8 number; 1 for zeros."""
+def _scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """max(dtype) / amax: what a tensor is multiplied by before the cast to FP8; 1 where `amax` is 0."""
     largest = torch.full_like(amax, torch.finfo(dtype).max)
     return torch.where(amax > 0, largest / amax, 1.0)
 
 
-def _both(results: tuple[Quantised | None, Quantised | None]) -> tuple[Quantised, Quantised]:
+def _both(results: tuple[QuantizedTensor | None, QuantizedTensor | None]) -> tuple[QuantizedTensor, QuantizedTensor]:
     """For callers that know which they asked for; the other is the same again."""
     first, second = results
     assert first is not None

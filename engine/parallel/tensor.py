@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
-from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, turned
+from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
 from engine.ops.linear import add_grad_weight, grad_weight, linear, matmul_transposed
-from engine.ops.quantize import Fp8Activation, Quantised
+from engine.ops.quantize import TENSORWISE, Fp8Activation, QuantizedTensor
 from engine.parallel.collectives import all_gather, gather_sequence, reduce_scatter, scatter_sequence_sum
 from engine.parallel.fp8 import Fp8Layer, gather_rows, own_rows
 from engine.parallel.gradients import TrainedParameter
@@ -91,7 +91,7 @@ def _product(x: Tensor | Fp8Activation, weight: Tensor, tp: TensorParallel | Non
     """x·Wᵀ for all tokens, with `x` [t/tp, in] gathered over `tp` (None: x has all tokens, and a share of features)."""
     if isinstance(x, Fp8Activation):
         assert isinstance(weight, TrainedParameter)
-        return _Fp8Linear.apply(x.carrier, x.quantised, weight, weight.fp8, tp)
+        return _Fp8Linear.apply(x.carrier, x.quantized, weight, weight.fp8, tp)
     if isinstance(weight, TrainedParameter) and weight.fp8 is not None:
         return _Fp8Linear.apply(x, None, weight, weight.fp8, tp)
     return _Linear.apply(x, weight, tp)
@@ -136,40 +136,40 @@ def _grad_weight(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """The same in FP8. The quantised input is all that is kept of it, this rank's tokens where they are shared."""
+    """The same in FP8. The quantized input is all that is kept of it, this rank's tokens where they are shared."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, own: Quantised | None, weight: Tensor, layer: Fp8Layer, tp: TensorParallel | None
+        ctx: Any, x: Tensor, own: QuantizedTensor | None, weight: Tensor, layer: Fp8Layer, tp: TensorParallel | None
     ) -> Tensor:
         """`own`: this rank's tokens in FP8, where they are already; `x` then has no values."""
         ctx.layer, ctx.tp, ctx.dtype = layer, tp if tp is not None and tp.size > 1 else None, x.dtype
         if own is None:
-            quantised = layer.input(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), sharded=tp is None)
-            kept = quantised if ctx.tp is None else own_rows(quantised, ctx.tp)
+            quantized = layer.input(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), sharded=tp is None)
+            kept = quantized if ctx.tp is None else own_rows(quantized, ctx.tp)
         else:
             kept = own
-            quantised = own if ctx.tp is None else gather_rows(own, ctx.tp.group)
-        ctx.save_for_backward(kept.values, kept.scales)
+            quantized = own if ctx.tp is None else gather_rows(own, ctx.tp.group)
+        ctx.save_for_backward(kept.values, kept.scale_inv)
         ctx.scaling = kept.scaling
         return scaled_matmul(
-            quantised, layer.quantised_weight()[0], x.dtype, fast=quantised.scaling == "tensor", by=layer.by
+            quantized, layer.quantized_weight()[0], x.dtype, fast=quantized.scaling == TENSORWISE, impl=layer.impl
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         layer, tp, weight = ctx.layer, ctx.tp, ctx.layer.weight
-        values, scales = ctx.saved_tensors
-        x = Quantised(values, scales, ctx.scaling)
-        grad, grad_turned = layer.grad(grad_outputs[0].contiguous(), sharded=tp is not None)
-        grad_x = scaled_matmul(grad, layer.quantised_weight()[1], ctx.dtype, by=layer.by)
+        values, scale_inv = ctx.saved_tensors
+        x = QuantizedTensor(values, scale_inv, ctx.scaling)
+        grad, grad_transposed = layer.grad(grad_outputs[0].contiguous(), sharded=tp is not None)
+        grad_x = scaled_matmul(grad, layer.quantized_weight()[1], ctx.dtype, impl=layer.impl)
         if tp is not None:
             partial, grad_x = grad_x, grad_x.new_empty(grad_x.shape[0] // tp.size, grad_x.shape[1])
             scattering = reduce_scatter(grad_x, partial, tp.group)
             x = gather_rows(x, tp.group)
-        x_turned = turned(x)
-        weight.add_product(lambda out: add_scaled_matmul(out, grad_turned, x_turned, by=layer.by))
+        x_transposed = transpose(x)
+        weight.add_product(lambda out: add_scaled_matmul(out, grad_transposed, x_transposed, impl=layer.impl))
         if tp is not None:
             scattering.wait()
         return grad_x, None, None, None, None

@@ -27,7 +27,7 @@ from engine.errors import (
     error_of,
 )
 from engine.model.parameters import kv_replicas
-from engine.ops.choice import in_words
+from engine.ops.choice import describe_ops
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.layout import World, arrange, connect, disconnect
 from engine.plan.describe import describe
@@ -289,7 +289,7 @@ def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, r
     log.say(config.to_yaml().rstrip())
     for line in describe(config, layout, reason, inputs.dtype, world.device.type):
         log.say(line)
-    log.say(f"operators   {in_words(config.ops, world.device)}")
+    log.say(f"operators   {describe_ops(config.ops, world.device)}")
     peak = peak_tflops(world.device)
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:

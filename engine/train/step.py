@@ -94,7 +94,7 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
         if isinstance(parameter, TrainedParameter) and multiplies_in_fp8(config, path, tuple(parameter.shape))
     }
     precision = config.precision
-    return Fp8State(chosen, precision.recipe, world, amax_history=precision.amax_history, by=config.ops.fp8_matmul)
+    return Fp8State(chosen, precision.recipe, world, amax_history=precision.amax_history, impl=config.ops.fp8_matmul)
 
 
 def build(

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from engine.ops.fp8 import dequantised
-from engine.ops.quantize import Quantised, quantize
+from engine.ops.fp8 import dequantize
+from engine.ops.quantize import QuantizedTensor, quantize
 
 ops = torch.ops.triaxis
 E4M3 = torch.float8_e4m3fn
 
 
-def operand(rows: int, k: int, scaling) -> Quantised:
+def operand(rows: int, k: int, scaling) -> QuantizedTensor:
     """Every block of 128 along k, and every row of it, with a size of its own: no scale can stand for another."""
     sizes = torch.exp2(torch.randint(-6, 7, (rows, -(-k // 128))).float())
     x = torch.randn(rows, k) * sizes.repeat_interleave(128, 1)[:, :k]
@@ -19,12 +19,12 @@ def operand(rows: int, k: int, scaling) -> Quantised:
     return result
 
 
-def given(a: Quantised, b: Quantised):
-    return a.values, b.values, a.scales, b.scales, a.scaling, b.scaling
+def given(a: QuantizedTensor, b: QuantizedTensor):
+    return a.values, b.values, a.scale_inv, b.scale_inv, a.scaling, b.scaling
 
 
-def expected(a: Quantised, b: Quantised):
-    return (dequantised(a).double() @ dequantised(b).double().t()).float()
+def expected(a: QuantizedTensor, b: QuantizedTensor):
+    return (dequantize(a).double() @ dequantize(b).double().t()).float()
 
 
 def error(got, exact):
@@ -44,10 +44,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("m, n, k", SHAPES)
-@pytest.mark.parametrize("scaling", ["rows", "squares"])
+@pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
 def test_product(emulated, m, n, k, scaling):
     torch.manual_seed(m + n + k)
-    a, b = operand(m, k, "rows"), operand(n, k, scaling)
+    a, b = operand(m, k, "block_1x128"), operand(n, k, scaling)
     exact = expected(a, b)
     for seed, dtype, most in ((0, torch.float32, 1e-6), (1, torch.bfloat16, 3e-3)):
         emulated(seed)
@@ -58,10 +58,10 @@ def test_product(emulated, m, n, k, scaling):
         assert by_row.max() < 4 * most
 
 
-@pytest.mark.parametrize("scaling", ["rows", "squares"])
+@pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
 def test_adds_to_what_is_there(emulated, scaling):
     torch.manual_seed(0)
-    a, b = operand(208, 144, "rows"), operand(144, 144, scaling)
+    a, b = operand(208, 144, "block_1x128"), operand(144, 144, scaling)
     around = torch.randn(208 + 2, 144)
     out = around[1:-1]
     before = around.clone()
@@ -71,13 +71,13 @@ def test_adds_to_what_is_there(emulated, scaling):
 
 
 def test_of_nothing(emulated):
-    a, b = operand(16, 128, "rows"), operand(16, 128, "rows")
-    none = Quantised(a.values[:0], a.scales[:, :0].contiguous(), "rows")
+    a, b = operand(16, 128, "block_1x128"), operand(16, 128, "block_1x128")
+    none = QuantizedTensor(a.values[:0], a.scale_inv[:, :0].contiguous(), "block_1x128")
     assert ops.fp8_matmul_sm90(*given(none, b), torch.float32).shape == (0, 16)
 
 
 def test_not_a_number_stays_in_its_row(emulated):
-    a, b = operand(32, 128, "rows"), operand(16, 128, "squares")
+    a, b = operand(32, 128, "block_1x128"), operand(16, 128, "block_128x128")
     a.values.view(torch.uint8)[3, 5] = 0x7F
     got = ops.fp8_matmul_sm90(*given(a, b), torch.float32)
     assert got[3].isnan().all()
@@ -85,18 +85,18 @@ def test_not_a_number_stays_in_its_row(emulated):
 
 
 def test_wrong_arguments_are_named(emulated):
-    a, b = operand(16, 128, "rows"), operand(32, 128, "squares")
-    with pytest.raises(RuntimeError, match="expected scalings 'rows' and 'rows', or 'rows' and 'squares'"):
+    a, b = operand(16, 128, "block_1x128"), operand(32, 128, "block_128x128")
+    with pytest.raises(RuntimeError, match="expected scalings 'block_1x128' and 'block_1x128' or 'block_128x128'"):
         ops.fp8_matmul_sm90(*given(b, a), torch.float32)
     with pytest.raises(RuntimeError, match=r"b_scales: expected dense float32 \[1, 32\]"):
-        ops.fp8_matmul_sm90(a.values, b.values, a.scales, b.scales, "rows", "rows", torch.float32)
+        ops.fp8_matmul_sm90(a.values, b.values, a.scale_inv, b.scale_inv, "block_1x128", "block_1x128", torch.float32)
     with pytest.raises(RuntimeError, match="dtype: expected float32 or bfloat16"):
         ops.fp8_matmul_sm90(*given(a, b), torch.float16)
     with pytest.raises(RuntimeError, match="out: expected float32"):
         ops.fp8_matmul_sm90_add_(torch.zeros(16, 32, dtype=torch.bfloat16), *given(a, b))
     e5m2 = a.values.to(torch.float8_e5m2)
     with pytest.raises(RuntimeError, match="a and b: expected float8_e4m3fn"):
-        ops.fp8_matmul_sm90(e5m2, b.values, a.scales, b.scales, "rows", "squares", torch.float32)
+        ops.fp8_matmul_sm90(e5m2, b.values, a.scale_inv, b.scale_inv, "block_1x128", "block_128x128", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -112,5 +112,5 @@ def test_wrong_arguments_are_named(emulated):
     ids=["scale of another block", "stage not waited for", "phase not counted"],
 )
 def test_what_is_broken_shows(broken, old, new):
-    code, output = broken("gemm/fp8_sm90.cu", old, new, f"{__file__}::test_product[rows-400-128-1424]")
+    code, output = broken("gemm/fp8_sm90.cu", old, new, f"{__file__}::test_product[block_1x128-400-128-1424]")
     assert code == 1, output

@@ -19,19 +19,19 @@ def cases():
     settings = (1e-3, 0.9, 0.95, 1e-8, 0.1)
     return {
         "norm_forward": [
-            (x, x, weight, bias, 1e-5, True, False, False),
-            (x, None, weight, None, 1e-5, False, True, True),
+            (x, x, weight, bias, 1e-5, True),
+            (x, None, weight, None, 1e-5, False),
         ],
         "norm_backward": [
-            (x, x, x, weight, bias, mean, rstd, True, False, False, False),
-            (x, None, x, weight, None, mean[:0], rstd, False, False, False, True),
+            (x, x, x, weight, mean, rstd, True),
+            (x, None, x, weight, mean[:0], rstd, False),
         ],
         "norm_forward_fp8": [
-            (x, x, weight, bias, 1e-5, True, False, False, "rows", None, None, True),
-            (x, None, weight, None, 1e-5, False, False, False, "tensor", one, one.clone(), False),
+            (x, x, weight, bias, 1e-5, True, "block_1x128", None, None, True),
+            (x, None, weight, None, 1e-5, False, "tensorwise", one, one.clone(), False),
         ],
         "swiglu_forward": [(x,)],
-        "swiglu_forward_fp8": [(x, "rows", None, None, False), (x, "tensor", one, one.clone(), False)],
+        "swiglu_forward_fp8": [(x, "block_1x128", None, None, False), (x, "tensorwise", one, one.clone(), False)],
         "swiglu_backward": [(x[:, :32], x)],
         "rope": [(heads, cos, sin, True)],
         "rope_qk": [(heads, cos, sin, 2)],
@@ -44,15 +44,15 @@ def cases():
         ],
         "square_sum": [(weight,)],
         "quantize": [
-            (torch.randn(16, 32), torch.float8_e4m3fn, "tensor", True, True, one, one.clone(), False),
-            (torch.randn(16, 32), torch.float8_e5m2, "rows", True, False, None, None, True),
-            (torch.randn(16, 32), torch.float8_e4m3fn, "squares", False, True, None, None, False),
+            (torch.randn(16, 32), torch.float8_e4m3fn, "tensorwise", True, True, one, one.clone(), False),
+            (torch.randn(16, 32), torch.float8_e5m2, "block_1x128", True, False, None, None, True),
+            (torch.randn(16, 32), torch.float8_e4m3fn, "block_128x128", False, True, None, None, False),
         ],
         "fp8_matmul_sm90": [
-            (*fp8, rows, rows, "rows", "rows", torch.bfloat16),
-            (*fp8, rows, torch.ones(1, 4), "rows", "squares", torch.float32),
+            (*fp8, rows, rows, "block_1x128", "block_1x128", torch.bfloat16),
+            (*fp8, rows, torch.ones(1, 4), "block_1x128", "block_128x128", torch.float32),
         ],
-        "fp8_matmul_sm90_add_": [(torch.zeros(16, 16), *fp8, rows, rows, "rows", "rows")],
+        "fp8_matmul_sm90_add_": [(torch.zeros(16, 16), *fp8, rows, rows, "block_1x128", "block_1x128")],
     }
 
 

@@ -16,12 +16,12 @@ def bits(x):
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 @pytest.mark.parametrize("rows, columns", [(16, 16), (128, 128), (144, 272), (32, 400)])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scaling", ["tensor", "rows", "squares"])
+@pytest.mark.parametrize("scaling", ["tensorwise", "block_1x128", "block_128x128"])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_as_the_reference(emulated, rows, columns, source, dtype, scaling, power_of_two):
     torch.manual_seed(rows)
     x = (torch.randn(rows, columns + 8) * torch.logspace(-3, 2, columns + 8)).to(source)[:, :columns]
-    scale = torch.tensor([3.7]) if scaling == "tensor" else None
+    scale = torch.tensor([3.7]) if scaling == "tensorwise" else None
     amax = [torch.tensor([1.0]), torch.tensor([1.0])]
     expected = quantize_reference(x, dtype, scaling, True, True, scale, amax[0], power_of_two)
     for seed in range(2):
@@ -31,7 +31,7 @@ def test_as_the_reference(emulated, rows, columns, source, dtype, scaling, power
             assert torch.equal(bits(a), bits(b))
         for a, b in zip(got[2:], expected[2:], strict=True):
             assert torch.equal(a, b)
-    if scaling == "tensor":
+    if scaling == "tensorwise":
         assert torch.equal(*amax)
         assert amax[1].item() == x.float().abs().max().item()
 
@@ -49,7 +49,7 @@ def test_rounds_to_nearest_even_and_saturates(emulated, dtype):
     largest = grid.max()
     x = torch.cat((grid, middles, middles.nextafter(grid.max()), torch.tensor([2e5, -2e5, 1.01 * largest, torch.inf])))
     x = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(16, -1)
-    got = ops.quantize(x, dtype, "tensor", True, False, torch.ones(1), None, False)[0]
+    got = ops.quantize(x, dtype, "tensorwise", True, False, torch.ones(1), None, False)[0]
     distance = (x.flatten()[:, None].clamp(-largest, largest) - grid).abs()
     nearest = distance == distance.amin(1, keepdim=True)
     even = bits(grid.to(dtype)) % 2 == 0
@@ -62,7 +62,7 @@ def test_rounds_to_nearest_even_and_saturates(emulated, dtype):
 def test_not_a_number_stays_one(emulated, dtype):
     x = torch.ones(16, 128)
     x[3, 4] = torch.nan
-    for scaling, scale in (("tensor", torch.ones(1)), ("rows", None), ("squares", None)):
+    for scaling, scale in (("tensorwise", torch.ones(1)), ("block_1x128", None), ("block_128x128", None)):
         values = ops.quantize(x, dtype, scaling, True, False, scale, None, False)[0].float()
         assert values[3, 4].isnan()
         assert values.isnan().sum() == 1
@@ -74,13 +74,13 @@ def test_an_infinity_is_not_trained_on(emulated, power_of_two):
     x = torch.ones(16, 256)
     x[3, 4] = torch.inf
     for run in (ops.quantize, quantize_reference):
-        values = run(x, FP8[0], "rows", True, False, None, None, power_of_two)[0].float()
+        values = run(x, FP8[0], "block_1x128", True, False, None, None, power_of_two)[0].float()
         assert values[3, 4].isnan()
         assert values[:, 128:].isfinite().all()
 
 
 def test_zeros_have_a_scale(emulated):
-    values, _, scales, _ = ops.quantize(torch.zeros(16, 256), FP8[0], "rows", True, False, None, None, False)
+    values, _, scales, _ = ops.quantize(torch.zeros(16, 256), FP8[0], "block_1x128", True, False, None, None, False)
     assert (values.float() == 0).all()
     assert (scales > 0).all()
 
@@ -88,31 +88,31 @@ def test_zeros_have_a_scale(emulated):
 def test_wrong_arguments_are_named(emulated):
     x = torch.randn(16, 24)
     with pytest.raises(RuntimeError, match="FP8 takes multiples of 16"):
-        ops.quantize(x, FP8[0], "rows", True, False, None, None, False)
+        ops.quantize(x, FP8[0], "block_1x128", True, False, None, None, False)
     with pytest.raises(RuntimeError, match="needs a scale"):
-        ops.quantize(x[:, :16], FP8[0], "tensor", True, False, None, None, False)
-    with pytest.raises(RuntimeError, match="'tensor', 'rows' or 'squares'"):
+        ops.quantize(x[:, :16], FP8[0], "tensorwise", True, False, None, None, False)
+    with pytest.raises(RuntimeError, match="'tensorwise', 'block_1x128' or 'block_128x128'"):
         ops.quantize(x[:, :16], FP8[0], "columns", True, False, None, None, False)
     with pytest.raises(RuntimeError, match="expected float8_e4m3fn or float8_e5m2"):
-        ops.quantize(x[:, :16], torch.bfloat16, "rows", True, False, None, None, False)
+        ops.quantize(x[:, :16], torch.bfloat16, "block_1x128", True, False, None, None, False)
 
 
-FUSED = [("rows", False), ("rows", True), ("tensor", False)]
+FUSED = [("block_1x128", False), ("block_1x128", True), ("tensorwise", False)]
 
 
 @pytest.mark.parametrize("columns", [16, 128, 144, 520 * 2, 8192])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scaling, power_of_two", FUSED)
-def test_norms_quantise_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
+def test_norms_quantize_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
     torch.manual_seed(columns)
     emulated(columns)
     x, residual, weight, bias = (
         torch.randn(*size).to(source) for size in ((6, columns), (6, columns), (columns,), (columns,))
     )
-    scale = torch.tensor([20.0]) if scaling == "tensor" else None
+    scale = torch.tensor([20.0]) if scaling == "tensorwise" else None
     for arguments in (
-        (x, residual, weight, None, 1e-5, False, False, False),
-        (x, None, weight, bias, 1e-5, True, False, False),
+        (x, residual, weight, None, 1e-5, False),
+        (x, None, weight, bias, 1e-5, True),
     ):
         amax = [torch.tensor([1.0]), torch.tensor([1.0])]
         y, *beside = ops.norm_forward(*arguments)
@@ -127,11 +127,11 @@ def test_norms_quantise_as_the_two_would_one_after_the_other(emulated, columns, 
 @pytest.mark.parametrize("columns", [16, 128, 144, 1376])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scaling, power_of_two", FUSED)
-def test_swiglu_quantises_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
+def test_swiglu_quantizes_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
     torch.manual_seed(columns)
     emulated(columns)
     gate_up = torch.randn(5, 2 * columns).to(source)
-    scale = torch.tensor([20.0]) if scaling == "tensor" else None
+    scale = torch.tensor([20.0]) if scaling == "tensorwise" else None
     amax = [torch.tensor([0.1]), torch.tensor([0.1])]
     out = ops.swiglu_forward(gate_up)
     values, _, scales, _ = ops.quantize(out, FP8[0], scaling, True, False, scale, amax[0], power_of_two)
@@ -142,7 +142,7 @@ def test_swiglu_quantises_as_the_two_would_one_after_the_other(emulated, columns
 
 
 def test_a_missing_barrier_shows(broken):
-    line = "    store(turned + turned_at(at, down), bytes);\n  }\n  __syncthreads();"
+    line = "    store(transposed + transposed_at(at, down), bytes);\n  }\n  __syncthreads();"
     code, output = broken(
         "kernels/quantize.cu", line, line.replace("  __syncthreads();", ""), f"{__file__}::test_as_the_reference"
     )

@@ -26,19 +26,19 @@ def with_gradients(function, inputs, grad):
     return [x.float() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
 
 
-BY = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("varlen", torch.bfloat16)]
-BY += [(package, torch.bfloat16) for package in ("flash_attn", "te") if installed(package)]
+IMPLS = [("sdpa", torch.float32), ("sdpa", torch.bfloat16), ("varlen", torch.bfloat16)]
+IMPLS += [(package, torch.bfloat16) for package in ("flash_attn", "te") if installed(package)]
 
 
-@pytest.mark.parametrize("by, dtype", BY)
+@pytest.mark.parametrize("impl, dtype", IMPLS)
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 128), (8, 2, 64), (4, 1, 16)])
 @pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_equals_one_masked_softmax(name, window, heads, kv_heads, size, by, dtype):
+def test_equals_one_masked_softmax(name, window, heads, kv_heads, size, impl, dtype):
     cu_seqlens = LENGTHS[name]
     inputs = qkv(cu_seqlens[-1], heads, kv_heads, size, dtype)
     grad = torch.randn_like(inputs[0])
-    got = with_gradients(lambda *given: attention(*given, cu_seqlens, window, by), inputs, grad)
+    got = with_gradients(lambda *given: attention(*given, cu_seqlens, window, impl), inputs, grad)
     wide = [x.float() for x in inputs]
     expected = with_gradients(lambda *given: attention_reference(*given, cu_seqlens, window), wide, grad)
     for a, b in zip(got, expected, strict=True):

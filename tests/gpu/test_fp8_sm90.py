@@ -22,10 +22,10 @@ if torch.cuda.get_device_capability() != (9, 0):
 
 
 @pytest.mark.parametrize("m, n, k", [*SHAPES, (8192, 12288, 4096), (4096, 11008, 8192)])
-@pytest.mark.parametrize("scaling", ["rows", "squares"])
+@pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
 def test_product(emulated, m, n, k, scaling):
     torch.manual_seed(m + n + k)
-    a, b = operand(m, k, "rows"), operand(n, k, scaling)
+    a, b = operand(m, k, "block_1x128"), operand(n, k, scaling)
     exact = expected(a, b)
     for dtype, most in ((torch.float32, ACCURATE), (torch.bfloat16, ACCURATE + 1e-3)):
         got = ops.fp8_matmul_sm90(*given(a, b), dtype)
@@ -35,10 +35,10 @@ def test_product(emulated, m, n, k, scaling):
 
 
 @pytest.mark.parametrize("m, n, k", [(208, 144, 144), (12288, 4096, 8192)])
-@pytest.mark.parametrize("scaling", ["rows", "squares"])
+@pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
 def test_adds_to_what_is_there(emulated, m, n, k, scaling):
     torch.manual_seed(0)
-    a, b = operand(m, k, "rows"), operand(n, k, scaling)
+    a, b = operand(m, k, "block_1x128"), operand(n, k, scaling)
     around = torch.randn(m + 2, n)
     before = around.clone()
     ops.fp8_matmul_sm90_add_(around[1:-1], *given(a, b))
@@ -49,6 +49,6 @@ def test_adds_to_what_is_there(emulated, m, n, k, scaling):
 
 def test_repeats_bitwise(emulated):
     torch.manual_seed(0)
-    a, b = operand(2048, 4096, "rows"), operand(2048, 4096, "squares")
+    a, b = operand(2048, 4096, "block_1x128"), operand(2048, 4096, "block_128x128")
     first, *others = (ops.fp8_matmul_sm90(*given(a, b), torch.bfloat16) for _ in range(20))
     assert all(torch.equal(first, other) for other in others)

@@ -8,23 +8,23 @@ from tests.csrc.test_quantize import (  # noqa: F401
     FP8,
     bits,
     test_as_the_reference,
-    test_norms_quantise_as_the_two_would_one_after_the_other,
+    test_norms_quantize_as_the_two_would_one_after_the_other,
     test_not_a_number_stays_one,
     test_rounds_to_nearest_even_and_saturates,
-    test_swiglu_quantises_as_the_two_would_one_after_the_other,
+    test_swiglu_quantizes_as_the_two_would_one_after_the_other,
     test_wrong_arguments_are_named,
     test_zeros_have_a_scale,
 )
 
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
-@pytest.mark.parametrize("scaling", ["tensor", "rows", "squares"])
+@pytest.mark.parametrize("scaling", ["tensorwise", "block_1x128", "block_128x128"])
 def test_at_the_size_of_a_7b(emulated, scaling, dtype):
     """Bytes off by one code may be one in a thousand, where the two divide differently."""
     torch.manual_seed(0)
     x = torch.randn(8192, 4096, dtype=torch.bfloat16)
-    scale = torch.tensor([3.7]) if scaling == "tensor" else None
-    arguments = (x, dtype, scaling, True, True, scale, None, scaling != "tensor")
+    scale = torch.tensor([3.7]) if scaling == "tensorwise" else None
+    arguments = (x, dtype, scaling, True, True, scale, None, scaling != "tensorwise")
     got, expected = torch.ops.triaxis.quantize(*arguments), quantize_reference(*arguments)
     for a, b in zip(got[:2], expected[:2], strict=True):
         distance = (bits(a).int() - bits(b).int()).abs()

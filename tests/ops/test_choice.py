@@ -4,7 +4,7 @@ import torch
 from engine.config.schema import OpsConfig
 from engine.errors import ConfigError
 from engine.ops import choice, native
-from engine.ops.attention import attention_reference, chosen
+from engine.ops.attention import attention_reference, choose_impl
 from engine.ops.choice import installed, require_implementations
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -55,7 +55,7 @@ def test_the_apex_of_pypi_is_not_taken_for_nvidias(monkeypatch):
 
 def test_a_cpu_attends_by_sdpa_whatever_the_documents():
     q = torch.randn(6, 1, 8)
-    assert chosen("auto", q, (0, 2, 6), None) == chosen("auto", q, (0, 6), 3) == "sdpa"
+    assert choose_impl("auto", q, (0, 2, 6), None) == choose_impl("auto", q, (0, 6), 3) == "sdpa"
     assert attention_reference(q, q, q, (0, 2, 6)).shape == q.shape
 
 
@@ -69,9 +69,11 @@ def test_transformer_engine_agrees():
     agree("te")
 
 
-def agree(by: str) -> None:
+def agree(impl: str) -> None:
     from engine.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
 
     x, weight, bias = (torch.randn(shape, device="cuda") for shape in ((64, 1024), (1024,), (1024,)))
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5, by=by), rms_norm_reference(x, weight, 1e-5))
-    torch.testing.assert_close(layer_norm(x, weight, bias, 1e-5, by=by), layer_norm_reference(x, weight, bias, 1e-5))
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5, impl=impl), rms_norm_reference(x, weight, 1e-5))
+    torch.testing.assert_close(
+        layer_norm(x, weight, bias, 1e-5, impl=impl), layer_norm_reference(x, weight, bias, 1e-5)
+    )

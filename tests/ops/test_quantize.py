@@ -1,27 +1,27 @@
 import pytest
 import torch
 
-from engine.ops.fp8 import add_scaled_matmul, dequantised, scaled_matmul, turned
-from engine.ops.quantize import quantize, scale_of, to_fp8
+from engine.ops.fp8 import add_scaled_matmul, dequantize, scaled_matmul, transpose
+from engine.ops.quantize import quantize, scale_inv_from_amax, to_fp8
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def one(x, dtype, scaling, **options):
-    if scaling == "tensor":
-        options["scale"] = scale_of(x.abs().max().view(1), dtype).reciprocal()
+    if scaling == "tensorwise":
+        options["scale"] = scale_inv_from_amax(x.abs().max().view(1), dtype).reciprocal()
     result, _ = quantize(x, dtype, scaling, **options)
     return result
 
 
 @pytest.mark.parametrize("dtype, error", [(E4M3, 2**-4), (E5M2, 2**-3)])
-@pytest.mark.parametrize("scaling", ["tensor", "rows", "squares"])
+@pytest.mark.parametrize("scaling", ["tensorwise", "block_1x128", "block_128x128"])
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_what_was_quantised_comes_back(dtype, error, scaling, power_of_two):
+def test_what_was_quantized_comes_back(dtype, error, scaling, power_of_two):
     """Within half a unit in the last place, of numbers that are not lost below the smallest."""
     torch.manual_seed(0)
     x = torch.randn(48, 272)
-    got = dequantised(one(x, dtype, scaling, power_of_two=power_of_two))
+    got = dequantize(one(x, dtype, scaling, power_of_two=power_of_two))
     large = x.abs() > 0.05
     assert ((got - x).abs() <= error * x.abs() * 1.001)[large].all()
 
@@ -31,28 +31,28 @@ def test_blocks_of_very_different_sizes():
     torch.manual_seed(0)
     x = torch.randn(256, 256)
     x[:128, :128] *= 1e6
-    for scaling in ("rows", "squares"):
-        got = dequantised(one(x, E4M3, scaling))
+    for scaling in ("block_1x128", "block_128x128"):
+        got = dequantize(one(x, E4M3, scaling))
         small = torch.zeros_like(x, dtype=torch.bool)
         small[128:, 128:] = True
         assert (got - x)[small].norm() < 0.04 * x[small].norm()
-    coarse = dequantised(one(x, E4M3, "tensor"))
+    coarse = dequantize(one(x, E4M3, "tensorwise"))
     assert (coarse - x)[small].norm() > 0.3 * x[small].norm()
 
 
 def test_both_ways_are_one_matrix():
     x = torch.randn(32, 48)
-    for scaling in ("tensor", "squares"):
-        options = {"scale": torch.ones(1)} if scaling == "tensor" else {}
-        straight, across = quantize(x, E4M3, scaling, turned=True, **options)
-        assert torch.equal(dequantised(straight).t(), dequantised(across))
+    for scaling in ("tensorwise", "block_128x128"):
+        options = {"scale": torch.ones(1)} if scaling == "tensorwise" else {}
+        straight, across = quantize(x, E4M3, scaling, transposed=True, **options)
+        assert torch.equal(dequantize(straight).t(), dequantize(across))
 
 
 def test_amax_is_raised_and_never_lowered():
     amax = torch.tensor([2.0])
-    quantize(torch.full((16, 16), -1.5), E4M3, "tensor", scale=torch.ones(1), amax=amax)
+    quantize(torch.full((16, 16), -1.5), E4M3, "tensorwise", scale=torch.ones(1), amax=amax)
     assert amax.item() == 2.0
-    quantize(torch.full((16, 16), -3.5), E4M3, "tensor", scale=torch.ones(1), amax=amax)
+    quantize(torch.full((16, 16), -3.5), E4M3, "tensorwise", scale=torch.ones(1), amax=amax)
     assert amax.item() == 3.5
 
 
@@ -64,12 +64,20 @@ def test_conversion_saturates(dtype):
     assert to_fp8(x, dtype).float()[4].isnan()
 
 
-@pytest.mark.parametrize("scalings", [("tensor", "tensor"), ("rows", "squares"), ("rows", "rows"), ("squares", "rows")])
-def test_products_are_those_of_the_quantised(scalings):
+@pytest.mark.parametrize(
+    "scalings",
+    [
+        ("tensorwise", "tensorwise"),
+        ("block_1x128", "block_128x128"),
+        ("block_1x128", "block_1x128"),
+        ("block_128x128", "block_1x128"),
+    ],
+)
+def test_products_are_those_of_the_quantized(scalings):
     torch.manual_seed(0)
     a = one(torch.randn(32, 272), E4M3, scalings[0])
     b = one(torch.randn(144, 272), E5M2, scalings[1])
-    exact = dequantised(a).double() @ dequantised(b).double().t()
+    exact = dequantize(a).double() @ dequantize(b).double().t()
     torch.testing.assert_close(scaled_matmul(a, b, torch.float32).double(), exact, rtol=1e-5, atol=1e-4)
     assert scaled_matmul(a, b, torch.bfloat16).dtype == torch.bfloat16
     total = torch.ones(32, 144)
@@ -80,25 +88,25 @@ def test_products_are_those_of_the_quantised(scalings):
 def test_turning_is_exact_for_one_scale_and_close_for_blocks():
     torch.manual_seed(0)
     x = torch.randn(256, 144)
-    whole = one(x, E4M3, "tensor")
-    assert torch.equal(dequantised(turned(whole)), dequantised(whole).t())
-    rows = one(x, E4M3, "rows", power_of_two=True)
-    again = dequantised(turned(rows))
-    assert (again - dequantised(rows).t()).norm() < 1e-3 * x.norm()  # only the smallest are rounded once more
+    whole = one(x, E4M3, "tensorwise")
+    assert torch.equal(dequantize(transpose(whole)), dequantize(whole).t())
+    rows = one(x, E4M3, "block_1x128", power_of_two=True)
+    again = dequantize(transpose(rows))
+    assert (again - dequantize(rows).t()).norm() < 1e-3 * x.norm()  # only the smallest are rounded once more
 
 
 def test_what_a_gpu_refuses_is_refused():
     x = torch.randn(32, 32)
-    with pytest.raises(ValueError, match=r"\[32, 24\] cannot be quantised: FP8 products take multiples of 16"):
-        quantize(x[:, :24], E4M3, "rows")
+    with pytest.raises(ValueError, match=r"\[32, 24\] cannot be quantized: FP8 matmuls take multiples of 16"):
+        quantize(x[:, :24], E4M3, "block_1x128")
     with pytest.raises(ValueError, match="multiples of 16"):
-        quantize(x[:20], E4M3, "rows", turned=True)
-    quantised = {s: one(x, E4M3, s) for s in ("tensor", "rows", "squares")}
+        quantize(x[:20], E4M3, "block_1x128", transposed=True)
+    quantized = {s: one(x, E4M3, s) for s in ("tensorwise", "block_1x128", "block_128x128")}
     with pytest.raises(ValueError, match="two E5M2"):
-        scaled_matmul(one(x, E5M2, "rows"), one(x, E5M2, "rows"), torch.float32)
-    with pytest.raises(ValueError, match="scaled by squares and by squares"):
-        scaled_matmul(quantised["squares"], quantised["squares"], torch.float32)
-    with pytest.raises(ValueError, match="scaled by tensor and by rows"):
-        scaled_matmul(quantised["tensor"], quantised["rows"], torch.float32)
+        scaled_matmul(one(x, E5M2, "block_1x128"), one(x, E5M2, "block_1x128"), torch.float32)
+    with pytest.raises(ValueError, match="scaled block_128x128 and block_128x128"):
+        scaled_matmul(quantized["block_128x128"], quantized["block_128x128"], torch.float32)
+    with pytest.raises(ValueError, match="scaled tensorwise and block_1x128"):
+        scaled_matmul(quantized["tensorwise"], quantized["block_1x128"], torch.float32)
     with pytest.raises(ValueError, match="multiples of 16, not"):
-        scaled_matmul(one(x[:20], E4M3, "rows"), quantised["rows"], torch.float32)
+        scaled_matmul(one(x[:20], E4M3, "block_1x128"), quantized["block_1x128"], torch.float32)

@@ -26,10 +26,10 @@ def test_rotates_pairs_half_a_head_apart():
     out = apply_rope(x, cos, sin)
     torch.testing.assert_close(out[0], x[0])
     for i in range(4):
-        turned = torch.complex(x[1, 0, i], x[1, 0, i + 4]) * complex(
+        rotated = torch.complex(x[1, 0, i], x[1, 0, i + 4]) * complex(
             math.cos(5 * 100 ** (-i / 4)), math.sin(5 * 100 ** (-i / 4))
         )
-        torch.testing.assert_close(torch.complex(out[1, 0, i], out[1, 0, i + 4]), turned)
+        torch.testing.assert_close(torch.complex(out[1, 0, i], out[1, 0, i + 4]), rotated)
 
 
 def test_gradients_in_double():

@@ -18,7 +18,7 @@ RECIPES = ["tensorwise", "delayed", "blockwise"]
 
 
 def sqnr(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """Signal to quantisation noise in dB."""
+    """Signal to quantization noise in dB."""
     return 20 * torch.log10(exact.norm() / (got - exact).norm()).item()
 
 
@@ -98,9 +98,9 @@ def scales_of_unequal_shares() -> list[float]:
     parameter = TrainedParameter.of(values, torch.zeros(16, 16), GradientFlow(lambda _: None))
     state = Fp8State({"w": parameter}, "tensorwise", world, amax_history=1)
     layer = state.by_path["w"]
-    weight, x = layer.quantised_weight()[0], layer.input(3 * values, sharded=True)
+    weight, x = layer.quantized_weight()[0], layer.input(3 * values, sharded=True)
     grad, whole = layer.grad(5 * values, sharded=True)[0], layer.input(3 * values, sharded=False)
-    return [q.scales.item() for q in (weight, x, grad, whole)]
+    return [q.scale_inv.item() for q in (weight, x, grad, whole)]
 
 
 def test_ranks_use_the_scale_of_the_largest_share():
@@ -119,17 +119,17 @@ def test_some_layers_stay_in_bf16(tmp_path):
     assert not multiplies_in_fp8(config, "head.weight", (64, 64))
 
 
-def test_a_quantised_weight_is_kept_until_it_changes(tmp_path):
+def test_a_quantized_weight_is_kept_until_it_changes(tmp_path):
     config = fp8_config(tmp_path)
     model, optimizer = build(config, world_of(), torch.bfloat16, seed=1)
     layer = next(iter(model.fp8.by_path.values()))
     batches = random_batches(config)
     model.evaluate(batches)
-    kept = layer.quantised_weight()[0]
-    assert layer.quantised_weight()[0] is kept
+    kept = layer.quantized_weight()[0]
+    assert layer.quantized_weight()[0] is kept
     train_step(model, optimizer, batches, step=1, lr=1e-1, tokens=128)
     model.evaluate(batches)
-    assert not torch.equal(layer.quantised_weight()[0].values.float(), kept.values.float())
+    assert not torch.equal(layer.quantized_weight()[0].values.float(), kept.values.float())
 
 
 @pytest.mark.parametrize("then", [1, 2])

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.ops.adamw import adamw_step_reference
 from engine.ops.choice import installed
-from engine.ops.fp8 import dequantised
+from engine.ops.fp8 import dequantize
 from engine.ops.norm import layer_norm, rms_norm
-from engine.ops.quantize import Quantised, quantize, quantize_reference
+from engine.ops.quantize import QuantizedTensor, quantize, quantize_reference
 from engine.ops.rope import apply_rope_reference, rope_tables
 from engine.ops.swiglu import swiglu_reference
 from tools.bench.kernel_table import ADAMW_STATE_BYTES, FFN, HEADS, HIDDEN, PARAMETERS, TOKENS, VOCABULARY, Row
@@ -120,19 +120,19 @@ def _optional(module: str, name: str) -> Any:
         return None
 
 
-def _norm(centered: bool, *, residual: bool = False, by: str = "torch") -> Callable[..., Any]:
+def _norm(centered: bool, *, residual: bool = False, impl: str = "torch") -> Callable[..., Any]:
     """Of (x, [residual,] weight [, bias]); with a residual the sum too."""
 
     def function(x: Tensor, *rest: Tensor) -> Any:
         total = x + rest[0] if residual else x
         weight, *bias = rest[1:] if residual else rest
-        if by == "torch":
+        if impl == "torch":
             y = F.layer_norm(total, (HIDDEN,), weight, bias[0], EPS) if centered else F.rms_norm(
                 total, (HIDDEN,), weight, EPS)  # fmt: skip
         elif centered:
-            y = layer_norm(total, weight, bias[0], EPS, by=by)  # type: ignore[arg-type]
+            y = layer_norm(total, weight, bias[0], EPS, impl=impl)  # type: ignore[arg-type]
         else:
-            y = rms_norm(total, weight, EPS, by=by)  # type: ignore[arg-type]
+            y = rms_norm(total, weight, EPS, impl=impl)  # type: ignore[arg-type]
         return (y, total) if residual else y
 
     return function
@@ -140,9 +140,9 @@ def _norm(centered: bool, *, residual: bool = False, by: str = "torch") -> Calla
 
 def _other_norms(centered: bool, **options: Any) -> dict[str, Callable[..., Any] | None]:
     found: dict[str, Callable[..., Any] | None] = {
-        name: _norm(centered, by=by, **options)
-        for by, name in (("apex", "apex"), ("te", "Transformer Engine"))
-        if installed(by)
+        name: _norm(centered, impl=impl, **options)
+        for impl, name in (("apex", "apex"), ("te", "Transformer Engine"))
+        if installed(impl)
     }
     flash = _optional("flash_attn.ops.triton.layer_norm", "layer_norm_fn" if centered else "rms_norm_fn")
     if flash is not None and not options:
@@ -161,7 +161,7 @@ def _norm_forward(residual: bool, centered: bool) -> Case:
 
     def ours(x: Tensor, *rest: Tensor) -> Call:
         other, weight, bias = rest[0] if residual else None, weights[0], weights[1] if centered else None
-        return partial(torch.ops.triaxis.norm_forward, x, other, weight, bias, EPS, centered, False, False)
+        return partial(torch.ops.triaxis.norm_forward, x, other, weight, bias, EPS, centered)
 
     options: dict[str, Any] = {"residual": True} if residual else {}
     return _case(
@@ -179,9 +179,9 @@ def _norm_backward(residual: bool, centered: bool) -> Case:
     def ours(*tensors: Tensor) -> Call:
         grad, grad_sum, x = tensors[0], tensors[1] if residual else None, tensors[count]
         bias = weights[1] if centered else None
-        _, _, mean, rstd = torch.ops.triaxis.norm_forward(x, None, weights[0], bias, EPS, centered, False, False)
-        given = (grad, grad_sum, x, weights[0], bias, mean, rstd)
-        return partial(torch.ops.triaxis.norm_backward, *given, centered, False, False, False)
+        _, _, mean, rstd = torch.ops.triaxis.norm_forward(x, None, weights[0], bias, EPS, centered)
+        given = (grad, grad_sum, x, weights[0], mean, rstd, centered)
+        return partial(torch.ops.triaxis.norm_backward, *given)
 
     def passed_on(norm: Callable[..., Any]) -> Callable[..., Any]:
         return (lambda x, *rest: (norm(x, *rest), x.view_as(x))) if residual else norm
@@ -196,11 +196,11 @@ def _norm_backward(residual: bool, centered: bool) -> Case:
 
 
 def _norm_to_fp8() -> Case:
-    """What is quantised is the rounded output, as the two kernels one after the other would do it."""
-    norm, given = _norm(False), (torch.float8_e4m3fn, "rows", True, False, None, None, True)
+    """What is quantized is the rounded output, as the two kernels one after the other would do it."""
+    norm, given = _norm(False), (torch.float8_e4m3fn, "block_1x128", True, False, None, None, True)
 
     def ours(x: Tensor, weight: Tensor) -> Call:
-        options = (None, weight, None, EPS, False, False, False, "rows", None, None, True)
+        options = (None, weight, None, EPS, False, "block_1x128", None, None, True)
         return partial(torch.ops.triaxis.norm_forward_fp8, x, *options)
 
     def plain(x: Tensor, weight: Tensor) -> Any:
@@ -209,9 +209,9 @@ def _norm_to_fp8() -> Case:
     return _case(ours, plain, lambda: (_random(TOKENS, HIDDEN), *_weights(False)))
 
 
-def _quantise(scaling: str) -> Case:
-    scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensor" else None
-    given = (torch.float8_e4m3fn, scaling, True, True, scale, None, scaling == "rows")
+def _quantize(scaling: str) -> Case:
+    scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensorwise" else None
+    given = (torch.float8_e4m3fn, scaling, True, True, scale, None, scaling == "block_1x128")
     return _case(
         lambda x: partial(torch.ops.triaxis.quantize, x, *given),
         lambda x: quantize_reference(x, *given),  # type: ignore[arg-type]
@@ -341,63 +341,67 @@ def _gradient_norm() -> Case:
     )
 
 
-def _quantised(x: Tensor, scaling: str) -> Quantised:
-    scale = torch.finfo(torch.float8_e4m3fn).max / x.abs().amax().float().view(1) if scaling == "tensor" else None
+def _quantized(x: Tensor, scaling: str) -> QuantizedTensor:
+    scale = torch.finfo(torch.float8_e4m3fn).max / x.abs().amax().float().view(1) if scaling == "tensorwise" else None
     result, _ = quantize(x, torch.float8_e4m3fn, scaling, scale=scale, power_of_two=True)  # type: ignore[arg-type]
     assert result is not None
     return result
 
 
-def _factors(m: int, n: int, k: int, scalings: tuple[str, str]) -> list[tuple[Tensor, Tensor, Quantised, Quantised]]:
-    """Both factors of each set, in bf16 and quantised."""
+def _factors(
+    m: int, n: int, k: int, scalings: tuple[str, str]
+) -> list[tuple[Tensor, Tensor, QuantizedTensor, QuantizedTensor]]:
+    """Both factors of each set, in bf16 and quantized."""
     made = [(_random(m, k), _random(n, k)) for _ in range(SETS)]
-    return [(a, b, _quantised(a, scalings[0]), _quantised(b, scalings[1])) for a, b in made]
+    return [(a, b, _quantized(a, scalings[0]), _quantized(b, scalings[1])) for a, b in made]
 
 
-def _given(a: Quantised, b: Quantised) -> tuple[Any, ...]:
-    return a.values, b.values, a.scales, b.scales, a.scaling, b.scaling
+def _given(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Any, ...]:
+    return a.values, b.values, a.scale_inv, b.scale_inv, a.scaling, b.scaling
 
 
-def _product(scaling: str, by: str, width: int) -> Case:
+def _product(scaling: str, impl: str, width: int) -> Case:
     """x·Wᵀ for x [t, h] and W [width, h]: one scale for each, or blocks of rows by squares."""
-    tensorwise = scaling == "tensor"
-    made = _factors(TOKENS, width, HIDDEN, ("tensor", "tensor") if tensorwise else ("rows", "squares"))
+    tensorwise = scaling == "tensorwise"
+    made = _factors(
+        TOKENS, width, HIDDEN, ("tensorwise", "tensorwise") if tensorwise else ("block_1x128", "block_128x128")
+    )
 
-    def cublaslt(a: Quantised, b: Quantised) -> Tensor:
-        return torch.ops.triaxis.fp8_matmul(*_given(a, b), None, BF16, tensorwise)
+    def cublaslt(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
+        return torch.ops.triaxis.fp8_matmul(*_given(a, b), BF16, tensorwise)
 
-    def own(a: Quantised, b: Quantised) -> Tensor:
+    def own(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
         return torch.ops.triaxis.fp8_matmul_sm90(*_given(a, b), BF16)
 
-    def by_torch(a: Quantised, b: Quantised) -> Tensor:
-        scales = {"scale_a": a.scales, "scale_b": b.scales}
+    def by_torch(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
+        scales = {"scale_a": a.scale_inv, "scale_b": b.scale_inv}
         return torch._scaled_mm(a.values, b.values.t(), **scales, out_dtype=BF16, use_fast_accum=True)
 
-    ours = own if by == "own" else cublaslt
+    ours = own if impl == "own" else cublaslt
     others: dict[str, Callable[[], list[Call]]] = {
         "bf16 product": lambda: [partial(torch.mm, x, weight.t()) for x, weight, _, _ in made]
     }
     if tensorwise:
         others["torch._scaled_mm"] = lambda: [partial(by_torch, a, b) for _, _, a, b in made]
-    elif by == "own":
+    elif impl == "own":
         others["cuBLASLt"] = lambda: [partial(cublaslt, a, b) for _, _, a, b in made]
     a, b = made[0][2:]
-    expected = dequantised(a) @ dequantised(b).t()
+    expected = dequantize(a) @ dequantize(b).t()
     limit = 1e-2 if tensorwise else 3e-3  # fast accumulation; else 2e-3, and the rounding to bf16
     return Case(
         [partial(ours, a, b) for _, _, a, b in made], lambda: require_close(ours(a, b), expected, limit), others
     )
 
 
-def _weight_gradient(by: str, width: int) -> Case:
-    """dyᵀ·x for dy [t, width] and x [t, h], both quantised in blocks along the tokens, added to an fp32 gradient."""
-    made = _factors(width, HIDDEN, TOKENS, ("rows", "rows"))
+def _weight_gradient(impl: str, width: int) -> Case:
+    """dyᵀ·x for dy [t, width] and x [t, h], both quantized in blocks along the tokens, added to an fp32 gradient."""
+    made = _factors(width, HIDDEN, TOKENS, ("block_1x128", "block_1x128"))
     outs = [torch.zeros(width, HIDDEN, device=DEVICE) for _ in range(SETS)]
 
-    def cublaslt(out: Tensor, a: Quantised, b: Quantised) -> None:
+    def cublaslt(out: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> None:
         torch.ops.triaxis.fp8_matmul_add_(out, *_given(a, b))
 
-    def own(out: Tensor, a: Quantised, b: Quantised) -> None:
+    def own(out: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> None:
         torch.ops.triaxis.fp8_matmul_sm90_add_(out, *_given(a, b))
 
     def calls(function: Callable[..., None]) -> list[Call]:
@@ -406,15 +410,15 @@ def _weight_gradient(by: str, width: int) -> Case:
     def check() -> None:
         a, b = made[0][2:]
         start = torch.randn_like(outs[0])
-        (own if by == "own" else cublaslt)(out := start.clone(), a, b)
-        require_close(out - start, dequantised(a) @ dequantised(b).t(), 2e-3)
+        (own if impl == "own" else cublaslt)(out := start.clone(), a, b)
+        require_close(out - start, dequantize(a) @ dequantize(b).t(), 2e-3)
 
     others: dict[str, Callable[[], list[Call]]] = {
         "bf16 product": lambda: [partial(torch.mm, grad, x.t()) for grad, x, _, _ in made]
     }
-    if by == "own":
+    if impl == "own":
         others["cuBLASLt"] = lambda: calls(cublaslt)
-    return Case(calls(own if by == "own" else cublaslt), check, others)
+    return Case(calls(own if impl == "own" else cublaslt), check, others)
 
 
 def case_of(row: Row) -> Case:
@@ -427,17 +431,17 @@ def case_of(row: Row) -> Case:
         "LayerNorm forward": partial(_norm_forward, False, True),
         "LayerNorm backward": partial(_norm_backward, False, True),
         "RMSNorm to E4M3 1×128": _norm_to_fp8,
-        "quantise row + column, 1×128": partial(_quantise, "rows"),
-        "quantise row + column, one scale": partial(_quantise, "tensor"),
+        "quantize row + column, 1×128": partial(_quantize, "block_1x128"),
+        "quantize row + column, one scale": partial(_quantize, "tensorwise"),
         "SwiGLU forward": _swiglu_forward,
         "SwiGLU backward": _swiglu_backward,
         "RoPE on q and k": _rope,
         "cross-entropy forward + backward": _cross_entropy,
         "AdamW": _adamw,
         "gradient norm": _gradient_norm,
-        "FP8 GEMM tensorwise": partial(_product, "tensor", "cuBLASLt", width),
-        "FP8 GEMM blockwise": partial(_product, "squares", "cuBLASLt", width),
-        "FP8 GEMM blockwise, own kernel": partial(_product, "squares", "own", width),
+        "FP8 GEMM tensorwise": partial(_product, "tensorwise", "cuBLASLt", width),
+        "FP8 GEMM blockwise": partial(_product, "block_128x128", "cuBLASLt", width),
+        "FP8 GEMM blockwise, own kernel": partial(_product, "block_128x128", "own", width),
         "FP8 GEMM blockwise, weight gradient": partial(_weight_gradient, "cuBLASLt", width),
         "FP8 GEMM blockwise, weight gradient, own kernel": partial(_weight_gradient, "own", width),
     }

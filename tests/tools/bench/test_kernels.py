@@ -239,7 +239,7 @@ def test_a_whole_run(on_gpu, tmp_path, capsys):
     """Every row but those whose kernel the host lacks, which fail and leave the others alone."""
     results, target = tmp_path / "runs" / "a.json", tmp_path / "doc.md"
     target.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
-    names = ["norm", "swiglu", "rope", "quantise", "cross", "adamw"]
+    names = ["norm", "swiglu", "rope", "quantize", "cross", "adamw"]
     arguments = ["--only", *names, "--json", str(results), "--commit", "abc", "--into", str(target)]
     assert kernels.main(arguments) == 0
     document = json.loads(results.read_text(encoding="utf-8"))

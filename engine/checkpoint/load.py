@@ -15,13 +15,13 @@ from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.decoder import Decoder
 from engine.model.parameters import logical_shapes, parameter_table, tp_problem, whole_model
-from engine.parallel.layout import ALONE, TensorParallel
+from engine.parallel.layout import NO_TP, TensorParallel
 
 Read = Callable[[str, Rectangle], Tensor]
 
 
 def load_decoder(
-    path: Path, dtype: torch.dtype, device: torch.device, tp: TensorParallel = ALONE
+    path: Path, dtype: torch.dtype, device: torch.device, tp: TensorParallel = NO_TP
 ) -> tuple[Decoder, Tokenizer]:
     """The decoder and the tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory.
 

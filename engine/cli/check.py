@@ -7,14 +7,14 @@ import torch
 from engine.checkpoint.huggingface.config import hf_config
 from engine.config.derived import with_steps
 from engine.config.schema import Config
-from engine.data.samples.pretrain import Part
+from engine.data.samples.pretrain import Split
 from engine.data.storage.indexed import dataset_file
 from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import ConfigError
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
-from engine.plan.memory import GIB, Ranks, available
-from engine.train.inputs import Data, describe_template, in_rows, open_data, open_tokenizer, rows_of
+from engine.plan.memory import GIB, ClusterSpec, available
+from engine.train.inputs import Data, describe_template, open_data, open_tokenizer, packing_summary, rows_of
 
 
 def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
@@ -51,10 +51,10 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
         ending = path.with_suffix("").suffix
         hint = f" (data.train takes it without {ending})" if ending in (".bin", ".idx") else ""
         print(f"data        {path} is not on this machine and not checked{hint}")
-    parts: tuple[Part, ...] = ("train", "valid")
+    parts: tuple[Split, ...] = ("train", "valid")
     for part, data in zip(parts, opened, strict=False):
         print(f"data        {data.num_tokens:,} tokens to {part}")
-        for line in in_rows(data, part, config):
+        for line in packing_summary(data, part, config):
             print(line)
     for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
         print(line)
@@ -62,18 +62,18 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     print("ok, but for what is not on this machine" if missing else "ok")
 
 
-def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> Ranks:
+def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> ClusterSpec:
     """The ranks as the options and the configuration describe them; on a CPU they are on this machine."""
     on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
     per_node = min(world_size, ranks_per_node)
     capacity = available(torch.device("cpu"), per_node) if on_cpu else int(gpu_memory_gib * GIB)
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
-    return Ranks(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
+    return ClusterSpec(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
 
 
 def _open(config: Config, tokenizer: Tokenizer) -> list[Data]:
     """The data to train with and, where there are evaluations, to validate with."""
-    parts: list[Part] = ["train", "valid"] if config.train.eval_steps else ["train"]
+    parts: list[Split] = ["train", "valid"] if config.train.eval_steps else ["train"]
     return [open_data(config, part, tokenizer) for part in parts]
 
 

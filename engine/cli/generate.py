@@ -27,9 +27,9 @@ from engine.errors import ConfigError, DataError, TriaxisError
 from engine.generate.decoding import Sampling
 from engine.generate.prompts import AnswerFile, conversation, read_prompts
 from engine.generate.text_generator import Speaker
-from engine.parallel.layout import Layout, World, arrange, connect, disconnect
+from engine.parallel.layout import Layout, World, build_process_groups, init_distributed, shutdown_distributed
 from engine.train.metrics import duration
-from engine.train.run import together
+from engine.train.run import run_on_all_ranks
 
 WAIT_S = 7 * 24 * 3600  # how long the other ranks wait for what a person says next
 SECONDS_BETWEEN_LINES = 2.0
@@ -57,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = _options(arguments)
         prompts = read_prompts(options.input, chat=options.chat) if options.input else []
-        world = connect(options.device, timeout_s=WAIT_S)
+        world = init_distributed(options.device, timeout_s=WAIT_S)
         try:
-            world = arrange(world, Layout(tp=world.layout.world_size))
-            options.dir = together(world, lambda: _model_directory(options.dir))
-            _serve(options, together(world, lambda: _load(options, world)), prompts)
+            world = build_process_groups(world, Layout(tp=world.layout.world_size))
+            options.dir = run_on_all_ranks(world, lambda: _model_directory(options.dir))
+            _serve(options, run_on_all_ranks(world, lambda: _load(options, world)), prompts)
         finally:
-            disconnect()
+            shutdown_distributed()
     except TriaxisError as error:
         error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
         raise

@@ -14,7 +14,7 @@ from rich.text import Text
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
 from engine.data.inspection import Conversation, Piece, document_kind, printable
-from engine.data.samples.pretrain import PARTS, PretrainDataset
+from engine.data.samples.pretrain import SPLITS, PretrainDataset
 from engine.data.storage.indexed import IndexedDataset
 from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import ConfigError
@@ -211,13 +211,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq-length", type=int, metavar="S", help="data.seq_length of the run")
     add("--seed", type=int, default=1234, help="run.seed (default %(default)s)")
     add("--split", type=_split, default=(98.0, 1.0, 1.0), help="data.split (default 98,1,1)")
-    add("--part", choices=PARTS, default="train", help="of the split (default train)")
+    add("--part", choices=SPLITS, default="train", help="of the split (default train)")
     add("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _split(text: str) -> tuple[float, ...]:
     shares = tuple(float(share) for share in text.split(","))
-    if len(shares) != len(PARTS):
+    if len(shares) != len(SPLITS):
         raise argparse.ArgumentTypeError(f"{text!r} is not three shares, as in 98,1,1")
     return shares

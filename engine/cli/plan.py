@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check, peak_activations, simulate
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, INTERLEAVED, SCHEDULES, Schedule, build
+from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check_schedule, peak_activations, simulate
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, INTERLEAVED, SCHEDULES, Schedule, build_schedule
 from engine.plan import timeline
 
 EXAMPLE = """
@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     costs = _costs(options)
     timelines: dict[str, Timeline] = {}
     for name in SCHEDULES if options.schedule == "all" else (options.schedule,):
-        schedule = build(name, options.stages, options.microbatches, _num_chunks(name, options))
-        check(schedule)
+        schedule = build_schedule(name, options.stages, options.microbatches, _num_chunks(name, options))
+        check_schedule(schedule)
         timelines[_title(schedule)] = simulate(schedule, costs)
         _print(schedule, timelines[_title(schedule)])
     if options.output:

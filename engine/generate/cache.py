@@ -7,7 +7,7 @@ from engine.config.schema import ModelConfig
 from engine.model.attention import Attend
 from engine.model.parameters import kv_share
 from engine.ops.attention import attention_with_cache
-from engine.parallel.layout import ALONE, TensorParallel
+from engine.parallel.layout import NO_TP, TensorParallel
 
 
 class KeyValueCache:
@@ -23,7 +23,7 @@ class KeyValueCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
-        tp: TensorParallel = ALONE,
+        tp: TensorParallel = NO_TP,
     ) -> None:
         shape = (2, model.num_layers, sequences, capacity, kv_share(model, tp)[1], model.head_dim)
         self.slab = torch.zeros(shape, dtype=dtype, device=device)  # a masked place must be finite: 0 · NaN is NaN

@@ -21,7 +21,7 @@ from engine.ops.quantize import Fp8Activation
 from engine.ops.rope import rope_tables
 from engine.ops.swiglu import swiglu, swiglu_to_fp8
 from engine.parallel.fp8 import fused_output
-from engine.parallel.layout import ALONE, TensorParallel
+from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.recompute import again, forgotten
 
@@ -100,14 +100,14 @@ class Decoder(nn.Module):
         model: ModelConfig,
         parameters: Parameters,
         part: Part | None = None,
-        tp: TensorParallel = ALONE,
+        tp: TensorParallel = NO_TP,
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (immutable)
         ops: OpsConfig = OpsConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         part = part or whole_model(model)
         self.config, self.ops = model, ops
-        self.embedding = Embedding(model, parameters, tp) if part.embeds else None
+        self.embedding = Embedding(model, parameters, tp) if part.has_embedding else None
         recomputed = part.layers[: parallel.recompute_layers] if parallel.recompute != "none" else range(0)
         selective = parallel.recompute == "selective"
         self.layers = nn.ModuleList(
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
             for layer in part.layers
         )
         self.fully_recomputed = 0 if selective else len(recomputed)
-        self.head = Head(model, parameters, tp, ops) if part.predicts else None
+        self.head = Head(model, parameters, tp, ops) if part.has_head else None
         if parallel.compile:
             for block in self.layers:
                 _compile(block, tp)
@@ -155,13 +155,13 @@ class Decoder(nn.Module):
         cu_seqlens: tuple[int, ...],
         z_loss: float = 0.0,
         noise: torch.Tensor | None = None,
-        learned: torch.Tensor | None = None,
+        target_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see `forward`;
-        `learned`: see `Head`."""
+        `target_indices`: see `Head`."""
         assert self.head is not None, "only the part with the head has a loss"
         hidden = self(x, positions, self.attend_within(cu_seqlens), noise)
-        loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss, learned)
+        loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss, target_indices)
         return loss
 
     def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:

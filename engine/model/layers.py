@@ -106,10 +106,10 @@ class Head(nn.Module):
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
         z_loss: float = 0.0,
-        learned: torch.Tensor | None = None,
+        target_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss in nats, summed over the unmasked tokens; `x` [t/tp, h], `labels` and `loss_mask` [t]; `learned`: those
-        that are not masked, where some are."""
+        """Loss in nats, summed over the unmasked tokens; `x` [t/tp, h], `labels` and `loss_mask` [t]; `target_indices`:
+        int64, the tokens that are not masked, where some are."""
         return vocabulary_cross_entropy(
-            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, learned
+            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices
         )

@@ -11,18 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.config.schema import ModelConfig
-from engine.parallel.layout import ALONE, TensorParallel
+from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Rectangle, Replicas
 
 
 def whole_model(model: ModelConfig) -> Part:
     """All of a decoder as one part."""
-    return Part(range(model.num_layers), embeds=True, predicts=True)
+    return Part(range(model.num_layers), has_embedding=True, has_head=True)
 
 
 def parameter_table(
-    model: ModelConfig, parts: Sequence[Part] | None = None, tp: TensorParallel = ALONE
+    model: ModelConfig, parts: Sequence[Part] | None = None, tp: TensorParallel = NO_TP
 ) -> ParameterTable:
     """The table of what one rank holds of a decoder, in the order of the forward pass. Pure: allocates nothing.
 
@@ -68,20 +68,20 @@ class _Builder:
 
     def part(self, part: Part) -> Iterator[LocalParameter]:
         model = self.model
-        shares_ends = model.tie_embeddings and part.embeds != part.predicts
-        tied: Replicas | None = "ends" if shares_ends else None
+        shares_ends = model.tie_embeddings and part.has_embedding != part.has_head
+        tied: Replicas | None = "tied_embedding" if shares_ends else None
         table = ("model.embed_tokens.weight", model.vocab_size)
-        if part.embeds:
-            multiplies = model.tie_embeddings
-            yield self._vocabulary("embedding.weight", *table, multiplies=multiplies, replicas=tied)
+        if part.has_embedding:
+            counts_in_flops = model.tie_embeddings
+            yield self._vocabulary("embedding.weight", *table, counts_in_flops=counts_in_flops, replicas=tied)
         for index in part.layers:
             yield from self._layer(f"layers.{index}", f"model.layers.{index}")
-        if part.predicts:
+        if part.has_head:
             yield from self._norm(model.norm, "norm", "model.norm", model.hidden_size)
             if shares_ends:
-                yield self._vocabulary("embedding.weight", *table, multiplies=True, replicas=tied, owned=False)
+                yield self._vocabulary("embedding.weight", *table, counts_in_flops=True, replicas=tied, owned=False)
             elif not model.tie_embeddings:
-                yield self._vocabulary("head.weight", "lm_head.weight", model.vocab_size, multiplies=True)
+                yield self._vocabulary("head.weight", "lm_head.weight", model.vocab_size, counts_in_flops=True)
 
     def _layer(self, path: str, name: str) -> Iterator[LocalParameter]:
         model = self.model
@@ -115,7 +115,7 @@ class _Builder:
         name: str,
         rows: int,
         *,
-        multiplies: bool,
+        counts_in_flops: bool,
         replicas: Replicas | None = None,
         owned: bool = True,
     ) -> LocalParameter:
@@ -123,7 +123,7 @@ class _Builder:
         hidden = self.model.hidden_size
         rectangle = Rectangle((start, 0), (extent, hidden))
         std = self.model.init_std
-        tensor = LogicalTensor(name, (rows, hidden), rectangle, True, multiplies, 0.0, std, replicas, owned)
+        tensor = LogicalTensor(name, (rows, hidden), rectangle, True, counts_in_flops, 0.0, std, replicas, owned)
         return LocalParameter(path, (tensor,))
 
     def _column(

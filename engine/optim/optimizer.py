@@ -80,7 +80,7 @@ class ShardedAdamW:
         return norm, skipped
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def broadcast_params(self) -> None:
         """Round the master weights into the model's dtype and begin to hand them to all ranks."""
         for shard in reversed(self.shards):
             if shard.rounded is not None:

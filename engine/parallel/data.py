@@ -20,7 +20,7 @@ from engine.ops.grad_norm import square_sum
 from engine.parallel.collectives import Pending, all_gather, all_reduce, reduce_scatter
 from engine.parallel.gradients import GradientFlow, TrainedParameter
 from engine.parallel.layout import World
-from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Replicas, initialise
+from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Replicas, initialize
 
 _ALIGNMENT = 128  # elements: every parameter starts at a multiple, so vector loads and matmuls stay aligned
 _BUCKET_SIZE = 1 << 25  # elements: large enough to saturate a link, small enough to overlap
@@ -115,15 +115,15 @@ def plan_buckets(table: ParameterTable, shards: int, bucket_size: int = _BUCKET_
 
 
 def _shared_by_ends(parameter: LocalParameter) -> bool:
-    return parameter.tensors[0].replicas == "ends"
+    return parameter.tensors[0].replicas == "tied_embedding"
 
 
 def _plan(group: list[LocalParameter], shards: int) -> BucketPlan:
     slots, offset, decay_end = [], 0, 0
-    for parameter in sorted(group, key=lambda p: not p.decays):
+    for parameter in sorted(group, key=lambda p: not p.weight_decay):
         slots.append(Slot(parameter, offset))
         offset = _round_up(offset + parameter.size, _ALIGNMENT)
-        decay_end = offset if parameter.decays else decay_end
+        decay_end = offset if parameter.weight_decay else decay_end
     return BucketPlan(tuple(slots), decay_end, _round_up(offset, shards * _ALIGNMENT))
 
 
@@ -164,8 +164,8 @@ class ShardedParameters:
     ) -> None:
         self.world = world
         self.sharded = sharded
-        self.owns = sharded or world.at.dp == 0
-        shard, shards = (world.at.dp, world.layout.dp) if sharded else (0, 1)
+        self.owns = sharded or world.coords.dp == 0
+        shard, shards = (world.coords.dp, world.layout.dp) if sharded else (0, 1)
         plans = plan_buckets(table, shards, bucket_size)
         self.buckets = [Bucket(plan, dtype, world.device, shard, shards) for plan in plans]
         self.flow = GradientFlow(self._completed)
@@ -179,13 +179,13 @@ class ShardedParameters:
                 self._bucket_of[parameter] = bucket, path
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialize(self, seed: int) -> None:
         """Initial weights, the same in every layout."""
         for bucket in self.buckets:
             for slot in bucket.plan.slots:
-                initialise(slot.parameter, self.by_path[slot.parameter.path].data, seed)
+                initialize(slot.parameter, self.by_path[slot.parameter.path].data, seed)
 
-    def gathered_before(self, module: nn.Module) -> None:
+    def wait_for_params_before_forward(self, module: nn.Module) -> None:
         """Make `module` wait for its parameters each time it is called."""
         buckets = list(dict.fromkeys(self._bucket_of[parameter][0] for parameter in module.parameters()))
         module.register_forward_pre_hook(lambda *_: self._wait_for(buckets))
@@ -199,7 +199,7 @@ class ShardedParameters:
     def _completed(self, parameter: TrainedParameter) -> None:
         bucket, path = self._bucket_of[parameter]
         bucket.incomplete.discard(path)
-        if not bucket.incomplete and not bucket.plan.ranges("ends"):
+        if not bucket.incomplete and not bucket.plan.ranges("tied_embedding"):
             self._start_reducing(bucket)
 
     def reduce_gradients(self) -> None:
@@ -217,7 +217,7 @@ class ShardedParameters:
         groups: dict[Replicas, ProcessGroup | None] = {
             "tp": world.tp_group,
             "kv": world.kv_group,
-            "ends": world.ends_group,
+            "tied_embedding": world.embedding_group,
         }
         for replicas, group in groups.items():
             if ranges := bucket.plan.ranges(replicas):

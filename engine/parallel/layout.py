@@ -83,7 +83,7 @@ class TensorParallel:
         return start, total * (self.rank + 1) // self.size - start
 
 
-ALONE = TensorParallel()
+NO_TP = TensorParallel()
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,21 @@ class World:
     dp_group: dist.ProcessGroup | None = None
     tp_group: dist.ProcessGroup | None = None
     kv_group: dist.ProcessGroup | None = None
-    ends_group: dist.ProcessGroup | None = None
+    embedding_group: dist.ProcessGroup | None = None
     channels: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
 
     @property
-    def at(self) -> Coordinates:
+    def coords(self) -> Coordinates:
         return self.layout.coordinates(self.rank)
 
     @property
     def tp(self) -> "TensorParallel":
-        return TensorParallel(self.at.tp, self.layout.tp, self.tp_group)
+        return TensorParallel(self.coords.tp, self.layout.tp, self.tp_group)
 
     @property
-    def counts_batch(self) -> bool:
+    def is_model_parallel_leader(self) -> bool:
         """One rank of those that work on the same sequences, for sums over all ranks."""
-        return self.at.pp == 0 and self.at.tp == 0
+        return self.coords.pp == 0 and self.coords.tp == 0
 
     @property
     def is_main(self) -> bool:
@@ -181,7 +181,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def connect(device: str, *, timeout_s: int = 1800) -> World:
+def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
     """Join the ranks that torchrun started (or stay alone). All ranks are data-parallel until `arrange`."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -204,7 +204,7 @@ def connect(device: str, *, timeout_s: int = 1800) -> World:
     return replace(world, group=dist.group.WORLD, control_group=control)
 
 
-def arrange(world: World, layout: Layout, *, kv_replicas: int = 1) -> World:
+def build_process_groups(world: World, layout: Layout, *, kv_replicas: int = 1) -> World:
     """Put the connected ranks on a grid and build the groups of its axes; a collective.
 
     Args:
@@ -212,7 +212,7 @@ def arrange(world: World, layout: Layout, *, kv_replicas: int = 1) -> World:
     """
     here = replace(world, layout=layout)
     tensor, stages = layout.peers(here.rank, "tp"), layout.peers(here.rank, "pp")
-    first = here.at.tp // kv_replicas * kv_replicas
+    first = here.coords.tp // kv_replicas * kv_replicas
     here = replace(
         here,
         dp_group=_group(layout.peers(here.rank, "dp")),
@@ -223,8 +223,8 @@ def arrange(world: World, layout: Layout, *, kv_replicas: int = 1) -> World:
     if layout.pp > 1:
         _meet(here)
     # Last, because not all ranks make it: PyTorch derives a group's name from the number of groups made before.
-    at_end = layout.pp > 1 and here.at.pp in (0, layout.pp - 1)
-    return replace(here, ends_group=_group([stages[0], stages[-1]]) if at_end else None)
+    at_end = layout.pp > 1 and here.coords.pp in (0, layout.pp - 1)
+    return replace(here, embedding_group=_group([stages[0], stages[-1]]) if at_end else None)
 
 
 def _meet(world: World) -> None:
@@ -233,7 +233,7 @@ def _meet(world: World) -> None:
     NCCL connects a pair of ranks at its first message, and both wait for the other; in the middle of a schedule they
     would wait for each other over different channels.
     """
-    stages, here, token = world.layout.peers(world.rank, "pp"), world.at.pp, torch.zeros(1, device=world.device)
+    stages, here, token = world.layout.peers(world.rank, "pp"), world.coords.pp, torch.zeros(1, device=world.device)
     last = len(stages) - 1
     neighbours = [(i, i + 1) for i in range(last)]
     for kind, group in world.channels.items():
@@ -250,7 +250,7 @@ def _group(ranks: list[int]) -> dist.ProcessGroup | None:
     return dist.new_group(ranks, **_LOCAL) if len(ranks) > 1 else None
 
 
-def disconnect() -> None:
+def shutdown_distributed() -> None:
     """Leave the process group; safe to call when there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()

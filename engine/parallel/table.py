@@ -32,7 +32,7 @@ class Rectangle:
         return math.prod(self.extent)
 
 
-Replicas = Literal["tp", "kv", "ends"]
+Replicas = Literal["tp", "kv", "tied_embedding"]
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class LogicalTensor:
 
     Attributes:
         replicas: which ranks hold the same rectangle beside this one, each with a part of its gradient: "tp" (all
-            tensor-parallel ranks), "kv" (those that share key and value heads), "ends" (the first and the last
-            pipeline stage), or None.
+            tensor-parallel ranks), "kv" (those that share key and value heads), "tied_embedding" (the first and the
+            last pipeline stage), or None.
         owned: this rank is the one among the replicas that counts it in norms and writes it into checkpoints.
     """
 
     name: str
     shape: tuple[int, ...]
     rectangle: Rectangle
-    decays: bool
-    multiplies: bool
+    weight_decay: bool
+    counts_in_flops: bool
     mean: float
     std: float
     replicas: Replicas | None = None
@@ -77,8 +77,8 @@ class LocalParameter:
         return math.prod(self.shape)
 
     @property
-    def decays(self) -> bool:
-        return self.tensors[0].decays
+    def weight_decay(self) -> bool:
+        return self.tensors[0].weight_decay
 
     def split(self, values: torch.Tensor) -> Iterator[tuple[LogicalTensor, torch.Tensor]]:
         """Each logical tensor with its part of `values` (of this parameter's shape), a view."""
@@ -102,9 +102,9 @@ class ParameterTable:
         return sum(math.prod(tensor.shape) for tensor in self.logical())
 
     @property
-    def num_multiplying(self) -> int:
+    def num_parameters_in_flops(self) -> int:
         """Those of `num_parameters` that multiply every token."""
-        return sum(math.prod(tensor.shape) for tensor in self.logical() if tensor.multiplies)
+        return sum(math.prod(tensor.shape) for tensor in self.logical() if tensor.counts_in_flops)
 
     @property
     def local_size(self) -> int:
@@ -112,7 +112,7 @@ class ParameterTable:
 
 
 @torch.no_grad()
-def initialise(parameter: LocalParameter, out: torch.Tensor, seed: int) -> None:
+def initialize(parameter: LocalParameter, out: torch.Tensor, seed: int) -> None:
     """Write the initial values of `parameter` into `out` (its local shape, any dtype and device).
 
     Element i of a logical tensor is a hash of (seed, name, i), so every layout starts from the same model and a rank

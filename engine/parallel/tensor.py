@@ -59,19 +59,19 @@ def vocabulary_cross_entropy(
     vocab_size: int,
     tp: TensorParallel,
     z_loss: float = 0.0,
-    learned: Tensor | None = None,
+    target_indices: Tensor | None = None,
 ) -> Tensor:
     """Summed loss of all t tokens, the same on every rank: `hidden` [t/tp, h], `weight` this rank's share of [v, h],
     `labels` and `loss_mask` [t]. See `linear_cross_entropy`.
 
-    `learned`: int64, the tokens that `loss_mask` leaves; given, the others are not multiplied with the vocabulary.
+    `target_indices`: int64, the tokens that `loss_mask` leaves; where given, no logits are computed for the others.
     """
     shard = None
     if tp.size > 1:
         shard = VocabularyShard(tp.share(vocab_size)[0], -(-vocab_size // tp.size), lambda x: _stack(x, tp))
         hidden = gather_sequence(hidden, tp.group)
-    if learned is not None:
-        hidden, labels, loss_mask = (x.index_select(0, learned) for x in (hidden, labels, loss_mask))
+    if target_indices is not None:
+        hidden, labels, loss_mask = (x.index_select(0, target_indices) for x in (hidden, labels, loss_mask))
     return linear_cross_entropy(hidden, weight, labels, loss_mask, z_loss=z_loss, shard=shard)
 
 

@@ -12,7 +12,7 @@ from engine.model.parameters import parameter_table
 from engine.parallel.layout import Coordinates, Layout
 from engine.parallel.pipeline.check import bubble_fraction, simulate
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import build
+from engine.parallel.pipeline.schedules import build_schedule
 from engine.plan.memory import estimate, unit_of
 from engine.plan.stages import stage_parts, stage_table
 from engine.plan.throughput import FLOPS_FORMULA, flops_per_token
@@ -38,7 +38,7 @@ def describe(config: Config, layout: Layout, reason: str, dtype: torch.dtype, de
     steps, epochs = config.train.steps, config.train.epochs
     yield f"run         {f'{steps:,} steps = {steps * per_step:,} tokens' if steps else _counted(epochs, 'epoch')}"
     if layout.pp > 1:
-        schedule = build(config.parallel.schedule, layout.pp, count, config.parallel.virtual_stages)
+        schedule = build_schedule(config.parallel.schedule, layout.pp, count, config.parallel.virtual_stages)
         bubble = bubble_fraction(simulate(schedule))
         chunks = f", {schedule.num_chunks} parts a stage" if schedule.num_chunks > 1 else ""
         yield f"pipeline    {schedule.name}{chunks}; its bubble adds {bubble:.1%} to the time of a step"
@@ -77,7 +77,7 @@ def _holds(parts: Sequence[Part]) -> str:
     """embedding, 0–3, 16–19"""
     layers = [part.layers for part in parts if part.layers]
     ranges = [f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in layers]
-    return ", ".join([*["embedding"] * parts[0].embeds, *ranges, *["head"] * parts[-1].predicts])
+    return ", ".join([*["embedding"] * parts[0].has_embedding, *ranges, *["head"] * parts[-1].has_head])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -17,14 +17,14 @@ from engine.config.schema import Config
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.model.parameters import tp_problem
 from engine.parallel.layout import Layout
-from engine.plan.memory import GIB, Ranks, estimate, estimate_fullest
+from engine.plan.memory import GIB, ClusterSpec, estimate, estimate_fullest
 from engine.plan.stages import parts
 
 _USABLE = 0.9  # of a rank's memory; what is left is for fragmentation and for what the estimate does not know
 _NODE = 8  # ranks of a node, where one that has fewer is thought of with more
 
 
-def choose_layout(config: Config, ranks: Ranks) -> tuple[Layout, str]:
+def choose_layout(config: Config, ranks: ClusterSpec) -> tuple[Layout, str]:
     """The layout of `ranks`, and why it is this one. It may not fit in their memory: see `require_fit`.
 
     Raises:
@@ -47,7 +47,7 @@ def choose_layout(config: Config, ranks: Ranks) -> tuple[Layout, str]:
     return layout, f"{' and '.join(automatic)} auto: {reason}{_crossing(layout, ranks)}"
 
 
-def require_fit(config: Config, layout: Layout, ranks: Ranks) -> None:
+def require_fit(config: Config, layout: Layout, ranks: ClusterSpec) -> None:
     """Refuse a run that cannot fit, before anything is allocated.
 
     Raises:
@@ -68,7 +68,7 @@ def _grid(layout: Layout) -> str:
     return f"tp {layout.tp} × pp {layout.pp} × dp {layout.dp}"
 
 
-def _possible(config: Config, ranks: Ranks) -> list[Layout]:
+def _possible(config: Config, ranks: ClusterSpec) -> list[Layout]:
     """Layouts that suit the configuration, the least cut first."""
     tp, pp = config.parallel.tp, config.parallel.pp
     tps = _divisors(ranks.per_node) if tp == "auto" else [tp]
@@ -146,17 +146,17 @@ def _no_fp8_sizes(config: Config, tp: int) -> list[str]:
     return [f"{name} = {value}" for name, value in sizes.items() if value % 16]
 
 
-def _crossing(layout: Layout, ranks: Ranks) -> str:
+def _crossing(layout: Layout, ranks: ClusterSpec) -> str:
     if ranks.per_node % layout.tp == 0:
         return ""
     return f"; tp {layout.tp} reaches across nodes of {ranks.per_node} rank(s), over slower links"
 
 
-def _needed(config: Config, layout: Layout, ranks: Ranks) -> int:
+def _needed(config: Config, layout: Layout, ranks: ClusterSpec) -> int:
     return estimate_fullest(config, layout, ranks.dtype, ranks.device_type).total
 
 
-def _first_fitting(config: Config, layouts: list[Layout], ranks: Ranks) -> tuple[Layout, int] | None:
+def _first_fitting(config: Config, layouts: list[Layout], ranks: ClusterSpec) -> tuple[Layout, int] | None:
     """The layout that `auto` takes, and the memory that its fullest rank needs."""
     limit = _USABLE * ranks.capacity
     for layout in layouts:
@@ -166,7 +166,7 @@ def _first_fitting(config: Config, layouts: list[Layout], ranks: Ranks) -> tuple
     return None
 
 
-def _remedies(config: Config, ranks: Ranks) -> Iterator[str]:
+def _remedies(config: Config, ranks: ClusterSpec) -> Iterator[str]:
     """Changes with which the run would fit, the first of each kind, with numbers."""
     for changes in _changes(config, ranks):
         for name, changed, more in changes:
@@ -180,7 +180,7 @@ def _remedies(config: Config, ranks: Ranks) -> Iterator[str]:
                 break
 
 
-def _changes(config: Config, ranks: Ranks) -> Iterator[list[tuple[str, Config, Ranks]]]:
+def _changes(config: Config, ranks: ClusterSpec) -> Iterator[list[tuple[str, Config, ClusterSpec]]]:
     """What may be changed, in groups of one kind, the least change first."""
     parallel = config.parallel
     if "auto" not in (parallel.tp, parallel.pp):
@@ -201,7 +201,7 @@ def _with(config: Config, section: str, **changes: object) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
-def _grown(ranks: Ranks, count: int) -> Ranks:
+def _grown(ranks: ClusterSpec, count: int) -> ClusterSpec:
     """So many ranks; a node that is the only one may have been given less than it has."""
     one_node = ranks.count <= ranks.per_node
     return replace(ranks, count=count, per_node=min(count, max(_NODE, ranks.per_node)) if one_node else ranks.per_node)

@@ -23,7 +23,7 @@ from engine.ops.cross_entropy import chunk_rows
 from engine.parallel.fp8 import multiplies_in_fp8
 from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import Kind, build
+from engine.parallel.pipeline.schedules import ActionKind, build_schedule
 from engine.plan.stages import stage_parts
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -51,7 +51,7 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ClusterSpec:
     """The ranks of a run, all alike.
 
     Attributes:
@@ -111,14 +111,14 @@ def _activations(config: Config, layout: Layout, stage: int, itemsize: int) -> i
     parts, parallel, count = stage_parts(config, layout, stage), config.parallel, microbatches(config, layout.dp)
     if parallel.schedule != "gpipe":
         count = min(count, 4 * layout.pp)  # more keep no more, and many take long to look at
-    actions = build(parallel.schedule, layout.pp, count, parallel.virtual_stages).actions[stage]
+    actions = build_schedule(parallel.schedule, layout.pp, count, parallel.virtual_stages).actions[stage]
     kept = [_kept(config, layout.tp, part, itemsize) for part in parts]
     waiting = [_waiting(config, layout.tp, part, itemsize) for part in parts]
     change = {
-        Kind.FORWARD: kept,
-        Kind.BACKWARD: [-size for size in kept],
-        Kind.BACKWARD_INPUT: [after - before for after, before in zip(waiting, kept, strict=True)],
-        Kind.BACKWARD_WEIGHT: [-size for size in waiting],
+        ActionKind.FORWARD: kept,
+        ActionKind.BACKWARD: [-size for size in kept],
+        ActionKind.BACKWARD_INPUT: [after - before for after, before in zip(waiting, kept, strict=True)],
+        ActionKind.BACKWARD_WEIGHT: [-size for size in waiting],
     }
     return max(accumulate(change[action.kind][action.chunk] for action in actions))
 
@@ -129,7 +129,7 @@ def _kept(config: Config, tp: int, part: Part, itemsize: int) -> int:
     recomputed = 0 if parallel.recompute == "none" else len(part.layers[: parallel.recompute_layers])
     elements = recomputed * _layer_keeps(config, tp, parallel.recompute)
     elements += (len(part.layers) - recomputed) * _layer_keeps(config, tp, "none")
-    if not part.predicts:
+    if not part.has_head:
         return int(tokens * elements) * itemsize
     # the input of the final norm; and the loss computes its gradients at once: fp32 [t, h] and [v/tp, h]
     elements += hidden / tp
@@ -184,7 +184,7 @@ def _workspace(config: Config, tp: int, parts: Sequence[Part], itemsize: int, de
     _, _, up, ffn = _widths(config, tp)
     again = _layer_keeps(config, tp, "none") - _layer_keeps(config, tp, config.parallel.recompute)
     largest = int(tokens * (again + up + max(ffn, 2 * gathered))) * itemsize
-    if parts[-1].predicts:
+    if parts[-1].has_head:
         rows = _vocabulary(config, tp)
         chunk = min(tokens, chunk_rows(rows, device_type))
         wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, beside the product before or after it is rounded

@@ -29,6 +29,6 @@ def head_cost(config: Config) -> float:
     """FLOPs of the head per token, in layers."""
     model = config.model
     one_layer = model.model_copy(update={"num_layers": 1})
-    multiplying = parameter_table(one_layer).num_multiplying - model.vocab_size * model.hidden_size
+    multiplying = parameter_table(one_layer).num_parameters_in_flops - model.vocab_size * model.hidden_size
     attention = config.data.seq_length * model.num_heads * model.head_dim
     return model.vocab_size * model.hidden_size / (multiplying + attention)

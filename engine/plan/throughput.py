@@ -24,7 +24,7 @@ def flops_per_token(config: Config, table: ParameterTable, length: float | None 
     model = config.model
     sequence = config.data.seq_length if length is None else length
     attention = 6 * model.num_layers * sequence * model.num_heads * model.head_dim
-    return 6 * table.num_multiplying + attention
+    return 6 * table.num_parameters_in_flops + attention
 
 
 def peak_tflops(device: torch.device) -> float | None:

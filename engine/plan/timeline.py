@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import Span, Timeline, bubble_fraction
-from engine.parallel.pipeline.schedules import Action, Kind
+from engine.parallel.pipeline.check import TimedAction, Timeline, bubble_fraction
+from engine.parallel.pipeline.schedules import Action, ActionKind
 
 Colour = tuple[float, float, float]
 
-_COLOURS: dict[Kind, Colour] = {
-    Kind.FORWARD: (0.38, 0.58, 0.84),
-    Kind.BACKWARD: (0.42, 0.70, 0.42),
-    Kind.BACKWARD_INPUT: (0.22, 0.70, 0.68),
-    Kind.BACKWARD_WEIGHT: (0.94, 0.67, 0.32),
+_COLOURS: dict[ActionKind, Colour] = {
+    ActionKind.FORWARD: (0.38, 0.58, 0.84),
+    ActionKind.BACKWARD: (0.42, 0.70, 0.42),
+    ActionKind.BACKWARD_INPUT: (0.22, 0.70, 0.68),
+    ActionKind.BACKWARD_WEIGHT: (0.94, 0.67, 0.32),
 }
 _NAMES = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.BACKWARD_INPUT: "backward, inputs",
-    Kind.BACKWARD_WEIGHT: "backward, weights",
+    ActionKind.FORWARD: "forward",
+    ActionKind.BACKWARD: "backward",
+    ActionKind.BACKWARD_INPUT: "backward, inputs",
+    ActionKind.BACKWARD_WEIGHT: "backward, weights",
 }
 _LIGHTEST = 0.6  # share of white in the last chunk's colour
 _BOX_INCHES, _ROW_INCHES = 0.2, 0.3
@@ -87,7 +87,7 @@ def text(timeline: Timeline) -> str:
     return "\n".join(rows)
 
 
-def _spans(timeline: Timeline) -> list[Span]:
+def _spans(timeline: Timeline) -> list[TimedAction]:
     return [span for spans in timeline for span in spans]
 
 
@@ -97,7 +97,9 @@ def _end(timeline: Timeline) -> float:
 
 def _from_zero(timeline: Timeline) -> Timeline:
     start = min(span.start for span in _spans(timeline))
-    return tuple(tuple(Span(span.action, span.start - start, span.end - start) for span in spans) for spans in timeline)
+    return tuple(
+        tuple(TimedAction(span.action, span.start - start, span.end - start) for span in spans) for spans in timeline
+    )
 
 
 def _column(time: float, unit: float) -> int:
@@ -152,7 +154,7 @@ def _add_legend(figure: Any, actions: list[Action]) -> None:
     from matplotlib.patches import Patch
 
     kinds = {action.kind for action in actions}
-    patches = [Patch(color=_COLOURS[kind], label=_NAMES[kind]) for kind in Kind if kind in kinds]
+    patches = [Patch(color=_COLOURS[kind], label=_NAMES[kind]) for kind in ActionKind if kind in kinds]
     if any(action.chunk for action in actions):
-        patches.append(Patch(color=_lighter(_COLOURS[Kind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
+        patches.append(Patch(color=_lighter(_COLOURS[ActionKind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)

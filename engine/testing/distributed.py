@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.parallel.layout import Layout, World, arrange, connect
+from engine.parallel.layout import Layout, World, build_process_groups, init_distributed
 
 _PRELOADED = ["torch", "torch.distributed", "engine.train.run", "engine.testing.distributed"]
 
@@ -53,8 +53,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 def world_of(layout: Layout | None = None, *, kv_replicas: int = 1) -> World:
     """The calling rank in `layout`; by default all ranks are data-parallel. A collective."""
-    world = connect("cpu")
-    return arrange(world, layout or world.layout, kv_replicas=kv_replicas)
+    world = init_distributed("cpu")
+    return build_process_groups(world, layout or world.layout, kv_replicas=kv_replicas)
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:

@@ -7,7 +7,7 @@ from engine.config.schema import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
-from engine.parallel.table import initialise
+from engine.parallel.table import initialize
 
 
 def tiny_config(preset: str = "tiny", **changes: object) -> ModelConfig:
@@ -20,7 +20,7 @@ def new_parameters(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch
     parameters = {}
     for parameter in parameter_table(model).parameters:
         values = torch.empty(parameter.shape, dtype=dtype)
-        initialise(parameter, values, seed)
+        initialize(parameter, values, seed)
         parameters[parameter.path] = nn.Parameter(values)
     return parameters
 

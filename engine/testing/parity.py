@@ -38,7 +38,7 @@ import engine.train.step
 from engine.checkpoint.manager import open_checkpoint
 from engine.config.schema import Config, ParallelConfig
 from engine.parallel.data import ShardedParameters
-from engine.parallel.layout import disconnect
+from engine.parallel.layout import shutdown_distributed
 from engine.parallel.table import Rectangle
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import read_records, run_config, write_conversations, write_dataset
@@ -228,7 +228,7 @@ def _train_in_turn(segments: Sequence[_Segment], directory: Path) -> dict[int, D
     rank = int(os.environ["RANK"])
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while others still connect
-        disconnect()
+        shutdown_distributed()
     gc.freeze()  # what was imported need not be looked through after every run
     noted = {}
     for number, segment in enumerate(segments):

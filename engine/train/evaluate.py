@@ -56,7 +56,7 @@ def evaluate(model: DistributedModel, dataset: Data, config: Config, world: Worl
         num_samples=steps * config.batch.global_,
         global_batch_size=config.batch.global_,
         micro_batch_size=config.batch.micro,
-        dp_rank=world.at.dp,
+        dp_rank=world.coords.dp,
         dp_size=world.layout.dp,
         document_mask=config.data.document_mask,
         num_workers=0,
@@ -64,7 +64,7 @@ def evaluate(model: DistributedModel, dataset: Data, config: Config, world: Worl
     )
     for microbatches in batches_of_steps:
         total += model.evaluate(microbatches).double()
-        tokens += sum(batch.num_tokens for batch in microbatches) if world.counts_batch else 0
+        tokens += sum(batch.num_tokens for batch in microbatches) if world.is_model_parallel_leader else 0
     world.sum_on_device(total)
     (all_tokens,) = world.sum_on_host([tokens])
     if all_tokens == 0:

@@ -11,7 +11,7 @@ from engine.checkpoint.initial import InitialWeights, initial_weights
 from engine.checkpoint.manager import Checkpoint, candidates, open_checkpoint
 from engine.config.schema import SOURCES, Config
 from engine.data.chat.template import find_template
-from engine.data.samples.pretrain import Part, PretrainDataset
+from engine.data.samples.pretrain import PretrainDataset, Split
 from engine.data.samples.sft import SftDataset
 from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
 from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -79,7 +79,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def open_data(config: Config, part: Part, tokenizer: Tokenizer) -> Data:
+def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> Data:
     """The data to train or to validate with, checked against the tokenizer and the vocabulary."""
     wanted = config.data
     datasets = wanted.valid if wanted.valid and part == "valid" else wanted.train
@@ -102,7 +102,7 @@ def rows_of(data: Data) -> int | None:
     return data.num_rows if isinstance(data, SftDataset) else None
 
 
-def in_rows(data: Data, part: Part, config: Config) -> Iterator[str]:
+def packing_summary(data: Data, part: Split, config: Config) -> Iterator[str]:
     """How conversations lie in sequences, for people."""
     if not isinstance(data, SftDataset):
         return

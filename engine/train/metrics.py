@@ -166,7 +166,7 @@ class StepReporter:
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",
-            f"{record['tokens_per_s']:,.0f} {'learned ' * (self.config.task == 'sft')}tokens/s",
+            f"{record['tokens_per_s']:,.0f} {'target ' * (self.config.task == 'sft')}tokens/s",
             f"{record['tflops_per_device']:.3g} TFLOP/s per device",
             f"MFU {mfu}",
             f"{record['memory_gib']:.1f} GiB",

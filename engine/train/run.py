@@ -29,17 +29,25 @@ from engine.errors import (
 from engine.model.parameters import kv_replicas
 from engine.ops.choice import describe_ops
 from engine.optim.optimizer import ShardedAdamW
-from engine.parallel.layout import World, arrange, connect, disconnect
+from engine.parallel.layout import World, build_process_groups, init_distributed, shutdown_distributed
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
-from engine.plan.memory import Ranks, available
+from engine.plan.memory import ClusterSpec, available
 from engine.plan.throughput import flops_per_token, peak_tflops
 from engine.train.evaluate import compares_evaluations, evaluate, note_evaluation, stops_early
-from engine.train.inputs import Inputs, chat_template, describe_template, in_rows, model_dtype, open_inputs, rows_of
+from engine.train.inputs import (
+    Inputs,
+    chat_template,
+    describe_template,
+    model_dtype,
+    open_inputs,
+    packing_summary,
+    rows_of,
+)
 from engine.train.metrics import RunLog, StepReporter, duration
 from engine.train.signals import StopRequest
 from engine.train.state import pieces, restore, restore_weights
-from engine.train.step import DistributedModel, build
+from engine.train.step import DistributedModel, build_model
 from engine.train.trainer import Progress, Trainer
 
 T = TypeVar("T")
@@ -51,13 +59,13 @@ def train(config: Config) -> None:
     Raises:
         TriaxisError: with the exit code of what went wrong; `Interrupted` after a stop request.
     """
-    world = connect(config.run.device)
+    world = init_distributed(config.run.device)
     log: RunLog | None = None
     try:
         world, reason = _arrange(config, world)
-        inputs = together(world, lambda: open_inputs(config, world))
-        config = together(world, lambda: with_steps(config, rows_of(inputs.train_data)))
-        log = together(world, lambda: _open_log(config, world, chat_template(inputs.train_data)))
+        inputs = run_on_all_ranks(world, lambda: open_inputs(config, world))
+        config = run_on_all_ranks(world, lambda: with_steps(config, rows_of(inputs.train_data)))
+        log = run_on_all_ranks(world, lambda: _open_log(config, world, chat_template(inputs.train_data)))
         _describe_start(config, world, inputs, log, reason)
         trainer = _build(config, world, inputs, log)
         log.open_metrics(trainer.progress.step, tensorboard=config.log.tensorboard)
@@ -69,7 +77,7 @@ def train(config: Config) -> None:
     finally:
         if log is not None:
             log.close()
-        disconnect()
+        shutdown_distributed()
 
 
 def _arrange(config: Config, world: World) -> tuple[World, str]:
@@ -78,21 +86,21 @@ def _arrange(config: Config, world: World) -> tuple[World, str]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True)
     ranks = _ranks(config, world)
-    layout, reason = together(world, lambda: choose_layout(config, ranks))
-    together(world, lambda: require_fit(config, layout, ranks))
-    return arrange(world, layout, kv_replicas=kv_replicas(config.model, layout.tp)), reason
+    layout, reason = run_on_all_ranks(world, lambda: choose_layout(config, ranks))
+    run_on_all_ranks(world, lambda: require_fit(config, layout, ranks))
+    return build_process_groups(world, layout, kv_replicas=kv_replicas(config.model, layout.tp)), reason
 
 
-def _ranks(config: Config, world: World) -> Ranks:
+def _ranks(config: Config, world: World) -> ClusterSpec:
     """All ranks as the weakest of them, so that all choose the same layout; a collective."""
     size, device = world.layout.world_size, world.device
     mine = [world.local_size, available(device, world.local_size)]
     everyones = world.sum_on_host([n * (rank == world.rank) for rank in range(size) for n in mine])
     per_node, capacity = min(everyones[::2]), min(everyones[1::2])
-    return Ranks(size, per_node, capacity, device.type, model_dtype(config, device.type))
+    return ClusterSpec(size, per_node, capacity, device.type, model_dtype(config, device.type))
 
 
-def together(world: World, action: Callable[[], T]) -> T:
+def run_on_all_ranks(world: World, action: Callable[[], T]) -> T:
     """Do something on every rank that may fail on some; then all ranks raise an error of one class. A collective."""
     failure: TriaxisError | None = None
     try:
@@ -125,12 +133,14 @@ def _open_log(config: Config, world: World, template: str | None) -> RunLog:
 def _build(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
     """Model, optimizer and trainer, with initial or restored weights."""
     weights, fresh = inputs.weights, not inputs.checkpoints
-    model, optimizer = build(config, world, inputs.dtype, seed=config.run.seed if fresh and weights is None else None)
+    model, optimizer = build_model(
+        config, world, inputs.dtype, seed=config.run.seed if fresh and weights is None else None
+    )
     trainer = Trainer(config, world, model, optimizer, inputs.train_data)
     if fresh:
         if weights is not None:
-            together(world, lambda: restore_weights(optimizer, weights))
-            optimizer.publish()
+            run_on_all_ranks(world, lambda: restore_weights(optimizer, weights))
+            optimizer.broadcast_params()
         origin = "from scratch" if weights is None else f"with the weights of {weights.path}"
         log.say(f"start       {origin}: there is no checkpoint in {config.run.dir}")
         log.event("start", seed=config.run.seed, weights=None if weights is None else str(weights.path))
@@ -157,8 +167,8 @@ def _restore_newest(
     """Restore from the first checkpoint that every rank can read completely."""
     for checkpoint, older in zip(checkpoints, [*checkpoints[1:], None], strict=True):
         try:
-            together(world, lambda checkpoint=checkpoint: restore(optimizer, checkpoint, model.fp8))  # type: ignore[misc]
-            optimizer.publish()
+            run_on_all_ranks(world, lambda checkpoint=checkpoint: restore(optimizer, checkpoint, model.fp8))  # type: ignore[misc]
+            optimizer.broadcast_params()
             return checkpoint
         except CheckpointError as error:
             if older is None:
@@ -213,7 +223,7 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         kept = "the state is saved" if trainer.progress.step else "there is nothing to save yet"
         text = f"stopped by {trainer.stopped_by} after step {trainer.progress.step}; {kept}"
         raise _for_all(world, Interrupted(text))
-    tokens = f"{trainer.progress.tokens:,} {'learned ' * (config.task == 'sft')}tokens"
+    tokens = f"{trainer.progress.tokens:,} {'target ' * (config.task == 'sft')}tokens"
     log.say(f"finished: {trainer.progress.step} steps, {tokens}; checkpoint in {config.run.dir}")
     _say_best(trainer, log)
 
@@ -294,9 +304,9 @@ def _describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, r
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:
         log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
-    for line in in_rows(inputs.train_data, "train", config):
+    for line in packing_summary(inputs.train_data, "train", config):
         log.say(line)
-    for line in in_rows(inputs.valid_data, "valid", config) if inputs.valid_data is not None else ():
+    for line in packing_summary(inputs.valid_data, "valid", config) if inputs.valid_data is not None else ():
         log.say(line)
     for line in describe_template(inputs.train_data, inputs.tokenizer):
         log.say(line)

@@ -17,7 +17,7 @@ _FP8 = "fp8_amax"
 
 def pieces(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[Piece]:
     """Everything this rank has to save: the rectangles that it owns of its shards, and the scales' history, in fp32."""
-    at = optimizer.parameters.world.at
+    at = optimizer.parameters.world.coords
     if fp8 is not None and at.dp == 0 and at.tp == 0:
         for name, history in fp8.histories().items():
             shape = tuple(history.shape)

@@ -14,11 +14,10 @@ from engine.parallel.data import ShardedParameters
 from engine.parallel.fp8 import Fp8State, multiplies_in_fp8
 from engine.parallel.gradients import TrainedParameter
 from engine.parallel.layout import TensorParallel, World
-from engine.parallel.pipeline.check import check
+from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.executor import Pipeline
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, Schedule
-from engine.parallel.pipeline.schedules import build as build_schedule
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, Schedule, build_schedule
 from engine.plan.stages import stage_parts, stage_table
 
 
@@ -47,7 +46,7 @@ class DistributedModel:
             Decoder(config.model, parameters.by_path, part, world.tp, config.parallel, config.ops) for part in parts
         ]
         for unit in (unit for decoder in decoders for unit in decoder.units()):
-            parameters.gathered_before(unit)
+            parameters.wait_for_params_before_forward(unit)
         self.dtype = next(iter(parameters.by_path.values())).dtype
         self.fp8 = fp8_state(config, parameters, world)
         functions = [_part_function(decoder, config, world.tp) for decoder in decoders]
@@ -74,9 +73,9 @@ class DistributedModel:
         key = (name, len(microbatches))
         if key not in self._schedules:
             self._schedules[key] = build_schedule(name, layout.pp, *key[1:], self.config.parallel.virtual_stages)
-            check(self._schedules[key])
+            check_schedule(self._schedules[key])
         loss = self.pipeline.run(self._schedules[key], [batch.to(device) for batch in microbatches], scale)
-        return loss if self.world.at.tp == 0 else torch.zeros_like(loss)  # all tp ranks have the same one
+        return loss if self.world.coords.tp == 0 else torch.zeros_like(loss)  # all tp ranks have the same one
 
     def _new_boundary(self) -> torch.Tensor:
         tokens = self.config.batch.micro * self.config.data.seq_length
@@ -97,15 +96,15 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
     return Fp8State(chosen, precision.recipe, world, amax_history=precision.amax_history, impl=config.ops.fp8_matmul)
 
 
-def build(
+def build_model(
     config: Config, world: World, dtype: torch.dtype, *, seed: int | None
 ) -> tuple[DistributedModel, ShardedAdamW]:
     """This rank's parts of the model and their optimizer; initial weights where there is a `seed`, else zeros."""
     table = stage_table(config, world.layout, world.rank)
     parameters = ShardedParameters(table, dtype, world, sharded=config.parallel.sharded_optimizer)
     if seed is not None:
-        parameters.initialise(seed)
-    model = DistributedModel(config, world, stage_parts(config, world.layout, world.at.pp), parameters)
+        parameters.initialize(seed)
+    model = DistributedModel(config, world, stage_parts(config, world.layout, world.coords.pp), parameters)
     return model, ShardedAdamW(parameters, config.optimizer)
 
 
@@ -124,7 +123,7 @@ def _part_function(
         if decoder.head is not None:
             labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
             weight = config.train.z_loss if torch.is_grad_enabled() else 0.0
-            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight, noise, batch.learned)
+            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight, noise, batch.target_indices)
         hidden: torch.Tensor = decoder(inputs, positions, decoder.attend_within(batch.cu_seqlens), noise)
         return hidden
 

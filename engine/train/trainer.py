@@ -53,7 +53,7 @@ class Trainer:
         for microbatches in self._batches():
             step = self.progress.step + 1
             signalled = [int(stop.signal == known) for known in STOP_SIGNALS]
-            read = sum(batch.num_tokens for batch in microbatches) if self.world.counts_batch else 0
+            read = sum(batch.num_tokens for batch in microbatches) if self.world.is_model_parallel_leader else 0
             tokens, *signals = self.world.sum_on_host([read, *signalled])
             self.stopped_by = next(
                 (known.name for known, count in zip(STOP_SIGNALS, signals, strict=True) if count), None
@@ -81,7 +81,7 @@ class Trainer:
             num_samples=(config.train.steps - self.progress.step) * config.batch.global_,
             global_batch_size=config.batch.global_,
             micro_batch_size=config.batch.micro,
-            dp_rank=world.at.dp,
+            dp_rank=world.coords.dp,
             dp_size=world.layout.dp,
             document_mask=config.data.document_mask,
             num_workers=config.data.num_workers,

@@ -10,7 +10,7 @@ import torch
 from engine.config.derived import microbatches
 from engine.errors import ConfigError, TriaxisError
 from engine.plan.layouts import choose_layout
-from engine.plan.memory import Ranks
+from engine.plan.memory import ClusterSpec
 from engine.testing.parity import Outcome
 from engine.testing.runs import run_config
 
@@ -41,7 +41,7 @@ def test_the_plan_meets_every_grid_schedule_and_sharding_with_every_recomputatio
                     ),
                 }
             )
-            ranks = Ranks(case.ranks, case.ranks, 1 << 40, "cpu", torch.float32)
+            ranks = ClusterSpec(case.ranks, case.ranks, 1 << 40, "cpu", torch.float32)
             assert choose_layout(config, ranks)[0].dp == case.dp  # raises where it cannot be
             assert microbatches(config, case.dp) >= 2
             assert case.ranks <= 8

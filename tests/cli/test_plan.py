@@ -10,7 +10,7 @@ import pytest
 
 from engine.errors import ConfigError
 from engine.parallel.pipeline.check import ScheduleError
-from engine.parallel.pipeline.schedules import Schedule, build
+from engine.parallel.pipeline.schedules import Schedule, build_schedule
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "plan.py"
 
@@ -73,7 +73,7 @@ def test_a_send_takes_its_time(main, capsys):
 
 def test_what_is_shown_is_proven(plan, main, monkeypatch):
     def without_last_action(*arguments) -> Schedule:
-        good = build(*arguments)
+        good = build_schedule(*arguments)
         return replace(good, actions=(good.actions[0][:-1], *good.actions[1:]))
 
     monkeypatch.setattr(plan, "build", without_last_action)

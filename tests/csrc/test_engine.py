@@ -12,7 +12,7 @@ from engine.ops.rope import rope_tables
 from engine.testing.distributed import world_of
 from engine.testing.models import new_decoder, tiny_config
 from engine.testing.runs import random_batches, run_config
-from engine.train.step import build, train_step
+from engine.train.step import build_model, train_step
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def train(tmp_path, preset: str, *overrides: str, steps: int = 3):
     """Losses, gradient norms, and the final parameters."""
     config = run_config(tmp_path, *overrides, preset=preset)
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
-    model, optimizer = build(config, world_of(), dtype, seed=1)
+    model, optimizer = build_model(config, world_of(), dtype, seed=1)
     batches = random_batches(config)
     tokens = config.batch.global_ * config.data.seq_length
     numbers = []

@@ -13,7 +13,7 @@ from engine.generate.text_generator import Speaker
 from engine.model.decoder import Decoder
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Layout
-from engine.parallel.table import initialise
+from engine.parallel.table import initialize
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.models import tiny_config
 
@@ -30,7 +30,7 @@ def new_speaker(model: ModelConfig, max_new_tokens: int, stop: frozenset[int], s
     parameters = {}
     for parameter in parameter_table(model, tp=world.tp).parameters:
         values = torch.empty(parameter.shape)
-        initialise(parameter, values, 1)
+        initialize(parameter, values, 1)
         parameters[parameter.path] = nn.Parameter(values, requires_grad=False)
     tokenizer, decoder = ByteTokenizer(), Decoder(model, parameters, tp=world.tp)
     special = {text: i for text, i in tokenizer.special_tokens.items() if i == tokenizer.eod_id}

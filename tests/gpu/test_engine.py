@@ -5,10 +5,10 @@ import torch
 
 from engine.model.attention import attend_within
 from engine.ops.rope import rope_tables
-from engine.parallel.layout import connect
+from engine.parallel.layout import init_distributed
 from engine.testing.models import new_decoder, tiny_config
 from engine.testing.runs import losses, random_batches, run_config, run_training, write_dataset
-from engine.train.step import build, train_step
+from engine.train.step import build_model, train_step
 from tests.csrc.test_engine import test_norms_as_the_model_calls_them  # noqa: F401
 from tests.train.test_run import assert_bitwise, tensors
 
@@ -27,7 +27,7 @@ def train(tmp_path, device: str, overrides: tuple[str, ...], preset: str = "tiny
     """Losses and gradient norms."""
     config = run_config(tmp_path, *overrides, preset=preset)
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
-    model, optimizer = build(config, connect(device), dtype, seed=1)
+    model, optimizer = build_model(config, init_distributed(device), dtype, seed=1)
     batches = random_batches(config)
     tokens = config.batch.global_ * config.data.seq_length
     results = [train_step(model, optimizer, batches, step=step, lr=1e-3, tokens=tokens) for step in range(1, steps + 1)]

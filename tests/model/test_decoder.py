@@ -128,7 +128,7 @@ def train_compiled(layout: Layout, parallel: ParallelConfig) -> tuple[list[float
 
     world, model = world_of(layout), tiny_config(num_layers=3)
     parameters = ShardedParameters(parameter_table(model, tp=world.tp), torch.float32, world, bucket_size=20_000)
-    parameters.initialise(1)
+    parameters.initialize(1)
     compile_quickly = torch.compile  # the compiler's front and its autograd, but no machine code, which takes long
     with patch.object(torch, "compile", lambda function: compile_quickly(function, backend="aot_eager")):
         decoder = Decoder(model, parameters.by_path, whole_model(model), world.tp, parallel)

@@ -29,16 +29,16 @@ def test_presets_are_valid_and_have_their_published_size(preset):
 def test_matrices_decay_and_vectors_do_not():
     for preset in PRESETS:
         for tensor in parameter_table(ModelConfig(**PRESETS[preset])).logical():
-            assert tensor.decays == (len(tensor.shape) == 2), tensor.name
+            assert tensor.weight_decay == (len(tensor.shape) == 2), tensor.name
 
 
 def test_only_what_multiplies_counts_as_multiplying():
     untied = parameter_table(ModelConfig(**PRESETS["tiny"]))
-    multiplying = {tensor.name for tensor in untied.logical() if tensor.multiplies}
+    multiplying = {tensor.name for tensor in untied.logical() if tensor.counts_in_flops}
     assert "model.embed_tokens.weight" not in multiplying
     assert "lm_head.weight" in multiplying
     tied = parameter_table(ModelConfig(**PRESETS["tiny-starcoder2"]))
-    assert "model.embed_tokens.weight" in {tensor.name for tensor in tied.logical() if tensor.multiplies}
+    assert "model.embed_tokens.weight" in {tensor.name for tensor in tied.logical() if tensor.counts_in_flops}
 
 
 def test_fused_parameters_are_logical_tensors_one_after_another():

@@ -7,9 +7,9 @@ from engine.checkpoint.rectangles import covers_exactly
 from engine.config.schema import ModelConfig
 from engine.model.families import PRESETS
 from engine.model.parameters import kv_replicas, kv_share, logical_shapes, parameter_table
-from engine.parallel.layout import ALONE, Coordinates, Layout, TensorParallel
+from engine.parallel.layout import NO_TP, Coordinates, Layout, TensorParallel
 from engine.parallel.pipeline.partition import partition
-from engine.parallel.table import LogicalTensor, ParameterTable, initialise
+from engine.parallel.table import LogicalTensor, ParameterTable, initialize
 from engine.testing.models import new_parameters, tiny_config
 
 # Some sizes do not divide the vocabulary, some are more than the key and value heads.
@@ -50,7 +50,9 @@ def test_every_element_has_one_owner_and_replicas_agree(case):
     for at, table in tables(model, layout, virtual_stages).items():
         for tensor in table.logical():
             replicas = kv_replicas(model, tp)
-            sharers = {None: at, "tp": at.pp, "kv": (at.pp, at.tp // replicas), "ends": at.tp}[tensor.replicas]
+            sharers = {None: at, "tp": at.pp, "kv": (at.pp, at.tp // replicas), "tied_embedding": at.tp}[
+                tensor.replicas
+            ]
             together[tensor.name, sharers].append(tensor)
             if tensor.owned:
                 owned[tensor.name].append(tensor)
@@ -60,7 +62,7 @@ def test_every_element_has_one_owner_and_replicas_agree(case):
         assert {tensor.shape for tensor in tensors} == {shapes[name]}
         assert covers_exactly(shapes[name], [tensor.rectangle for tensor in tensors]) is None, name
     for (name, _), tensors in together.items():
-        count = {None: 1, "tp": tp, "kv": kv_replicas(model, tp), "ends": 2}[tensors[0].replicas]
+        count = {None: 1, "tp": tp, "kv": kv_replicas(model, tp), "tied_embedding": 2}[tensors[0].replicas]
         assert len(tensors) == count, name
         assert len({tensor.rectangle for tensor in tensors}) == 1, name
         assert sum(tensor.owned for tensor in tensors) == 1, name
@@ -98,7 +100,7 @@ def test_parts_start_with_the_values_of_the_whole(preset, tp, pp, virtual_stages
     for table in tables(model, Layout(pp=pp, tp=tp), virtual_stages).values():
         for parameter in table.parameters:
             values = torch.empty(parameter.shape)
-            initialise(parameter, values, 3)
+            initialize(parameter, values, 3)
             for tensor, part in parameter.split(values):
                 box = zip(tensor.rectangle.start, tensor.rectangle.extent, strict=True)
                 expected = by_name[tensor.name][tuple(slice(start, start + extent) for start, extent in box)]
@@ -119,8 +121,8 @@ def test_a_tied_embedding_is_held_by_both_ends_and_by_one_where_they_meet():
     at_ends = [table.parameters for table in tables(model, Layout(pp=2), 1).values()]
     tied = [[p for p in parameters if p.path == "embedding.weight"] for parameters in at_ends]
     assert [[(t.replicas, t.owned) for p in found for t in p.tensors] for found in tied] == [
-        [("ends", True)],
-        [("ends", False)],
+        [("tied_embedding", True)],
+        [("tied_embedding", False)],
     ]
-    (alone,) = (t for t in parameter_table(model, tp=ALONE).logical() if t.name == "model.embed_tokens.weight")
-    assert (alone.replicas, alone.owned, alone.multiplies) == (None, True, True)
+    (alone,) = (t for t in parameter_table(model, tp=NO_TP).logical() if t.name == "model.embed_tokens.weight")
+    assert (alone.replicas, alone.owned, alone.counts_in_flops) == (None, True, True)

@@ -32,7 +32,7 @@ def test_every_parameter_has_one_place_and_decaying_ones_come_first(ranks, bucke
         for slot in plan.slots:
             assert slot.offset >= end
             assert slot.offset % 128 == 0
-            assert (slot.end <= plan.decay_end) if slot.parameter.decays else (slot.offset >= plan.decay_end)
+            assert (slot.end <= plan.decay_end) if slot.parameter.weight_decay else (slot.offset >= plan.decay_end)
             end = slot.end
         assert plan.size >= end
         assert plan.size % (ranks * 128) == 0
@@ -53,10 +53,10 @@ def train_on_time(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     world = world_of()
     parameters = ShardedParameters(parameter_table(MODEL), dtype, world, sharded=sharded, bucket_size=bucket_size)
-    parameters.initialise(1)
+    parameters.initialize(1)
     model = Decoder(MODEL, parameters.by_path)
     for unit in model.units():
-        parameters.gathered_before(unit)
+        parameters.wait_for_params_before_forward(unit)
     optimizer = ShardedAdamW(parameters, OptimizerConfig(lr=1e-2, clip_grad=0.5, weight_decay=0.3))
     share = 8 // world.layout.dp
     tokens = torch.randint(0, 257, (8, 17), generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def test_bf16_keeps_fp32_masters():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, two[1][name]), name
     parameters = ShardedParameters(parameter_table(MODEL), torch.bfloat16, world_of())
-    parameters.initialise(1)
+    parameters.initialize(1)
     optimizer = ShardedAdamW(parameters, OptimizerConfig())
     shard = optimizer.shards[0]
     shard.bucket.grad.fill_(1.0)
@@ -139,7 +139,7 @@ def test_bf16_keeps_fp32_masters():
 def skip() -> tuple[float, bool]:
     world = world_of()
     parameters = ShardedParameters(parameter_table(MODEL), torch.float32, world)
-    parameters.initialise(1)
+    parameters.initialize(1)
     optimizer = ShardedAdamW(parameters, OptimizerConfig())
     before = [tensor.clone() for shard in optimizer.shards for tensor in shard.kinds.values()]
     for bucket in parameters.buckets:
@@ -158,7 +158,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all():
 def test_gradients_below_the_limit_are_not_scaled():
     def updated(limit: float) -> list[torch.Tensor]:
         parameters = ShardedParameters(parameter_table(MODEL), torch.float32, world_of())
-        parameters.initialise(1)
+        parameters.initialize(1)
         optimizer = ShardedAdamW(parameters, OptimizerConfig(clip_grad=limit))
         parameters.buckets[0].grad.fill_(1e-4)
         optimizer.update(1, 1e-3)
@@ -169,10 +169,10 @@ def test_gradients_below_the_limit_are_not_scaled():
 
 def begin(bucket_size: int) -> tuple[ShardedParameters, Decoder]:
     parameters = ShardedParameters(parameter_table(MODEL), torch.float32, world_of(), bucket_size=bucket_size)
-    parameters.initialise(1)
+    parameters.initialize(1)
     decoder = Decoder(MODEL, parameters.by_path)
     for unit in decoder.units():
-        parameters.gathered_before(unit)
+        parameters.wait_for_params_before_forward(unit)
     parameters.begin_step()
     return parameters, decoder
 
@@ -221,7 +221,7 @@ def gather_while_going_forward() -> None:
     assert pending == sorted(pending, reverse=True)
     assert pending[0] >= len(parameters.buckets) - 2  # the embedding has waited for its own
     assert pending[-1] == 0
-    optimizer.publish()
+    optimizer.broadcast_params()
     assert count(parameters) == len(parameters.buckets)
     parameters.finish_gathering()
     assert count(parameters) == 0
@@ -239,8 +239,8 @@ def publish_twice() -> None:
     parameters, _ = begin(5000)
     optimizer = ShardedAdamW(parameters, OptimizerConfig())
     with late():
-        optimizer.publish()
-        optimizer.publish()
+        optimizer.broadcast_params()
+        optimizer.broadcast_params()
         parameters.finish_gathering()
     for path, value in new_parameters(MODEL).items():
         assert torch.equal(parameters.by_path[path], value)
@@ -264,7 +264,7 @@ def sums(model: ModelConfig, world: World, *, sharded: bool) -> Summed:
     """For each logical tensor random gradients and the sums of them that this rank has in the end, NaN outside of its
     shards; and the norm."""
     layout = world.layout
-    parts = partition(2, layout.pp, head_cost=0.0)[world.at.pp :: layout.pp]
+    parts = partition(2, layout.pp, head_cost=0.0)[world.coords.pp :: layout.pp]
     table = parameter_table(model, parts, world.tp)
     parameters = ShardedParameters(table, torch.float32, world, sharded=sharded, bucket_size=5000)
     random = torch.Generator().manual_seed(world.rank)
@@ -276,7 +276,7 @@ def sums(model: ModelConfig, world: World, *, sharded: bool) -> Summed:
         for parameter in parameters.by_path.values():
             parameters.flow.completed(parameter)
         for bucket in parameters.buckets:  # what both ends of a pipeline share waits for the other end
-            assert (bucket.reducing is None) == bool(bucket.plan.ranges("ends"))
+            assert (bucket.reducing is None) == bool(bucket.plan.ranges("tied_embedding"))
         parameters.reduce_gradients()
         norm = parameters.gradient_norm().item()
     found = []

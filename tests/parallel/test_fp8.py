@@ -11,7 +11,7 @@ from engine.parallel.gradients import GradientFlow, TrainedParameter
 from engine.parallel.layout import Layout
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, run_config, run_training, write_dataset
-from engine.train.step import build, train_step
+from engine.train.step import build_model, train_step
 from tests.parallel.late import late
 
 RECIPES = ["tensorwise", "delayed", "blockwise"]
@@ -45,8 +45,8 @@ def test_a_layer_is_exact_enough(recipe):
 def steps(config: Config, layout: Layout = Layout(), count: int = 3) -> tuple[list[float], list[float], dict]:  # noqa: B008
     """Losses and gradient norms of all ranks together, and the scales of this rank's layers."""
     world = world_of(layout)
-    model, optimizer = build(config, world, torch.bfloat16, seed=1)
-    batches = random_batches(config, dp_rank=world.at.dp, dp_size=layout.dp)
+    model, optimizer = build_model(config, world, torch.bfloat16, seed=1)
+    batches = random_batches(config, dp_rank=world.coords.dp, dp_size=layout.dp)
     losses, norms = [], []
     for step in range(1, count + 1):
         with late():
@@ -94,7 +94,7 @@ def test_layouts_agree(tmp_path, recipe, name):
 def scales_of_unequal_shares() -> list[float]:
     """The scales that a rank uses where the ranks' shares differ in size; where it holds everything they would too."""
     world = world_of(Layout(tp=2))
-    values = torch.full((16, 16), 1.0 + world.at.tp)
+    values = torch.full((16, 16), 1.0 + world.coords.tp)
     parameter = TrainedParameter.of(values, torch.zeros(16, 16), GradientFlow(lambda _: None))
     state = Fp8State({"w": parameter}, "tensorwise", world, amax_history=1)
     layer = state.by_path["w"]
@@ -112,7 +112,7 @@ def test_ranks_use_the_scale_of_the_largest_share():
 def test_some_layers_stay_in_bf16(tmp_path):
     overrides = ("--model.num_layers", "4", "--precision.bf16_first_layers", "1", "--precision.bf16_last_layers", "2")
     config = fp8_config(tmp_path, *overrides)
-    model, _ = build(config, world_of(), torch.bfloat16, seed=1)
+    model, _ = build_model(config, world_of(), torch.bfloat16, seed=1)
     assert {path.split(".")[1] for path in model.fp8.by_path} == {"1"}
     assert len(model.fp8.by_path) == 4
     assert not multiplies_in_fp8(config, "layers.1.mlp_norm.weight", (64,))
@@ -121,7 +121,7 @@ def test_some_layers_stay_in_bf16(tmp_path):
 
 def test_a_quantized_weight_is_kept_until_it_changes(tmp_path):
     config = fp8_config(tmp_path)
-    model, optimizer = build(config, world_of(), torch.bfloat16, seed=1)
+    model, optimizer = build_model(config, world_of(), torch.bfloat16, seed=1)
     layer = next(iter(model.fp8.by_path.values()))
     batches = random_batches(config)
     model.evaluate(batches)

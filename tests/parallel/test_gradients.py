@@ -2,7 +2,7 @@ import torch
 
 from engine.ops.norm import rms_norm
 from engine.parallel.gradients import GradientFlow, TrainedParameter
-from engine.parallel.layout import ALONE
+from engine.parallel.layout import NO_TP
 from engine.parallel.tensor import column_linear, row_linear
 
 
@@ -25,8 +25,8 @@ class Model:
 
     def loss(self, parameters: dict, x: torch.Tensor) -> torch.Tensor:
         x = rms_norm(x, parameters["norm"], 1e-6)
-        up = column_linear(x, parameters["up"], parameters["bias"], ALONE)
-        return row_linear(up.tanh(), parameters["down"], None, ALONE).square().sum()
+        up = column_linear(x, parameters["up"], parameters["bias"], NO_TP)
+        return row_linear(up.tanh(), parameters["down"], None, NO_TP).square().sum()
 
     def backward(self, inputs: int) -> None:
         dtype = self.trained["norm"].dtype

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import ConfigError
-from engine.parallel.layout import ALONE, AXES, CHANNELS, Layout, TensorParallel, World, connect
+from engine.parallel.layout import AXES, CHANNELS, NO_TP, Layout, TensorParallel, World, init_distributed
 from engine.testing.distributed import run_ranks, world_of
 
 
@@ -30,9 +30,9 @@ def test_an_axis_without_ranks_is_refused():
 
 
 def talk() -> tuple[int, list[int], str | None, str | None]:
-    world: World = connect("cpu")
+    world: World = init_distributed("cpu")
     problem = world.first_problem("disk full" if world.rank in (1, 2) else None)
-    return world.at.dp, world.sum_on_host([1, world.rank]), problem, world.first_problem(None)
+    return world.coords.dp, world.sum_on_host([1, world.rank]), problem, world.first_problem(None)
 
 
 def test_ranks_agree_on_numbers_and_on_the_first_problem():
@@ -47,7 +47,7 @@ def test_a_lone_rank_needs_no_process_group():
 
 
 def fail_on_rank_one() -> None:
-    if connect("cpu").rank == 1:
+    if init_distributed("cpu").rank == 1:
         raise ValueError("broken on purpose")
 
 
@@ -59,9 +59,9 @@ def test_the_failing_rank_is_shown_with_its_traceback():
 def groups(layout: Layout, kv_replicas: int) -> dict[str, list[int]]:
     """The members of every group of this rank, as the groups themselves report them, once all have really talked."""
     world = world_of(layout, kv_replicas=kv_replicas)
-    named = {"dp": world.dp_group, "tp": world.tp_group, "kv": world.kv_group, "ends": world.ends_group}
+    named = {"dp": world.dp_group, "tp": world.tp_group, "kv": world.kv_group, "tied_embedding": world.embedding_group}
     named |= world.channels
-    assert world.tp == TensorParallel(world.at.tp, layout.tp, world.tp_group)
+    assert world.tp == TensorParallel(world.coords.tp, layout.tp, world.tp_group)
     found = {}
     for name, group in named.items():
         if group is not None:
@@ -82,12 +82,12 @@ GROUPS = {
     "dp 2 tp 2": {"dp": [[0, 2], [1, 3]], "tp": [[0, 1], [2, 3]]},
     "tp 2 kv 2": {"tp": [[0, 1]], "kv": [[0, 1]]},
     "tp 4 kv 2": {"tp": [[0, 1, 2, 3]], "kv": [[0, 1], [2, 3]]},
-    "pp 4": {"ends": [[0, 3]]},
-    "pp 2 tp 2": {"tp": [[0, 1], [2, 3]], "ends": [[0, 2], [1, 3]]},
+    "pp 4": {"tied_embedding": [[0, 3]]},
+    "pp 2 tp 2": {"tp": [[0, 1], [2, 3]], "tied_embedding": [[0, 2], [1, 3]]},
     "pp 2 dp 2 tp 2": {
         "dp": [[0, 2], [1, 3], [4, 6], [5, 7]],
         "tp": [[0, 1], [2, 3], [4, 5], [6, 7]],
-        "ends": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "tied_embedding": [[0, 4], [1, 5], [2, 6], [3, 7]],
     },
 }
 
@@ -113,10 +113,10 @@ def test_shares_are_contiguous_and_differ_by_one(size, total):
         assert extent in (total // size, -(-total // size))
         end = start + extent
     assert end == total
-    assert ALONE.share(total) == (0, total)
+    assert NO_TP.share(total) == (0, total)
 
 
 def test_one_rank_counts_each_sequence():
     layout = Layout(2, 3, 1, 2)
-    counting = [World(layout, rank, rank, 12, torch.device("cpu")).counts_batch for rank in range(12)]
+    counting = [World(layout, rank, rank, 12, torch.device("cpu")).is_model_parallel_leader for rank in range(12)]
     assert [layout.coordinates(rank).dp for rank in range(12) if counting[rank]] == [0, 1, 2]

@@ -13,7 +13,7 @@ from engine.parallel.layout import Layout
 from engine.plan.stages import stage_table
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, run_config
-from engine.train.step import build
+from engine.train.step import build_model
 from tests.parallel.live_memory import LiveCalls, LiveMemory, settled
 
 
@@ -31,7 +31,7 @@ def optimizer_bytes(layout: Layout) -> dict[bool, list[int]]:
     for sharded, sizes in found.items():
         for dtype, moments in KINDS:
             config = config_of("--optimizer.moments", moments, "--parallel.sharded_optimizer", str(sharded))
-            _, optimizer = build(config, world, dtype, seed=None)
+            _, optimizer = build_model(config, world, dtype, seed=None)
             storages = [tensor.untyped_storage() for shard in optimizer.shards for tensor in shard.kinds.values()]
             weights = {bucket.param.untyped_storage().data_ptr() for bucket in optimizer.parameters.buckets}
             distinct = {storage.data_ptr(): storage.nbytes() for storage in storages}
@@ -82,7 +82,7 @@ def in_flight() -> list[int]:
     world, most = world_of(Layout(pp=2)), []
     for schedule in SCHEDULES:
         config = config_of("--parallel.schedule", schedule)
-        model, optimizer = build(config, world, torch.float32, seed=1)
+        model, optimizer = build_model(config, world, torch.float32, seed=1)
         batches = random_batches(config)
         live = LiveCalls(
             [bucket.param for bucket in optimizer.parameters.buckets]

@@ -97,7 +97,7 @@ def run(preset: str, recompute: str, layers: int | None = None, *, postpone: boo
     """Bytes that three layers keep for their backward, and all gradients."""
     model = tiny_config(preset, num_layers=3)
     parameters = ShardedParameters(parameter_table(model), torch.float32, world_of())
-    parameters.initialise(1)
+    parameters.initialize(1)
     decoder = Decoder(model, parameters.by_path, parallel=ParallelConfig(recompute=recompute, recompute_layers=layers))
     torch.manual_seed(0)
     tokens = torch.randint(0, 257, (TOKENS,))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.parallel.table import LocalParameter, LogicalTensor, Rectangle, initialise
+from engine.parallel.table import LocalParameter, LogicalTensor, Rectangle, initialize
 
 
 def whole(name: str, *shape: int, mean: float = 0.0, std: float = 0.0) -> LogicalTensor:
@@ -27,7 +27,7 @@ def splitmix_normal(name: str, count: int, seed: int) -> np.ndarray:
 def values(*tensors: LogicalTensor, seed: int = 3) -> torch.Tensor:
     parameter = LocalParameter("p", tensors)
     out = torch.empty(parameter.shape, dtype=torch.float64)
-    initialise(parameter, out, seed)
+    initialize(parameter, out, seed)
     return out
 
 

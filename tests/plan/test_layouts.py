@@ -10,7 +10,7 @@ from engine.errors import ConfigError, OutOfMemoryError
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout
 from engine.plan.layouts import choose_layout, require_fit
-from engine.plan.memory import GIB, Ranks, estimate_fullest
+from engine.plan.memory import GIB, ClusterSpec, estimate_fullest
 
 SEVEN_B = "examples/configs/llama2_7b.yaml"
 INTERLEAVED = ("--parallel.schedule", "interleaved", "--parallel.virtual_stages", "2")
@@ -21,8 +21,8 @@ def config_of(*overrides: str) -> Config:
     return load(SEVEN_B, overrides, presets=PRESETS)
 
 
-def gpus(count: int, gib: float = 80, per_node: int = 8) -> Ranks:
-    return Ranks(count, min(count, per_node), int(gib * GIB), "cuda", torch.bfloat16)
+def gpus(count: int, gib: float = 80, per_node: int = 8) -> ClusterSpec:
+    return ClusterSpec(count, min(count, per_node), int(gib * GIB), "cuda", torch.bfloat16)
 
 
 def chosen(count: int, gib: float, *overrides: str) -> tuple[int, int, int]:
@@ -30,13 +30,13 @@ def chosen(count: int, gib: float, *overrides: str) -> tuple[int, int, int]:
     return layout.tp, layout.pp, layout.dp
 
 
-def message(ranks: Ranks, *overrides: str) -> str:
+def message(ranks: ClusterSpec, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         choose_layout(config_of(*overrides), ranks)
     return str(caught.value)
 
 
-def refusal(ranks: Ranks, *overrides: str) -> str:
+def refusal(ranks: ClusterSpec, *overrides: str) -> str:
     config = config_of(*overrides)
     with pytest.raises(OutOfMemoryError) as caught:
         require_fit(config, choose_layout(config, ranks)[0], ranks)
@@ -89,9 +89,9 @@ def test_the_reason_has_the_numbers():
 
 
 def test_tp_stays_within_a_node_unless_it_is_asked_for():
-    tight = Ranks(16, 4, 24 * GIB, "cuda", torch.bfloat16)
+    tight = ClusterSpec(16, 4, 24 * GIB, "cuda", torch.bfloat16)
     assert choose_layout(config_of(), tight)[0] == Layout(tp=4, dp=4)
-    odd = Ranks(48, 6, 18 * GIB, "cuda", torch.bfloat16)
+    odd = ClusterSpec(48, 6, 18 * GIB, "cuda", torch.bfloat16)
     assert choose_layout(config_of("--batch.global", "960"), odd)[0].tp == 2  # of 1, 2, 3 and 6, which also divides 32
     layout, reason = choose_layout(config_of("--parallel.tp", "8", "--parallel.pp", "1"), tight)
     assert layout == Layout(tp=8, dp=2)
@@ -254,7 +254,7 @@ def test_a_fit_that_is_tight_is_taken_and_said():
 
 
 def test_a_laptop_is_told_of_smaller_models():
-    text = refusal(Ranks(2, 2, 4 * GIB, "cpu", torch.float32))
+    text = refusal(ClusterSpec(2, 2, 4 * GIB, "cpu", torch.float32))
     assert "each of 2 rank(s) on this machine has 4.0 GiB" in text
     assert "  a smaller model; neither recomputing nor 16 times the ranks does" in text
     assert "  --model.preset tiny, to look at the engine on a small machine" in text

@@ -14,13 +14,13 @@ from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout
 from engine.parallel.pipeline.check import peak_activations
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import build
+from engine.parallel.pipeline.schedules import build_schedule
 from engine.plan import memory
 from engine.plan.memory import GIB, MemoryEstimate, estimate, estimate_fullest
 from engine.plan.stages import stage_table
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, run_config
-from engine.train.step import build as build_model
+from engine.train.step import build_schedule as build_model
 from tests.parallel.live_memory import LiveMemory, settled
 
 TOKENS = 256
@@ -95,7 +95,7 @@ def hold_against_estimate(config: Config, part: Part, tp: int, found: dict[str, 
         assert waiting == memory._waiting(config, tp, part, 4)
 
 
-MIDDLE = Part(range(1, 4), embeds=False, predicts=False)
+MIDDLE = Part(range(1, 4), has_embedding=False, has_head=False)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3", "tiny-starcoder2"])
@@ -112,7 +112,7 @@ def test_layers_of_tensor_parallel_ranks_keep_what_is_said(tmp_path):
 
 
 def test_layers_that_are_not_recomputed_keep_all(tmp_path):
-    part = Part(range(4), embeds=True, predicts=False)
+    part = Part(range(4), has_embedding=True, has_head=False)
     full = ("--parallel.recompute", "full")
     none, one, all_ = (
         memory._kept(run_config(tmp_path, *overrides), 1, part, 2)
@@ -126,14 +126,16 @@ def test_the_loss_keeps_its_gradients(tmp_path):
     """fp32 [t, h] and [v, h], until its backward pass; as each microbatch of GPipe does."""
     config = run_config(tmp_path, *WIDE)
     parameters = ShardedParameters(parameter_table(config.model), BF16, world_of())
-    decoder = Decoder(config.model, parameters.by_path, Part(range(0), embeds=False, predicts=True))
+    decoder = Decoder(config.model, parameters.by_path, Part(range(0), has_embedding=False, has_head=True))
     tokens = torch.zeros(TOKENS, dtype=torch.long)
     with LiveMemory() as alive:
         x = torch.ones(TOKENS, 256, dtype=BF16).requires_grad_()
         loss = decoder.loss(x, tokens, tokens, torch.ones(TOKENS), (0, TOKENS))
         kept = alive.bytes() - 4 * TOKENS
     assert loss.isfinite()
-    assert kept == pytest.approx(memory._kept(config, 1, Part(range(0), embeds=False, predicts=True), 2), rel=0.03)
+    assert kept == pytest.approx(
+        memory._kept(config, 1, Part(range(0), has_embedding=False, has_head=True), 2), rel=0.03
+    )
 
 
 def test_a_layer_of_gpt_keeps_what_korthikanti_et_al_count(tmp_path):
@@ -159,8 +161,8 @@ def middle_stages(tmp_path, schedule: str, chunks: int, count: int) -> tuple[Con
 @pytest.mark.parametrize("count", [1, 3, 5, 16, 61])
 def test_a_stage_holds_what_its_schedule_has_in_flight(tmp_path, schedule, chunks, count):
     config, found = middle_stages(tmp_path, schedule, chunks, count)
-    one = memory._kept(config, 1, Part(range(2), embeds=False, predicts=False), 2)
-    peaks = peak_activations(build(schedule, 4, count, chunks))
+    one = memory._kept(config, 1, Part(range(2), has_embedding=False, has_head=False), 2)
+    peaks = peak_activations(build_schedule(schedule, 4, count, chunks))
     assert found == [peaks[1] * one, peaks[2] * one]
 
 
@@ -168,11 +170,11 @@ def test_a_stage_holds_what_its_schedule_has_in_flight(tmp_path, schedule, chunk
 def test_zero_bubble_also_holds_what_waits_for_the_weight_gradients(tmp_path, count):
     """Stage s has 4 − s forwards in flight, and the weights of s backwards wait; the next backward adds its own."""
     config, found = middle_stages(tmp_path, "zero_bubble", 1, count)
-    part = Part(range(2), embeds=False, predicts=False)
+    part = Part(range(2), has_embedding=False, has_head=False)
     kept, waiting = memory._kept(config, 1, part, 2), memory._waiting(config, 1, part, 2)
     if count >= 5:
         assert found == [max(n * kept + k * waiting for n, k in ((4 - s, s), (3 - s, s + 1))) for s in (1, 2)]
-    actions = build("zero_bubble", 4, count).actions
+    actions = build_schedule("zero_bubble", 4, count).actions
     for stage, bytes_ in zip((1, 2), found, strict=True):
         held = {"F": kept, "I": waiting - kept, "W": -waiting}
         assert bytes_ == max(accumulate(held[action.kind.value] for action in actions[stage]))
@@ -183,7 +185,7 @@ def test_parts_of_a_stage_count_by_their_own_layers(tmp_path):
     sizes = ("--model.num_layers", "8", "--parallel.layers_per_stage", "[1, 1, 5, 1]", "--batch.global", "8")
     config = run_config(tmp_path, *sizes, *INTERLEAVED, "2")
     found = estimate(config, Layout(pp=2), 1, BF16, "cpu").activations
-    first, last = (memory._kept(config, 1, Part(range(1), False, predicts), 2) for predicts in (False, True))
+    first, last = (memory._kept(config, 1, Part(range(1), False, has_head), 2) for has_head in (False, True))
     assert found == 2 * first + last
 
 

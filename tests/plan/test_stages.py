@@ -14,7 +14,7 @@ def test_parts_are_dealt_out_in_rounds(tmp_path):
     layout = Layout(pp=2)
     assert [list(part.layers) for part in stage_parts(config, layout, 0)] == [[0, 1, 2], [5, 6]]
     assert [list(part.layers) for part in stage_parts(config, layout, 1)] == [[3, 4], [7]]
-    assert [(part.embeds, part.predicts) for part in parts(config, 2)] == [
+    assert [(part.has_embedding, part.has_head) for part in parts(config, 2)] == [
         (True, False),
         (False, False),
         (False, False),

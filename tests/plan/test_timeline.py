@@ -6,13 +6,13 @@ import sys
 import pytest
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import Costs, Span, Timeline, simulate
-from engine.parallel.pipeline.schedules import Action, Kind, build
+from engine.parallel.pipeline.check import Costs, TimedAction, Timeline, simulate
+from engine.parallel.pipeline.schedules import Action, ActionKind, build_schedule
 from engine.plan.timeline import draw, text
 
 
 def timeline(name: str, *sizes: int) -> Timeline:
-    return simulate(build(name, *sizes))
+    return simulate(build_schedule(name, *sizes))
 
 
 def drawn(path, *timelines: tuple[str, Timeline]) -> str:
@@ -44,9 +44,12 @@ def test_text_of_many_stages_stays_aligned():
 
 
 def test_text_rounds_times_to_columns_of_the_shortest_action():
-    action = Action(Kind.FORWARD, 0)
-    short = tuple(Span(action, start, start + 1) for start in (5.5, 6.5, 7.5))
-    assert text((short, (Span(action, 5.0, 7.6),))).splitlines() == ["stage 0  .  F0 F0 F0", "stage 1  F0------ ."]
+    action = Action(ActionKind.FORWARD, 0)
+    short = tuple(TimedAction(action, start, start + 1) for start in (5.5, 6.5, 7.5))
+    assert text((short, (TimedAction(action, 5.0, 7.6),))).splitlines() == [
+        "stage 0  .  F0 F0 F0",
+        "stage 1  F0------ .",
+    ]
 
 
 def test_a_picture_has_a_panel_per_title(tmp_path):
@@ -78,15 +81,15 @@ def test_kinds_and_chunks_have_colours_of_their_own(tmp_path):
 
 def test_a_measured_timeline_starts_at_zero(tmp_path):
     """And boxes too narrow for their number stay empty."""
-    action = Action(Kind.FORWARD, 77)
-    spans = [Span(action, 1000 + at, 1001 + at) for at in range(12)] + [Span(action, 1012, 1012.01)]
+    action = Action(ActionKind.FORWARD, 77)
+    spans = [TimedAction(action, 1000 + at, 1001 + at) for at in range(12)] + [TimedAction(action, 1012, 1012.01)]
     texts = re.findall(r"<!-- (.*?) -->", drawn(tmp_path / "a.svg", ("one", (tuple(spans),))))
     assert texts.count("77") == 12
     assert "0" in texts and not any(text.startswith("10") and text != "10" for text in texts)
 
 
 def test_a_large_picture_leaves_numbers_out(tmp_path):
-    draw({"one": simulate(build("interleaved", 16, 64, 4), Costs(send=0.1))}, tmp_path / "large.png")
+    draw({"one": simulate(build_schedule("interleaved", 16, 64, 4), Costs(send=0.1))}, tmp_path / "large.png")
     assert (tmp_path / "large.png").read_bytes().startswith(b"\x89PNG")
 
 

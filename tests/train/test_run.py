@@ -21,7 +21,7 @@ from engine.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from engine.parallel.layout import Layout, connect
+from engine.parallel.layout import Layout, init_distributed
 from engine.plan.memory import estimate_fullest
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
@@ -245,7 +245,7 @@ def test_a_layout_that_cannot_be_is_refused_with_all_that_is_wrong(workspace, wo
 
 def layout_with_unlike_memory(config: Config) -> Layout:
     """Of two ranks, of which the second has so little memory that the model must be cut."""
-    world = connect("cpu")
+    world = init_distributed("cpu")
     needed = estimate_fullest(config, Layout(dp=2), torch.float32, "cpu").total
     with patch.object(run, "available", lambda *_: needed * (2, 1)[world.rank]):
         return run._arrange(config, world)[0].layout

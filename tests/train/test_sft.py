@@ -26,7 +26,7 @@ from engine.errors import CheckpointError, DataError
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.parameters import logical_shapes
-from engine.parallel.layout import ALONE, TensorParallel
+from engine.parallel.layout import NO_TP, TensorParallel
 from engine.testing.models import logical_gradients, logical_state, new_decoder, new_parameters, tiny_config
 from engine.testing.parity import Case, Problem, deviation, measure
 from engine.testing.runs import (
@@ -81,7 +81,7 @@ def test_noise_on_embeddings_is_the_same_in_every_layout(tmp_path):
 def test_noise_is_bounded_by_the_length_of_the_conversation_and_drawn_by_sample():
     config = run_config(Path("unused"), "--task=sft")
     batch = rows_of_batch(two_rows(), (3, 7))
-    noise = embedding_noise(batch, 5.0, config, ALONE)
+    noise = embedding_noise(batch, 5.0, config, NO_TP)
     h = config.model.hidden_size
     for start, stop in pairwise(batch.cu_seqlens):
         bound = 5 / ((stop - start) * h) ** 0.5
@@ -89,9 +89,9 @@ def test_noise_is_bounded_by_the_length_of_the_conversation_and_drawn_by_sample(
         assert 0.8 * bound < largest <= bound
     parts = [embedding_noise(batch, 5.0, config, TensorParallel(rank, 4)) for rank in range(4)]
     assert torch.cat(parts).equal(noise)
-    alone = embedding_noise(rows_of_batch(two_rows()[1:], (7,)), 5.0, config, ALONE)
+    alone = embedding_noise(rows_of_batch(two_rows()[1:], (7,)), 5.0, config, NO_TP)
     assert alone.equal(noise[S:])
-    assert not embedding_noise(rows_of_batch(two_rows(), (3, 8)), 5.0, config, ALONE)[S:].equal(noise[S:])
+    assert not embedding_noise(rows_of_batch(two_rows(), (3, 8)), 5.0, config, NO_TP)[S:].equal(noise[S:])
 
 
 def two_rows() -> list[Sample]:
@@ -116,7 +116,7 @@ def alone_of(data: SftDataset) -> SftDataset:
 
 def loss_of(decoder, batch) -> torch.Tensor:
     flat = (x.flatten() for x in (batch.tokens, batch.positions, batch.labels, batch.loss_mask))
-    return decoder.loss(*flat, batch.cu_seqlens, learned=batch.learned)
+    return decoder.loss(*flat, batch.cu_seqlens, learned=batch.target_indices)
 
 
 def test_the_packed_loss_is_the_sum_over_each_conversation_alone(chats):

@@ -31,13 +31,12 @@ from engine.config.schema import Config
 from engine.errors import ConfigError, run_program
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout
-from engine.parallel.pipeline.check import Costs, Span, Timeline, simulate
-from engine.parallel.pipeline.schedules import Kind, build
+from engine.parallel.pipeline.check import Costs, TimedAction, Timeline, simulate
+from engine.parallel.pipeline.schedules import ActionKind, build_schedule
 from engine.plan import timeline
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches
-from engine.train.step import build as build_model
-from engine.train.step import train_step
+from engine.train.step import build_model, train_step
 
 LAYOUTS: dict[str, tuple[Layout, list[str]]] = {
     "one": (Layout(), []),
@@ -60,7 +59,7 @@ class Measured:
 
     seconds: list[float]
     peak_bytes: int
-    spans: tuple[Span, ...]
+    spans: tuple[TimedAction, ...]
     loss: float
 
 
@@ -141,12 +140,12 @@ def measure(config: Config, layout: Layout, steps: int) -> Measured:
     world = world_of(layout)
     before = _peak_bytes()
     model, optimizer = build_model(config, world, torch.float32, seed=0)
-    batches = random_batches(config, dp_rank=world.at.dp, dp_size=layout.dp)
+    batches = random_batches(config, dp_rank=world.coords.dp, dp_size=layout.dp)
     tokens = config.batch.global_ * config.data.seq_length
     seconds: list[float] = []
     for step in range(1, steps + 2):
-        spans: list[Span] = []
-        model.pipeline.observe = lambda action, start, end, spans=spans: spans.append(Span(action, start, end))
+        spans: list[TimedAction] = []
+        model.pipeline.observe = lambda action, start, end, spans=spans: spans.append(TimedAction(action, start, end))
         if world.control_group is not None:
             dist.barrier(world.control_group)
         started = time.perf_counter()
@@ -211,7 +210,9 @@ def _draw(configs: dict[str, Config], results: dict[str, list[list[Measured]]], 
         if layout.pp == 1 or layout.world_size != layout.pp:
             continue
         spans = tuple(rank.spans for rank in rounds[-1])
-        schedule = build(config.parallel.schedule, layout.pp, config.batch.global_, config.parallel.virtual_stages)
+        schedule = build_schedule(
+            config.parallel.schedule, layout.pp, config.batch.global_, config.parallel.virtual_stages
+        )
         panels[f"{name}, measured"] = spans
         panels[f"{name}, predicted"] = simulate(schedule, _costs(spans, schedule.num_chunks))
     if not panels:
@@ -223,13 +224,15 @@ def _draw(configs: dict[str, Config], results: dict[str, list[list[Measured]]], 
 def _costs(spans: Timeline, num_chunks: int) -> Costs:
     """Median duration of each kind of action, of a microbatch through all chunks of a stage."""
 
-    def median(kind: Kind) -> float:
+    def median(kind: ActionKind) -> float:
         times = [span.end - span.start for stage in spans for span in stage if span.action.kind is kind]
         return statistics.median(times) * num_chunks if times else 0.0
 
-    whole = median(Kind.BACKWARD)
+    whole = median(ActionKind.BACKWARD)
     return Costs(
-        median(Kind.FORWARD), whole / 2 or median(Kind.BACKWARD_INPUT), whole / 2 or median(Kind.BACKWARD_WEIGHT)
+        median(ActionKind.FORWARD),
+        whole / 2 or median(ActionKind.BACKWARD_INPUT),
+        whole / 2 or median(ActionKind.BACKWARD_WEIGHT),
     )
 
 

@@ -1,8 +1,8 @@
-"""Fine-tuning with packing, without it, and by TRL's SFTTrainer: learned tokens/s on the same conversations.
+"""Fine-tuning with packing, without it, and by TRL's SFTTrainer: target tokens/s on the same conversations.
 
 All sides start from one exported Hugging Face directory and train all parameters of a small Llama in fp32 on the CPU.
 The conversations are random tokens whose lengths have a long tail, tokenized beforehand; about half of the tokens are
-learned. A step reads all of them, so every side does the same work: the losses of the first step must agree. A round
+targets. A step reads all of them, so every side does the same work: the losses of the first step must agree. A round
 is a step of each side in turn, so that whatever else the machine does hits all alike; compare the ratios.
 
     python tools/bench/sft.py --rounds 5
@@ -45,9 +45,9 @@ from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
-from engine.parallel.layout import connect
+from engine.parallel.layout import init_distributed
 from engine.train.state import pieces, restore_weights
-from engine.train.step import build, train_step
+from engine.train.step import build_model, train_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -67,12 +67,12 @@ TOLERANCE, TOLERANCE_OF_OTHERS = 1e-5, 1e-3  # of the first losses
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step over all conversations: its places (padding included) and those of them that are learned."""
+    """One optimizer step over all conversations: its places (padding included) and those of them that are targets."""
 
     seconds: float
     loss: float
     places: int
-    learned: int
+    targets: int
 
 
 Side = Callable[[], Step]
@@ -80,10 +80,10 @@ Side = Callable[[], Step]
 
 @dataclass(frozen=True)
 class Conversations:
-    """Tokens one after another, which of them are learned, and how many each conversation has."""
+    """Tokens one after another, which of them are targets, and how many each conversation has."""
 
     ids: Array
-    learned: Array
+    targets: Array
     lengths: Array
 
     @property
@@ -129,7 +129,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_conversations(count: int) -> Conversations:
-    """Random tokens in turns of a user and an assistant, who is learned: up to 4 of each, equally long.
+    """Random tokens in turns of a user and an assistant, whose tokens are the targets: up to 4 of each, equally long.
 
     The lengths are quantiles of a log-normal distribution, so that few conversations have its long tail too.
     """
@@ -138,20 +138,20 @@ def make_conversations(count: int) -> Conversations:
     lengths = np.array([exp(NormalDist(log(MEDIAN_LENGTH), SPREAD).inv_cdf(share)) for share in shares])
     lengths = lengths.astype(int).clip(16, SEQ_LENGTH)
     turns = 2 * random.integers(1, 5, count)
-    learned = [np.arange(length) * many // length % 2 for length, many in zip(lengths, turns, strict=True)]
-    return Conversations(random.integers(0, MODEL["vocab_size"], lengths.sum()), np.concatenate(learned), lengths)
+    targets = [np.arange(length) * many // length % 2 for length, many in zip(lengths, turns, strict=True)]
+    return Conversations(random.integers(0, MODEL["vocab_size"], lengths.sum()), np.concatenate(targets), lengths)
 
 
 def _write(folder: Path, conversations: Conversations) -> None:
     """What the sides read: a dataset for ours, JSON for others, and the weights that all start from."""
     with IndexedDatasetWriter(folder / "data", token_dtype(MODEL["vocab_size"]), masked=True) as writer:
-        writer.add_documents(conversations.ids, conversations.lengths, conversations.learned)
+        writer.add_documents(conversations.ids, conversations.lengths, conversations.targets)
     ends = np.cumsum(conversations.lengths)[:-1]
-    columns = {"ids": conversations.ids, "learned": conversations.learned}
+    columns = {"ids": conversations.ids, "targets": conversations.targets}
     lists = {name: [part.tolist() for part in np.split(values, ends)] for name, values in columns.items()}
     (folder / "conversations.json").write_text(json.dumps(lists), encoding="utf-8")
     config = _config(folder, MODEL, rows=1, packed=True)
-    _, optimizer = build(config, connect("cpu"), torch.float32, seed=0)
+    _, optimizer = build_model(config, init_distributed("cpu"), torch.float32, seed=0)
     save(
         folder / "run",
         pieces(optimizer),
@@ -189,20 +189,20 @@ def _ours(folder: Path, *, packed: bool) -> Side:
     datasets = [DatasetConfig(path=folder / "data")]
     data = SftDataset(datasets, (1, 0, 0), "train", SEQ_LENGTH, seed=0, packed=packed)
     config = _config(folder, {"from_hf": str(folder / "hf")}, rows=data.num_rows, packed=packed)
-    model, optimizer = build(config, connect("cpu"), torch.float32, seed=None)
+    model, optimizer = build_model(config, init_distributed("cpu"), torch.float32, seed=None)
     weights = initial_weights(config.model)
     assert weights is not None
     restore_weights(optimizer, weights)
-    optimizer.publish()
+    optimizer.broadcast_params()
     steps = enumerate(_batches(config, data), 1)
 
     def step() -> Step:
         started = time.perf_counter()
         number, microbatches = next(steps)
-        learned = sum(batch.num_tokens for batch in microbatches)
-        result = train_step(model, optimizer, microbatches, step=number, lr=config.optimizer.lr, tokens=learned)
+        targets = sum(batch.num_tokens for batch in microbatches)
+        result = train_step(model, optimizer, microbatches, step=number, lr=config.optimizer.lr, tokens=targets)
         loss = result.loss.item()
-        return Step(time.perf_counter() - started, loss, data.num_rows * SEQ_LENGTH, learned)
+        return Step(time.perf_counter() - started, loss, data.num_rows * SEQ_LENGTH, targets)
 
     return step
 
@@ -259,24 +259,24 @@ def _start(command: list[str], errors: TextIO, options: argparse.Namespace) -> s
 
 
 def require_same_work(first: dict[str, Step]) -> None:
-    """Raises TriaxisError unless all sides learn the same tokens and have the same loss before their first update."""
+    """Raises TriaxisError unless all sides have the same targets and have the same loss before their first update."""
     expected = first[REFERENCE]
     for name, step in first.items():
-        if step.learned != expected.learned:
-            raise TriaxisError(f"{name} learns {step.learned} tokens, {REFERENCE} {expected.learned}")
+        if step.targets != expected.targets:
+            raise TriaxisError(f"{name} has {step.targets} targets, {REFERENCE} {expected.targets}")
         tolerance = TOLERANCE if name in OURS else TOLERANCE_OF_OTHERS
         if not abs(step.loss - expected.loss) <= tolerance:
             raise TriaxisError(f"{name} has another first loss, {step.loss}, than {REFERENCE}, {expected.loss}")
 
 
 def _describe(conversations: Conversations, threads: int) -> None:
-    lengths, learned = conversations.lengths, conversations.learned
+    lengths, targets = conversations.lengths, conversations.targets
     print(f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     print(
         f"{MODEL['num_layers']} layers, hidden {MODEL['hidden_size']}, vocabulary {MODEL['vocab_size']}, sequence "
         f"{SEQ_LENGTH}, fp32, {threads} thread(s)\na step is {lengths.size} conversations of {lengths.min()} to "
-        f"{lengths.max()} tokens, median {np.median(lengths):.0f}, mean {lengths.mean():.0f}; {learned.mean():.0%} of "
-        "the tokens are learned",
+        f"{lengths.max()} tokens, median {np.median(lengths):.0f}, mean {lengths.mean():.0f}; {targets.mean():.0%} of "
+        "the tokens are targets",
         flush=True,
     )
 
@@ -285,12 +285,12 @@ def table(rounds: dict[str, list[Step]], first: dict[str, Step], tokens: int) ->
     """A line a side: medians of tokens/s (slowest – fastest) and the share of places that hold one of the `tokens`."""
     medians = {name: median(step.seconds for step in steps) for name, steps in rounds.items()}
     yield (
-        f"\n{'':16} {'learned tokens/s':>24} {'tokens/s':>9} {'places':>8} {'full':>6} {'padding':>8} "
+        f"\n{'':16} {'target tokens/s':>24} {'tokens/s':>9} {'places':>8} {'full':>6} {'padding':>8} "
         f"{'first loss':>11} {REFERENCE} is"
     )
     for name, steps in rounds.items():
-        learned, seconds, places = steps[0].learned, [step.seconds for step in steps], first[name].places
-        speeds = f"{learned / medians[name]:,.0f} ({learned / max(seconds):,.0f} – {learned / min(seconds):,.0f})"
+        targets, seconds, places = steps[0].targets, [step.seconds for step in steps], first[name].places
+        speeds = f"{targets / medians[name]:,.0f} ({targets / max(seconds):,.0f} – {targets / min(seconds):,.0f})"
         shares = f"{tokens / places:6.1%} {1 - tokens / places:8.1%}"
         loss, ratio = first[name].loss, medians[name] / medians[REFERENCE]
         yield f"{name:16} {speeds:>24} {tokens / medians[name]:9,.0f} {places:8,} {shares} {loss:11.6f} {ratio:.2f}×"

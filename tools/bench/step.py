@@ -41,12 +41,12 @@ from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
 from engine.ops.linear import matmul_transposed
 from engine.parallel.fp8 import require_device
-from engine.parallel.layout import Layout, connect
+from engine.parallel.layout import Layout, init_distributed
 from engine.plan.layouts import require_fit
-from engine.plan.memory import GIB, Ranks, available
+from engine.plan.memory import GIB, ClusterSpec, available
 from engine.plan.throughput import FLOPS_FORMULA, flops_per_token, peak_tflops
 from engine.testing.runs import random_batches
-from engine.train.step import build, train_step
+from engine.train.step import build_model, train_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -150,10 +150,10 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
 
 
 def _measure_on_gpu(args: argparse.Namespace) -> None:
-    config, world = gpu_config(args), connect("cuda")
+    config, world = gpu_config(args), init_distributed("cuda")
     require_device(config, world.device)
-    require_fit(config, Layout(), Ranks(1, 1, available(world.device, 1), "cuda", torch.bfloat16))
-    model, optimizer = build(config, world, torch.bfloat16, seed=0)
+    require_fit(config, Layout(), ClusterSpec(1, 1, available(world.device, 1), "cuda", torch.bfloat16))
+    model, optimizer = build_model(config, world, torch.bfloat16, seed=0)
     batches, tokens = random_batches(config), args.batch * args.seq_length
     seconds: list[float] = []
     for number in range(1, WARM_UP + args.rounds + 1):
@@ -229,7 +229,7 @@ def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, tor
         "train": {"steps": 1},
     }
     config = resolve(raw, presets=PRESETS, source="the benchmark")
-    decoder, optimizer = build(config, connect("cpu"), torch.float32, seed=0)
+    decoder, optimizer = build_model(config, init_distributed("cpu"), torch.float32, seed=0)
     by_path = optimizer.parameters.by_path
     weights = {
         tensor.name: part.clone()

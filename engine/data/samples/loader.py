@@ -52,7 +52,7 @@ class Batch:
             and b * s at the end.
         sample_numbers: one for each sequence.
         num_tokens: labels that count, on the host: a sum on the device would have to be waited for.
-        learned: int64, which of the b * s labels count, where not all do, and a few more: a multiple of `ROUND`.
+        target_indices: int64, which of the b * s labels count, where not all do, and a few more: a multiple of `ROUND`.
     """
 
     tokens: torch.Tensor
@@ -62,14 +62,14 @@ class Batch:
     cu_seqlens: tuple[int, ...]
     sample_numbers: Numbers
     num_tokens: int
-    learned: torch.Tensor | None = None
+    target_indices: torch.Tensor | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[object, ...]]:
         """Crosses processes as plain bytes. Torch would hand over shared memory, which crashes where /dev/shm is
         small (containers) or where the sending worker has died."""
         arrays = [tensor.numpy() for tensor in (self.tokens, self.labels, self.loss_mask, self.positions)]
-        learned = None if self.learned is None else self.learned.numpy()
-        return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers, self.num_tokens, learned)
+        target_indices = None if self.target_indices is None else self.target_indices.numpy()
+        return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers, self.num_tokens, target_indices)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; from pinned memory the copy runs beside the computation."""
@@ -86,7 +86,7 @@ class Batch:
             labels=change(self.labels),
             loss_mask=change(self.loss_mask),
             positions=change(self.positions),
-            learned=None if self.learned is None else change(self.learned),
+            target_indices=None if self.target_indices is None else change(self.target_indices),
         )
 
 
@@ -102,8 +102,8 @@ def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool)
     positions = np.arange(b * s) - np.repeat(starts, lengths)
     loss_mask = torch.ones(b, s)
     for row, sample in enumerate(samples):
-        if sample.learned is not None:
-            loss_mask[row] = torch.from_numpy(sample.learned)
+        if sample.target_mask is not None:
+            loss_mask[row] = torch.from_numpy(sample.target_mask)
     counted = loss_mask.flatten().nonzero().flatten()
     more = (loss_mask.flatten() == 0).nonzero().flatten()[: -len(counted) % ROUND]
     return Batch(
@@ -114,7 +114,7 @@ def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool)
         cu_seqlens=(*starts.tolist(), b * s),
         sample_numbers=numbers,
         num_tokens=len(counted),
-        learned=torch.cat((counted, more)).sort().values if len(counted) + len(more) < b * s else None,
+        target_indices=torch.cat((counted, more)).sort().values if len(counted) + len(more) < b * s else None,
     )
 
 
@@ -177,10 +177,10 @@ def _batch_of_arrays(
     cu_seqlens: tuple[int, ...],
     sample_numbers: Numbers,
     num_tokens: int,
-    learned: Array | None,
+    target_indices: Array | None,
 ) -> Batch:
     tokens, labels, loss_mask, positions = map(torch.from_numpy, arrays)
-    rest = None if learned is None else torch.from_numpy(learned)
+    rest = None if target_indices is None else torch.from_numpy(target_indices)
     return Batch(tokens, labels, loss_mask, positions, cu_seqlens, sample_numbers, num_tokens, rest)
 
 

@@ -30,8 +30,8 @@ from engine.data.storage.files import Ints
 from engine.data.storage.indexed import IndexedDataset
 from engine.errors import ConfigError, DataError
 
-Part = Literal["train", "valid", "test"]
-PARTS: tuple[Part, ...] = ("train", "valid", "test")
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 IDENTITY_TOKENS = 4096  # at each end of a dataset, in its fingerprint
 
 
@@ -43,13 +43,13 @@ class Sample:
         tokens: int64 [S].
         labels: int64 [S], what follows each of them.
         boundaries: offsets in (0, S) at which a document starts.
-        learned: bool [S], which labels count; None: all.
+        target_mask: bool [S], which labels count; None: all.
     """
 
     tokens: Ints
     labels: Ints
     boundaries: Ints
-    learned: npt.NDArray[np.bool_] | None = None
+    target_mask: npt.NDArray[np.bool_] | None = None
 
     @classmethod
     def following(cls, tokens: Ints, boundaries: Ints) -> "Sample":
@@ -87,7 +87,7 @@ class PretrainDataset:
         self,
         datasets: Sequence[DatasetConfig],
         split: tuple[float, float, float],
-        part: Part,
+        part: Split,
         seq_length: int,
         seed: int,
     ) -> None:
@@ -171,7 +171,7 @@ class _Source:
         return [self.name, *numbers, content]
 
 
-def part_documents(num_documents: int, split: Sequence[float], part: Part) -> tuple[int, int]:
+def part_documents(num_documents: int, split: Sequence[float], part: Split) -> tuple[int, int]:
     """The documents [begin, end) of a part: its share of them, counted cumulatively and rounded.
 
     Raises:
@@ -179,6 +179,6 @@ def part_documents(num_documents: int, split: Sequence[float], part: Part) -> tu
     """
     if not all(math.isfinite(share) and share >= 0 for share in split) or sum(split) <= 0:
         raise ConfigError(f"data.split = {list(split)}: shares must be finite, >= 0 and not all zero")
-    total, at = sum(map(Fraction, split)), PARTS.index(part)
+    total, at = sum(map(Fraction, split)), SPLITS.index(part)
     begin, end = (sum(map(Fraction, split[:k])) * num_documents / total for k in (at, at + 1))
     return int(begin + Fraction(1, 2)), int(end + Fraction(1, 2))

@@ -19,7 +19,7 @@ import numpy as np
 from engine.config.schema import DatasetConfig
 from engine.data.samples.packing import Packing, alone, best_fit
 from engine.data.samples.permutation import Permutation
-from engine.data.samples.pretrain import PARTS, Part, Sample, part_documents
+from engine.data.samples.pretrain import SPLITS, Sample, Split, part_documents
 from engine.data.storage.files import Ints
 from engine.data.storage.indexed import IndexedDataset
 from engine.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ class SftDataset:
         self,
         datasets: Sequence[DatasetConfig],
         split: tuple[float, float, float],
-        part: Part,
+        part: Split,
         seq_length: int,
         seed: int,
         *,
@@ -91,20 +91,20 @@ class SftDataset:
         return round(self.packing.efficiency * self.num_rows * self.seq_length)
 
     def sample(self, i: int) -> Sample:
-        """Row `i >= 0`; what the conversations leave over is filled with tokens 0 that are not learned."""
+        """Row `i >= 0`; what the conversations leave over is filled with tokens 0 that are no targets."""
         tokens, labels = np.zeros((2, self.seq_length), np.int64)
-        learned, boundaries = np.zeros(self.seq_length, bool), []
+        target_mask, boundaries = np.zeros(self.seq_length, bool), []
         end = 0
         for source, conversation in self.conversations(i):
             start, stop = (self._sources[source].data.document_start(conversation + k) for k in (0, 1))
             ids = self._sources[source].data.tokens(start, stop - start)
             place = slice(end, end + ids.size - 1)
             tokens[place], labels[place] = ids[:-1], ids[1:]
-            learned[place] = self._sources[source].data.mask(start, stop - start)[1:]
+            target_mask[place] = self._sources[source].data.mask(start, stop - start)[1:]
             end = place.stop
             boundaries.append(end)
         boundaries += range(end + SEGMENT, self.seq_length, SEGMENT)
-        return Sample(tokens, labels, np.array([b for b in boundaries if b < self.seq_length], np.int64), learned)
+        return Sample(tokens, labels, np.array([b for b in boundaries if b < self.seq_length], np.int64), target_mask)
 
     def conversations(self, i: int) -> list[tuple[int, int]]:
         """What row `i` holds: (dataset, number of the conversation in it); nothing behind the last epoch."""
@@ -174,14 +174,14 @@ class _Places:
 
 
 def _open(
-    datasets: Sequence[DatasetConfig], split: tuple[float, float, float], part: Part, seq_length: int
+    datasets: Sequence[DatasetConfig], split: tuple[float, float, float], part: Split, seq_length: int
 ) -> Iterator[_Source]:
     seen: Counter[str] = Counter()
     for dataset in datasets:
         data, name = IndexedDataset(dataset.path), dataset.path.name
         if not data.has_mask:
             raise DataError(
-                f"{dataset.path} has no .mask.bin, which says what is learned; "
+                f"{dataset.path} has no .mask.bin, which says which tokens are targets; "
                 "make fine-tuning data with tools/preprocess_data.py --task sft, or set task = pretrain"
             )
         if dataset.weight not in range(1, MOST_REPEATS + 1):
@@ -202,12 +202,12 @@ def _open(
         seen[name] += 1
 
 
-def _deal(count: int, key: tuple[str, int], split: tuple[float, float, float], part: Part) -> Ints:
+def _deal(count: int, key: tuple[str, int], split: tuple[float, float, float], part: Split) -> Ints:
     """The conversations of a part, in the order of the file."""
-    cuts = [0, *(part_documents(count, split, each)[1] for each in PARTS)]
+    cuts = [0, *(part_documents(count, split, each)[1] for each in SPLITS)]
     for k in (2, 1):  # a small share of a few conversations is one of them, and not none
         cuts[k] = max(min(1, count), min(cuts[k], cuts[k + 1] - (split[k] > 0)))
-    begin, end = cuts[PARTS.index(part)], cuts[PARTS.index(part) + 1]
+    begin, end = cuts[SPLITS.index(part)], cuts[SPLITS.index(part) + 1]
     if end - begin == count:
         return np.arange(count)
     return np.sort(Permutation(count, "split", *key).many(np.arange(begin, end)).astype(np.int64))

@@ -17,7 +17,7 @@ from enum import Enum, auto
 from itertools import accumulate
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, Kind, Schedule
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, ActionKind, Schedule
 
 LOOKAHEAD = 2  # 1 is enough for all but `interleaved`, whose stages need a B, then an F, while the ring passes on Fs
 
@@ -44,14 +44,14 @@ class Costs:
     backward_weight: float = 1.0
     send: float = 0.0
 
-    def of(self, kind: Kind) -> float:
+    def of(self, kind: ActionKind) -> float:
         whole = self.backward_input + self.backward_weight
         costs = {"F": self.forward, "B": whole, "I": self.backward_input, "W": self.backward_weight}
         return costs[kind.value]
 
 
 @dataclass(frozen=True)
-class Span:
+class TimedAction:
     """When an action runs."""
 
     action: Action
@@ -59,11 +59,11 @@ class Span:
     end: float
 
 
-Timeline = tuple[tuple[Span, ...], ...]  # per stage
+Timeline = tuple[tuple[TimedAction, ...], ...]  # per stage
 UNIT_COSTS = Costs()
 
 
-def check(schedule: Schedule) -> None:
+def check_schedule(schedule: Schedule) -> None:
     """Prove that `schedule` runs to its end and computes everything once.
 
     Every stage does every action exactly once, and in an order that its own results allow; no action waits for ever for
@@ -91,7 +91,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
         ScheduleError: actions of several stages wait for each other.
     """
     stages = range(schedule.num_stages)
-    spans: list[list[Span]] = [[] for _ in stages]
+    spans: list[list[TimedAction]] = [[] for _ in stages]
     arrivals: dict[tuple[int, int, int, bool], float] = {}  # of (stage, chunk, microbatch, is forward)
     while sum(_advance(schedule, costs, stage, spans[stage], arrivals) for stage in stages):
         pass
@@ -126,25 +126,34 @@ def peak_activations(schedule: Schedule) -> list[int]:
     """
     if not schedule.trains:
         return [0] * schedule.num_stages
-    change = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.BACKWARD_INPUT: 0, Kind.BACKWARD_WEIGHT: -1}
+    change = {
+        ActionKind.FORWARD: 1,
+        ActionKind.BACKWARD: -1,
+        ActionKind.BACKWARD_INPUT: 0,
+        ActionKind.BACKWARD_WEIGHT: -1,
+    }
     return [max(accumulate(change[action.kind] for action in actions)) for actions in schedule.actions]
 
 
 def _advance(
-    schedule: Schedule, costs: Costs, stage: int, spans: list[Span], arrivals: dict[tuple[int, int, int, bool], float]
+    schedule: Schedule,
+    costs: Costs,
+    stage: int,
+    spans: list[TimedAction],
+    arrivals: dict[tuple[int, int, int, bool], float],
 ) -> int:
     """Run the actions of a stage up to the first whose input has not been computed; how many were run."""
     before = len(spans)
     for action in schedule.actions[stage][before:]:
-        forward = action.kind is Kind.FORWARD
+        forward = action.kind is ActionKind.FORWARD
         start = spans[-1].end if spans else 0.0
         if source := schedule.source(stage, action):
             arrival = arrivals.get((*source, action.microbatch, forward))
             if arrival is None:
                 break
             start = max(start, arrival + (costs.send if source[0] != stage else 0.0))
-        spans.append(Span(action, start, start + costs.of(action.kind) / schedule.num_chunks))
-        if action.kind is not Kind.BACKWARD_WEIGHT:
+        spans.append(TimedAction(action, start, start + costs.of(action.kind) / schedule.num_chunks))
+        if action.kind is not ActionKind.BACKWARD_WEIGHT:
             arrivals[stage, action.chunk, action.microbatch, forward] = spans[-1].end
     return len(spans) - before
 
@@ -174,18 +183,22 @@ def _wanted(schedule: Schedule, counts: Counter[Action]) -> list[Action]:
     wanted = []
     for microbatch in range(schedule.num_microbatches):
         for chunk in range(schedule.num_chunks):
-            parts = [Action(kind, microbatch, chunk) for kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)]
-            backward = parts if any(part in counts for part in parts) else [Action(Kind.BACKWARD, microbatch, chunk)]
-            wanted += [Action(Kind.FORWARD, microbatch, chunk), *(backward if schedule.trains else ())]
+            parts = [
+                Action(kind, microbatch, chunk) for kind in (ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
+            ]
+            backward = (
+                parts if any(part in counts for part in parts) else [Action(ActionKind.BACKWARD, microbatch, chunk)]
+            )
+            wanted += [Action(ActionKind.FORWARD, microbatch, chunk), *(backward if schedule.trains else ())]
     return wanted
 
 
 def _check_order(schedule: Schedule, stage: int) -> None:
     """Backward after forward, and weight gradients after input gradients."""
     needs = {
-        Kind.BACKWARD: Kind.FORWARD,
-        Kind.BACKWARD_INPUT: Kind.FORWARD,
-        Kind.BACKWARD_WEIGHT: Kind.BACKWARD_INPUT,
+        ActionKind.BACKWARD: ActionKind.FORWARD,
+        ActionKind.BACKWARD_INPUT: ActionKind.FORWARD,
+        ActionKind.BACKWARD_WEIGHT: ActionKind.BACKWARD_INPUT,
     }
     done = set()
     for action in schedule.actions[stage]:
@@ -199,13 +212,13 @@ def _check_order(schedule: Schedule, stage: int) -> None:
 def _incoming(schedule: Schedule, stage: int, action: Action) -> Channel | None:
     """The channel on which `action` receives what it needs, if from another stage."""
     source = schedule.source(stage, action)
-    return None if source is None or source[0] == stage else (source[0], stage, action.kind is Kind.FORWARD)
+    return None if source is None or source[0] == stage else (source[0], stage, action.kind is ActionKind.FORWARD)
 
 
 def _outgoing(schedule: Schedule, stage: int, action: Action) -> Channel | None:
     """The channel on which the result of `action` is sent, if to another stage."""
     target = schedule.target(stage, action)
-    return None if target is None or target[0] == stage else (stage, target[0], action.kind is Kind.FORWARD)
+    return None if target is None or target[0] == stage else (stage, target[0], action.kind is ActionKind.FORWARD)
 
 
 def _check_channels(schedule: Schedule) -> None:

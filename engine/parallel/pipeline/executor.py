@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from engine.parallel.gradients import GradientFlow
 from engine.parallel.layout import World
 from engine.parallel.pipeline.check import LOOKAHEAD
-from engine.parallel.pipeline.schedules import Action, Kind, Schedule
+from engine.parallel.pipeline.schedules import Action, ActionKind, Schedule
 
 B = TypeVar("B")
 # More than these wait for the oldest: gloo tells of a send that is done only when asked to wait for it. Waiting cannot
@@ -86,7 +86,7 @@ class _Run(Generic[B]):
     def __init__(self, pipeline: Pipeline[B], schedule: Schedule, microbatches: Sequence[B], scale: float) -> None:
         self.pipeline, self.schedule, self.microbatches, self.scale = pipeline, schedule, microbatches, scale
         world = pipeline.world
-        self.stage = world.at.pp
+        self.stage = world.coords.pp
         self.ranks = world.layout.peers(world.rank, "pp")
         self.actions = schedule.actions[self.stage]
         self.last = {(action.kind, action.chunk): index for index, action in enumerate(self.actions)}
@@ -141,25 +141,25 @@ class _Run(Generic[B]):
             self.sends.pop(0)[1].wait()
 
     def _channel(self, action: Action, source: int, target: int) -> dist.ProcessGroup:
-        forward = action.kind is Kind.FORWARD
+        forward = action.kind is ActionKind.FORWARD
         wraps = (target < source) if forward else (target > source)
         return self.pipeline.world.channels[("forward" if forward else "backward") + (" wrap" if wraps else "")]
 
     def _compute(self, index: int, action: Action, message: Tensor | None) -> Tensor | None:
         """What the action gives to another stage."""
         place = (action.microbatch, action.chunk)
-        if action.kind is Kind.FORWARD:
+        if action.kind is ActionKind.FORWARD:
             return self._forward(action, message)
         flow = self.pipeline.flow
         flow.last = self.last[action.kind, action.chunk] == index
-        if action.kind is Kind.BACKWARD_WEIGHT:
+        if action.kind is ActionKind.BACKWARD_WEIGHT:
             products = self.in_flight.pop(place).products
             assert products is not None
             for add in products:
                 add()
             result = None
         else:
-            flow.postponed = [] if action.kind is Kind.BACKWARD_INPUT else None
+            flow.postponed = [] if action.kind is ActionKind.BACKWARD_INPUT else None
             result = self._backward(place, message, flow)
         flow.last = False
         return result

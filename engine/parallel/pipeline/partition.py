@@ -23,8 +23,8 @@ class Part:
     """
 
     layers: range
-    embeds: bool
-    predicts: bool
+    has_embedding: bool
+    has_head: bool
 
 
 def partition(num_layers: int, num_parts: int, head_cost: float, explicit: Sequence[int] | None = None) -> list[Part]:

@@ -19,7 +19,7 @@ from itertools import chain
 from engine.errors import ConfigError
 
 
-class Kind(Enum):
+class ActionKind(Enum):
     """What an action computes; a backward is done in one (B), or in two parts (I, then W)."""
 
     FORWARD = "F"
@@ -32,7 +32,7 @@ class Kind(Enum):
 class Action:
     """One computation of a stage on one microbatch."""
 
-    kind: Kind
+    kind: ActionKind
     microbatch: int
     chunk: int = 0
 
@@ -57,21 +57,21 @@ class Schedule:
 
     def source(self, stage: int, action: Action) -> tuple[int, int] | None:
         """(stage, chunk) whose result for the same microbatch `action` needs; None if the stage itself has it all."""
-        return self._neighbour(stage, action, -1 if action.kind is Kind.FORWARD else 1)
+        return self._neighbour(stage, action, -1 if action.kind is ActionKind.FORWARD else 1)
 
     def target(self, stage: int, action: Action) -> tuple[int, int] | None:
         """(stage, chunk) that needs the result of `action`; None where it stays."""
-        return self._neighbour(stage, action, 1 if action.kind is Kind.FORWARD else -1)
+        return self._neighbour(stage, action, 1 if action.kind is ActionKind.FORWARD else -1)
 
     def _neighbour(self, stage: int, action: Action, step: int) -> tuple[int, int] | None:
         virtual_stage = action.chunk * self.num_stages + stage + step
-        if action.kind is Kind.BACKWARD_WEIGHT or not 0 <= virtual_stage < self.num_stages * self.num_chunks:
+        if action.kind is ActionKind.BACKWARD_WEIGHT or not 0 <= virtual_stage < self.num_stages * self.num_chunks:
             return None
         chunk, neighbour = divmod(virtual_stage, self.num_stages)
         return neighbour, chunk
 
 
-def build(name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
+def build_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """The schedule called `name`: one of `SCHEDULES`, or `forward_only` for evaluation.
 
     Raises:
@@ -99,7 +99,7 @@ def _gpipe(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) 
 
     Bubble (p − 1)/m of the ideal time; every microbatch is in flight at once.
     """
-    for kind in (Kind.FORWARD, Kind.BACKWARD):
+    for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
         yield from (Action(kind, microbatch) for microbatch in range(num_microbatches))
 
 
@@ -108,8 +108,8 @@ def _one_f_one_b(num_stages: int, stage: int, num_microbatches: int, num_chunks:
 
     Bubble (p − 1)/m of the ideal time; at most `num_stages - stage` microbatches in flight.
     """
-    forwards = [Action(Kind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
-    backwards = [(Action(Kind.BACKWARD, microbatch),) for microbatch in range(num_microbatches)]
+    forwards = [Action(ActionKind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
+    backwards = [(Action(ActionKind.BACKWARD, microbatch),) for microbatch in range(num_microbatches)]
     return _in_turn(forwards, backwards, warmup=num_stages - 1 - stage)
 
 
@@ -122,8 +122,8 @@ def _interleaved(num_stages: int, stage: int, num_microbatches: int, num_chunks:
     first microbatches: no more in flight, and no slower than that multiple.
     """
     order = _chunk_order(num_stages, num_microbatches, num_chunks)
-    forwards = [Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order]
-    backwards = [(Action(Kind.BACKWARD, microbatch, num_chunks - 1 - chunk),) for microbatch, chunk in order]
+    forwards = [Action(ActionKind.FORWARD, microbatch, chunk) for microbatch, chunk in order]
+    backwards = [(Action(ActionKind.BACKWARD, microbatch, num_chunks - 1 - chunk),) for microbatch, chunk in order]
     actions = _in_turn(forwards, backwards, warmup=2 * (num_stages - 1 - stage) + (num_chunks - 1) * num_stages)
     return (action for action in actions if action.microbatch >= 0)
 
@@ -136,11 +136,11 @@ def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks:
     (p − 1)(T_F + T_B − T_W), with T_B for the input gradient, exactly when m >= p and neither T_F nor T_B is below T_W;
     with m < p microbatches it is (p − m)·T_W more.
     """
-    forwards = [Action(Kind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
+    forwards = [Action(ActionKind.FORWARD, microbatch) for microbatch in range(num_microbatches)]
     weights: list[tuple[Action, ...]] = [()] * stage
-    weights += [(Action(Kind.BACKWARD_WEIGHT, microbatch),) for microbatch in range(num_microbatches)]
+    weights += [(Action(ActionKind.BACKWARD_WEIGHT, microbatch),) for microbatch in range(num_microbatches)]
     backwards = [
-        (Action(Kind.BACKWARD_INPUT, microbatch), *weights[microbatch]) for microbatch in range(num_microbatches)
+        (Action(ActionKind.BACKWARD_INPUT, microbatch), *weights[microbatch]) for microbatch in range(num_microbatches)
     ]
     left = chain.from_iterable(weights[num_microbatches:])
     return chain(_in_turn(forwards, backwards, warmup=num_stages - 1 - stage), left)
@@ -149,7 +149,7 @@ def _zero_bubble(num_stages: int, stage: int, num_microbatches: int, num_chunks:
 def _forward_only(num_stages: int, stage: int, num_microbatches: int, num_chunks: int) -> Iterator[Action]:
     """The forwards in the order of the interleaved schedule, for evaluation."""
     order = _chunk_order(num_stages, num_microbatches, num_chunks)
-    return (Action(Kind.FORWARD, microbatch, chunk) for microbatch, chunk in order if microbatch >= 0)
+    return (Action(ActionKind.FORWARD, microbatch, chunk) for microbatch, chunk in order if microbatch >= 0)
 
 
 def _in_turn(forwards: Sequence[Action], backwards: Sequence[tuple[Action, ...]], warmup: int) -> Iterator[Action]:

@@ -253,5 +253,5 @@ def test_labels_that_are_not_learned_do_not_count(monkeypatch, multiple, learned
     assert batch.num_tokens == 6
     sent = copy.deepcopy(batch)  # as it crosses processes
     assert sent.loss_mask.equal(batch.loss_mask)
-    assert (None if sent.learned is None else sent.learned.tolist()) == learned
-    assert collate(samples[1:], (1,), document_mask=True).learned is None
+    assert (None if sent.target_indices is None else sent.target_indices.tolist()) == learned
+    assert collate(samples[1:], (1,), document_mask=True).target_indices is None

@@ -170,8 +170,9 @@ MEASURE = """
 import json, sys, time
 from itertools import pairwise
 from pathlib import Path
-from engine.data.pretrain import DatasetConfig, PretrainDataset
-from engine.data.vocabulary import check_vocabulary
+from engine.config.schema import DatasetConfig
+from engine.data.samples.pretrain import PretrainDataset
+from engine.data.samples.vocabulary import check_vocabulary
 
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6

@@ -34,7 +34,7 @@ def read(data: SftDataset, i: int) -> list[int]:
     edges = [0, *row.boundaries.tolist(), S]
     found, empty = [], False
     for start, stop in pairwise(edges):
-        tokens, labels, learned = (x[start:stop].tolist() for x in (row.tokens, row.labels, row.learned))
+        tokens, labels, learned = (x[start:stop].tolist() for x in (row.tokens, row.labels, row.target_mask))
         if tokens == [0] * (stop - start):
             assert not any(learned) and labels == tokens  # what was left over
             assert stop - start <= SEGMENT
@@ -95,7 +95,7 @@ def test_rows_behind_the_last_epoch_are_empty(tmp_path):
     data = dataset(write(tmp_path / "a", LENGTHS, first=1), epochs=2)
     assert read(data, 2 * data.num_rows - 1)
     row = data.sample(2 * data.num_rows)
-    assert not row.tokens.any() and not row.learned.any() and not row.boundaries.size
+    assert not row.tokens.any() and not row.target_mask.any() and not row.boundaries.size
     data.seq_length = 2 * SEGMENT + 1
     assert data.sample(2 * data.num_rows).boundaries.tolist() == [SEGMENT, 2 * SEGMENT]
 

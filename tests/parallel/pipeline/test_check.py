@@ -8,14 +8,21 @@ from hypothesis import strategies as st
 
 from engine.errors import ConfigError
 from engine.parallel.pipeline import check as checker
-from engine.parallel.pipeline.check import Costs, ScheduleError, bubble_fraction, check, peak_activations, simulate
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, SCHEDULES, Action, Kind, Schedule, build
+from engine.parallel.pipeline.check import (
+    Costs,
+    ScheduleError,
+    bubble_fraction,
+    check_schedule,
+    peak_activations,
+    simulate,
+)
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, SCHEDULES, Action, ActionKind, Schedule, build_schedule
 
 
 def action(text: str) -> Action:
     """`F3` or `F3.1`: what `str` of an action gives."""
     microbatch, _, chunk = text[1:].partition(".")
-    return Action(Kind(text[0]), int(microbatch), int(chunk or 0))
+    return Action(ActionKind(text[0]), int(microbatch), int(chunk or 0))
 
 
 def schedule(*rows: str, name: str = "handmade", num_microbatches: int, num_chunks: int = 1) -> Schedule:
@@ -25,7 +32,7 @@ def schedule(*rows: str, name: str = "handmade", num_microbatches: int, num_chun
 
 def rejected(corrupted: Schedule) -> ScheduleError:
     with pytest.raises(ScheduleError) as caught:
-        check(corrupted)
+        check_schedule(corrupted)
     error = caught.value
     assert f"schedule {corrupted.name}: stage {error.stage}, {error.action}: " in str(error)
     return error
@@ -35,7 +42,7 @@ def rejected(corrupted: Schedule) -> ScheduleError:
 def places(draw: st.DrawFn) -> tuple[Schedule, int, int]:
     """A schedule, a stage, and the index of one of its actions."""
     name = draw(st.sampled_from((*SCHEDULES, FORWARD_ONLY)))
-    built = build(name, draw(st.integers(1, 5)), draw(st.integers(1, 9)), 2 if name == "interleaved" else 1)
+    built = build_schedule(name, draw(st.integers(1, 5)), draw(st.integers(1, 9)), 2 if name == "interleaved" else 1)
     stage = draw(st.integers(0, built.num_stages - 1))
     return built, stage, draw(st.integers(0, len(built.actions[stage]) - 1))
 
@@ -94,8 +101,8 @@ def test_an_action_on_what_does_not_exist(place, in_chunk, beyond):
 def test_a_backward_that_comes_before_its_forward(place):
     good, stage, index = place
     row = list(good.actions[stage])
-    needed = Action(Kind.FORWARD, row[index].microbatch, row[index].chunk)
-    if row[index].kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+    needed = Action(ActionKind.FORWARD, row[index].microbatch, row[index].chunk)
+    if row[index].kind in (ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT):
         moved = row.pop(index)
         row.insert(row.index(needed), moved)
         error = rejected(with_row(good, stage, row))
@@ -121,7 +128,7 @@ def test_a_backward_split_only_in_part():
 
 
 def test_a_backward_may_be_split_for_some_microbatches():
-    check(schedule("F0 F1 B0 I1 W1", "F0 I0 F1 B1 W0", num_microbatches=2))
+    check_schedule(schedule("F0 F1 B0 I1 W1", "F0 I0 F1 B1 W0", num_microbatches=2))
 
 
 def test_evaluation_has_no_backward():
@@ -169,27 +176,27 @@ def test_gradients_needed_in_another_order_than_sent():
     ("name", "chunks", "enough"), [("1f1b", 1, 1), ("zero_bubble", 1, 1), ("interleaved", 2, checker.LOOKAHEAD)]
 )
 def test_fewer_receives_ahead_deadlock(monkeypatch, name, chunks, enough):
-    built = build(name, 4, 8, chunks)
+    built = build_schedule(name, 4, 8, chunks)
     monkeypatch.setattr(checker, "LOOKAHEAD", enough)
-    check(built)
+    check_schedule(built)
     monkeypatch.setattr(checker, "LOOKAHEAD", enough - 1)
     assert "deadlock" in str(rejected(built))
 
 
 def test_times_worked_out_by_hand():
-    timeline = simulate(build("1f1b", 2, 1), Costs(1, 2, 3, send=0.5))
+    timeline = simulate(build_schedule("1f1b", 2, 1), Costs(1, 2, 3, send=0.5))
     assert [(span.start, span.end) for span in timeline[0]] == [(0, 1), (8, 13)]
     assert [(span.start, span.end) for span in timeline[1]] == [(1.5, 2.5), (2.5, 7.5)]
     assert bubble_fraction(timeline) == (13 - 6) / 6
 
 
 def test_a_chunk_costs_its_share_of_a_stage():
-    (spans,) = simulate(build("interleaved", 1, 1, 2), Costs(1, 2, 3, send=9))
+    (spans,) = simulate(build_schedule("interleaved", 1, 1, 2), Costs(1, 2, 3, send=9))
     assert [(str(span.action), span.end) for span in spans] == [("F0", 0.5), ("F0.1", 1), ("B0.1", 3.5), ("B0", 6)]
 
 
 def test_the_bubble_of_a_measured_timeline_starts_with_its_first_action():
-    timeline = simulate(build("1f1b", 3, 4))
+    timeline = simulate(build_schedule("1f1b", 3, 4))
     later = tuple(tuple(replace(s, start=s.start + 7, end=s.end + 7) for s in spans) for spans in timeline)
     assert bubble_fraction(later) == pytest.approx(bubble_fraction(timeline)) == pytest.approx(2 / 4)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.parallel.gradients import GradientFlow, TrainedParameter
-from engine.parallel.layout import ALONE, Layout, World
-from engine.parallel.pipeline.check import check, peak_activations
+from engine.parallel.layout import NO_TP, Layout, World
+from engine.parallel.pipeline.check import check_schedule, peak_activations
 from engine.parallel.pipeline.executor import Pipeline
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, Schedule, build
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, Schedule, build_schedule
 from engine.parallel.tensor import column_linear
 from engine.testing.distributed import run_ranks, world_of
 from tests.parallel.late import late_messages
@@ -39,7 +39,7 @@ class Toy:
         self.batches = [torch.randn(TOKENS, HIDDEN, dtype=torch.float64) for _ in range(num_microbatches)]
         self.at_completion: list[tuple[TrainedParameter, Tensor]] = []
         self.flow = GradientFlow(lambda parameter: self.at_completion.append((parameter, parameter.main_grad.clone())))
-        mine = range(world.at.pp, num_parts, world.layout.pp)
+        mine = range(world.coords.pp, num_parts, world.layout.pp)
         self.trained = [[self._trained(part) for part in _split(self.weights[k])] for k in mine]
         self.parts: Parts = [
             self._part(*trained, k == num_parts - 1) for trained, k in zip(self.trained, mine, strict=True)
@@ -55,8 +55,8 @@ class Toy:
 
     def _part(self, weight: Tensor, bias: Tensor, is_last: bool) -> Callable[[Tensor | None, Tensor], Tensor]:
         def run(x: Tensor | None, batch: Tensor) -> Tensor:
-            assert (x is None) == (weight is self.trained[0][0] and self.world.at.pp == 0)
-            out = 2 * column_linear(2 * batch if x is None else x, weight, bias, ALONE).tanh()
+            assert (x is None) == (weight is self.trained[0][0] and self.world.coords.pp == 0)
+            out = 2 * column_linear(2 * batch if x is None else x, weight, bias, NO_TP).tanh()
             return (out * batch).sum() if is_last else out
 
         return run
@@ -75,7 +75,7 @@ class Toy:
                 x = 2 * (x @ weight.t() + bias).tanh()
             loss = loss + SCALE * (x * batch).sum()
         loss.backward()
-        mine = parameters[self.world.at.pp :: self.world.layout.pp]
+        mine = parameters[self.world.coords.pp :: self.world.layout.pp]
         return loss.detach(), [[parameter.grad for parameter in part] for part in mine]
 
 
@@ -97,12 +97,12 @@ class Slow(Toy):
 
 def schedules(num_stages: int) -> list[Schedule]:
     chunks = [("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), *([("interleaved", 2)] if num_stages > 1 else [])]
-    return [build(name, num_stages, m, v) for name, v in chunks for m in (1, 3, 8)]
+    return [build_schedule(name, num_stages, m, v) for name, v in chunks for m in (1, 3, 8)]
 
 
 def train(world: World, schedule: Schedule, kind: type[Toy]) -> None:
     """Run one schedule, and hold everything it leaves behind against the plain loop."""
-    check(schedule)
+    check_schedule(schedule)
     toy = kind(world, schedule.num_chunks, schedule.num_microbatches)
     actions: list[Action] = []
     toy.pipeline.observe = lambda action, start, end: actions.append(action) if start <= end else None
@@ -110,15 +110,15 @@ def train(world: World, schedule: Schedule, kind: type[Toy]) -> None:
         total = toy.pipeline.run(schedule, toy.batches, SCALE)
     loss, gradients = toy.expected()
     assert (total.shape, total.dtype) == ((1,), torch.float32)
-    is_last = world.at.pp == world.layout.pp - 1
+    is_last = world.coords.pp == world.layout.pp - 1
     torch.testing.assert_close(total[0].double(), loss if is_last else 0 * loss, rtol=1e-6, atol=1e-6)
     for trained, expected in zip(toy.trained, gradients, strict=True):
         for parameter, gradient in zip(trained, expected, strict=True):
             torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-12, atol=1e-12)
     assert len(toy.at_completion) == len({parameter for parameter, _ in toy.at_completion}) == 2 * schedule.num_chunks
     assert all(torch.equal(parameter.main_grad, gradient) for parameter, gradient in toy.at_completion)
-    assert actions == list(schedule.actions[world.at.pp])
-    assert toy.pipeline.peak_in_flight == peak_activations(schedule)[world.at.pp]
+    assert actions == list(schedule.actions[world.coords.pp])
+    assert toy.pipeline.peak_in_flight == peak_activations(schedule)[world.coords.pp]
 
 
 def train_all(num_stages: int) -> None:
@@ -139,7 +139,7 @@ def evaluate() -> list[tuple[float, float, int, bool]]:
     for num_chunks in (1, 2):
         toy = Toy(world, num_chunks, 3)
         with late_messages():
-            total = toy.pipeline.run(build(FORWARD_ONLY, 2, 3, num_chunks), toy.batches, SCALE)
+            total = toy.pipeline.run(build_schedule(FORWARD_ONLY, 2, 3, num_chunks), toy.batches, SCALE)
         touched = any(parameter.main_grad.any() for trained in toy.trained for parameter in trained)
         found.append((total.item(), toy.expected()[0].item(), toy.pipeline.peak_in_flight, touched))
         assert not total.requires_grad
@@ -168,7 +168,7 @@ def alive_at_once() -> list[int]:
     world, most = world_of(Layout(pp=2)), []
     for name, num_chunks in IN_FLIGHT:
         toy = Counting(world, num_chunks, 8)
-        toy.pipeline.run(build(name, 2, 8, num_chunks), toy.batches, SCALE)
+        toy.pipeline.run(build_schedule(name, 2, 8, num_chunks), toy.batches, SCALE)
         assert toy.live.alive() == 0
         most.append(toy.live.most)
     return most
@@ -198,7 +198,7 @@ class Leaving(Toy):
 
     def _parts(self) -> Parts:
         self.outputs: list[weakref.ref] = []
-        return [self._leaving] if self.world.at.pp == 0 else self.parts
+        return [self._leaving] if self.world.coords.pp == 0 else self.parts
 
     def _leaving(self, x: Tensor | None, batch: Tensor) -> Tensor:
         memory = np.empty((TOKENS, HIDDEN))
@@ -211,7 +211,7 @@ def outputs_at_once() -> list[int]:
     world, most = world_of(Layout(pp=2)), []
     for name in ("gpipe", "1f1b", FORWARD_ONLY):
         toy = Leaving(world, 1, 20)
-        toy.pipeline.run(build(name, 2, 20), toy.batches, SCALE)
+        toy.pipeline.run(build_schedule(name, 2, 20), toy.batches, SCALE)
         assert not any(output() is not None for output in toy.outputs)
         most.append(toy.most)
     return most
@@ -232,13 +232,13 @@ class Broken(Toy):
                 raise ValueError("broken on purpose")
             return self.parts[0](x, batch)
 
-        return [fail] if self.world.at.pp == self.world.layout.pp - 1 else self.parts
+        return [fail] if self.world.coords.pp == self.world.layout.pp - 1 else self.parts
 
 
 def fail(num_stages: int) -> None:
     world = world_of(Layout(pp=num_stages))
     toy = Broken(world, 1, 3)
-    toy.pipeline.run(build(FORWARD_ONLY, num_stages, 3), toy.batches)
+    toy.pipeline.run(build_schedule(FORWARD_ONLY, num_stages, 3), toy.batches)
 
 
 def test_an_error_in_a_part_comes_out():

@@ -18,8 +18,8 @@ def test_parts_are_the_model_in_order(num_layers, num_parts, head_cost):
         return
     parts = partition(num_layers, num_parts, head_cost)
     assert [layer for part in parts for layer in part.layers] == list(range(num_layers))
-    assert [part.embeds for part in parts] == [k == 0 for k in range(num_parts)]
-    assert [part.predicts for part in parts] == [k == num_parts - 1 for k in range(num_parts)]
+    assert [part.has_embedding for part in parts] == [k == 0 for k in range(num_parts)]
+    assert [part.has_head for part in parts] == [k == num_parts - 1 for k in range(num_parts)]
     assert all(part.layers for part in parts[:-1])
 
 
@@ -51,9 +51,9 @@ def test_the_head_counts_as_layers(head_cost, expected):
 
 def test_an_explicit_list():
     assert partition(5, 3, 9.9, [0, 5, 0]) == [
-        Part(range(0, 0), embeds=True, predicts=False),
-        Part(range(0, 5), embeds=False, predicts=False),
-        Part(range(5, 5), embeds=False, predicts=True),
+        Part(range(0, 0), has_embedding=True, has_head=False),
+        Part(range(0, 5), has_embedding=False, has_head=False),
+        Part(range(5, 5), has_embedding=False, has_head=True),
     ]
     assert counts(5, 2, 9.9, [2, 3]) == [2, 3]
 

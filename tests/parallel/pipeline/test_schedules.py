@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check, peak_activations, simulate
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, SCHEDULES, Action, Kind, build
+from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check_schedule, peak_activations, simulate
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, SCHEDULES, Action, ActionKind, build_schedule
 
 STAGES = st.integers(1, 16)
 MICROBATCHES = st.integers(1, 64)
@@ -27,7 +27,7 @@ def sizes(draw: st.DrawFn) -> tuple[str, int, int, int]:
 
 
 def rows(*arguments) -> list[str]:
-    return [" ".join(map(str, actions)) for actions in build(*arguments).actions]
+    return [" ".join(map(str, actions)) for actions in build_schedule(*arguments).actions]
 
 
 def idle(timeline: Timeline) -> float:
@@ -76,13 +76,13 @@ def test_forward_only_in_full():
 
 
 def test_neighbours_in_the_ring():
-    schedule = build("interleaved", 3, 3, 2)
-    forward, backward = Action(Kind.FORWARD, 1, 0), Action(Kind.BACKWARD, 1, 1)
+    schedule = build_schedule("interleaved", 3, 3, 2)
+    forward, backward = Action(ActionKind.FORWARD, 1, 0), Action(ActionKind.BACKWARD, 1, 1)
     assert [schedule.source(stage, forward) for stage in range(3)] == [None, (0, 0), (1, 0)]
     assert [schedule.target(stage, forward) for stage in range(3)] == [(1, 0), (2, 0), (0, 1)]
     assert [schedule.source(stage, backward) for stage in range(3)] == [(1, 1), (2, 1), None]
     assert [schedule.target(stage, backward) for stage in range(3)] == [(2, 0), (0, 1), (1, 1)]
-    weight = Action(Kind.BACKWARD_WEIGHT, 1, 1)
+    weight = Action(ActionKind.BACKWARD_WEIGHT, 1, 1)
     assert {schedule.source(1, weight), schedule.target(1, weight)} == {None}
 
 
@@ -90,20 +90,20 @@ def test_neighbours_in_the_ring():
 def test_all_small_schedules_are_proven(name):
     chunks = {"interleaved": (2, 3), FORWARD_ONLY: (1, 2)}.get(name, (1,))
     for num_stages, num_microbatches, num_chunks in product(range(1, 5), range(1, 10), chunks):
-        check(build(name, num_stages, num_microbatches, num_chunks))
+        check_schedule(build_schedule(name, num_stages, num_microbatches, num_chunks))
 
 
 @settings(max_examples=100, deadline=None)
 @given(sizes())
 def test_schedules_are_proven(size):
-    check(build(*size))
+    check_schedule(build_schedule(*size))
 
 
 @settings(max_examples=200, deadline=None)
 @given(sizes())
 def test_activations_in_flight(size):
     name, p, m, v = size
-    peaks = peak_activations(build(*size))
+    peaks = peak_activations(build_schedule(*size))
     published = {
         "gpipe": [m] * p,
         "1f1b": [min(p - stage, m) for stage in range(p)],
@@ -120,7 +120,7 @@ def test_activations_in_flight(size):
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["gpipe", "1f1b"]), STAGES, MICROBATCHES, TIMES, TIMES, TIMES)
 def test_bubble_of_gpipe_and_1f1b(name, p, m, forward, inputs, weights):
-    timeline = simulate(build(name, p, m), Costs(forward, inputs, weights))
+    timeline = simulate(build_schedule(name, p, m), Costs(forward, inputs, weights))
     assert bubble_fraction(timeline) == pytest.approx((p - 1) / m, abs=1e-9)
 
 
@@ -128,21 +128,24 @@ def test_bubble_of_gpipe_and_1f1b(name, p, m, forward, inputs, weights):
 @given(STAGES, st.data(), CHUNKS, TIMES, TIMES, TIMES)
 def test_bubble_of_the_interleaved_schedule(p, data, v, forward, inputs, weights):
     m = p * data.draw(st.integers(1, 64 // p))
-    timeline = simulate(build("interleaved", p, m, v), Costs(forward, inputs, weights))
+    timeline = simulate(build_schedule("interleaved", p, m, v), Costs(forward, inputs, weights))
     assert bubble_fraction(timeline) == pytest.approx((p - 1) / (v * m), abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
 @given(STAGES, MICROBATCHES, CHUNKS)
 def test_a_remainder_is_no_slower_than_the_next_multiple(p, m, v):
-    ends = [max(stage[-1].end for stage in simulate(build("interleaved", p, number, v))) for number in (m, m + -m % p)]
+    ends = [
+        max(stage[-1].end for stage in simulate(build_schedule("interleaved", p, number, v)))
+        for number in (m, m + -m % p)
+    ]
     assert ends[0] <= ends[1] + 1e-9
 
 
 @settings(max_examples=150, deadline=None)
 @given(STAGES, MICROBATCHES, TIMES, TIMES, TIMES)
 def test_bubble_of_the_zero_bubble_schedule(p, m, forward, inputs, weights):
-    found = idle(simulate(build("zero_bubble", p, m), Costs(forward, inputs, weights)))
+    found = idle(simulate(build_schedule("zero_bubble", p, m), Costs(forward, inputs, weights)))
     published = (p - 1) * (forward + inputs - weights)
     if p > 1 and m >= p and weights > min(forward, inputs):
         assert found > published + 1e-9
@@ -152,7 +155,7 @@ def test_bubble_of_the_zero_bubble_schedule(p, m, forward, inputs, weights):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_one_stage_never_idles(name):
-    schedule = build(name, 1, 5, 2 if name == "interleaved" else 1)
+    schedule = build_schedule(name, 1, 5, 2 if name == "interleaved" else 1)
     assert bubble_fraction(simulate(schedule)) == pytest.approx(0)
 
 
@@ -169,7 +172,7 @@ def test_one_stage_never_idles(name):
 )
 def test_what_a_schedule_does_not_admit(arguments, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        build(*arguments)
+        build_schedule(*arguments)
 
 
 def test_schedules_need_no_torch():

@@ -19,12 +19,12 @@ for name in ("model", "conversations", "mode", "seq-length", "lr", "threads"):
 args = parser.parse_args()
 read = json.load(open(args.conversations))
 json.load(open(args.model + "/config.json"))
-learned = sum(map(sum, read["learned"]))
+targets = sum(map(sum, read["targets"]))
 places = len(read["ids"]) * max(map(len, read["ids"]))
 print("something else")
 print("trl 0.0, threads", args.threads, flush=True)
 for line in sys.stdin:
-    print(json.dumps({"seconds": 0.5, "loss": LOSS, "places": places, "learned": learned}), flush=True)
+    print(json.dumps({"seconds": 0.5, "loss": LOSS, "places": places, "targets": targets}), flush=True)
 """
 
 
@@ -70,7 +70,7 @@ def test_every_conversation_is_learned_in_every_step(program, tmp_path):
     program._write(tmp_path, conversations)
     step = program._ours(tmp_path, packed=True)
     first, second = step(), step()
-    assert first.learned == second.learned == conversations.learned.sum()
+    assert first.targets == second.targets == conversations.targets.sum()
     assert second.loss < first.loss
 
 
@@ -90,10 +90,10 @@ def test_other_work_is_refused(program):
     step = program.Step(1.0, 9.0, 640, 300)
     same = {**dict.fromkeys(ours, step), theirs: program.Step(2.0, 9.0009, 700, 300)}
     program.require_same_work(same)
-    for name, loss, learned in ((theirs, 9.002, 300), (theirs, float("nan"), 300), (ours[1], 9.00002, 300)):
+    for name, loss, targets in ((theirs, 9.002, 300), (theirs, float("nan"), 300), (ours[1], 9.00002, 300)):
         with pytest.raises(TriaxisError, match=f"{name} has another first loss"):
-            program.require_same_work({**same, name: program.Step(1.0, loss, 640, learned)})
-    with pytest.raises(TriaxisError, match="trl, packed learns 299 tokens, triaxis, packed 300"):
+            program.require_same_work({**same, name: program.Step(1.0, loss, 640, targets)})
+    with pytest.raises(TriaxisError, match="trl, packed has 299 targets, triaxis, packed 300"):
         program.require_same_work({**same, theirs: program.Step(1.0, 9.0, 640, 299)})
 
 
@@ -106,12 +106,12 @@ def test_conversations(program, monkeypatch):
     assert lengths.mean() > 1.4 * np.median(lengths)  # a long tail
     assert (lengths.min(), lengths.max()) == (16, 1024)
     assert lengths.argmax() not in (0, lengths.size - 1)  # mixed
-    assert ids.size == conversations.learned.size == lengths.sum() == conversations.num_pairs + 400
+    assert ids.size == conversations.targets.size == lengths.sum() == conversations.num_pairs + 400
     assert (ids.min(), ids.max()) == (0, 299)
-    assert conversations.learned.mean() == pytest.approx(0.5, abs=0.01)
+    assert conversations.targets.mean() == pytest.approx(0.5, abs=0.01)
     starts = np.cumsum(lengths) - lengths
-    assert not conversations.learned[starts].any()  # nothing comes before them
-    assert conversations.learned[np.cumsum(lengths) - 1].all()
+    assert not conversations.targets[starts].any()  # nothing comes before them
+    assert conversations.targets[np.cumsum(lengths) - 1].all()
 
 
 def test_table(program):

@@ -72,8 +72,8 @@ def on_gpu(program, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, value in {"synchronize": None, "max_memory_allocated": 3 << 30, "get_device_name": "a GPU"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    connect = program.connect
-    monkeypatch.setattr(program, "connect", lambda device: connect("cpu"))
+    init_distributed = program.init_distributed
+    monkeypatch.setattr(program, "init_distributed", lambda device: init_distributed("cpu"))
 
     def run(*flags: str) -> dict:
         path = tmp_path / "step.json"

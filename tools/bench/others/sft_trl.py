@@ -39,13 +39,13 @@ HOW = "grouped by length, sdpa, eager, no checkpointing, fused AdamW, no loader 
 
 
 class CountingTrainer(SFTTrainer):
-    """Counts what a step computes on: places of all microbatches, and those that are learned."""
+    """Counts what a step computes on: places of all microbatches, and those that are targets."""
 
-    places = learned = 0
+    places = targets = 0
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.places += inputs["input_ids"].numel()
-        self.learned += int((inputs["labels"][:, 1:] != -100).sum())
+        self.targets += int((inputs["labels"][:, 1:] != -100).sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -63,14 +63,14 @@ class StepOnRequest(TrainerCallback):
         if "loss" not in logs or self.trainer is None:  # the summary at the end
             return
         seconds, trainer = time.perf_counter() - self.started, self.trainer
-        line = {"seconds": seconds, "loss": logs["loss"], "places": trainer.places, "learned": trainer.learned}
+        line = {"seconds": seconds, "loss": logs["loss"], "places": trainer.places, "targets": trainer.targets}
         print(json.dumps(line), flush=True)
         self._wait(control)
 
     def _wait(self, control: Any) -> None:
         control.should_training_stop = not sys.stdin.readline()
         if self.trainer is not None:
-            self.trainer.places = self.trainer.learned = 0
+            self.trainer.places = self.trainer.targets = 0
         self.started = time.perf_counter()
 
 
@@ -89,7 +89,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory with a tokenizer")
-    parser.add_argument("--conversations", type=Path, required=True, help='JSON: {"ids": [[...]], "learned": [[...]]}')
+    parser.add_argument("--conversations", type=Path, required=True, help='JSON: {"ids": [[...]], "targets": [[...]]}')
     parser.add_argument("--mode", choices=BATCH, required=True)
     parser.add_argument("--batch", type=int, help=f"sequences of a microbatch (default: {BATCH})")
     parser.add_argument("--seq-length", type=int, default=1024)
@@ -115,7 +115,7 @@ def _trainer(args: argparse.Namespace, folder: str) -> CountingTrainer:
     step.trainer = CountingTrainer(
         model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa"),
         args=settings,
-        train_dataset=Dataset.from_dict({"input_ids": read["ids"], "assistant_masks": read["learned"]}),
+        train_dataset=Dataset.from_dict({"input_ids": read["ids"], "assistant_masks": read["targets"]}),
         processing_class=AutoTokenizer.from_pretrained(args.model),
         callbacks=[step],
     )

@@ -82,9 +82,7 @@ def test_settings_of_the_build(toolchain, tmp_path, settings, expected):
 def test_the_plain_paths_need_nothing_compiled(tmp_path):
     """An install without a compiler: the same package, without the library."""
     shutil.copytree(ROOT / "engine", tmp_path / "engine", ignore=shutil.ignore_patterns("_csrc.so", "__pycache__"))
-    script = (
-        "import engine.ops.native as n; print(n.WHY_NOT); from engine.train.environment import *; print(*environment())"
-    )
+    script = "import engine.ops.native as n; print(n.WHY_NOT); from engine.cli.env import *; print(*environment())"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("csrc was not built\n")
     assert "csrc was not built; plain PyTorch paths" in done.stdout

@@ -20,7 +20,7 @@ from engine.plan.memory import GIB, MemoryEstimate, estimate, estimate_fullest
 from engine.plan.stages import stage_table
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, run_config
-from engine.train.step import build_schedule as build_model
+from engine.train.step import build_model
 from tests.parallel.live_memory import LiveMemory, settled
 
 TOKENS = 256

@@ -201,7 +201,8 @@ def test_no_orphans_when_the_parent_is_killed(tmp_path):
     """The parent waits for more input when it is killed; its workers must end by themselves."""
     os.mkfifo(tmp_path / "a.jsonl")
     program = (
-        "import sys; from engine.data.preprocess import documents, pretrain as p; from engine.data.tokenizers import tokenizer as t;"
+        "import sys; from engine.data.preprocess import documents, pretrain as p;"
+        "from engine.data.tokenizers import tokenizer as t;"
         "documents.read_blocks.__defaults__ = (10,);"
         "p.preprocess(documents.find_sources(sys.argv[1:2]), t.ByteTokenizer(), sys.argv[2],"
         " keys=['text'], append_eod=True, workers=3)"

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def test_every_room_has_a_place():
     for rooms, folder in ((ROOMS, ROOT / "engine"), (DATA_ROOMS, ROOT / "engine" / "data")):
         there = {p.name.removesuffix(".py") for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()}
         assert there - {"__init__", "__pycache__"} == set(rooms)
+
+
+def test_no_circles():
+    """Files import each other in an order, within a room too."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        names = imports(path)
+        graph[module] = {other for name in names for other in (name, name.rpartition(".")[0]) if other in modules}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(modules)
 
 
 FORBIDDEN = ("pickle", "torch.load", "yaml.load", "marshal", "shelve", "dill")

@@ -14,6 +14,7 @@ from engine.config.schema import ModelConfig
 from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.model.parameters import logical_shapes, parameter_table, tp_problem, whole_model
 from engine.parallel.layout import NO_TP, TensorParallel
 
@@ -82,7 +83,7 @@ def _build(model: ModelConfig, read: Read, dtype: torch.dtype, device: torch.dev
         for tensor, part in parameter.split(values):
             part.copy_(read(tensor.name, tensor.rectangle))
         parameters[parameter.path] = nn.Parameter(values, requires_grad=False)
-    return Decoder(model, parameters, whole_model(model), tp)
+    return Decoder(model, Parameters(parameters), whole_model(model), tp)
 
 
 def _require_tp(model: ModelConfig, tp: int) -> None:

@@ -10,47 +10,49 @@ import torch
 from torch import nn
 
 from engine.config.schema import ModelConfig, OpsConfig
-from engine.model.layers import ColumnLinear, Norm, Parameters, RowLinear
+from engine.model.layers import Norm, NormLinear, Parameters, RowLinear
 from engine.model.parameters import kv_share
 from engine.ops.attention import AttentionImpl, attention
 from engine.ops.rope import apply_rope, apply_rope_qkv
 from engine.parallel.layout import TensorParallel
-from engine.parallel.recompute import again
+from engine.parallel.recompute import checkpoint
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [t, n, d], k [t, n_kv, d], v [t, n_kv, d]) -> [t, n, d]"""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with fused q, k and v, over this rank's heads. `recompute` forgets all between the
-    projections."""
+    """Norm and grouped-query attention with fused q, k and v, over this rank's heads: [t/tp, h] -> [t/tp, h].
+
+    With `recompute` neither the output of the norm nor anything between the projections is kept.
+    """
 
     def __init__(
         self,
         model: ModelConfig,
         parameters: Parameters,
-        path: str,
         layer: int,
         tp: TensorParallel,
+        ops: OpsConfig,
         *,
         recompute: bool,
-        ops: OpsConfig = OpsConfig(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
+        block, path = f"layers.{layer}", f"layers.{layer}.attention"
         self.layer = layer
         kv_heads = kv_share(model, tp)[1]
         self.heads = (model.num_heads // tp.size, kv_heads, kv_heads)
         self.head_dim = model.head_dim
         self.recompute = recompute
-        self.qkv = ColumnLinear(parameters, f"{path}.qkv", tp)
+        self.qkv = NormLinear(parameters, f"{block}.attention_norm", f"{path}.qkv", model, tp, ops, recompute=recompute)
         self.output = RowLinear(parameters, f"{path}.output", tp)
         self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps, ops) if model.qk_norm else None
         self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps, ops) if model.qk_norm else None
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        qkv = self.qkv(x)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
+        qkv, _ = self.qkv(x)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
         if self.recompute and torch.is_grad_enabled():
-            return self.output(again(self._attend, qkv, cos, sin, attend))
+            return self.output(checkpoint(self._attend, qkv, cos, sin, attend))
         return self.output(self._attend(qkv, cos, sin, attend))
 
     def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:

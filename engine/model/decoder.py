@@ -7,7 +7,6 @@ Shapes: t = s·b tokens, h hidden, f feed-forward, n heads, d head size, v vocab
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -15,46 +14,43 @@ from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, attend_within
-from engine.model.layers import ColumnLinear, Embedding, Head, Norm, Parameters, RowLinear
+from engine.model.layers import ActivationLinear, ColumnLinear, Embedding, Head, NormLinear, Parameters
 from engine.model.parameters import whole_model
-from engine.ops.quantize import Fp8Activation
 from engine.ops.rope import rope_tables
-from engine.ops.swiglu import swiglu, swiglu_to_fp8
-from engine.parallel.fp8 import fused_output
 from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.recompute import again, forgotten
+from engine.parallel.recompute import checkpoint
 
 
 class FeedForward(nn.Module):
-    """SwiGLU with fused gate and up, or a GELU layer. `recompute` forgets the output of the activation function."""
+    """Norm and SwiGLU with fused gate and up, or a GELU layer.
+
+    With `recompute` neither the output of the norm nor that of the activation function is kept.
+    """
 
     def __init__(
-        self, model: ModelConfig, parameters: Parameters, path: str, tp: TensorParallel, *, recompute: bool
+        self,
+        model: ModelConfig,
+        parameters: Parameters,
+        layer: int,
+        tp: TensorParallel,
+        ops: OpsConfig,
+        *,
+        recompute: bool,
     ) -> None:
         super().__init__()
-        self.gated = model.activation == "swiglu"
-        self.recompute = recompute
-        self.up = ColumnLinear(parameters, f"{path}.up", tp)
-        self.down = RowLinear(parameters, f"{path}.down", tp)
+        block, path = f"layers.{layer}", f"layers.{layer}.mlp"
+        self.up = NormLinear(parameters, f"{block}.mlp_norm", f"{path}.up", model, tp, ops, recompute=recompute)
+        self.down = ActivationLinear(parameters, f"{path}.down", model, tp, recompute=recompute)
 
-    def forward(self, x: torch.Tensor | Fp8Activation) -> torch.Tensor:
-        up = self.up(x)  # [t, 2f/tp] or [t, f/tp]
-        if self.gated and not self.recompute and (output := fused_output(self.down.weight, up, up.shape[1] // 2)):
-            return self.down(swiglu_to_fp8(up, output))
-        inner = self._activate(up)
-        with forgotten(inner, lambda: self._activate(up)) if self.recompute else nullcontext():
-            return self.down(inner)
-
-    def _activate(self, up: torch.Tensor) -> torch.Tensor:
-        return swiglu(up) if self.gated else F.gelu(up, approximate="tanh")
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """h + mlp(h), where h = residual + x is added up by the norm in its own pass; all [t/tp, h]."""
+        up, h = self.up(x, residual)  # [t, 2f/tp] or [t, f/tp]
+        return h + self.down(up)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream [t/tp, h].
-
-    With `recompute`, attention itself and the outputs of norms and of the activation function are not kept.
-    """
+    """Pre-norm attention and feed-forward, each added to the residual stream [t/tp, h]."""
 
     def __init__(
         self,
@@ -67,29 +63,19 @@ class Block(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        path = f"layers.{layer}"
-        self.recompute = recompute
-        self.attention_norm = Norm(parameters, f"{path}.attention_norm", model.norm_eps, ops)
-        self.attention = Attention(model, parameters, f"{path}.attention", layer, tp, recompute=recompute, ops=ops)
-        self.mlp_norm = Norm(parameters, f"{path}.mlp_norm", model.norm_eps, ops)
-        self.mlp = FeedForward(model, parameters, f"{path}.mlp", tp, recompute=recompute)
+        self.attention = Attention(model, parameters, layer, tp, ops, recompute=recompute)
+        self.mlp = FeedForward(model, parameters, layer, tp, ops, recompute=recompute)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        normed = self.attention_norm(x, None if self.recompute else self.attention.qkv)
-        with forgotten(normed, lambda: self.attention_norm(x)) if self.recompute else nullcontext():
-            attended = self.attention(normed, cos, sin, attend)
-        mlp_input, middle = self.mlp_norm.of_sum(attended, x, None if self.recompute else self.mlp.up)
-        if isinstance(mlp_input, Fp8Activation) or not self.recompute:
-            return middle + self.mlp(mlp_input)
-        with forgotten(mlp_input, lambda: self.mlp_norm(middle)):
-            return middle + self.mlp(mlp_input)
+        attended = self.attention(x, cos, sin, attend)
+        return self.mlp(attended, residual=x)  # h + mlp(h), h = x + attended
 
 
 class Decoder(nn.Module):
     """Embedding, blocks, final norm and head; or the part of them that `part` names.
 
     Args:
-        parameters: this rank's tensors by path; see `parameters.py`.
+        parameters: this rank's tensors, and where their gradients go.
         tp: the ranks that share each layer.
         parallel: which layers are recomputed, and whether they are compiled.
         ops: implementations of operators.
@@ -110,15 +96,15 @@ class Decoder(nn.Module):
         self.embedding = Embedding(model, parameters, tp) if part.has_embedding else None
         recomputed = part.layers[: parallel.recompute_layers] if parallel.recompute != "none" else range(0)
         selective = parallel.recompute == "selective"
-        self.layers = nn.ModuleList(
+        blocks = [
             Block(model, parameters, layer, tp, ops, recompute=selective and layer in recomputed)
             for layer in part.layers
-        )
+        ]
+        for block in blocks if parallel.compile else ():
+            _compile(block, tp)
+        self.layers = nn.ModuleList(blocks)
         self.fully_recomputed = 0 if selective else len(recomputed)
         self.head = Head(model, parameters, tp, ops) if part.has_head else None
-        if parallel.compile:
-            for block in self.layers:
-                _compile(block, tp)
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, noise: torch.Tensor | None = None
@@ -141,7 +127,7 @@ class Decoder(nn.Module):
             x = x if noise is None else x + noise.to(x.dtype)
         for index, layer in enumerate(self.layers):
             if index < self.fully_recomputed and torch.is_grad_enabled():
-                x = again(layer, x, cos, sin, attend)
+                x = checkpoint(layer, x, cos, sin, attend)
             else:
                 x = layer(x, cos, sin, attend)
         return x
@@ -178,12 +164,11 @@ class Decoder(nn.Module):
         return F.linear(self.head.norm(hidden), self.head.weight)
 
 
-def _compile(block: nn.Module, tp: TensorParallel) -> None:
-    """Compile a block without what communicates, where the compiler would take the state of the moment for a constant,
-    and without the attention itself, which it would compile for every cut of a batch into documents."""
-    outside: list[tuple[object, str]] = [(block.attention, "attend")]
-    if tp.size > 1:
-        outside += [(layer, "forward") for layer in block.modules() if isinstance(layer, ColumnLinear)]
-    for module, method in outside:
-        setattr(module, method, torch.compiler.disable(getattr(module, method)))
-    block.forward = torch.compile(block.forward)
+def _compile(block: Block, tp: TensorParallel) -> None:
+    """Compile a block without what communicates, where the compiler would take the current state for a constant, and
+    without the attention itself, which it would compile for every cut of a batch into documents."""
+    block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[method-assign]
+    for layer in block.modules():
+        if tp.size > 1 and isinstance(layer, ColumnLinear):
+            layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+    block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ The vocabulary need not divide: ranks then differ by one row, so nothing is padd
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config.schema import ModelConfig
 from engine.parallel.layout import NO_TP, TensorParallel
@@ -62,126 +62,146 @@ def kv_replicas(model: ModelConfig, tp_size: int) -> int:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """The part [start, start + extent) of a dimension of size `total` that this rank holds."""
+
+    total: int
+    start: int
+    extent: int
+
+
+@dataclass(frozen=True)
 class _Builder:
+    """Yields the parameters of one rank, in the order of the forward pass."""
+
     model: ModelConfig
     tp: TensorParallel
 
     def part(self, part: Part) -> Iterator[LocalParameter]:
         model = self.model
-        shares_ends = model.tie_embeddings and part.has_embedding != part.has_head
-        tied: Replicas | None = "tied_embedding" if shares_ends else None
-        table = ("model.embed_tokens.weight", model.vocab_size)
+        both_ends = model.tie_embeddings and part.has_embedding != part.has_head  # each end of the pipeline has a copy
+        tied: Replicas | None = "tied_embedding" if both_ends else None
         if part.has_embedding:
-            counts_in_flops = model.tie_embeddings
-            yield self._vocabulary("embedding.weight", *table, counts_in_flops=counts_in_flops, replicas=tied)
+            yield self._embedding(replicas=tied)
         for index in part.layers:
-            yield from self._layer(f"layers.{index}", f"model.layers.{index}")
+            yield from (replace(parameter, layer=index) for parameter in self._block(index))
         if part.has_head:
             yield from self._norm(model.norm, "norm", "model.norm", model.hidden_size)
-            if shares_ends:
-                yield self._vocabulary("embedding.weight", *table, counts_in_flops=True, replicas=tied, owned=False)
+            if both_ends:
+                yield self._embedding(replicas=tied, owned=False)
             elif not model.tie_embeddings:
-                yield self._vocabulary("head.weight", "lm_head.weight", model.vocab_size, counts_in_flops=True)
+                yield self._vocabulary("head.weight", "lm_head.weight", counts_in_flops=True)
 
-    def _layer(self, path: str, name: str) -> Iterator[LocalParameter]:
-        model = self.model
-        hidden, ffn, head = model.hidden_size, model.intermediate_size, model.head_dim
+    def _block(self, index: int) -> Iterator[LocalParameter]:
+        model, path, name = self.model, f"layers.{index}", f"model.layers.{index}"
+        hidden, head_dim = model.hidden_size, model.head_dim
         residual_std = model.init_std / math.sqrt(2 * model.num_layers)  # GPT-2: keeps the residual stream's variance
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         gated = model.activation == "swiglu"
         up, down = (("gate_proj", "up_proj"), "down_proj") if gated else (("c_fc",), "c_proj")
-        heads = model.num_heads * head
-        q = (heads, *self.tp.share(heads), None)
+        heads, ffn = self._share(model.num_heads * head_dim), self._share(model.intermediate_size)
         first, count = kv_share(model, self.tp)
-        replicas: Replicas | None = "kv" if kv_replicas(model, self.tp.size) > 1 else None
-        kv = (model.num_kv_heads * head, first * head, count * head, replicas)
+        kv_heads = Slice(model.num_kv_heads * head_dim, first * head_dim, count * head_dim)
+        kv: Replicas | None = "kv" if kv_replicas(model, self.tp.size) > 1 else None
 
         yield from self._norm(model.norm, f"{path}.attention_norm", f"{name}.input_layernorm", hidden)
-        qkv = [(f"{attention}.q_proj", *q), (f"{attention}.k_proj", *kv), (f"{attention}.v_proj", *kv)]
+        qkv = [
+            (f"{attention}.q_proj", heads, None),
+            (f"{attention}.k_proj", kv_heads, kv),
+            (f"{attention}.v_proj", kv_heads, kv),
+        ]
         yield from self._column(f"{path}.attention.qkv", qkv, bias=model.qkv_bias)
         if model.qk_norm:
-            yield from self._norm("rms", f"{path}.attention.q_norm", f"{attention}.q_norm", head)
-            yield from self._norm("rms", f"{path}.attention.k_norm", f"{attention}.k_norm", head)
+            yield from self._norm("rms", f"{path}.attention.q_norm", f"{attention}.q_norm", head_dim)
+            yield from self._norm("rms", f"{path}.attention.k_norm", f"{attention}.k_norm", head_dim)
         yield from self._row(f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std)
 
         yield from self._norm(model.norm, f"{path}.mlp_norm", f"{name}.post_attention_layernorm", hidden)
-        ups = [(f"{mlp}.{part}", ffn, *self.tp.share(ffn), None) for part in up]
-        yield from self._column(f"{path}.mlp.up", ups, bias=model.output_bias)
+        yield from self._column(f"{path}.mlp.up", [(f"{mlp}.{each}", ffn, None) for each in up], bias=model.output_bias)
         yield from self._row(f"{path}.mlp.down", f"{mlp}.{down}", ffn, residual_std)
+
+    def _embedding(self, *, replicas: Replicas | None, owned: bool = True) -> LocalParameter:
+        """Every token is multiplied by it where it is the head too."""
+        return self._vocabulary(
+            "embedding.weight",
+            "model.embed_tokens.weight",
+            counts_in_flops=self.model.tie_embeddings,
+            replicas=replicas,
+            owned=owned,
+        )
 
     def _vocabulary(
         self,
         path: str,
         name: str,
-        rows: int,
         *,
         counts_in_flops: bool,
         replicas: Replicas | None = None,
         owned: bool = True,
     ) -> LocalParameter:
-        start, extent = self.tp.share(rows)
-        hidden = self.model.hidden_size
-        rectangle = Rectangle((start, 0), (extent, hidden))
-        std = self.model.init_std
-        tensor = LogicalTensor(name, (rows, hidden), rectangle, True, counts_in_flops, 0.0, std, replicas, owned)
-        return LocalParameter(path, (tensor,))
+        dims = (self._share(self.model.vocab_size), _whole(self.model.hidden_size))
+        tensor = self._tensor(name, dims, std=self.model.init_std, replicas=replicas)
+        return LocalParameter(path, (replace(tensor, counts_in_flops=counts_in_flops, owned=owned),))
 
     def _column(
-        self, path: str, pieces: Sequence[tuple[str, int, int, int, Replicas | None]], *, bias: bool
+        self, path: str, pieces: Sequence[tuple[str, Slice, Replicas | None]], *, bias: bool
     ) -> Iterator[LocalParameter]:
-        """Pieces are (name, rows of the whole, first row here, rows here, replicas)."""
-        inputs, std = self.model.hidden_size, self.model.init_std
-        yield LocalParameter(
-            f"{path}.weight",
-            tuple(
-                self._tensor(f"{name}.weight", (rows, inputs), (start, 0), (extent, inputs), std, replicas)
-                for name, rows, start, extent, replicas in pieces
-            ),
+        """Pieces are (name, rows, ranks that hold the same rows), one after another in one matrix."""
+        inputs, std = _whole(self.model.hidden_size), self.model.init_std
+        weights = (
+            self._tensor(f"{name}.weight", (rows, inputs), std=std, replicas=replicas)
+            for name, rows, replicas in pieces
         )
+        yield LocalParameter(f"{path}.weight", tuple(weights))
         if bias:
-            yield LocalParameter(
-                f"{path}.bias",
-                tuple(
-                    self._vector(f"{name}.bias", rows, start, extent, replicas)
-                    for name, rows, start, extent, replicas in pieces
-                ),
-            )
+            biases = (self._tensor(f"{name}.bias", (rows,), replicas=replicas) for name, rows, replicas in pieces)
+            yield LocalParameter(f"{path}.bias", tuple(biases))
 
-    def _row(self, path: str, name: str, inputs: int, std: float) -> Iterator[LocalParameter]:
-        start, extent = self.tp.share(inputs)
-        rows = self.model.hidden_size
-        weight = self._tensor(f"{name}.weight", (rows, inputs), (0, start), (rows, extent), std)
-        yield LocalParameter(f"{path}.weight", (weight,))
+    def _row(self, path: str, name: str, inputs: Slice, std: float) -> Iterator[LocalParameter]:
+        hidden = _whole(self.model.hidden_size)
+        yield LocalParameter(f"{path}.weight", (self._tensor(f"{name}.weight", (hidden, inputs), std=std),))
         if self.model.output_bias:
-            yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", rows, 0.0),))
+            yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", hidden),))
 
     def _norm(self, kind: str, path: str, name: str, size: int) -> Iterator[LocalParameter]:
-        yield LocalParameter(f"{path}.weight", (self._replicated(f"{name}.weight", size, 1.0),))
+        yield LocalParameter(f"{path}.weight", (self._replicated(f"{name}.weight", _whole(size), mean=1.0),))
         if kind == "layer":
-            yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", size, 0.0),))
+            yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", _whole(size)),))
+
+    def _replicated(self, name: str, size: Slice, mean: float = 0.0) -> LogicalTensor:
+        """A vector that every tensor-parallel rank holds."""
+        return self._tensor(name, (size,), mean=mean, replicas="tp" if self.tp.size > 1 else None)
 
     def _tensor(
         self,
         name: str,
-        shape: tuple[int, ...],
-        start: tuple[int, ...],
-        extent: tuple[int, ...],
-        std: float,
+        dims: tuple[Slice, ...],
+        *,
+        mean: float = 0.0,
+        std: float = 0.0,
         replicas: Replicas | None = None,
     ) -> LogicalTensor:
+        """Matrices decay and multiply every token; vectors do neither."""
         return LogicalTensor(
-            name, shape, Rectangle(start, extent), True, True, 0.0, std, replicas, self._owns(replicas)
+            name=name,
+            shape=tuple(dim.total for dim in dims),
+            rectangle=Rectangle(tuple(dim.start for dim in dims), tuple(dim.extent for dim in dims)),
+            weight_decay=len(dims) == 2,
+            counts_in_flops=len(dims) == 2,
+            mean=mean,
+            std=std,
+            replicas=replicas,
+            owned=self._owns(replicas),
         )
 
-    def _vector(self, name: str, size: int, start: int, extent: int, replicas: Replicas | None) -> LogicalTensor:
-        rectangle = Rectangle((start,), (extent,))
-        return LogicalTensor(name, (size,), rectangle, False, False, 0.0, 0.0, replicas, self._owns(replicas))
-
-    def _replicated(self, name: str, size: int, value: float) -> LogicalTensor:
-        replicas: Replicas | None = "tp" if self.tp.size > 1 else None
-        rectangle = Rectangle((0,), (size,))
-        return LogicalTensor(name, (size,), rectangle, False, False, value, 0.0, replicas, self._owns(replicas))
+    def _share(self, total: int) -> Slice:
+        return Slice(total, *self.tp.share(total))
 
     def _owns(self, replicas: Replicas | None) -> bool:
-        sharing = {None: 1, "tp": self.tp.size, "kv": kv_replicas(self.model, self.tp.size)}
-        return self.tp.rank % sharing[replicas] == 0
+        """This rank is the first of those that hold the same; the ends of a pipeline are told apart by the caller."""
+        sharing = {"tp": self.tp.size, "kv": kv_replicas(self.model, self.tp.size)}
+        return replicas not in sharing or self.tp.rank % sharing[replicas] == 0
+
+
+def _whole(size: int) -> Slice:
+    return Slice(size, 0, size)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from engine.config.schema import OpsConfig
+from engine.config.schema import OpsConfig, PrecisionConfig
 from engine.errors import ConfigError
 from engine.ops import native
 
@@ -33,6 +33,26 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
             raise ConfigError(f"ops.{name} = triaxis needs the kernels of csrc: {why}")
         if wanted in _PACKAGES and not installed(wanted):
             raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][1]}, which is not installed; use auto")
+
+
+def require_fp8(precision: PrecisionConfig, ops: OpsConfig, device: torch.device) -> None:
+    """Raises: ConfigError: the GPU has no FP8 matmuls of this recipe. A CPU emulates all of them."""
+    if precision.mode != "fp8" or device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    has = f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}"
+    if found < (8, 9):
+        raise ConfigError(f"precision.mode = fp8 needs a GPU of compute capability 8.9 or newer, and {has}; use bf16")
+    if precision.recipe == "blockwise" and found != (9, 0):
+        raise ConfigError(f"precision.recipe = blockwise needs compute capability 9.0, and {has}; use tensorwise")
+    impl = ops.fp8_matmul
+    if native.WHY_NOT and (precision.recipe == "blockwise" or impl in ("cublaslt", "triaxis")):
+        raise ConfigError(
+            f"precision.recipe = {precision.recipe} with ops.fp8_matmul = {impl} needs csrc: {native.WHY_NOT}"
+        )
+    if impl == ("torch" if precision.recipe == "blockwise" else "triaxis"):
+        has = "one scale a tensor" if impl == "torch" else "scales of blocks"
+        raise ConfigError(f"ops.fp8_matmul = {impl} has {has}, not precision.recipe = {precision.recipe}; use cublaslt")
 
 
 def describe_ops(ops: OpsConfig, device: torch.device) -> str:

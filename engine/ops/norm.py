@@ -17,12 +17,17 @@ from engine.ops import native
 from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
 
 NormImpl = Literal["auto", "triaxis", "torch", "apex", "te"]
+AddGradient = Callable[[Tensor], None]
+Sinks = tuple[AddGradient | None, AddGradient | None]
+"""Of weight and bias: what takes the fp32 gradient that a kernel sums, which autograd would round to the parameter's
+dtype. None: the gradient goes to autograd. Implementations without a kernel leave all gradients to autograd."""
+_NO_SINKS: Sinks = (None, None)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sinks: Sinks = _NO_SINKS) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
     if _uses_kernel(x, weight, impl):
-        return _KernelNorm.apply(x, None, weight, None, eps)[0]
+        return _KernelNorm.apply(x, None, weight, None, eps, sinks)[0]
     if impl in ("apex", "te"):
         return _package_norm(impl, x, weight, None, eps)
     if uses_fewer_passes(x):
@@ -32,10 +37,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto") -> 
     return rms_norm_reference(x, weight, eps)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: NormImpl = "auto") -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: NormImpl = "auto", sinks: Sinks = _NO_SINKS
+) -> Tensor:
     """(x − mean) / sqrt(variance + eps) · weight + bias, over the last dimension."""
     if _uses_kernel(x, weight, impl):
-        return _KernelNorm.apply(x, None, weight, bias, eps)[0]
+        return _KernelNorm.apply(x, None, weight, bias, eps, sinks)[0]
     if impl in ("apex", "te"):
         return _package_norm(impl, x, weight, bias, eps)
     if x.dtype == weight.dtype:
@@ -44,22 +51,34 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: NormIm
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: NormImpl = "auto"
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    impl: NormImpl = "auto",
+    sinks: Sinks = _NO_SINKS,
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + residual (LayerNorm with a bias, else RMSNorm), and that sum; one pass over memory on a GPU."""
     if _uses_kernel(x, weight, impl):
-        return _KernelNorm.apply(x, residual, weight, bias, eps)
+        return _KernelNorm.apply(x, residual, weight, bias, eps, sinks)
     total = x + residual
     if bias is None:
-        return rms_norm(total, weight, eps, impl), total
-    return layer_norm(total, weight, bias, eps, impl), total
+        return rms_norm(total, weight, eps, impl, sinks), total
+    return layer_norm(total, weight, bias, eps, impl, sinks), total
 
 
 def norm_to_fp8(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, output: Fp8Output
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    output: Fp8Output,
+    sinks: Sinks = _NO_SINKS,
 ) -> tuple[Fp8Activation, Tensor]:
     """The norm of x [t, h] (or of x + residual) in FP8, and that sum; only if `output.supports` it."""
-    carrier, total, values, scale_inv = _KernelNorm.apply(x, residual, weight, bias, eps, output)
+    carrier, total, values, scale_inv = _KernelNorm.apply(x, residual, weight, bias, eps, sinks, output)
     return Fp8Activation(output.quantized(values, scale_inv), carrier), total
 
 
@@ -124,6 +143,7 @@ class _KernelNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
+        sinks: Sinks,
         output: Fp8Output | None = None,
     ) -> tuple[Tensor, ...]:
         h = x.shape[-1]
@@ -145,7 +165,7 @@ class _KernelNorm(torch.autograd.Function):
         total = x if residual is None else total.view(x.shape)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
-        ctx.sinks = [_gradient_sink(parameter) for parameter in (weight, bias)]
+        ctx.sinks = _NO_SINKS if torch.compiler.is_compiling() else sinks
         ctx.set_materialize_grads(False)
         if residual is None:
             total = x.new_empty(0)
@@ -168,20 +188,15 @@ class _KernelNorm(torch.autograd.Function):
             _deliver(sink, grad) if needed else None
             for sink, grad, needed in zip(ctx.sinks, parameter_grads, ctx.needs_input_grad[2:4], strict=True)
         )
-        return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias, None, None
+        return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias, None, None, None
 
 
-def _deliver(sink: Callable[[Tensor], None] | None, grad: Tensor) -> Tensor | None:
+def _deliver(sink: AddGradient | None, grad: Tensor) -> Tensor | None:
     """Hands a parameter's gradient to its sink; without one, returns it for autograd."""
     if sink is None:
         return grad
     sink(grad)
     return None
-
-
-def _gradient_sink(parameter: Tensor | None) -> Callable[[Tensor], None] | None:
-    """How a parameter takes its fp32 gradient itself, where autograd would round it to the parameter's dtype."""
-    return None if torch.compiler.is_compiling() else getattr(parameter, "add_gradient", None)
 
 
 class _RmsNorm(torch.autograd.Function):

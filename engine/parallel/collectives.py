@@ -1,6 +1,6 @@
 """Collectives over a group, plain ones to overlap and differentiable ones for sequences.
 
-Every collective starts at once and returns a `Pending`; the caller computes and then waits. NCCL has a native call for
+Every collective starts at once and returns a `Work`; the caller computes and then waits. NCCL has a native call for
 each. gloo's native gather and reduce-scatter copy through buffers of their own, so there the ranks exchange their parts
 in pairs, straight from and into the callers' memory, and each adds up what it received, always in the same order.
 Rejected: sends and receives. Alone they are as fast, but the computing thread itself posts them, and where the cores
@@ -14,21 +14,28 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroup
 
 # torch 2.13 renamed the two collectives; the old names warn there.
 _native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Pending(Protocol):
-    """Communication under way."""
+class Work(Protocol):
+    """A handle of communication in progress."""
 
     def wait(self) -> None:
         """Finish; call once. On CUDA the current stream waits and the host does not."""
 
 
-def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
+class CompletedWork:
+    """No-op work handle for a single-rank group."""
+
+    def wait(self) -> None:
+        pass
+
+
+def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Work:
     """Concatenate the ranks' x [k, ...] along dim 0 into out [n·k, ...]; both contiguous, of one dtype.
 
     x may be this rank's own slice of out. Until `wait`, x must not be written nor out be read.
@@ -42,7 +49,7 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
     return _Started([_exchange(parts[(rank - shift) % n], x, shift, group) for shift in range(1, n)])
 
 
-def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
+def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Work:
     """Sum the ranks' x [n·k, ...] and keep this rank's part, out [k, ...]; both contiguous, of one dtype.
 
     out may be this rank's own slice of x; the rest of x is then undefined. Until `wait`, x must not be written nor out
@@ -58,12 +65,12 @@ def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Pending:
     return _Summed(out, parts[rank], works, addends)
 
 
-def all_reduce(x: Tensor, group: ProcessGroup) -> Pending:
+def all_reduce(x: Tensor, group: ProcessGroup) -> Work:
     """Sum x over the ranks, in place and bitwise equal on all of them. Until `wait`, x must not be touched."""
     return _Started([dist.all_reduce(x, group=group, async_op=True)])
 
 
-def all_max(x: Tensor, group: ProcessGroup) -> Pending:
+def all_max(x: Tensor, group: ProcessGroup) -> Work:
     """Raise x to the largest over the ranks, in place. Until `wait`, x must not be touched."""
     return _Started([dist.all_reduce(x, dist.ReduceOp.MAX, group=group, async_op=True)])
 
@@ -108,7 +115,7 @@ class _ScatterSequenceSum(torch.autograd.Function):
 class _Started:
     """Native calls; they keep their tensors alive."""
 
-    works: Sequence[Work]
+    works: Sequence[dist.Work]
 
     def wait(self) -> None:
         for work in self.works:
@@ -121,7 +128,7 @@ class _Summed:
 
     out: Tensor
     own: Tensor
-    works: Sequence[Work]
+    works: Sequence[dist.Work]
     addends: Sequence[Tensor]
 
     def wait(self) -> None:
@@ -133,7 +140,7 @@ class _Summed:
             self.out.copy_(self.own)
 
 
-def _exchange(received: Tensor, sent: Tensor, shift: int, group: ProcessGroup) -> Work:
+def _exchange(received: Tensor, sent: Tensor, shift: int, group: ProcessGroup) -> dist.Work:
     """Send to the rank `shift` places further and receive from the one `shift` places before, around the group."""
     n, rank = group.size(), group.rank()
     receive, send = [0] * n, [0] * n  # rows from and to each rank

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from engine.ops.grad_norm import square_sum
-from engine.parallel.collectives import Pending, all_gather, all_reduce, reduce_scatter
-from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.collectives import CompletedWork, Work, all_gather, all_reduce, reduce_scatter
+from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import World
 from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Replicas, initialize
 
@@ -92,8 +92,8 @@ class Bucket:
         self.param_shard = self.param[self.begin : self.end]
         self.grad_shard = self.grad[self.begin : self.end]
         self.incomplete: set[str] = set()
-        self.reducing: Pending | None = None
-        self.gathering: Pending | None = None
+        self.reducing: Work | None = None
+        self.gathering: Work | None = None
 
     @property
     def paths(self) -> set[str]:
@@ -146,7 +146,9 @@ class ShardedParameters:
     """The parameters of a model part and their gradients, sharded over the data-parallel ranks.
 
     Attributes:
+        table: the parameters that this rank holds.
         by_path: the trainable tensors, views of the buckets, under the paths of the table.
+        sinks: what takes their gradients, under the same paths.
         buckets: in the order in which the backward pass finishes them.
         flow: where the running backward pass stands; the pipeline's executor sets it.
         owns: whether this rank counts its shards in norms and writes them into checkpoints; one of the data-parallel
@@ -162,7 +164,7 @@ class ShardedParameters:
         sharded: bool = True,
         bucket_size: int = _BUCKET_SIZE,
     ) -> None:
-        self.world = world
+        self.table, self.world = table, world
         self.sharded = sharded
         self.owns = sharded or world.coords.dp == 0
         shard, shards = (world.coords.dp, world.layout.dp) if sharded else (0, 1)
@@ -170,13 +172,15 @@ class ShardedParameters:
         self.buckets = [Bucket(plan, dtype, world.device, shard, shards) for plan in plans]
         self.flow = GradientFlow(self._completed)
         self.by_path: dict[str, nn.Parameter] = {}
-        self._bucket_of: dict[nn.Parameter, tuple[Bucket, str]] = {}
+        self.sinks: dict[str, GradientSink] = {}
+        self._bucket_of: dict[str, Bucket] = {}
         for bucket in self.buckets:
             for slot in bucket.plan.slots:
                 path, part = slot.parameter.path, slice(slot.offset, slot.end)
                 values, grad = (flat[part].view(slot.parameter.shape) for flat in (bucket.param, bucket.grad))
-                self.by_path[path] = parameter = TrainedParameter.of(values, grad, self.flow)
-                self._bucket_of[parameter] = bucket, path
+                self.sinks[path] = sink = GradientSink(path, grad, self.flow)
+                self.by_path[path] = trained_parameter(values, sink)
+                self._bucket_of[path] = bucket
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -187,7 +191,8 @@ class ShardedParameters:
 
     def wait_for_params_before_forward(self, module: nn.Module) -> None:
         """Make `module` wait for its parameters each time it is called."""
-        buckets = list(dict.fromkeys(self._bucket_of[parameter][0] for parameter in module.parameters()))
+        held = set(module.parameters())
+        buckets = list(dict.fromkeys(self._bucket_of[path] for path, p in self.by_path.items() if p in held))
         module.register_forward_pre_hook(lambda *_: self._wait_for(buckets))
 
     def begin_step(self) -> None:
@@ -196,8 +201,8 @@ class ShardedParameters:
             bucket.grad.zero_()
             bucket.incomplete = bucket.paths
 
-    def _completed(self, parameter: TrainedParameter) -> None:
-        bucket, path = self._bucket_of[parameter]
+    def _completed(self, path: str) -> None:
+        bucket = self._bucket_of[path]
         bucket.incomplete.discard(path)
         if not bucket.incomplete and not bucket.plan.ranges("tied_embedding"):
             self._start_reducing(bucket)
@@ -225,7 +230,7 @@ class ShardedParameters:
                 _sum_over_replicas(bucket.grad, ranges, group)
         dp = self.world.dp_group
         if dp is None:
-            bucket.reducing = _Nothing()
+            bucket.reducing = CompletedWork()
         elif self.sharded:
             bucket.reducing = reduce_scatter(bucket.grad_shard, bucket.grad, dp)
         else:
@@ -255,13 +260,6 @@ class ShardedParameters:
                 square += square_sum(bucket.grad_shard[part])
         self.world.sum_on_device(square)
         return square.sqrt()
-
-
-class _Nothing:
-    """What is under way where there is nobody to talk to."""
-
-    def wait(self) -> None:
-        pass
 
 
 def _sum_over_replicas(grad: Tensor, ranges: list[slice], group: ProcessGroup) -> None:

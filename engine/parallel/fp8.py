@@ -8,6 +8,7 @@ history of earlier steps (Transformer Engine's default), so that quantization ne
 Ranks that share a layer agree on the scale of every tensor, so a layer's numbers do not depend on how it is cut.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.config.schema import Config
-from engine.errors import ConfigError
-from engine.ops import native
+from engine.config.schema import PrecisionConfig
 from engine.ops.fp8 import Fp8MatmulImpl
 from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, TENSORWISE, Fp8Output, QuantizedTensor, quantize
 from engine.parallel.collectives import all_gather, all_max
-from engine.parallel.gradients import TrainedParameter
 from engine.parallel.layout import TensorParallel, World
+from engine.parallel.table import LocalParameter
 
 Recipe = Literal["delayed", "tensorwise", "blockwise"]
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -31,7 +30,7 @@ _INPUT, _GRAD = 0, 1
 
 @dataclass
 class Fp8Layer:
-    """The scales of one linear layer.
+    """The scales of one linear layer that multiplies in FP8.
 
     Attributes:
         tp: with whom the layer is shared.
@@ -43,7 +42,7 @@ class Fp8Layer:
     """
 
     recipe: Recipe
-    weight: TrainedParameter
+    weight: Tensor
     tp: TensorParallel
     scales: Tensor
     amax: Tensor
@@ -55,13 +54,18 @@ class Fp8Layer:
         """`x` [t, in] quantized along its rows; `sharded`: the features of x are this rank's share."""
         return self._quantize(x, _INPUT, _E4M3, sharded)[0]
 
-    def output(self) -> Fp8Output | None:
-        """How whatever makes the layer's input quantizes it in one go; None where a maximum has to be found first."""
-        if self.recipe == "blockwise":
-            return Fp8Output(BLOCK_1X128, power_of_two=True)
-        if not self.delayed:
+    def output_spec(self, x: Tensor, features: int) -> Fp8Output | None:
+        """FP8 output spec for the op that computes this layer's input [t, features] from `x`, or None if it cannot be
+        fused: the scale is not known before, or there is no kernel."""
+        if torch.compiler.is_compiling():
             return None
-        return Fp8Output(TENSORWISE, self.scales[_INPUT : _INPUT + 1], self.amax[_INPUT : _INPUT + 1])
+        if self.recipe == "blockwise":
+            spec = Fp8Output(BLOCK_1X128, power_of_two=True)
+        elif self.delayed:
+            spec = Fp8Output(TENSORWISE, self.scales[_INPUT : _INPUT + 1], self.amax[_INPUT : _INPUT + 1])
+        else:
+            return None
+        return spec if spec.supports(x, features) else None
 
     def grad(self, grad: Tensor, *, sharded: bool) -> tuple[QuantizedTensor, QuantizedTensor]:
         """The gradient of the output, [t, out], along its rows and transposed."""
@@ -96,37 +100,14 @@ class Fp8Layer:
         return _scale_from_amax(amax, dtype)
 
 
-def multiplies_in_fp8(config: Config, path: str, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter at `path` of the table is the weight of an FP8 matmul.
+def runs_in_fp8(parameter: LocalParameter, precision: PrecisionConfig, num_layers: int) -> bool:
+    """Whether a parameter is the weight of an FP8 matmul.
 
     The linear layers of all blocks are, but of those that stay in bf16. Embedding and head never are.
     """
-    precision = config.precision
-    if precision.mode != "fp8" or len(shape) != 2 or not path.startswith("layers."):
+    if precision.mode != "fp8" or parameter.layer is None or len(parameter.shape) != 2:
         return False
-    layer = int(path.split(".")[1])
-    return precision.bf16_first_layers <= layer < config.model.num_layers - precision.bf16_last_layers
-
-
-def require_device(config: Config, device: torch.device) -> None:
-    """Raises: ConfigError: the GPU has no FP8 matmuls of this recipe. A CPU emulates all of them."""
-    precision = config.precision
-    if precision.mode != "fp8" or device.type != "cuda":
-        return
-    found = torch.cuda.get_device_capability(device)
-    has = f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}"
-    if found < (8, 9):
-        raise ConfigError(f"precision.mode = fp8 needs a GPU of compute capability 8.9 or newer, and {has}; use bf16")
-    if precision.recipe == "blockwise" and found != (9, 0):
-        raise ConfigError(f"precision.recipe = blockwise needs compute capability 9.0, and {has}; use tensorwise")
-    impl = config.ops.fp8_matmul
-    if native.WHY_NOT and (precision.recipe == "blockwise" or impl in ("cublaslt", "triaxis")):
-        raise ConfigError(
-            f"precision.recipe = {precision.recipe} with ops.fp8_matmul = {impl} needs csrc: {native.WHY_NOT}"
-        )
-    if impl == ("torch" if precision.recipe == "blockwise" else "triaxis"):
-        has = "one scale a tensor" if impl == "torch" else "scales of blocks"
-        raise ConfigError(f"ops.fp8_matmul = {impl} has {has}, not precision.recipe = {precision.recipe}; use cublaslt")
+    return precision.bf16_first_layers <= parameter.layer < num_layers - precision.bf16_last_layers
 
 
 class Fp8State:
@@ -138,7 +119,7 @@ class Fp8State:
 
     def __init__(
         self,
-        parameters: dict[str, TrainedParameter],
+        weights: Mapping[str, Tensor],
         recipe: Recipe,
         world: World,
         *,
@@ -146,16 +127,16 @@ class Fp8State:
         impl: Fp8MatmulImpl = "auto",
     ) -> None:
         self.recipe, self.world = recipe, world
-        count, device = len(parameters), world.device
+        count, device = len(weights), world.device
         self._history = torch.zeros(count, 2, amax_history, device=device)  # newest first
         self._amax = torch.zeros(count, 2, device=device)
         self._scales = torch.ones(count, 2, device=device)
         self._largest = torch.tensor([torch.finfo(_E4M3).max, torch.finfo(_E5M2).max], device=device)
         self._has_history = False
-        self.by_path: dict[str, Fp8Layer] = {}
-        for index, (path, weight) in enumerate(parameters.items()):
-            layer = Fp8Layer(recipe, weight, world.tp, self._scales[index], self._amax[index], impl)
-            self.by_path[path] = weight.fp8 = layer
+        self.by_path = {
+            path: Fp8Layer(recipe, weight, world.tp, self._scales[index], self._amax[index], impl)
+            for index, (path, weight) in enumerate(weights.items())
+        }
 
     def weights_changed(self) -> None:
         """Forget the quantized weights; call before the first forward pass behind an update."""
@@ -190,16 +171,6 @@ class Fp8State:
     def restored(self) -> None:
         """The tensors of `histories` have been filled from a checkpoint."""
         self._has_history = True
-
-
-def fused_output(weight: Tensor, x: Tensor, columns: int) -> Fp8Output | None:
-    """How to quantize an input of `columns` features for the layer of `weight` in the pass that makes it from `x`; None
-    where the layer is not in FP8, its scale not known before, or a kernel not there."""
-    layer = getattr(weight, "fp8", None)
-    if layer is None or torch.compiler.is_compiling():
-        return None
-    output: Fp8Output | None = layer.output()
-    return output if output is not None and output.supports(x, columns) else None
 
 
 def own_rows(x: QuantizedTensor, tp: TensorParallel) -> QuantizedTensor:

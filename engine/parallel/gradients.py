@@ -1,82 +1,77 @@
 """Where gradients go: into flat fp32 main gradients, at once or later.
 
-A layer that multiplies by a trained weight does not return that weight's gradient to autograd but hands over its two
-factors: the product is added straight to the main gradient, and a zero-bubble schedule can put it off to a moment at
-which the rank would have waited. Rejected: taking autograd's graph apart into an input half and a weight half (it
-walks private structures for every microbatch).
+A layer that multiplies by a trained weight does not return that weight's gradient to autograd but hands the two factors
+to the weight's `GradientSink`: the matmul accumulates straight into the main gradient, and a zero-bubble schedule can
+postpone it to a moment at which the rank would have idled. Alternative considered: splitting autograd's graph into an
+input half and a weight half (it walks private structures for every microbatch).
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Union
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from engine.parallel.fp8 import Fp8Layer
-
 
 class GradientFlow:
-    """What happens to gradients in the backward pass that is running.
+    """State of the running backward pass, shared by all gradient sinks of a rank.
 
     Attributes:
         last: this pass is the last to reach the parameters in it, so that a gradient that arrives is complete.
-        postponed: None, or the products of weight gradients that have been put off.
-        completed: called with each parameter whose gradient is complete.
+        postponed: None, or the weight-gradient matmuls that have been postponed.
+        completed: called with the path of each parameter whose gradient is complete.
     """
 
-    def __init__(self, completed: Callable[["TrainedParameter"], None]) -> None:
+    def __init__(self, completed: Callable[[str], None]) -> None:
         self.last = False
         self.postponed: list[Callable[[], None]] | None = None
         self.completed = completed
 
-    def arrived(self, parameter: "TrainedParameter") -> None:
-        if self.last:
-            self.completed(parameter)
 
-
-class TrainedParameter(nn.Parameter):
-    """A trainable tensor whose gradients are added to `main_grad`, fp32 and of its shape.
+class GradientSink:
+    """Accumulates the gradient of one parameter.
 
     Attributes:
-        fp8: how its layer multiplies in FP8, or None where it does not.
+        path: of the parameter, in the parameter table.
+        main_grad: fp32, of the parameter's shape; a view of a gradient bucket.
     """
 
-    main_grad: Tensor
-    flow: GradientFlow
-    fp8: Union["Fp8Layer", None] = None
+    def __init__(self, path: str, main_grad: Tensor, flow: GradientFlow) -> None:
+        self.path = path
+        self.main_grad = main_grad
+        self.flow = flow
 
-    @staticmethod
-    def of(values: Tensor, main_grad: Tensor, flow: GradientFlow) -> "TrainedParameter":
-        parameter = TrainedParameter(values)
-        parameter.main_grad, parameter.flow = main_grad, flow
-        parameter.register_post_accumulate_grad_hook(_take_gradient)
-        return parameter
+    def add(self, grad: Tensor) -> None:
+        """Add a gradient, of any floating dtype, to the main gradient now."""
+        self.main_grad.add_(grad)
+        self._arrived()
 
-    def add_product(self, add: Callable[[Tensor], None]) -> None:
-        """Have `add` add a gradient to the main gradient that it is given, now or when the schedule says so."""
+    def add_matmul(self, matmul: Callable[[Tensor], None]) -> None:
+        """Let `matmul` accumulate into the main gradient that it is given, now or when the schedule says so."""
 
         def run() -> None:
-            add(self.main_grad)
-            self.flow.arrived(self)
+            matmul(self.main_grad)
+            self._arrived()
 
         if self.flow.postponed is None:
             run()
         else:
             self.flow.postponed.append(run)
 
-    def add_gradient(self, grad: Tensor) -> None:
-        """Add a gradient, of any dtype, to the main gradient now."""
-        self.main_grad.add_(grad)
-        self.flow.arrived(self)
+    def _arrived(self) -> None:
+        if self.flow.last:
+            self.flow.completed(self.path)
 
 
-@torch.no_grad()
-def _take_gradient(parameter: Tensor) -> None:
-    """For gradients that do come through autograd: biases, embedding and head, and norms where no kernel sums theirs in
-    fp32. It is also called where a layer has handed over its gradient, and then there is none."""
-    assert isinstance(parameter, TrainedParameter)
-    if parameter.grad is None:
-        return
-    grad, parameter.grad = parameter.grad, None
-    parameter.add_gradient(grad)
+def trained_parameter(values: Tensor, sink: GradientSink) -> nn.Parameter:
+    """`values` as a parameter whose gradient goes to `sink` also where it comes through autograd: those of biases,
+    embedding and head, and of norms where no kernel sums theirs in fp32."""
+    parameter = nn.Parameter(values)
+
+    @torch.no_grad()
+    def take(accumulated: Tensor) -> None:
+        if accumulated.grad is not None:  # None where a layer has handed its gradient to the sink
+            grad, accumulated.grad = accumulated.grad, None
+            sink.add(grad)
+
+    parameter.register_post_accumulate_grad_hook(take)
+    return parameter

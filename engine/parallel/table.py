@@ -37,12 +37,15 @@ Replicas = Literal["tp", "kv", "tied_embedding"]
 
 @dataclass(frozen=True)
 class LogicalTensor:
-    """One tensor as the world outside knows it.
-
-    Initial values are normal with `mean` and `std`. `multiplies` says that every token is multiplied by it, which is
-    what model FLOPs count.
+    """One tensor as Hugging Face names it.
 
     Attributes:
+        name: its Hugging Face name.
+        shape: of the whole tensor.
+        rectangle: the part that this rank holds.
+        weight_decay: whether the optimizer decays it.
+        counts_in_flops: every token is multiplied by it, which is what model FLOPs count.
+        mean, std: of its initial values, which are normal.
         replicas: which ranks hold the same rectangle beside this one, each with a part of its gradient: "tp" (all
             tensor-parallel ranks), "kv" (those that share key and value heads), "tied_embedding" (the first and the
             last pipeline stage), or None.
@@ -62,10 +65,16 @@ class LogicalTensor:
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """A trainable tensor of this rank: logical tensors one after another along dim 0."""
+    """A trainable tensor of this rank: logical tensors one after another along dim 0.
+
+    Attributes:
+        path: of the module that holds it, and its name there.
+        layer: global number of the block that it belongs to; None for embedding, final norm and head.
+    """
 
     path: str
     tensors: tuple[LogicalTensor, ...]
+    layer: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -20,23 +20,48 @@ from engine.ops.linear import add_grad_weight, grad_weight, linear, matmul_trans
 from engine.ops.quantize import TENSORWISE, Fp8Activation, QuantizedTensor
 from engine.parallel.collectives import all_gather, gather_sequence, reduce_scatter, scatter_sequence_sum
 from engine.parallel.fp8 import Fp8Layer, gather_rows, own_rows
-from engine.parallel.gradients import TrainedParameter
+from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
 
+Activation = Tensor | Fp8Activation
+"""What a linear layer reads: [t, in], in the model's dtype or in FP8 alone."""
 
-def column_linear(x: Tensor | Fp8Activation, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """This rank's features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp]."""
-    if isinstance(x, Tensor) and tp.size == 1 and not _takes_products(weight):
+
+def column_linear(
+    x: Activation,
+    weight: Tensor,
+    bias: Tensor | None,
+    tp: TensorParallel,
+    sink: GradientSink | None = None,
+    fp8: Fp8Layer | None = None,
+) -> Tensor:
+    """This rank's features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp].
+
+    Args:
+        sink: takes the weight's gradient; without one it goes to autograd.
+        fp8: the scales of the layer, if its matmuls are in FP8; needs a sink.
+    """
+    sink = _usable(sink)
+    if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
-    out = _product(x, weight, tp)
+    out = _matmul(x, weight, tp, sink, fp8)
     return out if bias is None else out + bias
 
 
-def row_linear(x: Tensor | Fp8Activation, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]."""
-    if isinstance(x, Tensor) and tp.size == 1 and not _takes_products(weight):
+def row_linear(
+    x: Activation,
+    weight: Tensor,
+    bias: Tensor | None,
+    tp: TensorParallel,
+    sink: GradientSink | None = None,
+    fp8: Fp8Layer | None = None,
+) -> Tensor:
+    """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]; `sink` and
+    `fp8` as for `column_linear`."""
+    sink = _usable(sink)
+    if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
-    out = scatter_sequence_sum(_product(x, weight, None), tp.group)
+    out = scatter_sequence_sum(_matmul(x, weight, None, sink, fp8), tp.group)
     return out if bias is None else out + bias
 
 
@@ -82,30 +107,31 @@ def _stack(x: Tensor, tp: TensorParallel) -> Tensor:
     return out.unflatten(0, (tp.size, -1))
 
 
-def _takes_products(weight: Tensor) -> bool:
-    """Whether the gradient of `weight` is added to a main gradient; a compiler has to see a plain product instead."""
-    return isinstance(weight, TrainedParameter) and not torch.compiler.is_compiling()
+def _usable(sink: GradientSink | None) -> GradientSink | None:
+    """None under the compiler, which has to see a plain matmul."""
+    return None if torch.compiler.is_compiling() else sink
 
 
-def _product(x: Tensor | Fp8Activation, weight: Tensor, tp: TensorParallel | None) -> Tensor:
+def _matmul(
+    x: Activation, weight: Tensor, tp: TensorParallel | None, sink: GradientSink | None, fp8: Fp8Layer | None
+) -> Tensor:
     """x·Wᵀ for all tokens, with `x` [t/tp, in] gathered over `tp` (None: x has all tokens, and a share of features)."""
+    if fp8 is None:
+        assert isinstance(x, Tensor)
+        return _Linear.apply(x, weight, tp, sink)
     if isinstance(x, Fp8Activation):
-        assert isinstance(weight, TrainedParameter)
-        return _Fp8Linear.apply(x.carrier, x.quantized, weight, weight.fp8, tp)
-    if isinstance(weight, TrainedParameter) and weight.fp8 is not None:
-        return _Fp8Linear.apply(x, None, weight, weight.fp8, tp)
-    return _Linear.apply(x, weight, tp)
+        return _Fp8Linear.apply(x.carrier, x.quantized, weight, tp, sink, fp8)
+    return _Fp8Linear.apply(x, None, weight, tp, sink, fp8)
 
 
 class _Linear(torch.autograd.Function):
-    """In the backward the gathering of x runs behind the product for the input's gradient, and the scattering of that
-    gradient behind the product for the weight's.
-    """
+    """x·Wᵀ. The backward gathers x behind the matmul of the input's gradient, and scatters that gradient behind the
+    matmul of the weight's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorParallel | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorParallel | None, sink: GradientSink | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.tp = weight, tp if tp is not None and tp.size > 1 else None
+        ctx.weight, ctx.sink, ctx.tp = weight, sink, tp if tp is not None and tp.size > 1 else None
         return matmul_transposed(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), weight)
 
     @staticmethod
@@ -114,36 +140,44 @@ class _Linear(torch.autograd.Function):
         (x,), weight, tp, grad = ctx.saved_tensors, ctx.weight, ctx.tp, grad_outputs[0].contiguous()
         if tp is None:
             grad_x = matmul_transposed(grad, weight.t()) if ctx.needs_input_grad[0] else None
-            return grad_x, _grad_weight(weight, grad, x), None
+            return grad_x, _grad_weight(ctx, grad, x), None, None
         everything = x.new_empty(tp.size * x.shape[0], x.shape[1])
         gathering = all_gather(everything, x.contiguous(), tp.group)
         partial, grad_x = matmul_transposed(grad, weight.t()), torch.empty_like(x)
         scattering = reduce_scatter(grad_x, partial, tp.group)
         gathering.wait()
-        product = _grad_weight(weight, grad, everything)
+        weight_grad = _grad_weight(ctx, grad, everything)
         scattering.wait()
-        return grad_x, product, None
+        return grad_x, weight_grad, None, None
 
 
-def _grad_weight(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
-    if not weight.requires_grad:
+def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
+    """The weight's gradient for autograd, or None: it goes to the sink, or is not needed."""
+    if not ctx.needs_input_grad[1]:
         return None
-    if isinstance(weight, TrainedParameter):
-        grad, x = grad.detach(), x.detach()
-        weight.add_product(lambda out: add_grad_weight(out, grad, x))
-        return None
-    return grad_weight(grad, x)
+    if ctx.sink is None:
+        return grad_weight(grad, x)
+    grad, x = grad.detach(), x.detach()
+    ctx.sink.add_matmul(lambda out: add_grad_weight(out, grad, x))
+    return None
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """The same in FP8. The quantized input is all that is kept of it, this rank's tokens where they are shared."""
+    """The same in FP8. Only the quantized input is kept for the backward, and of it this rank's tokens."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, own: QuantizedTensor | None, weight: Tensor, layer: Fp8Layer, tp: TensorParallel | None
+        ctx: Any,
+        x: Tensor,
+        own: QuantizedTensor | None,
+        weight: Tensor,
+        tp: TensorParallel | None,
+        sink: GradientSink,
+        layer: Fp8Layer,
     ) -> Tensor:
-        """`own`: this rank's tokens in FP8, where they are already; `x` then has no values."""
-        ctx.layer, ctx.tp, ctx.dtype = layer, tp if tp is not None and tp.size > 1 else None, x.dtype
+        """`own`: this rank's tokens in FP8, if the op before has quantized them; `x` then has no values. `weight` is
+        here for autograd alone: the matmuls read the quantized copy that `layer` keeps."""
+        ctx.layer, ctx.sink, ctx.tp, ctx.dtype = layer, sink, tp if tp is not None and tp.size > 1 else None, x.dtype
         if own is None:
             quantized = layer.input(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), sharded=tp is None)
             kept = quantized if ctx.tp is None else own_rows(quantized, ctx.tp)
@@ -159,7 +193,7 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        layer, tp, weight = ctx.layer, ctx.tp, ctx.layer.weight
+        layer, tp = ctx.layer, ctx.tp
         values, scale_inv = ctx.saved_tensors
         x = QuantizedTensor(values, scale_inv, ctx.scaling)
         grad, grad_transposed = layer.grad(grad_outputs[0].contiguous(), sharded=tp is not None)
@@ -169,7 +203,7 @@ class _Fp8Linear(torch.autograd.Function):
             scattering = reduce_scatter(grad_x, partial, tp.group)
             x = gather_rows(x, tp.group)
         x_transposed = transpose(x)
-        weight.add_product(lambda out: add_scaled_matmul(out, grad_transposed, x_transposed, impl=layer.impl))
+        ctx.sink.add_matmul(lambda out: add_scaled_matmul(out, grad_transposed, x_transposed, impl=layer.impl))
         if tp is not None:
             scattering.wait()
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None

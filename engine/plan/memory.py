@@ -20,7 +20,7 @@ from engine.config.derived import microbatches
 from engine.config.schema import Config
 from engine.model.parameters import kv_share, parameter_table
 from engine.ops.cross_entropy import chunk_rows
-from engine.parallel.fp8 import multiplies_in_fp8
+from engine.parallel.fp8 import runs_in_fp8
 from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import ActionKind, build_schedule
@@ -84,7 +84,7 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
     parts, tp = stage_parts(config, layout, stage), layout.tp
     table = parameter_table(config.model, parts, TensorParallel(0, tp))
     size = table.local_size
-    in_fp8 = sum(p.size for p in table.parameters if multiplies_in_fp8(config, p.path, p.shape))
+    in_fp8 = sum(p.size for p in table.parameters if runs_in_fp8(p, config.precision, config.model.num_layers))
     states = (0 if dtype == torch.float32 else 4) + (8 if config.optimizer.moments == "fp32" else 4)
     shards = layout.dp if config.parallel.sharded_optimizer else 1
     return MemoryEstimate(

@@ -6,6 +6,7 @@ from torch import nn
 from engine.config.schema import ModelConfig
 from engine.model.decoder import Decoder
 from engine.model.families import PRESETS
+from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table
 from engine.parallel.table import initialize
 
@@ -26,7 +27,7 @@ def new_parameters(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch
 
 
 def new_decoder(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
-    return Decoder(model, new_parameters(model, seed, dtype))
+    return Decoder(model, Parameters(new_parameters(model, seed, dtype)))
 
 
 def logical_state(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

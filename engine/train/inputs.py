@@ -17,8 +17,7 @@ from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
 from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model.parameters import parameter_table
-from engine.ops.choice import require_implementations
-from engine.parallel.fp8 import require_device
+from engine.ops.choice import require_fp8, require_implementations
 from engine.parallel.layout import World
 from engine.parallel.table import ParameterTable
 
@@ -50,7 +49,7 @@ def model_dtype(config: Config, device_type: str) -> torch.dtype:
 
 def open_inputs(config: Config, world: World) -> Inputs:
     """Open everything the run reads, and refuse what cannot work."""
-    require_device(config, world.device)
+    require_fp8(config.precision, config.ops, world.device)
     require_implementations(config.ops, world.device)
     dtype, table = model_dtype(config, world.device.type), parameter_table(config.model)
     hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # what could not be exported is not trained

@@ -9,10 +9,10 @@ from engine.config.schema import Config
 from engine.data.samples.loader import Batch
 from engine.data.samples.permutation import keyed_below
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
-from engine.parallel.fp8 import Fp8State, multiplies_in_fp8
-from engine.parallel.gradients import TrainedParameter
+from engine.parallel.fp8 import Fp8State, runs_in_fp8
 from engine.parallel.layout import TensorParallel, World
 from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.executor import Pipeline
@@ -42,13 +42,12 @@ class DistributedModel:
 
     def __init__(self, config: Config, world: World, parts: Sequence[Part], parameters: ShardedParameters) -> None:
         self.config, self.world = config, world
-        decoders = [
-            Decoder(config.model, parameters.by_path, part, world.tp, config.parallel, config.ops) for part in parts
-        ]
+        self.fp8 = fp8_state(config, parameters, world)
+        given = Parameters(parameters.by_path, parameters.sinks, {} if self.fp8 is None else self.fp8.by_path)
+        decoders = [Decoder(config.model, given, part, world.tp, config.parallel, config.ops) for part in parts]
         for unit in (unit for decoder in decoders for unit in decoder.units()):
             parameters.wait_for_params_before_forward(unit)
         self.dtype = next(iter(parameters.by_path.values())).dtype
-        self.fp8 = fp8_state(config, parameters, world)
         functions = [_part_function(decoder, config, world.tp) for decoder in decoders]
         self.pipeline = Pipeline(functions, world, parameters.flow, self._new_boundary)
         self._schedules: dict[tuple[str, int], Schedule] = {}
@@ -87,12 +86,12 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
     """FP8 for those of this rank's layers that use it."""
     if config.precision.mode != "fp8":
         return None
+    precision, layers = config.precision, config.model.num_layers
     chosen = {
-        path: parameter
-        for path, parameter in parameters.by_path.items()
-        if isinstance(parameter, TrainedParameter) and multiplies_in_fp8(config, path, tuple(parameter.shape))
+        parameter.path: parameters.by_path[parameter.path]
+        for parameter in parameters.table.parameters
+        if runs_in_fp8(parameter, precision, layers)
     }
-    precision = config.precision
     return Fp8State(chosen, precision.recipe, world, amax_history=precision.amax_history, impl=config.ops.fp8_matmul)
 
 

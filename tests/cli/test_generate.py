@@ -23,6 +23,7 @@ from engine.data.chat.template import ChatEncoder, find_template
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.testing.distributed import run_ranks
 from engine.testing.models import logical_state, new_parameters, tiny_config
 from engine.testing.runs import run_config, run_training
@@ -97,7 +98,7 @@ def chatty(tmp_path_factory):
     encoder = ChatEncoder(tokenizer, find_template(tokenizer))
     model = tiny_config(vocab_size=tokenizer.vocab_size, max_position=120, num_layers=2)
     parameters = new_parameters(model)
-    decoder = Decoder(model, parameters)
+    decoder = Decoder(model, Parameters(parameters))
     optimizer = torch.optim.AdamW(parameters.values(), lr=2e-3)
     random = Random(0)
     for _ in range(400):

@@ -11,6 +11,7 @@ from engine.errors import ConfigError
 from engine.generate.decoding import Sampling
 from engine.generate.text_generator import Speaker
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Layout
 from engine.parallel.table import initialize
@@ -32,7 +33,7 @@ def new_speaker(model: ModelConfig, max_new_tokens: int, stop: frozenset[int], s
         values = torch.empty(parameter.shape)
         initialize(parameter, values, 1)
         parameters[parameter.path] = nn.Parameter(values, requires_grad=False)
-    tokenizer, decoder = ByteTokenizer(), Decoder(model, parameters, tp=world.tp)
+    tokenizer, decoder = ByteTokenizer(), Decoder(model, Parameters(parameters), tp=world.tp)
     special = {text: i for text, i in tokenizer.special_tokens.items() if i == tokenizer.eod_id}
     template = ChatTemplate("test", TEMPLATE, dict.fromkeys(("eos_token",), *special), tuple(special))
     return Speaker(decoder, tokenizer, world, sampling, max_new_tokens, stop, ChatEncoder(tokenizer, template))

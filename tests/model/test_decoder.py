@@ -8,6 +8,7 @@ from engine.config.schema import ModelConfig, ParallelConfig
 from engine.generate.cache import KeyValueCache
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table, whole_model
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout
@@ -71,7 +72,7 @@ def test_logits_and_gradients_equal_those_of_transformers(preset):
     assert missing.missing_keys in ([], ["lm_head.weight"])
     reference.tie_weights()
 
-    decoder = Decoder(model, parameters)
+    decoder = Decoder(model, Parameters(parameters))
     tokens = hidden_tokens(97, model.vocab_size)  # longer than the sliding window of 32
     labels = tokens.roll(-1)
     hidden = decoder(tokens, torch.arange(97), attend_within((0, 97), model.sliding_window))
@@ -131,7 +132,9 @@ def train_compiled(layout: Layout, parallel: ParallelConfig) -> tuple[list[float
     parameters.initialize(1)
     compile_quickly = torch.compile  # the compiler's front and its autograd, but no machine code, which takes long
     with patch.object(torch, "compile", lambda function: compile_quickly(function, backend="aot_eager")):
-        decoder = Decoder(model, parameters.by_path, whole_model(model), world.tp, parallel)
+        decoder = Decoder(
+            model, Parameters(parameters.by_path, parameters.sinks), whole_model(model), world.tp, parallel
+        )
     tokens, losses = hidden_tokens(32, model.vocab_size), []
     parameters.begin_step()
     for documents in ((0, 32), (0, 5, 32), (0, 7, 20, 32), (0, 1, 2, 3, 32)):

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.parallel import collectives, data, fp8, tensor
-from engine.parallel.collectives import Pending
+from engine.parallel.collectives import Work
 
-Collective = Callable[..., Pending]
+Collective = Callable[..., Work]
 
 
 @dataclass
@@ -44,7 +44,7 @@ def late() -> Iterator[Traffic]:
 
 
 def _late(name: str, collective: Collective, traffic: Traffic) -> Collective:
-    def start(out: Tensor, *rest: Tensor | ProcessGroup) -> Pending:
+    def start(out: Tensor, *rest: Tensor | ProcessGroup) -> Work:
         traffic.events.append(f"start {name}")
         return _Late(name, collective, traffic, out, *rest)
 

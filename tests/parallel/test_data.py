@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.config.schema import ModelConfig, OptimizerConfig
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel import data
@@ -54,7 +55,7 @@ def train_on_time(
     world = world_of()
     parameters = ShardedParameters(parameter_table(MODEL), dtype, world, sharded=sharded, bucket_size=bucket_size)
     parameters.initialize(1)
-    model = Decoder(MODEL, parameters.by_path)
+    model = Decoder(MODEL, Parameters(parameters.by_path, parameters.sinks))
     for unit in model.units():
         parameters.wait_for_params_before_forward(unit)
     optimizer = ShardedAdamW(parameters, OptimizerConfig(lr=1e-2, clip_grad=0.5, weight_decay=0.3))
@@ -170,7 +171,7 @@ def test_gradients_below_the_limit_are_not_scaled():
 def begin(bucket_size: int) -> tuple[ShardedParameters, Decoder]:
     parameters = ShardedParameters(parameter_table(MODEL), torch.float32, world_of(), bucket_size=bucket_size)
     parameters.initialize(1)
-    decoder = Decoder(MODEL, parameters.by_path)
+    decoder = Decoder(MODEL, Parameters(parameters.by_path, parameters.sinks))
     for unit in decoder.units():
         parameters.wait_for_params_before_forward(unit)
     parameters.begin_step()
@@ -269,12 +270,12 @@ def sums(model: ModelConfig, world: World, *, sharded: bool) -> Summed:
     parameters = ShardedParameters(table, torch.float32, world, sharded=sharded, bucket_size=5000)
     random = torch.Generator().manual_seed(world.rank)
     parameters.begin_step()
-    for parameter in parameters.by_path.values():
-        parameter.main_grad.normal_(generator=random)
+    for sink in parameters.sinks.values():
+        sink.main_grad.normal_(generator=random)
     before = [bucket.grad.clone() for bucket in parameters.buckets]
     with late():
-        for parameter in parameters.by_path.values():
-            parameters.flow.completed(parameter)
+        for path in parameters.by_path:
+            parameters.flow.completed(path)
         for bucket in parameters.buckets:  # what both ends of a pipeline share waits for the other end
             assert (bucket.reducing is None) == bool(bucket.plan.ranges("tied_embedding"))
         parameters.reduce_gradients()

@@ -5,9 +5,10 @@ import torch
 
 from engine.config.schema import Config
 from engine.errors import ConfigError
-from engine.model.layers import ColumnLinear
-from engine.parallel.fp8 import Fp8State, multiplies_in_fp8, require_device
-from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.model.layers import ColumnLinear, Parameters
+from engine.ops.choice import require_fp8
+from engine.parallel.fp8 import Fp8State
+from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import Layout
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, run_config, run_training, write_dataset
@@ -26,11 +27,12 @@ def sqnr(got: torch.Tensor, exact: torch.Tensor) -> float:
 def test_a_layer_is_exact_enough(recipe):
     torch.manual_seed(0)
     weight, x, grad = torch.randn(256, 512) / 16, torch.randn(384, 512), torch.randn(384, 256)
-    parameter = TrainedParameter.of(weight.clone(), torch.zeros_like(weight), GradientFlow(lambda _: None))
-    state = Fp8State({"w": parameter}, recipe, world_of(), amax_history=4)
-    layer = ColumnLinear({"w.weight": parameter}, "w", world_of().tp)
+    sink = GradientSink("w.weight", torch.zeros_like(weight), GradientFlow(lambda _: None))
+    tensors = {"w.weight": trained_parameter(weight.clone(), sink)}
+    state = Fp8State(tensors, recipe, world_of(), amax_history=4)
+    layer = ColumnLinear(Parameters(tensors, {"w.weight": sink}, state.by_path), "w", world_of().tp)
     for _ in range(2):  # the second step of "delayed" takes the scales of the first
-        parameter.main_grad.zero_()
+        sink.main_grad.zero_()
         state.begin_step()
         state.weights_changed()
         given = x.clone().requires_grad_()
@@ -39,7 +41,7 @@ def test_a_layer_is_exact_enough(recipe):
         state.end_step()
     assert sqnr(out, x @ weight.t()) >= 25
     assert sqnr(given.grad, grad @ weight) >= 20
-    assert sqnr(parameter.main_grad, grad.t() @ x) >= 20
+    assert sqnr(sink.main_grad, grad.t() @ x) >= 20
 
 
 def steps(config: Config, layout: Layout = Layout(), count: int = 3) -> tuple[list[float], list[float], dict]:  # noqa: B008
@@ -95,8 +97,7 @@ def scales_of_unequal_shares() -> list[float]:
     """The scales that a rank uses where the ranks' shares differ in size; where it holds everything they would too."""
     world = world_of(Layout(tp=2))
     values = torch.full((16, 16), 1.0 + world.coords.tp)
-    parameter = TrainedParameter.of(values, torch.zeros(16, 16), GradientFlow(lambda _: None))
-    state = Fp8State({"w": parameter}, "tensorwise", world, amax_history=1)
+    state = Fp8State({"w": values}, "tensorwise", world, amax_history=1)
     layer = state.by_path["w"]
     weight, x = layer.quantized_weight()[0], layer.input(3 * values, sharded=True)
     grad, whole = layer.grad(5 * values, sharded=True)[0], layer.input(3 * values, sharded=False)
@@ -113,10 +114,8 @@ def test_some_layers_stay_in_bf16(tmp_path):
     overrides = ("--model.num_layers", "4", "--precision.bf16_first_layers", "1", "--precision.bf16_last_layers", "2")
     config = fp8_config(tmp_path, *overrides)
     model, _ = build_model(config, world_of(), torch.bfloat16, seed=1)
-    assert {path.split(".")[1] for path in model.fp8.by_path} == {"1"}
-    assert len(model.fp8.by_path) == 4
-    assert not multiplies_in_fp8(config, "layers.1.mlp_norm.weight", (64,))
-    assert not multiplies_in_fp8(config, "head.weight", (64, 64))
+    linear = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
+    assert set(model.fp8.by_path) == {f"layers.1.{name}.weight" for name in linear}
 
 
 def test_a_quantized_weight_is_kept_until_it_changes(tmp_path):
@@ -181,8 +180,8 @@ def test_what_a_gpu_lacks_is_named(tmp_path, monkeypatch, capability, overrides,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     config, gpu = fp8_config(tmp_path, *overrides), torch.device("cuda")
     if not message:
-        require_device(config, gpu)
+        require_fp8(config.precision, config.ops, gpu)
         return
     with pytest.raises(ConfigError, match=message):
-        require_device(config, gpu)
-    require_device(config, torch.device("cpu"))
+        require_fp8(config.precision, config.ops, gpu)
+    require_fp8(config.precision, config.ops, torch.device("cpu"))

@@ -1,7 +1,7 @@
 import torch
 
 from engine.ops.norm import rms_norm
-from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import NO_TP
 from engine.parallel.tensor import column_linear, row_linear
 
@@ -12,36 +12,35 @@ class Model:
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         torch.manual_seed(0)
         self.completed: list[str] = []
-        self.flow = GradientFlow(lambda parameter: self.completed.append(self.names[parameter]))
+        self.flow = GradientFlow(self.completed.append)
         shapes = {"norm": (6,), "up": (9, 6), "bias": (9,), "down": (6, 9)}
         values = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
         self.plain = {name: value.clone().requires_grad_() for name, value in values.items()}
-        self.trained = {
-            name: TrainedParameter.of(value.to(dtype), torch.zeros_like(value, dtype=torch.float32), self.flow)
+        self.sinks = {
+            name: GradientSink(name, torch.zeros_like(value, dtype=torch.float32), self.flow)
             for name, value in values.items()
         }
-        self.names = {parameter: name for name, parameter in self.trained.items()}
+        self.trained = {name: trained_parameter(value.to(dtype), self.sinks[name]) for name, value in values.items()}
         self.inputs = torch.randn(3, 5, 6, dtype=torch.float64)
 
-    def loss(self, parameters: dict, x: torch.Tensor) -> torch.Tensor:
+    def loss(self, parameters: dict, x: torch.Tensor, sinks: dict[str, GradientSink]) -> torch.Tensor:
         x = rms_norm(x, parameters["norm"], 1e-6)
-        up = column_linear(x, parameters["up"], parameters["bias"], NO_TP)
-        return row_linear(up.tanh(), parameters["down"], None, NO_TP).square().sum()
+        up = column_linear(x, parameters["up"], parameters["bias"], NO_TP, sinks.get("up"))
+        return row_linear(up.tanh(), parameters["down"], None, NO_TP, sinks.get("down")).square().sum()
 
     def backward(self, inputs: int) -> None:
         dtype = self.trained["norm"].dtype
-        self.loss(self.trained, self.inputs[inputs].to(dtype)).backward()
+        self.loss(self.trained, self.inputs[inputs].to(dtype), self.sinks).backward()
 
     def expected(self, passes: int = 3) -> dict[str, torch.Tensor]:
-        sum(self.loss(self.plain, x) for x in self.inputs[:passes]).backward()
+        sum(self.loss(self.plain, x, {}) for x in self.inputs[:passes]).backward()
         return {name: parameter.grad.float() for name, parameter in self.plain.items()}
 
     def assert_gradients(self, passes: int = 3, **tolerance: float) -> None:
         for name, gradient in self.expected(passes).items():
-            parameter = self.trained[name]
-            assert parameter.grad is None
-            assert parameter.main_grad.dtype == torch.float32
-            torch.testing.assert_close(parameter.main_grad, gradient, **tolerance)
+            assert self.trained[name].grad is None
+            assert self.sinks[name].main_grad.dtype == torch.float32
+            torch.testing.assert_close(self.sinks[name].main_grad, gradient, **tolerance)
 
 
 def test_gradients_of_all_kinds_add_up_in_fp32():
@@ -58,8 +57,8 @@ def test_bf16_parameters_have_fp32_gradients():
         model.backward(0)
     once = Model(torch.bfloat16)
     once.backward(0)
-    for name, parameter in model.trained.items():
-        torch.testing.assert_close(parameter.main_grad, 600 * once.trained[name].main_grad, rtol=1e-4, atol=1e-3)
+    for name, sink in model.sinks.items():
+        torch.testing.assert_close(sink.main_grad, 600 * once.sinks[name].main_grad, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_are_complete_in_the_last_pass_only():
@@ -72,20 +71,20 @@ def test_gradients_are_complete_in_the_last_pass_only():
     assert model.completed == ["down", "bias", "up", "norm"]
 
 
-def test_products_can_be_put_off():
+def test_matmuls_can_be_postponed():
     model = Model()
-    puts_off = []
+    postponed = []
     for inputs in range(3):
         model.flow.last, model.flow.postponed = inputs == 2, []
         model.backward(inputs)
-        puts_off.append(model.flow.postponed)
+        postponed.append(model.flow.postponed)
         model.flow.last, model.flow.postponed = False, None
-    assert [len(products) for products in puts_off] == [2, 2, 2]
-    assert not any(model.trained[name].main_grad.any() for name in ("up", "down"))
-    assert model.completed == ["bias", "norm"]  # autograd has brought these; only products wait
-    for number, products in enumerate(puts_off):
+    assert [len(matmuls) for matmuls in postponed] == [2, 2, 2]
+    assert not any(model.sinks[name].main_grad.any() for name in ("up", "down"))
+    assert model.completed == ["bias", "norm"]  # autograd has brought these; only matmuls wait
+    for number, matmuls in enumerate(postponed):
         model.flow.last = number == 2
-        for add in products:
-            add()
+        for matmul in matmuls:
+            matmul()
     assert model.completed == ["bias", "norm", "down", "up"]
     model.assert_gradients(rtol=1e-5, atol=1e-5)

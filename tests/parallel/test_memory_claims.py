@@ -8,6 +8,7 @@ import torch
 from engine.config.schema import Config
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout
 from engine.plan.stages import stage_table
@@ -51,7 +52,9 @@ def between_blocks(config: Config, layout: Layout) -> tuple[set[torch.Size], int
     """Shapes of the hidden states that blocks are given and give, and the bytes that a forward pass keeps."""
     world = world_of(layout)
     parameters = ShardedParameters(stage_table(config, layout, world.rank), torch.float32, world)
-    decoder = Decoder(config.model, parameters.by_path, tp=world.tp, parallel=config.parallel)
+    decoder = Decoder(
+        config.model, Parameters(parameters.by_path, parameters.sinks), tp=world.tp, parallel=config.parallel
+    )
     shapes: set[torch.Size] = set()
     for block in decoder.layers:
         block.register_forward_hook(lambda _, arguments, out: shapes.update((arguments[0].shape, out.shape)))

@@ -5,9 +5,10 @@ from torch import Tensor
 from engine.config.schema import ParallelConfig
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table
 from engine.parallel.data import ShardedParameters
-from engine.parallel.recompute import again, forgotten
+from engine.parallel.recompute import checkpoint, discard_and_recompute
 from engine.testing.distributed import world_of
 from engine.testing.models import tiny_config
 from tests.parallel.live_memory import LiveMemory
@@ -33,7 +34,7 @@ def test_again_keeps_nothing_and_gives_the_same_gradients():
     torch.manual_seed(0)
     inputs = torch.randn(16, 16), torch.randn(16, 16)
     expected, kept = gradients(mixed, *inputs)
-    results, kept_again = gradients(lambda *arguments: again(mixed, *arguments), *inputs)
+    results, kept_again = gradients(lambda *arguments: checkpoint(mixed, *arguments), *inputs)
     assert all(map(torch.equal, results, expected))
     assert kept >= 3 * 16 * 16 * 4
     assert kept_again == 0
@@ -44,7 +45,7 @@ def test_again_computes_a_second_time_only_for_a_backward(trains):
     calls = []
     x = torch.randn(4, 4, requires_grad=True)
     with torch.set_grad_enabled(trains):
-        out = again(lambda x, w: calls.append(1) or mixed(x, w), x, torch.eye(4))
+        out = checkpoint(lambda x, w: calls.append(1) or mixed(x, w), x, torch.eye(4))
     assert torch.equal(out, mixed(x, torch.eye(4)))
     assert out.requires_grad == trains
     if trains:
@@ -58,11 +59,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def product_forgetting(x: Tensor, weight: Tensor) -> Tensor:
     middle = x.sin()
-    with forgotten(middle, lambda: x.sin()):
+    with discard_and_recompute(middle, lambda: x.sin()):
         return middle @ weight
 
 
-def test_a_forgotten_tensor_is_not_kept_and_gives_the_same_gradients():
+def test_a_discarded_tensor_is_not_kept_and_gives_the_same_gradients():
     torch.manual_seed(0)
     inputs = torch.randn(16, 16), torch.randn(16, 16)
     expected, kept = gradients(product, *inputs)
@@ -71,22 +72,22 @@ def test_a_forgotten_tensor_is_not_kept_and_gives_the_same_gradients():
     assert (kept, kept_forgetting) == (16 * 16 * 4, 0)
 
 
-def test_a_transposed_view_is_not_mistaken_for_the_forgotten_tensor():
+def test_a_transposed_view_is_not_mistaken_for_the_discarded_tensor():
     """It starts at the same place and has the same shape."""
     torch.manual_seed(0)
     x, weight = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     middle = x.sin()
-    with forgotten(middle, lambda: x.sin()):
+    with discard_and_recompute(middle, lambda: x.sin()):
         out = middle.t() @ weight
     out.sum().backward()
     torch.testing.assert_close(weight.grad, x.sin().sum(1, keepdim=True).expand(4, 4))
 
 
-def test_what_is_not_forgotten_is_kept_as_it_is():
+def test_what_is_not_discarded_is_kept_as_it_is():
     made = []
     x, other = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
     middle = x.sin()
-    with forgotten(middle, lambda: made.append(1) or x.sin()):
+    with discard_and_recompute(middle, lambda: made.append(1) or x.sin()):
         loss = (other.sin() * other.cos()).sum()  # keeps tensors of the same shape
     loss.backward()
     torch.testing.assert_close(other.grad, (2 * other).cos())
@@ -98,7 +99,11 @@ def run(preset: str, recompute: str, layers: int | None = None, *, postpone: boo
     model = tiny_config(preset, num_layers=3)
     parameters = ShardedParameters(parameter_table(model), torch.float32, world_of())
     parameters.initialize(1)
-    decoder = Decoder(model, parameters.by_path, parallel=ParallelConfig(recompute=recompute, recompute_layers=layers))
+    decoder = Decoder(
+        model,
+        Parameters(parameters.by_path, parameters.sinks),
+        parallel=ParallelConfig(recompute=recompute, recompute_layers=layers),
+    )
     torch.manual_seed(0)
     tokens = torch.randint(0, 257, (TOKENS,))
     attend = attend_within((0, 9, TOKENS), model.sliding_window)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.ops.cross_entropy import linear_cross_entropy_reference
-from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.tensor import column_linear, row_linear, vocabulary_cross_entropy, vocabulary_embedding
 from engine.testing.distributed import run_ranks, world_of
@@ -23,26 +23,30 @@ class Layer:
         self.kind = kind
         self.flow = GradientFlow(lambda _: None)
         self.flow.postponed = [] if kind == "postponed" else None
+        self.sinks: list[GradientSink] = []
         self.parameters = [self._parameter(value.clone()) for value in values]
 
     def _parameter(self, value: Tensor) -> nn.Parameter:
         if self.kind == "plain":
             return nn.Parameter(value)
-        parameter = TrainedParameter.of(value, torch.zeros_like(value), self.flow)
-        parameter.requires_grad_(self.kind != "frozen")
-        return parameter
+        self.sinks.append(GradientSink("", torch.zeros_like(value), self.flow))
+        return trained_parameter(value, self.sinks[-1]).requires_grad_(self.kind != "frozen")
+
+    @property
+    def sink(self) -> GradientSink | None:
+        """That of the weight."""
+        return next(iter(self.sinks), None)
 
     def gradients(self) -> list[Tensor]:
-        """Those of all parameters; products that were put off are added first, and not before."""
+        """Those of all parameters; matmuls that were postponed are added first, and not before."""
         if self.kind == "plain":
             return [parameter.grad for parameter in self.parameters]
         if self.kind == "postponed":
-            (weight,) = (p for p in self.parameters if p.ndim == 2)
-            assert not weight.main_grad.any()
-            (add,) = self.flow.postponed
-            add()
+            assert not self.sink.main_grad.any()
+            (matmul,) = self.flow.postponed
+            matmul()
         assert all(parameter.grad is None for parameter in self.parameters)
-        return [parameter.main_grad for parameter in self.parameters]
+        return [sink.main_grad for sink in self.sinks]
 
 
 def assert_gradients(layer: Layer, expected: list[Tensor]) -> None:
@@ -67,7 +71,7 @@ def columns(tp: TensorParallel) -> None:
             layer = Layer(kind, *(part_of(value, tp) for value in values))
             mine = part_of(x, tp).requires_grad_()
             with late():
-                out = column_linear(mine, layer.parameters[0], *(layer.parameters[1:] or [None]), tp)
+                out = column_linear(mine, layer.parameters[0], *(layer.parameters[1:] or [None]), tp, layer.sink)
                 out.backward(part_of(grad, tp, 1))
             expected = x @ weight.t() + (bias if with_bias else 0)
             torch.testing.assert_close(out, part_of(expected, tp, 1), **EXACT)
@@ -85,7 +89,7 @@ def rows(tp: TensorParallel) -> None:
             layer = Layer(kind, part_of(weight, tp, 1), *([bias] if with_bias else []))
             mine = part_of(x, tp, 1).requires_grad_()
             with late():
-                out = row_linear(mine, layer.parameters[0], *(layer.parameters[1:] or [None]), tp)
+                out = row_linear(mine, layer.parameters[0], *(layer.parameters[1:] or [None]), tp, layer.sink)
                 out.backward(part_of(grad, tp))
             expected = x @ weight.t() + (bias if with_bias else 0)
             torch.testing.assert_close(out, part_of(expected, tp), **EXACT)
@@ -159,7 +163,7 @@ def column_backward() -> list[str]:
     tp = world_of(Layout(tp=2)).tp
     layer = Layer("trained", random(FEATURES // 2, HIDDEN))
     (weight,) = layer.parameters
-    out = column_linear(random(TOKENS // 2, HIDDEN).requires_grad_(), weight, None, tp)
+    out = column_linear(random(TOKENS // 2, HIDDEN).requires_grad_(), weight, None, tp, layer.sink)
     with late() as traffic:
         layer.flow.last = True
         layer.flow.completed = lambda _: traffic.events.append("weight gradient")

@@ -8,6 +8,7 @@ import torch
 from engine.config.schema import Config, OptimizerConfig, ParallelConfig
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
@@ -73,7 +74,13 @@ def live(config: Config, part: Part, layout: Layout) -> dict[str, tuple[int, int
     parameters = ShardedParameters(parameter_table(config.model, [part], world.tp), torch.float32, world)
     attend = attend_within((0, 16, TOKENS), config.model.sliding_window)
     for recompute in ("none", "selective", "full"):
-        decoder = Decoder(config.model, parameters.by_path, part, world.tp, ParallelConfig(recompute=recompute))
+        decoder = Decoder(
+            config.model,
+            Parameters(parameters.by_path, parameters.sinks),
+            part,
+            world.tp,
+            ParallelConfig(recompute=recompute),
+        )
         parameters.flow.postponed = []
         with LiveMemory() as alive:
             x = torch.ones(TOKENS // layout.tp, config.model.hidden_size).requires_grad_()
@@ -126,7 +133,11 @@ def test_the_loss_keeps_its_gradients(tmp_path):
     """fp32 [t, h] and [v, h], until its backward pass; as each microbatch of GPipe does."""
     config = run_config(tmp_path, *WIDE)
     parameters = ShardedParameters(parameter_table(config.model), BF16, world_of())
-    decoder = Decoder(config.model, parameters.by_path, Part(range(0), has_embedding=False, has_head=True))
+    decoder = Decoder(
+        config.model,
+        Parameters(parameters.by_path, parameters.sinks),
+        Part(range(0), has_embedding=False, has_head=True),
+    )
     tokens = torch.zeros(TOKENS, dtype=torch.long)
     with LiveMemory() as alive:
         x = torch.ones(TOKENS, 256, dtype=BF16).requires_grad_()

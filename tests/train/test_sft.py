@@ -25,6 +25,7 @@ from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
+from engine.model.layers import Parameters
 from engine.model.parameters import logical_shapes
 from engine.parallel.layout import NO_TP, TensorParallel
 from engine.testing.models import logical_gradients, logical_state, new_decoder, new_parameters, tiny_config
@@ -286,7 +287,7 @@ def test_one_step_is_that_of_transformers(tmp_path):
     path = write_conversations(tmp_path / "chats")
     data = SftDataset([DatasetConfig(path=path)], (1, 0, 0), "train", S, 1)
     batch = collate([data.sample(i) for i in range(8)], tuple(range(8)), document_mask=True)
-    ours = loss_of(Decoder(model, parameters), batch) / batch.num_tokens
+    ours = loss_of(Decoder(model, Parameters(parameters)), batch) / batch.num_tokens
     ours.backward()
 
     source, width = data.datasets[0], max(CONVERSATIONS)

@@ -39,8 +39,8 @@ from engine.data.samples.pretrain import Sample
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
+from engine.ops.choice import require_fp8
 from engine.ops.linear import matmul_transposed
-from engine.parallel.fp8 import require_device
 from engine.parallel.layout import Layout, init_distributed
 from engine.plan.layouts import require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
@@ -151,7 +151,7 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
 
 def _measure_on_gpu(args: argparse.Namespace) -> None:
     config, world = gpu_config(args), init_distributed("cuda")
-    require_device(config, world.device)
+    require_fp8(config.precision, config.ops, world.device)
     require_fit(config, Layout(), ClusterSpec(1, 1, available(world.device, 1), "cuda", torch.bfloat16))
     model, optimizer = build_model(config, world, torch.bfloat16, seed=0)
     batches, tokens = random_batches(config), args.batch * args.seq_length

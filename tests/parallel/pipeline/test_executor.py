@@ -4,14 +4,15 @@ import random
 import time
 import weakref
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.parallel.gradients import GradientFlow, TrainedParameter
+from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import NO_TP, Layout, World
 from engine.parallel.pipeline.check import check_schedule, peak_activations
 from engine.parallel.pipeline.executor import Pipeline
@@ -37,12 +38,13 @@ class Toy:
         self.world, num_parts = world, world.layout.pp * num_chunks
         self.weights = [torch.randn(HIDDEN, HIDDEN + 1, dtype=torch.float64) for _ in range(num_parts)]
         self.batches = [torch.randn(TOKENS, HIDDEN, dtype=torch.float64) for _ in range(num_microbatches)]
-        self.at_completion: list[tuple[TrainedParameter, Tensor]] = []
-        self.flow = GradientFlow(lambda parameter: self.at_completion.append((parameter, parameter.main_grad.clone())))
+        self.at_completion: list[tuple[str, Tensor]] = []
+        self.flow = GradientFlow(self._completed)
         mine = range(world.coords.pp, num_parts, world.layout.pp)
-        self.trained = [[self._trained(part) for part in _split(self.weights[k])] for k in mine]
+        self.sinks: dict[str, GradientSink] = {}
+        self.trained: list[nn.Parameter] = []
         self.parts: Parts = [
-            self._part(*trained, k == num_parts - 1) for trained, k in zip(self.trained, mine, strict=True)
+            self._part(*_split(self.weights[k]), first=k == 0, last=k == num_parts - 1, name=str(k)) for k in mine
         ]
         self.pipeline = Pipeline(self._parts(), world, self.flow, self.new_boundary)
 
@@ -50,14 +52,24 @@ class Toy:
         """As they are run; for tests that look on."""
         return self.parts
 
-    def _trained(self, values: Tensor) -> TrainedParameter:
-        return TrainedParameter.of(values.clone(), torch.zeros_like(values), self.flow)
+    def _completed(self, name: str) -> None:
+        self.at_completion.append((name, self.sinks[name].main_grad.clone()))
 
-    def _part(self, weight: Tensor, bias: Tensor, is_last: bool) -> Callable[[Tensor | None, Tensor], Tensor]:
+    def _trained(self, name: str, values: Tensor) -> nn.Parameter:
+        self.sinks[name] = GradientSink(name, torch.zeros_like(values), self.flow)
+        self.trained.append(trained_parameter(values.clone(), self.sinks[name]))
+        return self.trained[-1]
+
+    def _part(
+        self, weight: Tensor, bias: Tensor, *, first: bool, last: bool, name: str
+    ) -> Callable[[Tensor | None, Tensor], Tensor]:
+        weight, bias = self._trained(f"{name}.weight", weight), self._trained(f"{name}.bias", bias)
+        sink = self.sinks[f"{name}.weight"]
+
         def run(x: Tensor | None, batch: Tensor) -> Tensor:
-            assert (x is None) == (weight is self.trained[0][0] and self.world.coords.pp == 0)
-            out = 2 * column_linear(2 * batch if x is None else x, weight, bias, NO_TP).tanh()
-            return (out * batch).sum() if is_last else out
+            assert (x is None) == first
+            out = 2 * column_linear(2 * batch if x is None else x, weight, bias, NO_TP, sink).tanh()
+            return (out * batch).sum() if last else out
 
         return run
 
@@ -112,11 +124,10 @@ def train(world: World, schedule: Schedule, kind: type[Toy]) -> None:
     assert (total.shape, total.dtype) == ((1,), torch.float32)
     is_last = world.coords.pp == world.layout.pp - 1
     torch.testing.assert_close(total[0].double(), loss if is_last else 0 * loss, rtol=1e-6, atol=1e-6)
-    for trained, expected in zip(toy.trained, gradients, strict=True):
-        for parameter, gradient in zip(trained, expected, strict=True):
-            torch.testing.assert_close(parameter.main_grad, gradient, rtol=1e-12, atol=1e-12)
-    assert len(toy.at_completion) == len({parameter for parameter, _ in toy.at_completion}) == 2 * schedule.num_chunks
-    assert all(torch.equal(parameter.main_grad, gradient) for parameter, gradient in toy.at_completion)
+    for sink, gradient in zip(toy.sinks.values(), chain.from_iterable(gradients), strict=True):
+        torch.testing.assert_close(sink.main_grad, gradient, rtol=1e-12, atol=1e-12)
+    assert len(toy.at_completion) == len({name for name, _ in toy.at_completion}) == 2 * schedule.num_chunks
+    assert all(torch.equal(toy.sinks[name].main_grad, gradient) for name, gradient in toy.at_completion)
     assert actions == list(schedule.actions[world.coords.pp])
     assert toy.pipeline.peak_in_flight == peak_activations(schedule)[world.coords.pp]
 
@@ -140,7 +151,7 @@ def evaluate() -> list[tuple[float, float, int, bool]]:
         toy = Toy(world, num_chunks, 3)
         with late_messages():
             total = toy.pipeline.run(build_schedule(FORWARD_ONLY, 2, 3, num_chunks), toy.batches, SCALE)
-        touched = any(parameter.main_grad.any() for trained in toy.trained for parameter in trained)
+        touched = any(sink.main_grad.any() for sink in toy.sinks.values())
         found.append((total.item(), toy.expected()[0].item(), toy.pipeline.peak_in_flight, touched))
         assert not total.requires_grad
     return found
@@ -157,7 +168,7 @@ class Counting(Toy):
     """Follows what every part keeps for its backward."""
 
     def _parts(self) -> Parts:
-        self.live = LiveCalls([*self.batches, *(tensor for trained in self.trained for tensor in trained)])
+        self.live = LiveCalls([*self.batches, *self.trained])
         return [self.live.follow(part) for part in self.parts]
 
 

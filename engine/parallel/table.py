@@ -68,7 +68,7 @@ class LocalParameter:
     """A trainable tensor of this rank: logical tensors one after another along dim 0.
 
     Attributes:
-        path: of the module that holds it, and its name there.
+        path: its name on this rank, after the layer that reads it: `layers.7.attention.qkv.weight`.
         layer: global number of the block that it belongs to; None for embedding, final norm and head.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.parallel.collectives import (
-    Pending,
+    Work,
     all_gather,
     all_reduce,
     gather_sequence,
@@ -106,7 +106,7 @@ def check_group_of_one() -> None:
     assert torch.equal(x, out[0])
 
 
-def started(kind: int, seed: int, rows: int, group: ProcessGroup) -> tuple[Pending, Tensor, Tensor]:
+def started(kind: int, seed: int, rows: int, group: ProcessGroup) -> tuple[Work, Tensor, Tensor]:
     """An operation under way, where its result will be, and what it must be."""
     n, rank, ranks = group.size(), group.rank(), dist.get_process_group_ranks(group)
     mine = slice(rank * rows, (rank + 1) * rows)

@@ -15,7 +15,7 @@ from engine.parallel.data import ShardedParameters, plan_buckets
 from engine.parallel.layout import Layout, World
 from engine.parallel.pipeline.partition import partition
 from engine.testing.distributed import run_ranks, world_of
-from engine.testing.models import logical_state, new_decoder, new_parameters, tiny_config
+from engine.testing.models import logical_state, new_parameters, tiny_config
 from tests.parallel.late import late
 
 MODEL = tiny_config("tiny-qwen2", num_layers=2)  # has biases: decaying and other parameters in a bucket
@@ -81,8 +81,8 @@ def _loss(model: Decoder, row: torch.Tensor) -> torch.Tensor:
 
 def plain_training() -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same with torch's own clipping and optimizer."""
-    model = new_decoder(MODEL)
-    named = dict(model.named_parameters())
+    named = new_parameters(MODEL)
+    model = Decoder(MODEL, Parameters(named))
     groups = [
         {"params": [p for p in named.values() if p.ndim == 2], "weight_decay": 0.3},
         {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
@@ -96,12 +96,7 @@ def plain_training() -> tuple[list[float], dict[str, torch.Tensor]]:
             (_loss(model, row) / 128).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 0.5).item())
         optimizer.step()
-    paths = {parameter.path: named_parameter(model, parameter.path) for parameter in parameter_table(MODEL).parameters}
-    return norms, logical_state(MODEL, paths)
-
-
-def named_parameter(model: Decoder, path: str) -> torch.nn.Parameter:
-    return model.get_parameter({"norm.weight": "head.norm.weight"}.get(path, path))
+    return norms, logical_state(MODEL, named)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +178,7 @@ def reduce_while_going_backward() -> None:
     incomplete: list[int] = []  # parameters whose gradients were still to come when a reduction started
     started = data.reduce_scatter
 
-    def reduce_scatter(out: Tensor, x: Tensor, group) -> data.Pending:
+    def reduce_scatter(out: Tensor, x: Tensor, group) -> data.Work:
         incomplete.append(sum(len(bucket.incomplete) for bucket in parameters.buckets))
         return started(out, x, group)
 

@@ -89,13 +89,12 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
       Vec<T> y = {};
       if (inside) {
         const Vec<T> weight = load_vec(static_cast<const T*>(a.weight) + v * kSize);
-        Vec<T> bias;
+        Vec<T> bias = {};
         if (kCentered && a.bias != nullptr) bias = load_vec(static_cast<const T*>(a.bias) + v * kSize);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           const float normalized = (to_float(x[i].at[j]) - mean) * rstd;
-          const float b = kCentered && a.bias != nullptr ? to_float(bias.at[j]) : 0.0f;
-          y.at[j] = from_float<T>(normalized * to_float(weight.at[j]) + b);
+          y.at[j] = from_float<T>(normalized * to_float(weight.at[j]) + to_float(bias.at[j]));
         }
         if (!kFp8) store(static_cast<T*>(a.y) + row * a.columns + v * kSize, y);
       }

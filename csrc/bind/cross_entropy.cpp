@@ -44,7 +44,8 @@ void cross_entropy_gradient_(Tensor logits, Tensor labels, Tensor z, Tensor scal
 const Operator kOperators[] = {
     {"cross_entropy_statistics(Tensor logits, Tensor labels, int first_label) -> (Tensor, Tensor)",
      TRIAXIS_KERNEL(cross_entropy_statistics)},
-    {"cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor z, Tensor scale, int first_label, float z_loss) -> ()",
+    {"cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor z, Tensor scale, int first_label, float z_loss) "
+     "-> ()",
      TRIAXIS_KERNEL(cross_entropy_gradient_)},
 };
 

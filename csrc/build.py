@@ -1,8 +1,8 @@
-"""Compiles csrc into one library: object by object, as many at once as there are cores, and none twice.
+"""Compiles csrc into one library, with as many compilers at once as there are cores.
 
-An object's name carries a hash of its source, of every header and of the flags; one that is there is taken as it is.
-Rejected: torch's CUDAExtension (it insists on the CUDA version that torch was built with, and its headers take ten
-times as long), and CMake (one more tool to have, for a dozen files).
+The name of an object contains a hash of its source, of every header and of the flags, so that it is compiled only once.
+Alternatives considered: torch's CUDAExtension (it insists on the CUDA version that torch was built with, and its headers
+take ten times as long), and CMake (one more tool to install, for a dozen files).
 """
 
 import hashlib
@@ -16,16 +16,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "90a;80+PTX"
-_TORCH_TARGET = "0x020b000000000000"  # the oldest torch that the binary shall run with: 2.11
+_TORCH_TARGET = "0x020b000000000000"  # the oldest torch that the binary runs with: 2.11
 
 
 class BuildError(Exception):
-    """A compiler failed, or something that was asked for by name is not there."""
+    """A compiler failed."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The compilers. `nvcc` is None where there is none, or where CUDA is switched off."""
+    """The compilers. `nvcc` is None if there is none, or if CUDA is switched off."""
 
     cxx: str
     torch: Path
@@ -46,7 +46,7 @@ def find_nvcc() -> Path | None:
 
 
 def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
-    """`output`: the operators, with the kernels where there is nvcc."""
+    """Writes `output`: the operators, with the kernels if there is nvcc. Raises: BuildError."""
     jobs = kernel_jobs(tools) if tools.nvcc else []
     what = f"CUDA kernels for {tools.archs}" if tools.nvcc else "no kernels: built without CUDA"
     flags = [f'-DTRIAXIS_BUILD="{what}"', *(["-DTRIAXIS_CUDA"] if tools.nvcc else [])]
@@ -57,7 +57,7 @@ def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
 
 
 def kernel_jobs(tools: Toolchain) -> list[tuple[Path, list[str]]]:
-    """The kernels and how nvcc compiles them; beside an object lies a .txt with what the assembler said of each."""
+    """Kernel files and their nvcc commands. `compile_objects` writes ptxas' report of each to a .txt beside the object."""
     return [(source, _nvcc_command(tools)) for source in kernel_sources(HERE)]
 
 
@@ -66,9 +66,9 @@ def kernel_sources(root: Path) -> list[Path]:
 
 
 def build_emulated(tools: Toolchain, directory: Path, output: Path, root: Path = HERE) -> None:
-    """`output`: the same operators for CPU tensors, over the kernels as they run on the host; for tests.
+    """Writes `output`: the same operators for CPU tensors, over kernels that run on the host; for tests.
 
-    It needs CUDA's headers. `root` is another copy of csrc.
+    It needs CUDA's headers. `root` is csrc or a copy of it.
     """
     assert tools.cuda is not None
     flags = ["-DTRIAXIS_EMULATED", "-O1", "-U_FORTIFY_SOURCE", f"-isystem{tools.cuda}/include", "-x", "c++"]
@@ -82,7 +82,7 @@ def build_emulated(tools: Toolchain, directory: Path, output: Path, root: Path =
 
 
 def compile_objects(jobs: Sequence[tuple[Path, list[str]]], directory: Path) -> list[Path]:
-    """Objects of (source, command) in that order; the command lacks the source and the output."""
+    """The objects of (source, command), in that order; the source and the output are appended to the command."""
     directory.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda job: _compile(job[0], job[1], directory), jobs))
@@ -104,7 +104,7 @@ def _compile(source: Path, command: list[str], directory: Path) -> Path:
 
 
 def run(command: Sequence[str]) -> str:
-    """What the command printed. Raises: BuildError: it failed."""
+    """Runs a command and returns what it printed. Raises: BuildError: it failed."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}")

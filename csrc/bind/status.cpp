@@ -1,3 +1,5 @@
+// What the library says of itself: its errors in words, and how it was built.
+
 #include <string>
 
 #include "../include/triaxis.h"
@@ -27,3 +29,8 @@ extern "C" const char* triaxis_error_string(int status) {
   return "invalid argument";
 #endif
 }
+
+#ifndef TRIAXIS_EMULATED
+// "CUDA kernels for 90a;80+PTX", or why there are none.
+extern "C" __attribute__((visibility("default"))) const char* triaxis_build() { return TRIAXIS_BUILD; }
+#endif

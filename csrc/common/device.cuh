@@ -1,4 +1,4 @@
-// CUDA under nvcc; under a C++ compiler the emulation that runs the same kernels on the host.
+// What every kernel file includes: CUDA under nvcc; under a C++ compiler, the emulation that runs it on the host.
 #pragma once
 
 #ifdef __CUDACC__
@@ -24,7 +24,8 @@ constexpr int kInvalidArgument = 1;  // cudaErrorInvalidValue
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks of a grid that stays on the device and loops over `work` items: as many as fit at once, never more than items.
+// Blocks of a persistent grid, each of which loops over its share of `work` items: as many as are resident at once, and
+// never more than there are items.
 template <typename Kernel>
 int persistent_grid(Kernel kernel, int threads, int64_t work) {
 #ifdef __CUDACC__
@@ -35,7 +36,7 @@ int persistent_grid(Kernel kernel, int threads, int64_t work) {
   const int64_t resident = int64_t(processors) * (blocks > 0 ? blocks : 1);
 #else
   (void)kernel, (void)threads;
-  const int64_t resident = 3;  // few, so that blocks loop
+  const int64_t resident = 3;  // so few that tests see blocks loop
 #endif
   return int(work < resident ? (work > 0 ? work : 1) : resident);
 }

@@ -1,4 +1,4 @@
-// Eight-bit floats: conversions that saturate, and scales.
+// FP8: saturating conversions, scales, and the quantized output of fused kernels.
 #pragma once
 
 #include <cfloat>
@@ -8,24 +8,26 @@
 
 namespace triaxis {
 
-constexpr float kSmallestAmax = 1e-4f;  // a block of zeros still has a scale
+constexpr float kMinAmax = 1e-4f;  // so that a block of zeros has a finite scale; as in engine/ops/quantize.py
 
-__host__ __device__ constexpr float largest(__nv_fp8_interpretation_t type) { return type == __NV_E4M3 ? 448.0f : 57344.0f; }
+__host__ __device__ constexpr float max_value(__nv_fp8_interpretation_t type) {
+  return type == __NV_E4M3 ? 448.0f : 57344.0f;
+}
 
-// What the elements are multiplied by, and what the product is multiplied by to have them back.
+// What values are multiplied by before the cast to FP8, and what FP8 values are multiplied by to dequantize.
 struct Scale {
-  float to, back;
+  float scale, inv;
 };
 
-// For elements of at most `amax`. `power_of_two` rounds `back` up to a power of two, so that scaling is exact.
+// The scale of a block with this amax. `power_of_two` rounds `inv` up to a power of two, so that scaling is exact.
 template <__nv_fp8_interpretation_t kType>
-__device__ __forceinline__ Scale scale_for(float amax, bool power_of_two) {
-  amax = fmaxf(amax, kSmallestAmax);
-  if (!(amax <= FLT_MAX)) return {0.0f, amax};  // an infinity becomes no number, and the step is skipped
-  if (!power_of_two) return {largest(kType) / amax, amax / largest(kType)};
+__device__ __forceinline__ Scale scale_from_amax(float amax, bool power_of_two) {
+  amax = fmaxf(amax, kMinAmax);
+  if (!(amax <= FLT_MAX)) return {0.0f, amax};  // infinity · 0 = NaN, so that the optimizer skips the step
+  if (!power_of_two) return {max_value(kType) / amax, amax / max_value(kType)};
   int exponent;
-  const float mantissa = frexpf(amax / largest(kType), &exponent);  // in [0.5, 1)
-  if (mantissa == 0.5f) --exponent;
+  const float mantissa = frexpf(amax / max_value(kType), &exponent);  // in [0.5, 1)
+  if (mantissa == 0.5f) --exponent;  // a power of two already
   return {ldexpf(1.0f, -exponent), ldexpf(1.0f, exponent)};
 }
 
@@ -34,42 +36,44 @@ __device__ __forceinline__ uint8_t to_fp8(float x) {
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, kType);
 }
 
-// Raises *at to `value`, neither of them negative: as integers they have the same order.
-__device__ __forceinline__ void raise_to(float* at, float value) {
+// *at = max(*at, value) for numbers that are not negative, whose bits as integers have the same order.
+__device__ __forceinline__ void atomic_max(float* at, float value) {
   atomicMax(reinterpret_cast<int*>(at), __float_as_int(value));
 }
 
-// Writes a thread's piece of a row to `out`. All lanes of a warp call it, also those with nothing `inside` the row (and
-// zeros in `y`): lanes side by side hold the 128 elements that share a scale. `top` gathers the largest magnitude.
+// Quantizes a thread's vector of the output at (row, column). All lanes of a warp call it, also those that are not `inside`
+// the row (with zeros in `y`), because adjacent lanes hold the 128 elements that share a scale. `amax` is the thread's.
 template <typename T>
 __device__ __forceinline__ void store_fp8(
-    const triaxis_fp8_output& out, const Vec<T>& y, int64_t row, int64_t columns, int64_t column, bool inside, float& top) {
+    const triaxis_fp8_output& out, const Vec<T>& y, int64_t row, int64_t columns, int64_t column, bool inside,
+    float& amax) {
   constexpr int kSize = Vec<T>::size, kLanes = 128 / kSize;
-  float most = 0.0f;
+  float largest = 0.0f;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) most = fmaxf(most, fabsf(to_float(y.at[j])));
+  for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, fabsf(to_float(y.at[j])));
   Scale scale{};
   if (out.scaling == TRIAXIS_BLOCK_1X128) {
 #pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, offset));
-    scale = scale_for<__NV_E4M3>(most, out.power_of_two);
-    if (inside && column % 128 == 0) out.scale_inv[column / 128 * out.scale_inv_stride + row] = scale.back;
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    scale = scale_from_amax<__NV_E4M3>(largest, out.power_of_two);
+    if (inside && column % 128 == 0) out.scale_inv[column / 128 * out.scale_inv_stride + row] = scale.inv;
   } else {
-    scale.to = *out.scale;
-    top = fmaxf(top, most);
+    scale.scale = *out.scale;
+    amax = fmaxf(amax, largest);
   }
   if (!inside) return;
   Vec<uint8_t, kSize> bytes;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) bytes.at[j] = to_fp8<__NV_E4M3>(to_float(y.at[j]) * scale.to);
+  for (int j = 0; j < kSize; ++j) bytes.at[j] = to_fp8<__NV_E4M3>(to_float(y.at[j]) * scale.scale);
   store(static_cast<uint8_t*>(out.values) + row * columns + column, bytes);
 }
 
-// Once a warp, behind its last row.
-__device__ __forceinline__ void store_amax(const triaxis_fp8_output& out, float top) {
+// Raises the tensor's amax by that of a warp, after its last row.
+__device__ __forceinline__ void store_amax(const triaxis_fp8_output& out, float amax) {
   if (out.scaling != TRIAXIS_TENSORWISE || out.amax == nullptr) return;
-  top = warp_max(top);
-  if ((threadIdx.x + threadIdx.y * blockDim.x) % kWarp == 0) raise_to(out.amax, top);
+  amax = warp_max(amax);
+  if ((threadIdx.x + threadIdx.y * blockDim.x) % kWarp == 0) atomic_max(out.amax, amax);
 }
 
 inline bool valid_output(const triaxis_fp8_output& out, int64_t columns) {

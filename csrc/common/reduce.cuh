@@ -1,4 +1,4 @@
-// Sums and maxima over the threads of a warp or of a block, in an order that is always the same.
+// Sums and maxima over a warp or a block, always in the same order: results repeat bitwise.
 #pragma once
 
 #include "device.cuh"
@@ -17,9 +17,9 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Sums over threadIdx.x, one after another in one kernel; every thread gets the result. The block is either one row of
-// threads, or rows of one warp each that need no barrier. Two buffers taken in turn make one barrier a sum enough:
-// whoever writes a buffer again has passed the barrier that all reach after reading it.
+// Sums over threadIdx.x, any number of them in one kernel; every thread gets the result. The block is one row of threads,
+// or several rows of one warp each, which need no barrier. Two buffers used alternately make one barrier a sum enough:
+// before a thread writes a buffer again it has passed the barrier of the sum between, which all reach after reading it.
 class RowSum {
  public:
   __device__ __forceinline__ explicit RowSum(float (&buffers)[2][kWarp]) : buffers_(buffers) {}
@@ -27,8 +27,8 @@ class RowSum {
   __device__ __forceinline__ float operator()(float x) {
     x = warp_sum(x);
     if (blockDim.x == kWarp) return x;
-    float* const buffer = buffers_[turn_];
-    turn_ ^= 1;
+    float* const buffer = buffers_[next_];
+    next_ ^= 1;
     const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     if (lane == 0) buffer[threadIdx.x / kWarp] = x;
     __syncthreads();
@@ -37,7 +37,7 @@ class RowSum {
 
  private:
   float (&buffers_)[2][kWarp];
-  int turn_ = 0;
+  int next_ = 0;
 };
 
 }  // namespace triaxis

@@ -1,4 +1,4 @@
-// Vectors: what a thread reads or writes in one access, 16 bytes where the alignment allows, else one element.
+// Vectors: what a thread loads or stores in one access; 16 bytes if the alignment allows, else one element.
 #pragma once
 
 #include "device.cuh"
@@ -26,7 +26,7 @@ __device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
   *reinterpret_cast<Vec<T, kSize>*>(p) = v;
 }
 
-// Has the compiler forget what it computed from `v`, so that it keeps the 16 bytes in registers and not 8 floats.
+// Makes the compiler forget the floats it converted `v` to, so that 4 registers stay live and not 8.
 template <typename T>
 __device__ __forceinline__ void keep_packed(Vec<T>& v) {
 #ifdef __CUDA_ARCH__

@@ -1,7 +1,7 @@
-// FP8 products by cuBLASLt, found at run time: torch has it loaded, its headers need not be here, and neither need nvcc.
+// FP8 matmuls by cuBLASLt, found at run time: torch has loaded it, so that neither its headers nor nvcc are needed.
 //
-// cuBLASLt thinks in columns. A row-major product d = a · bᵀ is its dᵀ = b · aᵀ with b transposed, which is the one order
-// of operands that Hopper's FP8 instructions take. What it decided for a shape is kept.
+// cuBLASLt is column-major: a row-major d = a · bᵀ is its dᵀ = b · aᵀ with the first operand transposed, which is the one
+// layout that Hopper's FP8 instructions take. The algorithm that its heuristic chose for a shape is kept.
 
 #include <dlfcn.h>
 
@@ -35,7 +35,7 @@ struct Heuristic {
 enum { kCompute32F = 68, kTranspose = 1, kMaxWorkspaceBytes = 1 };
 enum { kTransA = 3, kAScale = 17, kBScale = 18, kFastAccumulation = 25 };
 enum { kAScaleMode = 31, kBScaleMode = 32 };
-enum { kScalar = 0, kRows128 = 4, kSquares128 = 5 };
+enum { kScalar = 0, k1x128 = 4, k128x128 = 5 };
 enum { kF32 = 0, kF16 = 2, kBF16 = 14, kE4M3 = 28, kE5M2 = 29 };
 constexpr int kFirstStatus = TRIAXIS_CUBLASLT_STATUS, kBlockScalesSince = 120900;
 
@@ -54,7 +54,7 @@ struct Library {
 
   Library() {
     void* found = nullptr;
-    for (const int how : {RTLD_NOLOAD | RTLD_LAZY, RTLD_LAZY})  // the one that torch has loaded, whichever it is
+    for (const int how : {RTLD_NOLOAD | RTLD_LAZY, RTLD_LAZY})  // first the version that torch has loaded
       for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
         if (found == nullptr) found = dlopen(name, how);
     find(found, "cublasLtCreate", create);
@@ -97,10 +97,10 @@ int type_of(triaxis_dtype dtype) {
 }
 
 int32_t mode_of(triaxis_scaling scaling) {
-  return scaling == TRIAXIS_TENSORWISE ? kScalar : scaling == TRIAXIS_BLOCK_1X128 ? kRows128 : kSquares128;
+  return scaling == TRIAXIS_TENSORWISE ? kScalar : scaling == TRIAXIS_BLOCK_1X128 ? k1x128 : k128x128;
 }
 
-// The first status that is not 0 stays.
+// Keeps the first status that is not 0.
 struct Status {
   int value = 0;
   void operator()(int next) {
@@ -125,11 +125,11 @@ int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
   if (status.value != 0) return status.value;
   status(set(plan, kTransA, int32_t(kTranspose)));
   status(set(plan, kFastAccumulation, int8_t(x.fast != 0)));
-  if (x.a_scaling != TRIAXIS_TENSORWISE || x.b_scaling != TRIAXIS_TENSORWISE) {  // older versions know scalars alone
+  if (x.a_scaling != TRIAXIS_TENSORWISE || x.b_scaling != TRIAXIS_TENSORWISE) {  // versions before 12.9 do not know the attribute
     status(set(plan, kAScaleMode, mode_of(x.b_scaling)));
     status(set(plan, kBScaleMode, mode_of(x.a_scaling)));
   }
-  status(set_pointers(plan, x));  // without them it refuses scales of blocks, and may choose what cannot take any
+  status(set_pointers(plan, x));  // or the heuristic refuses block scales, or chooses an algorithm that takes none
   status(lt.layout_create(&plan.a, type_of(x.b_dtype), uint64_t(x.k), uint64_t(x.n), x.k));
   status(lt.layout_create(&plan.b, type_of(x.a_dtype), uint64_t(x.k), uint64_t(x.m), x.k));
   status(lt.layout_create(&plan.d, type_of(x.out_dtype), uint64_t(x.n), uint64_t(x.m), x.n));
@@ -160,7 +160,7 @@ extern "C" int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int devic
   static std::mutex mutex;
   static std::map<int, Handle> handles;
   static std::map<Key, Plan> plans;
-  const std::lock_guard<std::mutex> guard(mutex);  // a plan's scale pointers change from call to call
+  const std::lock_guard<std::mutex> guard(mutex);  // the scale pointers of a plan change from call to call
   Handle& handle = handles[device];
   if (handle == nullptr) {
     if (const int failed = lt.create(&handle)) return kFirstStatus + failed;

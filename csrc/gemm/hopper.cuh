@@ -1,8 +1,8 @@
-// What a Hopper multiprocessor does beside its threads: barriers that count bytes, copies of boxes of a matrix to shared
-// memory (TMA), products of a warpgroup (wgmma). Each in PTX, and in plain C++ that moves the same data for the emulation.
+// Hopper's asynchronous units: barriers that count bytes (mbarrier), copies of boxes of a matrix to shared memory (TMA),
+// and the matmuls of a warpgroup (wgmma). Each in PTX, and in plain C++ that moves the same data for the emulation.
 //
-// PTX ISA 8.0, sections on mbarrier, cp.async.bulk.tensor and wgmma. The instructions exist for sm_90a alone; a kernel
-// returns at once where it is compiled for another (kCompiledFor), and the host refuses other GPUs.
+// Source: PTX ISA 8.0, sections on mbarrier, cp.async.bulk.tensor and wgmma. The instructions exist only for sm_90a: a
+// kernel compiled for another target returns at once (kCompiledFor), and the host refuses other GPUs.
 #pragma once
 
 #include "../common/vec.cuh"
@@ -20,32 +20,31 @@ constexpr bool kCompiledFor = false;
 constexpr bool kCompiledFor = true;
 #endif
 
-constexpr int kWarpgroup = 128;     // threads that multiply together
-constexpr int kSwizzle = 128;       // bytes of a row of a swizzled box
-constexpr int kSwizzleRows = 8;     // rows after which the swizzle repeats, from a multiple of their bytes on
-constexpr int kProductK = 32;       // FP8 elements along k of one product
-constexpr int kProductM = 64, kProductN = 128;
-constexpr int kFragment = kProductM * kProductN / kWarpgroup;  // elements of a product that a thread holds
+constexpr int kWarpgroup = 128;   // threads that issue a wgmma together
+constexpr int kSwizzle = 128;     // bytes of a row of a swizzled box
+constexpr int kSwizzleRows = 8;   // the swizzle repeats after these rows, 1024 bytes, to which boxes are aligned
+constexpr int kMmaM = 64, kMmaN = 128, kMmaK = 32;  // the shape of one wgmma; k is 32 bytes of FP8
+constexpr int kFragment = kMmaM * kMmaN / kWarpgroup;  // accumulators of a thread
 
-// Where a swizzled box keeps byte `at` of the unswizzled one: units of 16 bytes change places with the row, so that
-// neither a row nor a column of units meets one bank twice. `at` counts from a multiple of 1024.
+// Where a swizzled box keeps byte `at` of the unswizzled one: units of 16 bytes are permuted within a row, by the row, so
+// that neither a row nor a column of units has bank conflicts.
 __host__ __device__ constexpr uint32_t swizzled(uint32_t at) { return at ^ ((at / kSwizzle % kSwizzleRows) * 16); }
 
-// Row and column of element i of a thread's fragment, for the thread's place in its warpgroup.
+// Row and column of a thread's accumulator i; `thread` is its place in the warpgroup.
 __host__ __device__ constexpr int fragment_row(int thread, int i) {
   return thread / kWarp * 16 + thread % kWarp / 4 + i / 2 % 2 * 8;
 }
 __host__ __device__ constexpr int fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
-// A matrix in swizzled shared memory at `address`, 128 bytes a row, as wgmma is told of it: the start and the distance
-// between groups of eight rows, in units of 16 bytes, and the 128-byte swizzle. The other distance has no meaning then.
+// wgmma's descriptor of a matrix at `address` in shared memory, swizzled, 128 bytes a row: its start and the distance
+// between groups of 8 rows in units of 16 bytes, and the kind of swizzle. With this swizzle the other distance is ignored.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   constexpr uint64_t distance = kSwizzle * kSwizzleRows / 16, swizzle_128 = 1;
   return (address & 0x3ffff) / 16 | uint64_t(1) << 16 | distance << 32 | swizzle_128 << 62;
 }
 
-// The same, so many bytes further along the rows.
-__device__ __forceinline__ uint64_t along(uint64_t descriptor, int bytes) { return descriptor + bytes / 16; }
+// The same matrix from `bytes` further along its rows.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + bytes / 16; }
 
 #ifdef __CUDACC__
 
@@ -61,7 +60,7 @@ __device__ __forceinline__ void init(Barrier& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes barriers that this thread initialized known to the copies; a __syncthreads() makes them known to the block.
+// Makes barriers that this thread initialized visible to TMA; a __syncthreads() makes them visible to the block.
 __device__ __forceinline__ void fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -70,13 +69,13 @@ __device__ __forceinline__ void arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
-// Arrives, and has the phase last until so many bytes have come.
+// Arrives, and extends the phase until `bytes` more have been copied.
 __device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
                : "memory");
 }
 
-// Until the phase of this parity is over; a new barrier is in its phase of parity 0, the one before is over.
+// Waits until the phase of this parity is over. A new barrier is in phase 0; of parity 1 the phase before counts as over.
 __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   uint32_t over;
   do {
@@ -90,7 +89,8 @@ __device__ __forceinline__ void wait(Barrier& barrier, uint32_t parity) {
   } while (over == 0);
 }
 
-// Copies the map's box from (row, column) on to `to`, zeros for what lies outside; its bytes count for the barrier.
+// Starts a TMA copy of the map's box at (row, column) to `to`, with zeros outside the matrix; its bytes count for the
+// barrier, whole box or not.
 __device__ __forceinline__ void copy(const TensorMap& map, void* to, Barrier& barrier, int row, int column) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -100,29 +100,29 @@ __device__ __forceinline__ void copy(const TensorMap& map, void* to, Barrier& ba
 }
 
 template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Has the compiler keep what it does with a fragment on its side of this point.
+// Keeps the compiler from moving accesses to the accumulators across this point.
 __device__ __forceinline__ void pin(float (&d)[kFragment]) {
 #pragma unroll
   for (int i = 0; i < kFragment; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Before the first product that writes `d`.
-__device__ __forceinline__ void begin_products(float (&d)[kFragment]) {
+// Before the first wgmma that writes `d`.
+__device__ __forceinline__ void begin_mma(float (&d)[kFragment]) {
   pin(d);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// d (+)= a · bᵀ for a [64, 32] and b [128, 32] E4M3; under way until finish_products().
-__device__ __forceinline__ void multiply(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
+// One wgmma: d = a · bᵀ, or += with `add`, for a [64, 32] and b [128, 32] in E4M3; asynchronous until wait_mma().
+__device__ __forceinline__ void mma(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
 #define TRIAXIS_8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
   asm volatile(
@@ -138,16 +138,16 @@ __device__ __forceinline__ void multiply(float (&d)[kFragment], uint64_t a, uint
 #undef TRIAXIS_8
 }
 
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_mma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until the products of this warp's part of `d` are done, and their operands may be overwritten.
-__device__ __forceinline__ void finish_products(float (&d)[kFragment]) {
+// Waits until the wgmmas are done: `d` may be read, and their operands overwritten.
+__device__ __forceinline__ void wait_mma(float (&d)[kFragment]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   pin(d);
 }
 
-// How copies see a row-major matrix of bytes (whose boxes are swizzled) or of floats. Rows start at multiples of 16
-// bytes, and so do the sizes of a box along them. The encoder is the driver's, found at run time.
+// The tensor map (TMA's view) of a row-major matrix of bytes, whose boxes are swizzled, or of floats. Its rows start at
+// multiples of 16 bytes, and a row of a box is a multiple of 16 bytes. The encoder is the driver's, found at run time.
 template <typename T>
 int make_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns, int box_rows, int box_columns) {
   static_assert(sizeof(T) == 1 || sizeof(T) == 4);
@@ -228,14 +228,14 @@ inline void copy(const TensorMap& map, void* to, Barrier& barrier, int row, int 
 }
 
 template <int kRegisters>
-void give_registers() {}
+void release_registers() {}
 template <int kRegisters>
-void take_registers() {}
-inline void begin_products(float (&)[kFragment]) {}
-inline void commit_products() {}
-inline void finish_products(float (&)[kFragment]) {}
+void claim_registers() {}
+inline void begin_mma(float (&)[kFragment]) {}
+inline void commit_mma() {}
+inline void wait_mma(float (&)[kFragment]) {}
 
-// Element k of a row of the matrix that a descriptor tells of.
+// Element (row, k) of the matrix of a descriptor.
 inline float operand(uint64_t descriptor, int row, int k) {
   static const std::vector<float> numbers = [] {
     std::vector<float> all(256);
@@ -247,16 +247,16 @@ inline float operand(uint64_t descriptor, int row, int k) {
   return numbers[emulation::state().shared[descriptor >> 62 == 1 ? swizzled(at) : at]];
 }
 
-inline void multiply(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
+inline void mma(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
   const int thread = threadIdx.x % kWarpgroup;
-  float row[2][kProductK], column[kProductK];
+  float row[2][kMmaK], column[kMmaK];
   for (int half = 0; half < 2; ++half)
-    for (int k = 0; k < kProductK; ++k) row[half][k] = operand(a, fragment_row(thread, 2 * half), k);
+    for (int k = 0; k < kMmaK; ++k) row[half][k] = operand(a, fragment_row(thread, 2 * half), k);
   for (int i = 0; i < kFragment; i += i % 2 == 0 ? 1 : 3) {  // elements i and i + 2 share a column
-    for (int k = 0; k < kProductK; ++k) column[k] = operand(b, fragment_column(thread, i), k);
+    for (int k = 0; k < kMmaK; ++k) column[k] = operand(b, fragment_column(thread, i), k);
     for (int half = 0; half < 2; ++half) {
       float sum = add ? d[i + 2 * half] : 0.0f;
-      for (int k = 0; k < kProductK; ++k) sum += row[half][k] * column[k];
+      for (int k = 0; k < kMmaK; ++k) sum += row[half][k] * column[k];
       d[i + 2 * half] = sum;
     }
   }

@@ -1,8 +1,8 @@
-/* The kernels' C interface: raw pointers, sizes, a stream, a status. Nothing here knows of torch.
+/* The C interface of the kernels: raw pointers, sizes, a stream, a status; no torch.
  *
  * Matrices are row-major [rows, columns]; a stride is the distance between rows in elements, and the elements of a row
- * are adjacent. Functions start work on `stream` and return 0, or an error that triaxis_error_string names. Kernels
- * accept any size from 0 up unless a comment says otherwise.
+ * are adjacent. Functions launch work on `stream` and return 0, or an error that triaxis_error_string describes. Sizes may
+ * be 0 unless a comment says otherwise.
  */
 #pragma once
 
@@ -15,12 +15,12 @@ extern "C" {
 typedef enum { TRIAXIS_F32, TRIAXIS_BF16, TRIAXIS_F16, TRIAXIS_E4M3, TRIAXIS_E5M2 } triaxis_dtype;
 
 enum {
-  TRIAXIS_NO_CUBLASLT = 900,
+  TRIAXIS_NO_CUBLASLT = 900, /* errors up to here are those of the CUDA runtime */
   TRIAXIS_OLD_CUBLASLT,
   TRIAXIS_NO_ALGORITHM,
   TRIAXIS_NOT_HOPPER,
   TRIAXIS_NO_TENSOR_MAP,
-  TRIAXIS_CUBLASLT_STATUS = 1000
+  TRIAXIS_CUBLASLT_STATUS = 1000 /* plus a status of cuBLAS */
 };
 
 const char* triaxis_error_string(int status);
@@ -65,9 +65,9 @@ int triaxis_norm_forward(const triaxis_norm_forward_args* args, void* stream);
 typedef struct {
   const void *grad_y, *grad_sum, *x, *weight; /* grad_sum may be null */
   const float *mean, *rstd;
-  void* grad_x;                     /* contiguous */
-  float *grad_weight, *grad_bias;   /* [columns]; grad_bias only when centered */
-  float* workspace;                 /* triaxis_norm_backward_workspace() floats */
+  void* grad_x;                   /* contiguous */
+  float *grad_weight, *grad_bias; /* [columns]; grad_bias only when centered */
+  float* workspace;               /* triaxis_norm_backward_workspace() floats */
   int64_t rows, columns, grad_y_stride, grad_sum_stride, x_stride;
   triaxis_dtype dtype;
   int centered;
@@ -88,7 +88,9 @@ typedef struct {
 int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* stream);
 int triaxis_swiglu_backward(const triaxis_swiglu_args* args, void* stream);
 
-/* Heads that rotate by their token's angle, element i with element i + head_size / 2; several groups in one pass. */
+/* Rotary positions: element i of a head rotates with element i + head_size / 2, by the angle of its token. Several groups
+ * of heads, in different tensors, in one pass.
+ */
 typedef struct {
   const void* in;
   void* out;
@@ -106,17 +108,17 @@ typedef struct {
 
 int triaxis_rope(const triaxis_rope_args* args, void* stream);
 
-/* Cross-entropy over a part of the vocabulary, in two steps with room for an exchange between them.
+/* Cross-entropy over a part of the vocabulary, in two steps; between them, ranks exchange what the first found.
  *
- * _statistics: of each row of logits [rows, columns], z = log Σ exp(logit), and the logit of the label where the part
- * has it (else 0). _gradient: overwrites the logits with the gradient of (z − logit of the label + z_loss · z²) by
- * each logit, times `scale`; here z is that of the whole vocabulary.
+ * _statistics: of each row of logits [rows, columns], z = log Σ exp(logit), and the logit of the label if this part
+ * holds it (else 0). _gradient: overwrites the logits with the gradient of (z − logit of the label + z_loss · z²)
+ * with respect to each logit, times `scale`; here z is that of the whole vocabulary.
  */
 typedef struct {
   void* logits; /* contiguous */
   const int64_t* labels;
-  float *z, *at_label;   /* [rows] */
-  const float* scale;    /* [rows], in _gradient */
+  float *z, *at_label; /* [rows] */
+  const float* scale;  /* [rows], in _gradient */
   int64_t rows, columns, first_label;
   float z_loss;
   triaxis_dtype dtype;
@@ -125,8 +127,8 @@ typedef struct {
 int triaxis_cross_entropy_statistics(const triaxis_cross_entropy_args* args, void* stream);
 int triaxis_cross_entropy_gradient(const triaxis_cross_entropy_args* args, void* stream);
 
-/* One AdamW update of flat tensors, decoupled weight decay, bias-corrected. The gradient is divided by *grad_scale;
- * where *skip is not 0 nothing changes. `param`, in `param_dtype`, gets the rounded master weight; it may be null.
+/* One AdamW update of flat tensors, with decoupled weight decay and bias correction. The gradient is divided by
+ * *grad_scale; if *skip is not 0, nothing changes. `param`, in `param_dtype`, gets the rounded master weight; may be null.
  */
 typedef struct {
   float* master;
@@ -141,12 +143,13 @@ typedef struct {
 
 int triaxis_adamw(const triaxis_adamw_args* args, void* stream);
 
-/* Σ x² in fp32, in a fixed order: not finite where an element is not. `workspace` has TRIAXIS_SQUARE_SUM_WORKSPACE
- * floats. */
+/* Σ x² in fp32, in a fixed order; not finite if an element is not. `workspace` has TRIAXIS_SQUARE_SUM_WORKSPACE floats,
+ * one for each block of the grid.
+ */
 #define TRIAXIS_SQUARE_SUM_WORKSPACE 1024
 int triaxis_square_sum(const float* x, int64_t size, float* out, float* workspace, void* stream);
 
-/* Quantizes x [rows, columns] to FP8: `row_major` [rows, columns], `transposed` [columns, rows], either or both (else null).
+/* Quantizes x [rows, columns] to FP8: to `row_major` [rows, columns], `transposed` [columns, rows], or both; null: not.
  *
  * TRIAXIS_TENSORWISE multiplies by *scale and raises *amax (if not null) to the largest |x|. The others compute the scales
  * of blocks and write `scale_inv`, what FP8 values are multiplied by to dequantize: TRIAXIS_BLOCK_1X128 along the rows of
@@ -183,9 +186,9 @@ typedef struct {
 
 int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int device, void* stream);
 
-/* The same by a kernel of this library, for GPUs of compute capability 9.0: E4M3 matrices, `a` scaled TRIAXIS_BLOCK_1X128 and
- * `b` TRIAXIS_BLOCK_1X128 or TRIAXIS_BLOCK_128X128; `out` bf16, or fp32, which it can accumulate into; k > 0. The tensor
- * cores sum 128 elements along k, and fp32 registers these sums. It needs no workspace.
+/* The same by a kernel of this library, for GPUs of compute capability 9.0: E4M3 matrices, `a` in TRIAXIS_BLOCK_1X128 and
+ * `b` in TRIAXIS_BLOCK_1X128 or TRIAXIS_BLOCK_128X128; `out` bf16, or fp32, which it can accumulate into; k > 0. The
+ * tensor cores sum 128 elements along k; these sums are added in fp32 registers. It needs no workspace.
  */
 int triaxis_fp8_matmul_sm90(const triaxis_fp8_matmul_args* args, int device, void* stream);
 

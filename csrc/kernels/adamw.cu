@@ -1,5 +1,5 @@
-// One AdamW update of a flat shard: gradient, master weight and both moments read, all but the gradient written, and the
-// rounded parameter beside them, 30 bytes a parameter and nothing twice.
+// One AdamW update of a flat shard in one pass: reads gradient, master weight and both moments, writes all but the gradient
+// and the rounded parameter; with fp32 moments and a bf16 parameter 30 bytes a parameter.
 
 #include "../common/vec.cuh"
 
@@ -14,12 +14,14 @@ constexpr int kThreads = 256;
 template <typename M, typename P, int kSize>
 __global__ void __launch_bounds__(kThreads) adamw(const triaxis_adamw_args a) {
   if (a.skip != nullptr && *a.skip != 0.0f) return;
+  // What all elements share; scale, skip and step stay on the device, so that the host never waits for them.
   const float scale = a.grad_scale == nullptr ? 1.0f : 1.0f / *a.grad_scale;
   const float correction1 = 1.0f - powf(a.beta1, *a.step), correction2 = rsqrtf(1.0f - powf(a.beta2, *a.step));
   const float step_size = a.lr / correction1, keep = 1.0f - a.lr * a.weight_decay;
   M *const exp_avg = static_cast<M*>(a.exp_avg), *const exp_avg_sq = static_cast<M*>(a.exp_avg_sq);
   P* const param = static_cast<P*>(a.param);
 
+  // Moments are computed in fp32 and rounded to their dtype when stored; the weight decay is decoupled.
   const auto update = [&](float& w, float g, M& first, M& second) {
     g *= scale;
     const float m = a.beta1 * to_float(first) + (1.0f - a.beta1) * g;
@@ -28,6 +30,7 @@ __global__ void __launch_bounds__(kThreads) adamw(const triaxis_adamw_args a) {
     first = from_float<M>(m);
     second = from_float<M>(v);
   };
+  // Whole vectors, then (in the first block) the elements behind the last of them.
   const int64_t whole = a.size / kSize, step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < whole; i += step) {
     auto w = load<kSize>(a.master + kSize * i);
@@ -62,7 +65,8 @@ extern "C" int triaxis_adamw(const triaxis_adamw_args* args, void* stream) {
   if (!moments || !floating(a.param_dtype) || a.size < 0) return kInvalidArgument;
   if (a.size == 0) return 0;
   const void* const pointers[] = {a.master, a.grad, a.exp_avg, a.exp_avg_sq, a.param};
-  const bool by_four = std::all_of(std::begin(pointers), std::end(pointers), [](const void* p) { return aligned<float>(p, 0); });
+  const bool by_four = std::all_of(std::begin(pointers), std::end(pointers),
+                                   [](const void* p) { return aligned<float>(p, 0); });
   return with_dtype(a.param_dtype, [&](auto type) {
     using P = decltype(type);
     using Kernel = void (*)(const triaxis_adamw_args);

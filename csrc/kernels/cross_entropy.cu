@@ -1,6 +1,6 @@
-// Cross-entropy on logits that stay where they are: one pass reads them for each row's log-sum-exp and its label's
-// logit, a second one turns them into their gradient. Between the two, ranks that share the vocabulary exchange the two
-// numbers of a row. Three passes over memory are the least that logits of this size allow: a row is too long to keep.
+// Cross-entropy in place: the first kernel reads the logits for each row's log-sum-exp and the logit of its label, the
+// second overwrites them with their gradient. In between, ranks that share the vocabulary exchange these two numbers a row.
+// That is two reads and one write of the logits, the minimum for rows that are too long for a block to keep.
 
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
@@ -10,24 +10,24 @@
 namespace triaxis {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512;  // × 8 elements: a row of 32,000 bf16 logits takes 8 iterations
 
-// A maximum and the sum of exp(x − maximum), of the elements seen so far.
+// Online softmax: the maximum of the elements so far, and the sum of exp(x − maximum).
 struct Running {
-  float top, sum;
+  float max, sum;
 };
-#define kNothing (Running{-FLT_MAX, 0.0f})  // not −∞, whose difference from itself is no number
+#define kEmpty (Running{-FLT_MAX, 0.0f})  // not −∞, because −∞ − −∞ is NaN
 
-__device__ __forceinline__ Running merged(Running a, Running b) {
-  const float top = fmaxf(a.top, b.top);
-  return {top, a.sum * __expf(a.top - top) + b.sum * __expf(b.top - top)};
+__device__ __forceinline__ Running merge(Running a, Running b) {
+  const float max = fmaxf(a.max, b.max);
+  return {max, a.sum * __expf(a.max - max) + b.sum * __expf(b.max - max)};
 }
 
-__device__ __forceinline__ Running warp_merged(Running x) {
+__device__ __forceinline__ Running warp_merge(Running x) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Running other{__shfl_xor_sync(0xffffffffu, x.top, offset), __shfl_xor_sync(0xffffffffu, x.sum, offset)};
-    x = merged(x, other);
+    const Running other{__shfl_xor_sync(0xffffffffu, x.max, offset), __shfl_xor_sync(0xffffffffu, x.sum, offset)};
+    x = merge(x, other);
   }
   return x;
 }
@@ -37,37 +37,40 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_statistics(const triax
   __shared__ Running parts[kWarp];
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T* const logits = static_cast<const T*>(a.logits) + row * a.columns;
-    Running mine = kNothing;
-#pragma unroll 4
+    // Each thread: its vectors of the row, with one rescaling for each vector that raises the maximum.
+    Running mine = kEmpty;
+#pragma unroll 4  // loads in flight together
     for (int64_t c = int64_t(threadIdx.x) * kSize; c < a.columns; c += int64_t(kThreads) * kSize) {
       const auto piece = load<kSize>(logits + c);
-      float top = to_float(piece.at[0]), sum = 0.0f;
+      float max = to_float(piece.at[0]), sum = 0.0f;
 #pragma unroll
-      for (int j = 1; j < kSize; ++j) top = fmaxf(top, to_float(piece.at[j]));
-      if (top > mine.top) {
-        mine.sum *= __expf(mine.top - top);
-        mine.top = top;
+      for (int j = 1; j < kSize; ++j) max = fmaxf(max, to_float(piece.at[j]));
+      if (max > mine.max) {
+        mine.sum *= __expf(mine.max - max);
+        mine.max = max;
       }
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) sum += __expf(to_float(piece.at[j]) - mine.top);
+      for (int j = 0; j < kSize; ++j) sum += __expf(to_float(piece.at[j]) - mine.max);
       mine.sum += sum;
     }
-    mine = warp_merged(mine);
+    // Merge over each warp, then over the warps; the first thread writes z and the logit of the label, if it is held here.
+    mine = warp_merge(mine);
     const int lane = threadIdx.x % kWarp;
     if (lane == 0) parts[threadIdx.x / kWarp] = mine;
     __syncthreads();
     if (threadIdx.x < kWarp) {
-      mine = warp_merged(lane < kThreads / kWarp ? parts[lane] : kNothing);
+      mine = warp_merge(lane < kThreads / kWarp ? parts[lane] : kEmpty);
       if (lane == 0) {
         const int64_t label = a.labels[row] - a.first_label;
-        a.z[row] = mine.top + logf(mine.sum);
+        a.z[row] = mine.max + logf(mine.sum);
         a.at_label[row] = label >= 0 && label < a.columns ? to_float(logits[label]) : 0.0f;
       }
     }
-    __syncthreads();  // the parts have been read
+    __syncthreads();  // before the next row overwrites the parts
   }
 }
 
+// d logit = scale · (softmax · (1 + 2 · z_loss · z) − [it is the label's]).
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) cross_entropy_gradient(const triaxis_cross_entropy_args a) {
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -92,6 +95,7 @@ bool valid(const triaxis_cross_entropy_args& a) { return floating(a.dtype) && a.
 template <typename T>
 bool by_vector(const triaxis_cross_entropy_args& a) { return aligned<T>(a.logits, a.columns); }
 
+// A block a row; more rows than that loop.
 dim3 grid_for(const triaxis_cross_entropy_args& a) { return dim3(unsigned(a.rows < (1 << 20) ? a.rows : (1 << 20))); }
 
 }  // namespace

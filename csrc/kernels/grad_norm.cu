@@ -1,4 +1,4 @@
-// Sum of squares of a flat fp32 tensor: every block leaves one number, a second kernel adds them in order.
+// Sum of squares of a flat fp32 tensor: each block writes one number, and a second kernel adds these in a fixed order.
 
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
@@ -12,14 +12,14 @@ template <int kSize>
 __global__ void __launch_bounds__(kThreads) square_sums(const float* x, int64_t size, float* out) {
   __shared__ float buffers[2][kWarp];
   const int64_t whole = size / kSize, step = int64_t(gridDim.x) * kThreads;
-  float sums[kSize] = {};
-#pragma unroll 4
+  float sums[kSize] = {};  // several chains of additions
+#pragma unroll 4  // loads in flight together
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < whole; i += step) {
     const auto v = load<kSize>(x + kSize * i);
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sums[j] += v.at[j] * v.at[j];
   }
-  float total = 0.0f;
+  float total = 0.0f;  // this thread's, with an element behind the last whole vector
 #pragma unroll
   for (int j = 0; j < kSize; ++j) total += sums[j];
   const int64_t last = whole * kSize + threadIdx.x;

@@ -1,10 +1,10 @@
 // RMSNorm and LayerNorm, forward and backward (include/triaxis.h says what they compute).
 //
-// Tuned kernels hold a row in registers, 16 bytes a thread and access, so that memory is read and written once: a block
-// (or, for short rows, a warp) takes a row, asks for all of it before it uses any, and goes on with the next one that is
-// its. The backward asks for its next row while it works on this one, and sums its share of the weight's gradient in
-// registers; a second kernel adds the blocks' shares in a fixed order. Rows of odd sizes, without alignment, or longer
-// than the registers take the general kernels, an element at a time.
+// The tuned kernels keep a row in registers, in vectors of 16 bytes, so that memory is read and written once. A block (for
+// short rows a warp) takes a row, issues all its loads before the first use, and goes on to its next row. The backward
+// prefetches the next row while it computes this one, and accumulates its share of the weight gradient in registers; a
+// second kernel adds these shares in a fixed order. Rows whose size or alignment rules out vectors, or that are longer than
+// the registers, take the general kernels, which access one element at a time.
 
 #include "../common/fp8.cuh"
 #include "../common/reduce.cuh"
@@ -13,8 +13,12 @@
 namespace triaxis {
 namespace {
 
+constexpr int kMaxThreads = 512;  // of a tuned kernel: leaves 128 registers a thread, which its largest instances need
+constexpr int kGeneralThreads = 256;
+
+// Which kernels a backward takes, and how it launches them.
 struct Plan {
-  int vectors = 0;  // 16-byte vectors of a thread; 0: the general kernels
+  int vectors = 0;  // of a row for each thread; 0: the general kernels
   dim3 block;
   int grid = 1;
 };
@@ -24,17 +28,16 @@ __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int6
   return static_cast<const T*>(matrix) + row * stride;
 }
 
-constexpr int kMostThreads = 512;  // of a tuned kernel: with more, its row would not fit in their registers
-
 template <typename T, bool kCentered, int kVectors, bool kFp8>
-__global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_forward_args a) {
+__global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_forward_args a) {
   constexpr int kSize = Vec<T>::size;
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
   const int row_vectors = int(a.columns / kSize);
   const float columns = float(a.columns);
-  float top = 0.0f;
+  float amax = 0.0f;  // of this thread's outputs, for kFp8
   for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += int64_t(gridDim.x) * blockDim.y) {
+    // Load the row, then the residual; add, round, and store the sum.
     Vec<T> x[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -57,6 +60,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
         store(static_cast<T*>(a.sum) + row * a.columns + v * kSize, x[i]);
       }
     }
+    // Statistics in two passes over the registers: the mean, then the mean square around it.
     float mean = 0.0f, total = 0.0f;
     if (kCentered) {
 #pragma unroll
@@ -73,8 +77,8 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
       if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float centered = to_float(x[i].at[j]) - mean;
-        total += centered * centered;
+        const float deviation = to_float(x[i].at[j]) - mean;
+        total += deviation * deviation;
       }
     }
     const float rstd = rsqrtf(row_sum(total) / columns + a.eps);
@@ -82,6 +86,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
       a.rstd[row] = rstd;
       if (kCentered) a.mean[row] = mean;
     }
+    // Normalize, apply weight and bias, round once; for FP8, quantize the rounded value.
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
@@ -89,24 +94,24 @@ __global__ void __launch_bounds__(kMostThreads) norm_forward(const triaxis_norm_
       Vec<T> y = {};
       if (inside) {
         const Vec<T> weight = load_vec(static_cast<const T*>(a.weight) + v * kSize);
-        Vec<T> bias;
+        Vec<T> bias = {};
         if (kCentered && a.bias != nullptr) bias = load_vec(static_cast<const T*>(a.bias) + v * kSize);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           const float normalized = (to_float(x[i].at[j]) - mean) * rstd;
-          const float b = kCentered && a.bias != nullptr ? to_float(bias.at[j]) : 0.0f;
-          y.at[j] = from_float<T>(normalized * to_float(weight.at[j]) + b);
+          y.at[j] = from_float<T>(normalized * to_float(weight.at[j]) + to_float(bias.at[j]));
         }
         if (!kFp8) store(static_cast<T*>(a.y) + row * a.columns + v * kSize, y);
       }
-      if (kFp8) store_fp8(a.fp8, y, row, a.columns, int64_t(v) * kSize, inside, top);
+      if (kFp8) store_fp8(a.fp8, y, row, a.columns, int64_t(v) * kSize, inside, amax);
     }
   }
-  if (kFp8) store_amax(a.fp8, top);
+  if (kFp8) store_amax(a.fp8, amax);
 }
 
+// The same steps, an element at a time.
 template <typename T, bool kCentered>
-__global__ void __launch_bounds__(256) norm_forward_general(const triaxis_norm_forward_args a) {
+__global__ void __launch_bounds__(kGeneralThreads) norm_forward_general(const triaxis_norm_forward_args a) {
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
   const float columns = float(a.columns);
@@ -118,7 +123,7 @@ __global__ void __launch_bounds__(256) norm_forward_general(const triaxis_norm_f
       const T* const residual = row_of<T>(a.residual, row, a.residual_stride);
       for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x)
         sum[c] = from_float<T>(to_float(x[c]) + to_float(residual[c]));
-      x = sum;  // what a thread reads from here on, it wrote itself
+      x = sum;  // a thread reads only the elements that it wrote
     }
     if (kCentered) {
       for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) total += to_float(x[c]);
@@ -126,8 +131,8 @@ __global__ void __launch_bounds__(256) norm_forward_general(const triaxis_norm_f
       total = 0.0f;
     }
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
-      const float centered = to_float(x[c]) - mean;
-      total += centered * centered;
+      const float deviation = to_float(x[c]) - mean;
+      total += deviation * deviation;
     }
     const float rstd = rsqrtf(row_sum(total) / columns + a.eps);
     if (threadIdx.x == 0) {
@@ -148,7 +153,7 @@ __device__ __forceinline__ float normalized(float x, float mean, float rstd) {
   return (kCentered ? x - mean : x) * rstd;
 }
 
-// What a row's backward needs from memory, asked for before it is used.
+// The inputs of a row's backward.
 template <typename T, int kVectors>
 struct BackwardRow {
   Vec<T> grad_y[kVectors], x[kVectors];
@@ -168,8 +173,10 @@ struct BackwardRow {
   }
 };
 
+// With dx̂ = dy · weight and means over the row: dx = (dx̂ − mean(dx̂) − x̂ · mean(dx̂ · x̂)) · rstd, without mean(dx̂) for
+// RMSNorm; d weight = Σ dy · x̂ and d bias = Σ dy over the rows.
 template <typename T, bool kCentered, int kVectors>
-__global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm_backward_args a) {
+__global__ void __launch_bounds__(kMaxThreads) norm_backward(const triaxis_norm_backward_args a) {
   constexpr int kSize = Vec<T>::size;
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
@@ -177,6 +184,7 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
   const float columns = float(a.columns);
   const int64_t first = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, step = int64_t(gridDim.x) * blockDim.y;
 
+  // For all rows of this thread: the weight at its columns, and the sums of their gradients.
   Vec<T> weight[kVectors];
   float grad_weight[kVectors][kSize] = {}, grad_bias[kVectors][kSize] = {};
 #pragma unroll
@@ -188,9 +196,10 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
   BackwardRow<T, kVectors> now, next;
   next.load(a, first, row_vectors);
   for (int64_t row = first; row < a.rows; row += step) {
+    // Prefetch the next row; sum dx̂ · x̂ and dx̂ over this one, and add to the weight gradients.
     now = next;
     next.load(a, row + step, row_vectors);
-    float along = 0.0f, total = 0.0f;  // sums of dx̂·x̂ and of dx̂
+    float dot = 0.0f, total = 0.0f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
@@ -201,20 +210,21 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
       for (int j = 0; j < kSize; ++j) {
         const float w = to_float(weight[i].at[j]), dy = to_float(now.grad_y[i].at[j]);
         const float x = normalized<kCentered>(to_float(now.x[i].at[j]), now.mean, now.rstd);
-        along += dy * w * x;
+        dot += dy * w * x;
         if (kCentered) total += dy * w, grad_bias[i][j] += dy;
         grad_weight[i][j] += dy * x;
       }
     }
     Vec<T> grad_sum[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {  // on its way while the sums are
+    for (int i = 0; i < kVectors; ++i) {  // loaded while the block reduces
       const int v = threadIdx.x + i * blockDim.x;
       if (v < row_vectors && a.grad_sum != nullptr)
         grad_sum[i] = load_vec(row_of<T>(a.grad_sum, row, a.grad_sum_stride) + v * kSize);
     }
-    along = row_sum(along) / columns;
+    dot = row_sum(dot) / columns;
     if (kCentered) total = row_sum(total) / columns;
+    // The gradient of x, with that of the residual stream added before it is rounded.
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
@@ -225,13 +235,14 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const float x = normalized<kCentered>(to_float(now.x[i].at[j]), now.mean, now.rstd);
-        float dx = (to_float(now.grad_y[i].at[j]) * to_float(weight[i].at[j]) - total - x * along) * now.rstd;
+        float dx = (to_float(now.grad_y[i].at[j]) * to_float(weight[i].at[j]) - total - x * dot) * now.rstd;
         if (a.grad_sum != nullptr) dx += to_float(grad_sum[i].at[j]);
         grad_x.at[j] = from_float<T>(dx);
       }
       store(static_cast<T*>(a.grad_x) + row * a.columns + v * kSize, grad_x);
     }
   }
+  // This thread's share of the weight gradients, one of gridDim.x · blockDim.y.
   const int64_t parts = step, part = first;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -245,8 +256,9 @@ __global__ void __launch_bounds__(kMostThreads) norm_backward(const triaxis_norm
   }
 }
 
+// The gradient of x, an element at a time.
 template <typename T, bool kCentered>
-__global__ void __launch_bounds__(256) norm_backward_input_general(const triaxis_norm_backward_args a) {
+__global__ void __launch_bounds__(kGeneralThreads) norm_backward_input_general(const triaxis_norm_backward_args a) {
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
   const float columns = float(a.columns);
@@ -256,25 +268,25 @@ __global__ void __launch_bounds__(256) norm_backward_input_general(const triaxis
     const float mean = kCentered ? a.mean[row] : 0.0f, rstd = a.rstd[row];
     const auto weight_at = [&](int64_t c) { return to_float(static_cast<const T*>(a.weight)[c]); };
     const auto normalized_at = [&](int64_t c) { return normalized<kCentered>(to_float(x[c]), mean, rstd); };
-    float along = 0.0f, total = 0.0f;
+    float dot = 0.0f, total = 0.0f;
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
       const float dx = to_float(grad_y[c]) * weight_at(c);
-      along += dx * normalized_at(c);
+      dot += dx * normalized_at(c);
       if (kCentered) total += dx;
     }
-    along = row_sum(along) / columns;
+    dot = row_sum(dot) / columns;
     if (kCentered) total = row_sum(total) / columns;
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
-      float dx = (to_float(grad_y[c]) * weight_at(c) - total - normalized_at(c) * along) * rstd;
+      float dx = (to_float(grad_y[c]) * weight_at(c) - total - normalized_at(c) * dot) * rstd;
       if (a.grad_sum != nullptr) dx += to_float(row_of<T>(a.grad_sum, row, a.grad_sum_stride)[c]);
       static_cast<T*>(a.grad_x)[row * a.columns + c] = from_float<T>(dx);
     }
   }
 }
 
-constexpr int kLanes = 8;  // rows that a block of the two kernels below takes at a time
+constexpr int kLanes = 8;  // rows that a block of the next two kernels takes at a time: one for each of its warps
 
-// Shares of the weight's gradients: block (x, y) takes 32 columns and every gridDim.y-th group of rows.
+// Shares of the weight gradients: block (x, y) takes 32 columns, and every gridDim.y-th group of kLanes rows.
 template <typename T, bool kCentered>
 __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_weight_general(const triaxis_norm_backward_args a) {
   __shared__ float shares[2][kLanes][kWarp];
@@ -298,7 +310,7 @@ __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_weight_general(co
   a.workspace[(which * int64_t(gridDim.y) + blockIdx.y) * a.columns + c] = total;
 }
 
-// Adds up the shares [parts, columns] of the workspace: blockIdx.y 0 for the weight, 1 for the bias.
+// Adds the shares [parts, columns] in the workspace, in order; blockIdx.y is 0 for the weight, 1 for the bias.
 __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_finish(const triaxis_norm_backward_args a, int64_t parts) {
   __shared__ float shares[kLanes][kWarp];
   const int64_t c = int64_t(blockIdx.x) * kWarp + threadIdx.x;
@@ -317,15 +329,17 @@ __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_finish(const tria
   *to = total;
 }
 
-// Threads for rows of so many 16-byte vectors, `each` of them a thread; short rows share a block.
+// A block for rows of `row_vectors` vectors, `each` of them a thread. Four rows of one warp share a block: of blocks of 32
+// threads a multiprocessor holds 32, which are half of its 64 warps.
 dim3 block_for(int64_t row_vectors, int each) {
   const int threads = int(ceil_div(ceil_div(row_vectors, each), kWarp)) * kWarp;
   return dim3(threads, threads == kWarp ? 4 : 1);
 }
 
 template <typename T, bool kCentered, int kVectors>
-int start_forward(const triaxis_norm_forward_args& a, dim3 block, void* stream) {
-  const auto kernel = a.fp8.values ? norm_forward<T, kCentered, kVectors, true> : norm_forward<T, kCentered, kVectors, false>;
+int launch_forward(const triaxis_norm_forward_args& a, dim3 block, void* stream) {
+  const auto kernel =
+      a.fp8.values ? norm_forward<T, kCentered, kVectors, true> : norm_forward<T, kCentered, kVectors, false>;
   const int grid = persistent_grid(kernel, block.x * block.y, ceil_div(a.rows, block.y));
   return LAUNCH(kernel, dim3(grid), block, 0, stream, a);
 }
@@ -333,39 +347,42 @@ int start_forward(const triaxis_norm_forward_args& a, dim3 block, void* stream) 
 template <typename T, bool kCentered>
 int forward(const triaxis_norm_forward_args& a, void* stream) {
   const int64_t vectors = a.columns / Vec<T>::size;
-  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 4 * kMostThreads && aligned<T>(a.x, a.x_stride) &&
+  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 4 * kMaxThreads && aligned<T>(a.x, a.x_stride) &&
                      aligned<T>(a.residual, a.residual_stride) && aligned<T>(a.weight, 0) && aligned<T>(a.bias, 0) &&
                      aligned<T>(a.y, 0) && aligned<T>(a.sum, 0);
   if (a.fp8.values != nullptr && !(tuned && valid_output(a.fp8, a.columns))) return kInvalidArgument;
   if (!tuned) {
     const auto kernel = norm_forward_general<T, kCentered>;
-    return LAUNCH(kernel, dim3(persistent_grid(kernel, 256, a.rows)), dim3(256), 0, stream, a);
+    return LAUNCH(kernel, dim3(persistent_grid(kernel, kGeneralThreads, a.rows)), dim3(kGeneralThreads), 0, stream, a);
   }
-  if (vectors <= 128) return start_forward<T, kCentered, 1>(a, block_for(vectors, 1), stream);
-  if (vectors <= 640) return start_forward<T, kCentered, 2>(a, block_for(vectors, 2), stream);
-  return start_forward<T, kCentered, 4>(a, block_for(vectors, 4), stream);
+  // The fewest vectors a thread that keep blocks small (4 warps for hidden sizes to 1024 in bf16, 10 to 5120): several
+  // blocks then share a multiprocessor, and some load while others wait for the sum of their row.
+  if (vectors <= 128) return launch_forward<T, kCentered, 1>(a, block_for(vectors, 1), stream);
+  if (vectors <= 640) return launch_forward<T, kCentered, 2>(a, block_for(vectors, 2), stream);
+  return launch_forward<T, kCentered, 4>(a, block_for(vectors, 4), stream);
 }
 
 template <typename T, bool kCentered>
 Plan backward_plan(const triaxis_norm_backward_args& a) {
   const int64_t vectors = a.columns / Vec<T>::size;
-  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 2 * kMostThreads && aligned<T>(a.grad_y, a.grad_y_stride) &&
+  const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 2 * kMaxThreads && aligned<T>(a.grad_y, a.grad_y_stride) &&
                      aligned<T>(a.grad_sum, a.grad_sum_stride) && aligned<T>(a.x, a.x_stride) &&
                      aligned<T>(a.weight, 0) && aligned<T>(a.grad_x, 0);
   Plan plan;
-  if (tuned) {
+  if (tuned) {  // with at most 2 vectors a thread: two rows, the weight and the sums of its gradients fill the registers
     plan.vectors = vectors <= 128 ? 1 : 2;
     plan.block = block_for(vectors, plan.vectors);
     const auto kernel = plan.vectors == 1 ? norm_backward<T, kCentered, 1> : norm_backward<T, kCentered, 2>;
     plan.grid = persistent_grid(kernel, plan.block.x * plan.block.y, ceil_div(a.rows, plan.block.y));
   } else {
+    // A share for every 1024 rows, at most 64 of them: they bound the workspace and what the last kernel has to add.
     plan.grid = int(ceil_div(a.rows, 1024) < 64 ? ceil_div(a.rows, 1024) : 64);
     if (plan.grid == 0) plan.grid = 1;
   }
   return plan;
 }
 
-// Shares of the weight's gradient that the workspace has room for.
+// Shares of the weight gradients in the workspace.
 int64_t parts_of(const Plan& plan) { return int64_t(plan.grid) * (plan.vectors == 0 ? 1 : plan.block.y); }
 
 template <typename T, bool kCentered>
@@ -375,7 +392,7 @@ int backward(const triaxis_norm_backward_args& a, void* stream) {
   int status = 0;
   if (plan.vectors == 0) {
     const auto kernel = norm_backward_input_general<T, kCentered>;
-    status = LAUNCH(kernel, dim3(persistent_grid(kernel, 256, a.rows)), dim3(256), 0, stream, a);
+    status = LAUNCH(kernel, dim3(persistent_grid(kernel, kGeneralThreads, a.rows)), dim3(kGeneralThreads), 0, stream, a);
     if (status != 0) return status;
     const auto weights = norm_backward_weight_general<T, kCentered>;
     status = LAUNCH(weights, dim3(column_blocks, plan.grid), dim3(kWarp, kLanes), 0, stream, a);

@@ -1,8 +1,8 @@
-// Floats to FP8, row by row, transposed, or both from one reading.
+// Quantization to FP8, row-major, transposed, or both from one read.
 //
-// A block takes a tile of 128 × 128, the square of a scaling block, and keeps it in registers: a thread has 8 × 8 elements.
-// Maxima go along rows by shuffles and down columns through shared memory. The transposed bytes turn in shared memory,
-// eight at a time, and leave sixteen at a time.
+// A block takes a tile of 128 × 128, the size of a scaling block, and keeps it in registers: a thread has 8 × 8 elements.
+// Maxima are reduced along rows by shuffles and along columns through shared memory. The transpose goes through shared
+// memory, where a thread writes 8 bytes and reads 16.
 
 #include "../common/fp8.cuh"
 #include "../common/reduce.cuh"
@@ -10,11 +10,12 @@
 namespace triaxis {
 namespace {
 
-constexpr int kTile = 128, kThreads = 256;
-constexpr int kSize = 8;                          // elements that a thread reads at once
-constexpr int kAcross = kTile / kSize;            // threads of a row
-constexpr int kDown = kThreads / kAcross;         // threads of a column
-constexpr int kPasses = kTile / kDown;            // rows of a thread, one below the other
+constexpr int kTile = 128;
+constexpr int kThreads = 256;              // × 8 × 8 elements are a tile, whose bf16 take 32 registers of a thread
+constexpr int kSize = 8;                   // elements of a load: 16 bytes of bf16
+constexpr int kAcross = kTile / kSize;     // threads along a row
+constexpr int kDown = kThreads / kAcross;  // threads along a column
+constexpr int kPasses = kTile / kDown;     // adjacent rows of a thread
 
 __device__ __forceinline__ float max_across(float x) {
 #pragma unroll
@@ -22,8 +23,8 @@ __device__ __forceinline__ float max_across(float x) {
   return x;
 }
 
-// Where the transposed tile keeps rows 8 · unit … of a column of the tile: units change places from column to column, or
-// threads side by side would all meet in one bank.
+// Where shared memory keeps rows 8 · unit to 8 · unit + 7 of a column of the tile. Units are permuted from column to
+// column (a swizzle): without it the adjacent threads of a row would all write to one bank.
 __device__ __forceinline__ int transposed_at(int column, int unit) {
   return column * kTile + (unit ^ column / kSize) * kPasses;
 }
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args
   const int64_t column = column0 + across * kSize;
   const bool inside = column < a.columns;  // columns are a multiple of kSize
 
+  // The tile, zeros outside the matrix; all loads are issued before the first use.
   Vec<T, kSize> x[kPasses] = {};
 #pragma unroll
   for (int p = 0; p < kPasses; ++p) {
@@ -45,74 +47,83 @@ __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args
     if (inside && row < a.rows) x[p] = load<kSize>(static_cast<const T*>(a.x) + row * a.stride + column);
   }
 
-  float row_max[kPasses], column_max[kSize] = {}, top = 0.0f;
+  // This thread's maxima of |x|: of each of its rows, of each of its columns, of all.
+  float row_max[kPasses], column_max[kSize] = {}, amax = 0.0f;
 #pragma unroll
   for (int p = 0; p < kPasses; ++p) {
     row_max[p] = 0.0f;
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      const float size = fabsf(to_float(x[p].at[j]));
-      row_max[p] = fmaxf(row_max[p], size);
-      column_max[j] = fmaxf(column_max[j], size);
+      const float magnitude = fabsf(to_float(x[p].at[j]));
+      row_max[p] = fmaxf(row_max[p], magnitude);
+      column_max[j] = fmaxf(column_max[j], magnitude);
     }
-    top = fmaxf(top, row_max[p]);
+    amax = fmaxf(amax, row_max[p]);
   }
+  // 1 × 128 blocks of the transpose: the scale of each column of the tile.
   if (kScaling == TRIAXIS_BLOCK_1X128 && a.transposed != nullptr) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) maxima[down][across * kSize + j] = column_max[j];
     __syncthreads();
     if (threadIdx.x < kTile) {
-      float most = 0.0f;
-      for (int d = 0; d < kDown; ++d) most = fmaxf(most, maxima[d][threadIdx.x]);
-      column_scale[threadIdx.x] = scale_for<kType>(most, a.power_of_two);
+      float largest = 0.0f;
+      for (int d = 0; d < kDown; ++d) largest = fmaxf(largest, maxima[d][threadIdx.x]);
+      column_scale[threadIdx.x] = scale_from_amax<kType>(largest, a.power_of_two);
       if (column0 + threadIdx.x < a.columns)
-        a.transposed_scale_inv[blockIdx.y * a.transposed_scale_inv_stride + column0 + threadIdx.x] = column_scale[threadIdx.x].back;
+        a.transposed_scale_inv[blockIdx.y * a.transposed_scale_inv_stride + column0 + threadIdx.x] =
+            column_scale[threadIdx.x].inv;
     }
     __syncthreads();
   }
-  Scale square{};
-  if (kScaling == TRIAXIS_TENSORWISE) square.to = *a.scale;
+  // One scale for the tile: that of the tensor, or of the 128 × 128 block from the maximum over the thread block.
+  Scale tile{};
+  if (kScaling == TRIAXIS_TENSORWISE) tile.scale = *a.scale;
   if (kScaling == TRIAXIS_BLOCK_128X128 || (kScaling == TRIAXIS_TENSORWISE && a.amax != nullptr)) {
-    top = warp_max(top);
-    if (threadIdx.x % kWarp == 0) maxima[0][threadIdx.x / kWarp] = top;
+    amax = warp_max(amax);
+    if (threadIdx.x % kWarp == 0) maxima[0][threadIdx.x / kWarp] = amax;
     __syncthreads();
-    top = 0.0f;
-    for (int w = 0; w < kThreads / kWarp; ++w) top = fmaxf(top, maxima[0][w]);
-    if (kScaling == TRIAXIS_BLOCK_128X128) square = scale_for<kType>(top, a.power_of_two);
+    amax = 0.0f;
+    for (int w = 0; w < kThreads / kWarp; ++w) amax = fmaxf(amax, maxima[0][w]);
+    if (kScaling == TRIAXIS_BLOCK_128X128) tile = scale_from_amax<kType>(amax, a.power_of_two);
     if (threadIdx.x == 0) {
       if (kScaling == TRIAXIS_TENSORWISE) {
-        raise_to(a.amax, top);
+        atomic_max(a.amax, amax);
       } else {
-        if (a.scale_inv != nullptr) a.scale_inv[blockIdx.y * a.scale_inv_stride + blockIdx.x] = square.back;
-        if (a.transposed_scale_inv != nullptr) a.transposed_scale_inv[blockIdx.x * a.transposed_scale_inv_stride + blockIdx.y] = square.back;
+        if (a.scale_inv != nullptr) a.scale_inv[blockIdx.y * a.scale_inv_stride + blockIdx.x] = tile.inv;
+        if (a.transposed_scale_inv != nullptr)
+          a.transposed_scale_inv[blockIdx.x * a.transposed_scale_inv_stride + blockIdx.y] = tile.inv;
       }
     }
   }
 
+  // Row-major output, 8 bytes a thread and row; 1 × 128 blocks get their scale from a shuffle along the row.
 #pragma unroll
   for (int p = 0; p < kPasses; ++p) {
     const int64_t row = row0 + down * kPasses + p;
-    Scale along = square;
-    if (kScaling == TRIAXIS_BLOCK_1X128) along = scale_for<kType>(max_across(row_max[p]), a.power_of_two);
+    Scale of_row = tile;
+    if (kScaling == TRIAXIS_BLOCK_1X128) of_row = scale_from_amax<kType>(max_across(row_max[p]), a.power_of_two);
     if (a.row_major != nullptr && inside && row < a.rows) {
       Vec<uint8_t, kSize> bytes;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) bytes.at[j] = to_fp8<kType>(to_float(x[p].at[j]) * along.to);
+      for (int j = 0; j < kSize; ++j) bytes.at[j] = to_fp8<kType>(to_float(x[p].at[j]) * of_row.scale);
       store(static_cast<uint8_t*>(a.row_major) + row * a.columns + column, bytes);
-      if (kScaling == TRIAXIS_BLOCK_1X128 && across == 0) a.scale_inv[blockIdx.x * a.scale_inv_stride + row] = along.back;
+      if (kScaling == TRIAXIS_BLOCK_1X128 && across == 0) a.scale_inv[blockIdx.x * a.scale_inv_stride + row] = of_row.inv;
     }
   }
   if (a.transposed == nullptr) return;
+
+  // Transposed output: each thread puts the 8 bytes of each of its columns into shared memory …
 #pragma unroll
   for (int j = 0; j < kSize; ++j) {
     const int at = across * kSize + j;
-    const float to = kScaling == TRIAXIS_BLOCK_1X128 ? column_scale[at].to : square.to;
+    const float scale = kScaling == TRIAXIS_BLOCK_1X128 ? column_scale[at].scale : tile.scale;
     Vec<uint8_t, kPasses> bytes;
 #pragma unroll
-    for (int p = 0; p < kPasses; ++p) bytes.at[p] = to_fp8<kType>(to_float(x[p].at[j]) * to);
+    for (int p = 0; p < kPasses; ++p) bytes.at[p] = to_fp8<kType>(to_float(x[p].at[j]) * scale);
     store(transposed + transposed_at(at, down), bytes);
   }
   __syncthreads();
+  // … and stores 16 bytes, two units, of a row of the transpose at a time; its sizes are multiples of 16.
   constexpr int kPiece = 16, kPieces = kTile / kPiece;
   for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
     const int at = i / kPieces, piece = i % kPieces;
@@ -126,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) quantize(const triaxis_quantize_args
 }
 
 template <typename T, __nv_fp8_interpretation_t kType>
-int start(const triaxis_quantize_args& a, void* stream) {
+int launch(const triaxis_quantize_args& a, void* stream) {
   const auto kernel = a.scaling == TRIAXIS_TENSORWISE ? quantize<T, kType, TRIAXIS_TENSORWISE>
                       : a.scaling == TRIAXIS_BLOCK_1X128 ? quantize<T, kType, TRIAXIS_BLOCK_1X128>
                                                   : quantize<T, kType, TRIAXIS_BLOCK_128X128>;
@@ -136,7 +147,8 @@ int start(const triaxis_quantize_args& a, void* stream) {
 
 bool valid(const triaxis_quantize_args& a) {
   return floating(a.dtype) && (a.out_dtype == TRIAXIS_E4M3 || a.out_dtype == TRIAXIS_E5M2) && a.rows >= 0 &&
-         a.columns >= 0 && a.columns % 16 == 0 && (a.transposed == nullptr || a.rows % 16 == 0) && a.rows <= 65535ll * kTile &&
+         a.columns >= 0 && a.columns % 16 == 0 && (a.transposed == nullptr || a.rows % 16 == 0) &&
+         a.rows <= 65535ll * kTile &&  // the largest gridDim.y
          (a.scaling != TRIAXIS_TENSORWISE || a.scale != nullptr);
 }
 
@@ -153,6 +165,6 @@ extern "C" int triaxis_quantize(const triaxis_quantize_args* args, void* stream)
     using T = decltype(type);
     constexpr int64_t bytes = kSize * sizeof(T);
     if (reinterpret_cast<uintptr_t>(a.x) % bytes != 0 || a.stride % kSize != 0) return kInvalidArgument;
-    return a.out_dtype == TRIAXIS_E4M3 ? start<T, __NV_E4M3>(a, stream) : start<T, __NV_E5M2>(a, stream);
+    return a.out_dtype == TRIAXIS_E4M3 ? launch<T, __NV_E4M3>(a, stream) : launch<T, __NV_E5M2>(a, stream);
   });
 }

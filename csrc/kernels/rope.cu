@@ -1,23 +1,26 @@
 // Rotary positions on all heads of a token in one pass: forward, from the fused q, k and v into separate tensors;
-// backward, from their gradients into the fused one. A thread keeps to one piece of the head, so that it reads its
-// angles once a token, and walks over the heads.
+// backward, from their gradients into the fused one. A thread keeps one part of the head size and goes from head to head,
+// so that it reads its angles once a token.
 
 #include "../common/vec.cuh"
 
 namespace triaxis {
 namespace {
 
+constexpr int kThreads = 256;
+
+// Threads (x, y) of a block: x along half of the head size, y over the heads of a token.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(256) rope(const triaxis_rope_args a) {
+__global__ void __launch_bounds__(kThreads) rope(const triaxis_rope_args a) {
   const int64_t half = a.head_size / 2;
-  const float sense = a.back ? -1.0f : 1.0f;
+  const float sign = a.back ? -1.0f : 1.0f;  // the gradient rotates back
   for (int64_t token = blockIdx.x; token < a.tokens; token += gridDim.x) {
     for (int64_t i = int64_t(threadIdx.x) * kSize; i < half; i += int64_t(blockDim.x) * kSize) {
       float cos[kSize], sin[kSize];
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         cos[j] = a.cos[token * half + i + j];
-        sin[j] = a.sin[token * half + i + j] * sense;
+        sin[j] = a.sin[token * half + i + j] * sign;
       }
 #pragma unroll
       for (int g = 0; g < 3; ++g) {
@@ -47,8 +50,9 @@ template <typename T>
 bool by_vector(const triaxis_rope_args& a) {
   bool all = a.head_size / 2 % Vec<T>::size == 0;
   for (const triaxis_heads& group : a.groups)
-    all = all && (group.heads == 0 || (aligned<T>(group.in, group.in_token_stride) && aligned<T>(group.in, group.in_head_stride) &&
-                                       aligned<T>(group.out, group.out_token_stride) && aligned<T>(group.out, group.out_head_stride)));
+    all = all && (group.heads == 0 ||
+                  (aligned<T>(group.in, group.in_token_stride) && aligned<T>(group.in, group.in_head_stride) &&
+                   aligned<T>(group.out, group.out_token_stride) && aligned<T>(group.out, group.out_head_stride)));
   return all;
 }
 
@@ -67,8 +71,9 @@ extern "C" int triaxis_rope(const triaxis_rope_args* args, void* stream) {
     const auto kernel = size == 1 ? rope<T, 1> : rope<T, Vec<T>::size>;
     const int64_t pieces = ceil_div(a.head_size / 2, size);
     int across = 1;
-    while (across < pieces && across < 32) across *= 2;
-    const dim3 block(across, 256 / across);
-    return LAUNCH(kernel, dim3(unsigned(a.tokens < 65536 ? a.tokens : 65536)), block, 0, stream, a);
+    while (across < pieces && across < kWarp) across *= 2;
+    const dim3 block(across, kThreads / across);
+    const unsigned grid = unsigned(a.tokens < 65536 ? a.tokens : 65536);  // a block a token; more tokens loop
+    return LAUNCH(kernel, dim3(grid), block, 0, stream, a);
   });
 }

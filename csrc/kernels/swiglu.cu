@@ -1,4 +1,4 @@
-// SwiGLU, forward and backward. A thread keeps to its columns and walks down the rows, so that no index is ever divided.
+// SwiGLU, forward and backward. A thread keeps its columns and goes from row to row, so that no index needs a division.
 
 #include "../common/fp8.cuh"
 #include "../common/vec.cuh"
@@ -6,7 +6,7 @@
 namespace triaxis {
 namespace {
 
-constexpr int kThreads = 128;  // divides the usual feed-forward sizes with little left over
+constexpr int kThreads = 128;  // × 8 elements: wastes little of the last block for the usual feed-forward sizes
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 
@@ -18,8 +18,8 @@ __device__ __forceinline__ T* at(const void* matrix, int64_t row, int64_t stride
 template <typename T, int kSize, bool kFp8>
 __global__ void __launch_bounds__(kThreads) swiglu_forward(const triaxis_swiglu_args a) {
   const int64_t column = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
-  const bool inside = column < a.columns;
-  float top = 0.0f;
+  const bool inside = column < a.columns;  // threads outside stay: the FP8 output shuffles over whole warps
+  float amax = 0.0f;
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     Vec<T, kSize> out = {};
     if (inside) {
@@ -32,11 +32,12 @@ __global__ void __launch_bounds__(kThreads) swiglu_forward(const triaxis_swiglu_
       }
       if (!kFp8) store(at<T>(a.out, row, a.columns, column), out);
     }
-    if constexpr (kFp8) store_fp8(a.fp8, out, row, a.columns, column, inside, top);
+    if constexpr (kFp8) store_fp8(a.fp8, out, row, a.columns, column, inside, amax);
   }
-  if (kFp8) store_amax(a.fp8, top);
+  if (kFp8) store_amax(a.fp8, amax);
 }
 
+// With s = sigmoid(gate): d gate = d · up · s · (1 + gate · (1 − s)) and d up = d · gate · s.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) swiglu_backward(const triaxis_swiglu_args a) {
   const int64_t column = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward(const triaxis_swiglu
 
 dim3 grid_for(const triaxis_swiglu_args& a, int size) {
   const int64_t across = ceil_div(a.columns, int64_t(kThreads) * size);
-  const int64_t down = ceil_div(8192, across);  // blocks enough for every processor, few enough to walk
+  const int64_t down = ceil_div(8192, across);  // 8192 blocks are some waves on any GPU; each takes several rows of a batch
   return dim3(unsigned(across), unsigned(a.rows < down ? a.rows : down));
 }
 

@@ -88,7 +88,7 @@ def test_wrong_arguments_are_named(emulated):
     a, b = operand(16, 128, "block_1x128"), operand(32, 128, "block_128x128")
     with pytest.raises(RuntimeError, match="expected scalings 'block_1x128' and 'block_1x128' or 'block_128x128'"):
         ops.fp8_matmul_sm90(*given(b, a), torch.float32)
-    with pytest.raises(RuntimeError, match=r"b_scales: expected dense float32 \[1, 32\]"):
+    with pytest.raises(RuntimeError, match=r"b_scale_inv: expected dense float32 \[1, 32\]"):
         ops.fp8_matmul_sm90(a.values, b.values, a.scale_inv, b.scale_inv, "block_1x128", "block_1x128", torch.float32)
     with pytest.raises(RuntimeError, match="dtype: expected float32 or bfloat16"):
         ops.fp8_matmul_sm90(*given(a, b), torch.float16)
@@ -103,8 +103,8 @@ def test_wrong_arguments_are_named(emulated):
     "old, new",
     [
         (
-            "copy(p.a_scales, shared.a_scales[ring.stage], full, k,",
-            "copy(p.a_scales, shared.a_scales[ring.stage], full, 0,",
+            "copy(p.a_scale_inv, shared.a_scale_inv[ring.stage], full, k,",
+            "copy(p.a_scale_inv, shared.a_scale_inv[ring.stage], full, 0,",
         ),
         ("wait(shared.empty[ring.stage], ring.parity ^ 1);", ""),
         ("    parity ^= 1;\n", ""),

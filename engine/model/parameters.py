@@ -1,5 +1,5 @@
-"""Which parameters a decoder has, and which part of each a rank holds: the only place that knows both our module paths
-and the Hugging Face names.
+"""The parameters of a decoder, and the part of each that a rank holds: the only place that knows both our paths and the
+Hugging Face names.
 
 Column-parallel weights (q, k, v; gate and up) are cut by rows, row-parallel ones (attention output, down) by columns,
 embedding and head by vocabulary; every tensor-parallel rank holds the norms and the biases behind row-parallel layers.

@@ -57,7 +57,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Finish the gradients' reduction, clip, update, and begin to hand the new parameters to all ranks.
+        """Finish the gradients' reduction, clip, update, and start broadcasting the new parameters to all ranks.
 
         Args:
             step: number of this step, from 1.
@@ -81,7 +81,7 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def broadcast_params(self) -> None:
-        """Round the master weights into the model's dtype and begin to hand them to all ranks."""
+        """Round the master weights into the model's dtype and start broadcasting them to all ranks."""
         for shard in reversed(self.shards):
             if shard.rounded is not None:
                 shard.rounded.copy_(shard.param)

@@ -3,8 +3,8 @@
 Every collective starts at once and returns a `Work`; the caller computes and then waits. NCCL has a native call for
 each. gloo's native gather and reduce-scatter copy through buffers of their own, so there the ranks exchange their parts
 in pairs, straight from and into the callers' memory, and each adds up what it received, always in the same order.
-Rejected: sends and receives. Alone they are as fast, but the computing thread itself posts them, and where the cores
-are full that costs it milliseconds; gloo runs collectives on threads of the group.
+Alternative considered: sends and receives. They are as fast on an idle machine, but the computing thread posts them,
+which costs it milliseconds when all cores are busy; gloo runs collectives on threads of the group.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ microbatch has completed a bucket, its gradients are reduce-scattered while the 
 rank's shard; the new parameters are all-gathered while the next forward pass begins, whose layers wait for the buckets
 they need (ZeRO stage 1, Rajbhandari et al. 2020). Unsharded, the gradients are all-reduced and every rank updates
 everything. With one rank the shard is the bucket and nothing is sent.
-Rejected: DistributedDataParallel (gradients in the parameters' dtype, no sharded update) and FSDP (per-parameter
+Alternatives considered: DistributedDataParallel (gradients in the parameters' dtype, no sharded update) and FSDP (per-parameter
 shards, which a flat update and a checkpoint of rectangles would have to undo).
 """
 
@@ -28,7 +28,7 @@ _BUCKET_SIZE = 1 << 25  # elements: large enough to saturate a link, small enoug
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lies in its bucket."""
+    """The range of a bucket that holds a parameter."""
 
     parameter: LocalParameter
     offset: int
@@ -57,7 +57,7 @@ class BucketPlan:
     size: int
 
     def ranges(self, replicas: Replicas) -> list[slice]:
-        """Where the tensors lie that `replicas` ranks hold together."""
+        """The ranges of the tensors that the ranks of `replicas` hold together."""
         found = [slice(offset, offset + t.rectangle.size) for t, offset in self._tensors() if t.replicas == replicas]
         return _merged(found)
 
@@ -80,7 +80,7 @@ class Bucket:
 
     Attributes:
         incomplete: paths of the parameters whose gradients this step has not completed yet.
-        reducing, gathering: the communication under way.
+        reducing, gathering: the communication in progress.
     """
 
     def __init__(self, plan: BucketPlan, dtype: torch.dtype, device: torch.device, shard: int, shards: int) -> None:
@@ -196,7 +196,7 @@ class ShardedParameters:
         module.register_forward_pre_hook(lambda *_: self._wait_for(buckets))
 
     def begin_step(self) -> None:
-        """Forget the gradients of the last step."""
+        """Zero the gradients of the last step."""
         for bucket in self.buckets:
             bucket.grad.zero_()
             bucket.incomplete = bucket.paths
@@ -237,13 +237,13 @@ class ShardedParameters:
             bucket.reducing = all_reduce(bucket.grad, dp)
 
     def gather(self, bucket: Bucket) -> None:
-        """Begin to give every rank the parameters of `bucket` that the others have updated."""
+        """Start gathering the parameters of `bucket` from the ranks that have updated them."""
         self._wait_for([bucket])
         if self.world.dp_group is not None and self.sharded:
             bucket.gathering = all_gather(bucket.param, bucket.param_shard, self.world.dp_group)
 
     def finish_gathering(self) -> None:
-        """Wait for all parameters, before other things than the layers need them or the ranks part."""
+        """Wait for all parameters: before a checkpoint is saved, or the ranks disconnect."""
         self._wait_for(self.buckets)
 
     def _wait_for(self, buckets: Iterable[Bucket]) -> None:

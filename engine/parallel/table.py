@@ -2,9 +2,9 @@
 
 A local parameter (`layers.7.attention.qkv.weight`) is one or more *logical tensors* laid one after another along
 their first dimension; a logical tensor has the Hugging Face name, the global shape and the rectangle of it that this
-rank holds. Initialisation, gradient buckets, checkpoints, export, the memory estimate and the parameter count all
+rank holds. Initialization, gradient buckets, checkpoints, export, the memory estimate and the parameter count all
 read this table, and the modules take their parameters from it, so nothing else knows how a model is cut.
-Rejected: deriving names from modules (`state_dict`), which ties the files to the layout that wrote them.
+Alternative considered: deriving names from modules (`state_dict`), which ties files to the layout that wrote them.
 """
 
 import hashlib

@@ -2,7 +2,8 @@
 
 `check` holds the order of actions against the rules of communication, without tensors or processes. What it proves
 holds for all timings: a step that can be taken stays possible until it is taken, so if one order of events gets
-through, all do. Rejected: to trust how a schedule is built, because a wrong order shows up as a hang of the cluster.
+through, all do. Alternative considered: trusting the functions that build schedules; a wrong order would show up as a
+hang of the cluster.
 
 Communication as `check` assumes it and the executor does it:
 - A channel is (sending stage, receiving stage, forward or backward). Its messages arrive in the order they were sent.

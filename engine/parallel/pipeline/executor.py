@@ -1,9 +1,9 @@
 """Runs any pipeline schedule on one rank.
 
 The schedule says what to compute and in which order; sends and receives follow from it. Receives are posted ahead, so
-that a message travels while something else is computed, and a sent tensor is let go as soon as it has left. Parts of
-the model are plain functions, so the executor knows nothing of models. Rejected: `torch.distributed.pipelining`, whose
-stages own the model, its shapes and the splitting of the backward pass.
+that a message travels while something else is computed, and a sent tensor is freed as soon as it has left. Parts of the
+model are plain functions, so the executor knows nothing of models. Alternative considered:
+`torch.distributed.pipelining`, whose stages own the model, its shapes and the splitting of the backward pass.
 """
 
 import time
@@ -33,12 +33,12 @@ Observe = Callable[[Action, float, float], None]
 class InFlight:
     """A microbatch in a part, between its forward and its backward pass.
 
-    `inputs` is None where the part makes hidden states of tokens; `products` are weight gradients put off.
+    `inputs` is None where the part embeds tokens; `weight_grads` are the postponed weight-gradient matmuls.
     """
 
     inputs: Tensor | None
     result: GradientEdge
-    products: list[Callable[[], None]] | None = None
+    weight_grads: list[Callable[[], None]] | None = None
 
 
 class Pipeline(Generic[B]):
@@ -153,10 +153,10 @@ class _Run(Generic[B]):
         flow = self.pipeline.flow
         flow.last = self.last[action.kind, action.chunk] == index
         if action.kind is ActionKind.BACKWARD_WEIGHT:
-            products = self.in_flight.pop(place).products
-            assert products is not None
-            for add in products:
-                add()
+            weight_grads = self.in_flight.pop(place).weight_grads
+            assert weight_grads is not None
+            for matmul in weight_grads:
+                matmul()
             result = None
         else:
             flow.postponed = [] if action.kind is ActionKind.BACKWARD_INPUT else None

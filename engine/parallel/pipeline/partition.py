@@ -18,8 +18,8 @@ class Part:
 
     Attributes:
         layers: global numbers of its layers; may be empty beside an embedding or a head.
-        embeds: turns tokens into hidden states first.
-        predicts: ends with the final norm and the head.
+        has_embedding: it starts with the embedding.
+        has_head: it ends with the final norm and the head.
     """
 
     layers: range

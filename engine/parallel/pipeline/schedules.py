@@ -2,8 +2,8 @@
 
 A schedule is a value: for each stage a tuple of actions in execution order. It says nothing about sends, receives or
 tensors, because these follow from the order, so that one checker proves, one executor runs and one plot draws any of
-them, and a new schedule is a new function. Rejected: schedules as loops of computation and communication calls, in
-which the order can only be seen by running it.
+them, and a new schedule is a new function. Alternative considered: schedules as loops of computation and
+communication calls, in which the order can only be seen by running it.
 
 Stages and chunks: stage s holds `num_chunks` parts of the model. Chunk c of stage s is virtual stage
 `c * num_stages + s` (round robin, Narayanan et al. 2021), so every virtual stage sends its result to the next stage in

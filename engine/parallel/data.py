@@ -146,7 +146,6 @@ class ShardedParameters:
     """The parameters of a model part and their gradients, sharded over the data-parallel ranks.
 
     Attributes:
-        table: the parameters that this rank holds.
         by_path: the trainable tensors, views of the buckets, under the paths of the table.
         sinks: what takes their gradients, under the same paths.
         buckets: in the order in which the backward pass finishes them.
@@ -164,7 +163,7 @@ class ShardedParameters:
         sharded: bool = True,
         bucket_size: int = _BUCKET_SIZE,
     ) -> None:
-        self.table, self.world = table, world
+        self.world = world
         self.sharded = sharded
         self.owns = sharded or world.coords.dp == 0
         shard, shards = (world.coords.dp, world.layout.dp) if sharded else (0, 1)

@@ -87,11 +87,8 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
     if config.precision.mode != "fp8":
         return None
     precision, layers = config.precision, config.model.num_layers
-    chosen = {
-        parameter.path: parameters.by_path[parameter.path]
-        for parameter in parameters.table.parameters
-        if runs_in_fp8(parameter, precision, layers)
-    }
+    local = (slot.parameter for bucket in parameters.buckets for slot in bucket.plan.slots)
+    chosen = {p.path: parameters.by_path[p.path] for p in local if runs_in_fp8(p, precision, layers)}
     return Fp8State(chosen, precision.recipe, world, amax_history=precision.amax_history, impl=config.ops.fp8_matmul)
 
 

@@ -1,16 +1,19 @@
 """Our tokenizers as files that `transformers` loads offline, with the same ids.
 
-A SentencePiece model becomes a `tokenizer.json`. Exceptions, both of the library that reads it: Unigram models resolve
-near-ties in long texts in double precision where SentencePiece has single, and a few rare combining characters are
-normalised differently. Rejected: leaving the model to the class `LlamaTokenizer`, which knows neither the model's
-normalisation nor Unigram, and gives other ids to a text that begins with a space.
+A SentencePiece model becomes a `tokenizer.json`. Two exceptions, both in the library that reads it: Unigram models
+resolve near-ties in long texts in double precision where SentencePiece uses single precision, and a few rare combining
+characters are normalized differently. Alternative considered: the class `LlamaTokenizer`, which knows neither the
+model's normalization nor Unigram, and gives other ids to a text that begins with a space.
 """
 
 import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.huggingface.files import write_json
+from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.sentencepiece_model import (
     BPE,
     CONTROL,
@@ -24,6 +27,7 @@ from engine.data.tokenizers.sentencepiece_model import (
     piece_of,
     submessage,
 )
+from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 
 Json = dict[str, Any]
@@ -34,6 +38,35 @@ UNIGRAM = 1
 # Numbers of the fields in sentencepiece_model.proto
 MODEL_TYPE, SPACE_BEHIND, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
 CHARSMAP, SPACE_IN_FRONT, REMOVE_EXTRA_SPACES = 2, 3, 4
+
+
+def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, tokenizer: Tokenizer) -> None:
+    """Copy the run's tokenizer files into `target`, and make those that `transformers` needs beside them.
+
+    Args:
+        tokenizer_dir: the checkpoint's; None for a tokenizer without files (bytes).
+
+    Raises:
+        CheckpointError: a kind of model that Hugging Face's tokenizers cannot express.
+    """
+    sources = sorted(tokenizer_dir.iterdir()) if tokenizer_dir else []
+    for source in sources:
+        sentencepiece = tokenizer.kind == "sentencepiece" and source.name == tokenizer.files[0].name
+        files.copy(source, target / ("tokenizer.model" if sentencepiece else source.name))
+    missing = {"tokenizer.json", "tokenizer_config.json"} - {source.name for source in sources}
+    for name, content in _made_for_transformers(tokenizer).items() if missing else ():
+        if name in missing:
+            write_json(files, target / name, content)
+
+
+def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
+    """Contents by file name; without `tokenizer.json` for a tokenizer that is one."""
+    if tokenizer.kind == "huggingface":
+        special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
+        names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
+        return {"tokenizer_config.json": settings(names)}
+    pair = bytes_tokenizer() if tokenizer.kind == "byte" else sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
+    return dict(zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True))
 
 
 def bytes_tokenizer() -> tuple[Json, Json]:

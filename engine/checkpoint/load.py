@@ -21,11 +21,11 @@ def load_decoder(
 ) -> tuple[Decoder, Tokenizer]:
     """The decoder and the tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
-    With `tp`, this rank's part of the decoder: no more is read.
+    With `tp`, only this rank's part of the decoder is read.
 
     Raises:
         CheckpointError: there is no model, it is damaged, or it comes without a tokenizer.
-        ConfigError: the model cannot be cut for so many ranks.
+        ConfigError: the layers cannot be shared by so many ranks.
     """
     source = open_model(path)
     source.require(logical_shapes(source.model))

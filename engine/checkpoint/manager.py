@@ -2,8 +2,8 @@
 
 A save is a two-phase commit over ranks. Every rank writes its rectangles and a list of them into a `.partial`
 directory; when all have, rank 0 checks that every element of every tensor is there exactly once, writes the manifest
-and renames the directory. A checkpoint therefore exists completely or not at all, whenever and wherever the power goes.
-Ranks meet through a function the caller gives, so that nothing here knows of `torch.distributed`.
+and renames the directory. A checkpoint therefore exists completely or not at all, also after a power cut. Ranks
+agree through a function that the caller passes, so that nothing here depends on `torch.distributed`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -41,13 +41,13 @@ def save(
     first_problem: FirstProblem,
     storage: Storage | None = None,
 ) -> Path:
-    """Write a checkpoint; every rank calls it, also one that owns nothing.
+    """Write a checkpoint. A collective: every rank calls it, also one that owns nothing.
 
-    A valid checkpoint of the same step (a run went back and came here again) is replaced: it is set aside as
+    A valid checkpoint of the same step, of a run that resumed from an earlier one, is replaced: it is set aside as
     `step_X.previous`, which `find` knows, until the new one is in place. The `keep_last` newest are kept, and the best.
 
     Args:
-        first_problem: how ranks meet.
+        first_problem: the collective by which ranks agree.
 
     Returns:
         the committed directory.
@@ -84,7 +84,7 @@ def _on_all_ranks(first_problem: FirstProblem, rank: int, action: Callable[[], N
         error = problem
     first = first_problem(f"rank {rank}: {error}" if error else None)
     if error and not isinstance(error, (OSError, TriaxisError)):
-        raise error  # a fault of the program keeps its traceback
+        raise error  # a bug keeps its traceback
     if first is not None:
         raise StorageError(f"checkpoint not saved: {first}") from error
 

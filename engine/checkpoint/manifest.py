@@ -1,8 +1,8 @@
-"""The checkpoint format: what `manifest.json` says, and what must hold for it to be believed.
+"""The checkpoint format: `manifest.json`, and the checks that it must pass.
 
-Pure. The manifest lists the files of a checkpoint and the rectangles of tensors in them, with sizes and checksums, and
-ends the two-phase commit: a directory is a checkpoint when its manifest holds. Checkpoints of every earlier release of
-this format version load; what is written here never changes without a new version.
+Pure. The manifest lists the files of a checkpoint and the rectangles of tensors in them, with sizes and checksums. It
+is written last, so a directory is a checkpoint exactly when its manifest is valid. What is written here changes only
+with `format_version`.
 """
 
 import re
@@ -59,7 +59,7 @@ class Best:
 
 @dataclass(frozen=True)
 class State:
-    """What a run must remember beside its tensors.
+    """The state of a run beside its tensors.
 
     Attributes:
         step: optimizer steps done.
@@ -85,12 +85,14 @@ class _Stored(BaseModel):
 
 
 class StoredFile(_Stored):
+    """Size in bytes and hash of a file."""
+
     size: NonNegativeInt
     xxh3_64: str = Field(pattern="^[0-9a-f]{16}$")
 
 
 class StoredRectangle(_Stored):
-    """A rectangle, where it lies, and the hash of the live tensor it was written from."""
+    """A rectangle of a tensor: file and key, place in the tensor, and the hash of the values before the write."""
 
     file: str
     key: str
@@ -104,6 +106,8 @@ class StoredRectangle(_Stored):
 
 
 class StoredTensor(_Stored):
+    """Global shape and dtype of a tensor, and the rectangles that together hold every element once."""
+
     shape: tuple[PositiveInt, ...]
     dtype: DtypeName
     rectangles: tuple[StoredRectangle, ...]
@@ -123,7 +127,7 @@ class Manifest(_Stored):
 
 
 def problem_of(manifest: Manifest) -> str | None:
-    """What contradicts itself in a manifest. The writer asks before it commits, the reader before it believes."""
+    """Contradictions in a manifest, at most three, or None. Checked before a commit and after every read."""
     problems = [
         *_file_problems(manifest),
         *_rectangle_problems(manifest),
@@ -168,13 +172,13 @@ _PREFIX, _MIDDLE, _SUFFIX = b'{"xxh3_64":"', b'","manifest":', b"}\n"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`: the manifest and the hash of its own bytes, so that no flipped digit passes."""
+    """The bytes of `manifest.json`: the manifest and the hash of its bytes, so that any changed byte is found."""
     body = manifest.model_dump_json().encode()
     return _PREFIX + xxhash.xxh3_64_hexdigest(body).encode() + _MIDDLE + body + _SUFFIX
 
 
 def decode_manifest(content: bytes, source: str) -> Manifest:
-    """Read what `encode_manifest` wrote, believing nothing.
+    """Parse and validate what `encode_manifest` wrote.
 
     Raises:
         CheckpointError: naming `source` and what is wrong.

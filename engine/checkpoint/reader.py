@@ -136,7 +136,7 @@ class Checkpoint:
         return out
 
     def verify(self, progress: Callable[[str, int], None] | None = None) -> None:
-        """Read everything and compare it with the manifest. `progress` is told each file and its size when done."""
+        """Read everything and compare it with the manifest. `progress` is called with each file and its size."""
         for name, stored in self.manifest.files.items():
             self._check_hash(name, stored)
             if progress:

@@ -21,8 +21,8 @@ def whole(shape: Shape) -> Rectangle:
 def flat_slice(rectangle: Rectangle, begin: int, end: int) -> list[Rectangle]:
     """Elements [begin, end) of `rectangle` in row-major order, as rectangles in the same coordinates.
 
-    In order, so that their elements one after another are the slice. At most three for a matrix: the end of a row,
-    whole rows, the beginning of a row.
+    In order: their elements, concatenated, are the slice. At most three for a matrix: the end of a row, whole rows,
+    the beginning of a row.
     """
     if begin >= end:
         return []
@@ -57,7 +57,7 @@ def stop_of(rectangle: Rectangle) -> Shape:
 
 
 def covers_exactly(shape: Shape, rectangles: Sequence[Rectangle]) -> str | None:
-    """What is wrong when `rectangles` do not hold every element of `shape` exactly once; None when they do."""
+    """Why `rectangles` do not hold every element of `shape` exactly once; None if they do."""
     for rectangle in rectangles:
         if not is_inside(shape, rectangle):
             return f"{slice_notation(rectangle)} does not lie inside shape {list(shape)}"

@@ -36,9 +36,9 @@ def step_name(step: int) -> str:
 
 
 def candidates(run_dir: Path | str, report: Report = warn) -> list[Checkpoint]:
-    """All valid checkpoints of a run, newest first. What is damaged is reported and passed over.
+    """All valid checkpoints of a run, newest first. Damaged ones are reported and skipped.
 
-    A list with more than one lets a reader that meets a damaged tensor go back to the one before.
+    The caller falls back to the next one when a tensor turns out to be damaged.
 
     Raises:
         CheckpointError: there is something, and none of it is a valid checkpoint.
@@ -52,7 +52,7 @@ def candidates(run_dir: Path | str, report: Report = warn) -> list[Checkpoint]:
     if problems and not found:
         raise CheckpointError("\n  ".join([f"no valid checkpoint in {root}:", *problems]))
     for problem in problems:
-        report(f"passed over: {problem}")
+        report(f"skipped: {problem}")
     if newest_first and _latest(root) != newest_first[0].path.name:
         report(f"{root / 'latest'} says {_latest(root)!r}; the newest valid checkpoint is {newest_first[0].path.name}")
     return newest_first
@@ -68,8 +68,8 @@ def find(run_dir: Path | str, report: Report = warn) -> Checkpoint | None:
 
 
 def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
-    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`. Behind either of
-    these, `best` is the one with the best evaluation.
+    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`. The
+    name `best` in either of these is the checkpoint of the best evaluation.
 
     Raises:
         CheckpointError: there is none.
@@ -89,7 +89,7 @@ def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
 
 
 def _best(root: Path, report: Report) -> Checkpoint:
-    """That of the best evaluation, as the newest checkpoint knows it."""
+    """The checkpoint of the best evaluation, which the newest checkpoint records."""
     newest = open_checkpoint(root, report)
     best = newest.state.best
     if best is None or not (newest.path.parent / step_name(best.step)).is_dir():
@@ -99,7 +99,7 @@ def _best(root: Path, report: Report) -> Checkpoint:
 
 
 def valid_checkpoints(root: Path, problem: Report = lambda _: None) -> list[Checkpoint]:
-    """Every entry of `root` that is a valid checkpoint, by name; `problem` hears about the others."""
+    """Every entry of `root` that is a valid checkpoint, by name; `problem` is told about the others."""
     valid = []
     for name in sorted(os.listdir(root)) if root.is_dir() else []:
         if name == "latest" or name.endswith(PARTIAL):

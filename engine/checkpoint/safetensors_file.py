@@ -1,4 +1,4 @@
-"""Reading files that nobody vouches for: safetensors, and small files whole.
+"""Reading untrusted files: safetensors by the rectangle, small files as a whole.
 
 Nothing is unpickled, mapped or executed. A wrong, damaged or unreadable file is a `CheckpointError` that names it.
 """
@@ -27,8 +27,8 @@ _READ_BYTES = 1 << 30  # the system reads at most 2 GiB at once
 class SafetensorsFile:
     """A safetensors file opened for reading: header validated, tensors read when asked for.
 
-    The data are read and not mapped: a file that shrinks or a disk that fails is then an error and not the end of the
-    process, and what was read does not count as this process's memory.
+    The data are read, not mapped: a file that shrinks or a disk that fails raises an error instead of killing the
+    process, and pages of the file do not count as this process's memory.
 
     Raises:
         CheckpointError: missing, not a regular file, or damaged.
@@ -38,7 +38,7 @@ class SafetensorsFile:
         self.path = path
         require_file(path)
         try:
-            with safe_open(path, framework="pt"):  # believes nothing: length, JSON, dtypes, offsets, no hole or overlap
+            with safe_open(path, framework="pt"):  # validates length, JSON, dtypes, offsets, no gap or overlap
                 pass
             with open(path, "rb") as content:
                 length = int.from_bytes(content.read(8), "little")
@@ -56,11 +56,11 @@ class SafetensorsFile:
         return tuple(self._table[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """The format's name of it, as in `BF16`."""
+        """Its name in the format, such as `BF16`."""
         return self._table[name]["dtype"]
 
     def tensor(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
-        """A tensor of `DTYPES` in memory of its own; of a rectangle of it, only the rows are read.
+        """A tensor, or a rectangle of it, of which only the rows are read; in memory of its own.
 
         Raises:
             CheckpointError: no such tensor or rectangle, a dtype that we do not read, or the file cannot be read.
@@ -129,10 +129,10 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def require_file(path: Path) -> int:
-    """The size of a regular file.
+    """The size of a regular file in bytes.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read; a pipe is refused too, for opening it would wait forever.
+        CheckpointError: missing, unreadable, or not a regular file (opening a pipe would block forever).
     """
     try:
         status = path.stat()

@@ -30,11 +30,11 @@ Hook = Callable[[int, str, Path], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: `load` is called when its turn comes, so that only one needs to exist at a time."""
+    """A tensor to write. `load` is called just before, so that one tensor at a time is in memory."""
 
     key: str
     shape: Shape
-    dtype: torch.dtype  # as stored; converted chunk by chunk when `load` gives another
+    dtype: torch.dtype  # as stored; converted chunk by chunk if `load` returns another
     load: Callable[[], Tensor]
 
 
@@ -154,7 +154,7 @@ class Storage:
 
 
 class _Output:
-    """An open file that knows its size and hash."""
+    """An open file that tracks its size and hash."""
 
     def __init__(self, fd: int, path: Path, operation: Callable[[str, Path], None]) -> None:
         self._fd, self._path, self._operation = fd, path, operation
@@ -169,7 +169,9 @@ class _Output:
             while content:
                 content = content[os.write(self._fd, content) :]
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None  # the system names no file here
+            raise OSError(
+                error.errno, error.strerror, str(self._path)
+            ) from None  # the error of the system names no file
 
     def stored(self) -> StoredFile:
         return StoredFile(size=self._size, xxh3_64=self._digest.hexdigest())
@@ -217,7 +219,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def byte_chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a contiguous tensor as `dtype`, on the host, a few megabytes at a time."""
+    """The bytes of a contiguous tensor as `dtype`, on the host, 1 MiB at a time."""
     flat = tensor.detach().reshape(-1)
     count = CHUNK_BYTES // dtype.itemsize
     for begin in range(0, flat.numel(), count):

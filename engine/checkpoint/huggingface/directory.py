@@ -1,4 +1,4 @@
-"""Reading a Hugging Face directory with distrust: never a pickle, never code, no file outside of it."""
+"""Reading a Hugging Face directory as untrusted input: no pickles, no code, no files outside of it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +77,7 @@ class HuggingFaceDirectory:
             raise CheckpointError(f"{self.path / CONFIG}: {place} = {first['input']!r}: {first['msg']}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{self.path / error.args[0]}") from None
-        if model.num_layers > len(self._files):  # before anybody lists the names of a billion layers
+        if model.num_layers > len(self._files):  # before the names of a billion layers are listed
             raise CheckpointError(
                 f"{self.path / CONFIG}: num_hidden_layers = {model.num_layers}, "
                 f"but there are only {len(self._files)} tensors"

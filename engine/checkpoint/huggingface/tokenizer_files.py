@@ -33,11 +33,11 @@ from engine.errors import CheckpointError
 Json = dict[str, Any]
 Fields = Mapping[int, Any]
 
-BYTES_END = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"
 UNIGRAM = 1
-# Numbers of the fields in sentencepiece_model.proto
-MODEL_TYPE, SPACE_BEHIND, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
-CHARSMAP, SPACE_IN_FRONT, REMOVE_EXTRA_SPACES = 2, 3, 4
+# field numbers of sentencepiece_model.proto
+MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
+PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
 
 
 def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, tokenizer: Tokenizer) -> None:
@@ -64,7 +64,7 @@ def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
     if tokenizer.kind == "huggingface":
         special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
         names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
-        return {"tokenizer_config.json": settings(names)}
+        return {"tokenizer_config.json": tokenizer_config(names)}
     pair = bytes_tokenizer() if tokenizer.kind == "byte" else sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
     return dict(zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True))
 
@@ -73,9 +73,9 @@ def bytes_tokenizer() -> tuple[Json, Json]:
     """`tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, every character falls back."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     model: Json = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": None, "byte_fallback": True}
-    added = [_added_token(256, BYTES_END, special=True)]
+    added = [_added_token(256, END_OF_TEXT, special=True)]
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-    return _tokenizer(model, added, None, None, decoder), settings({"eos_token": BYTES_END})
+    return _tokenizer(model, added, None, None, decoder), tokenizer_config({"eos_token": END_OF_TEXT})
 
 
 def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
@@ -87,7 +87,7 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     fields = list(fields_of(content))
     pieces = [piece_of(value) for number, value in fields if number == 1]
     trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
-    if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(SPACE_BEHIND):
+    if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(TREAT_WHITESPACE_AS_SUFFIX):
         raise CheckpointError("the tokenizer is neither a BPE nor a Unigram model with spaces in front of words")
     added = [
         _added_token(i, piece.text, special=piece.type == CONTROL)
@@ -96,7 +96,7 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     ]
     decoders: list[Json] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if normalizer.get(SPACE_IN_FRONT, 1):
+    if normalizer.get(ADD_DUMMY_PREFIX, 1):
         decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     tokenizer = _tokenizer(
         _model(trainer, pieces),
@@ -111,10 +111,10 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
         "eos_token": trainer.get(EOS_ID, 2),
         "pad_token": trainer.get(PAD_ID, -1),
     }
-    return tokenizer, settings({role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)})
+    return tokenizer, tokenizer_config({role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)})
 
 
-def settings(special: Mapping[str, str]) -> Json:
+def tokenizer_config(special: Mapping[str, str]) -> Json:
     """`tokenizer_config.json`; `special` gives the tokens of roles such as `eos_token`."""
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
 
@@ -150,24 +150,24 @@ def _model(trainer: Fields, pieces: Sequence[Piece]) -> Json:
         "unk_token": pieces[unknown].text,
         "fuse_unk": True,
         "byte_fallback": byte_fallback,
-        "ignore_merges": True,  # for user-defined symbols, which stand alone after the split and have no merges
+        "ignore_merges": True,  # user-defined symbols are words of their own after the split and have no merges
     }
 
 
 def _normalizers(spec: Fields) -> Iterator[Json]:
-    """SentencePiece's steps in its order: characters, superfluous spaces, the space in front, spaces to `SPACE`."""
-    if spec.get(CHARSMAP):
-        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[CHARSMAP]).decode()}
-    if spec.get(REMOVE_EXTRA_SPACES, 1):
+    """SentencePiece's normalization in its order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
+    if spec.get(PRECOMPILED_CHARSMAP):
+        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
+    if spec.get(REMOVE_EXTRA_WHITESPACES, 1):
         yield {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}
         yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-    if spec.get(SPACE_IN_FRONT, 1):
+    if spec.get(ADD_DUMMY_PREFIX, 1):
         yield {"type": "Prepend", "prepend": SPACE}
     yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def _split_user_symbols(symbols: list[str]) -> Json | None:
-    """Cut the text at user-defined symbols, longest first, so that nothing merges across them."""
+    """A pre-tokenizer that splits at user-defined symbols, longest first, so that nothing merges across them."""
     if not symbols:
         return None
     longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)

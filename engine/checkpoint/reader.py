@@ -147,7 +147,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / name} is damaged: its checksum does not match the manifest")
 
     def _recent(self, stored: StoredRectangle) -> Tensor:
-        """A stored rectangle; the last one is kept, because its neighbours are usually asked for next."""
+        """A stored rectangle; the last one is kept, because the next request is usually for its neighbor."""
         if self._last is None or self._last[0] != stored:
             self._last = None  # free it first
             self._last = stored, self._load(stored)

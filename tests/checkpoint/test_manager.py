@@ -65,7 +65,7 @@ def test_any_rectangle_can_be_read_from_any_cut(tmp_path: Path) -> None:
             assert torch.equal(checkpoint.read("embed.weight", wanted), whole[first : first + count, 2:7])
 
 
-def test_neighbours_in_a_stored_rectangle_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_in_a_stored_rectangle_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine.checkpoint import reader
 
     save_step(tmp_path, 1)

@@ -1,8 +1,7 @@
 """The checkpoint format: `manifest.json`, and the checks that it must pass.
 
 Pure. The manifest lists the files of a checkpoint and the rectangles of tensors in them, with sizes and checksums. It
-is written last, so a directory is a checkpoint exactly when its manifest is valid. What is written here changes only
-with `format_version`.
+is written last, so a directory is a checkpoint exactly when its manifest is valid. Manifests of earlier releases load.
 """
 
 import re

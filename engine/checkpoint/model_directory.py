@@ -11,7 +11,7 @@ from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
 from engine.parallel.table import Rectangle
 
-Progress = Callable[[str, int], None]
+OnTensor = Callable[[str, int], None]
 """Told the name and the number of elements of every weight when it is copied."""
 
 
@@ -40,7 +40,7 @@ class ModelDirectory(Protocol):
         """
 
 
-def with_progress(source: ModelDirectory, progress: Progress | None) -> Callable[[str], Tensor]:
+def with_progress(source: ModelDirectory, progress: OnTensor | None) -> Callable[[str], Tensor]:
     """`source.read` of whole weights, of each of which `progress` is told."""
 
     def read(name: str) -> Tensor:

@@ -127,7 +127,7 @@ def _continue(
     logits = torch.cat([_next_logits(decoder, cache, range(i, i + 1), tokens) for i, tokens in enumerate(prefill)])
     for left in range(max_new_tokens - 1, -1, -1):
         uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=random[number]) for number in numbers])
-        tokens = draw(logits[:, :vocab_size].float(), sampling, uniform)
+        tokens = sample_next(logits[:, :vocab_size].float(), sampling, uniform)
         drawn = tokens.tolist()
         unfinished = [row for row, token in enumerate(drawn) if token not in stop]
         yield from ((numbers[row], drawn[row]) for row in unfinished)
@@ -157,7 +157,7 @@ def _next_logits(decoder: Decoder, cache: KeyValueCache, rows: range, tokens: to
     return torch.cat([part[:share] for part, share in zip(gathered, shares, strict=True)]).t().contiguous()
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+def sample_next(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
     """Next tokens [b], int64, from logits [b, v], fp32, and uniform random numbers [b] in [0, 1), fp64."""
     if sampling.temperature == 0:
         return logits.argmax(-1)

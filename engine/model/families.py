@@ -12,8 +12,6 @@ from typing import Any
 
 from engine.errors import ConfigError
 
-Json = dict[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -35,10 +33,10 @@ class Family:
 
     name: str
     architecture: str
-    fields: Json
-    only: Json
-    sizes: Mapping[str, Json]
-    defaults: Json = field(default_factory=dict)
+    fields: dict[str, Any]
+    only: dict[str, Any]
+    sizes: Mapping[str, dict[str, Any]]
+    defaults: dict[str, Any] = field(default_factory=dict)
     norm_key: str = "rms_norm_eps"
     has_window: bool = False
     has_head_dim: bool = True
@@ -48,7 +46,7 @@ class Family:
 
 def _size(
     layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, max_position: int, **others: Any
-) -> Json:
+) -> dict[str, Any]:
     return {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -143,7 +141,7 @@ _ROWS = (
 )
 
 FAMILIES: Mapping[str, Family] = {row.name: row for row in _ROWS}
-PRESETS: dict[str, Json] = {
+PRESETS: dict[str, dict[str, Any]] = {
     name: {"family": row.name, **row.fields, **size} for row in _ROWS for name, size in row.sizes.items()
 }
 

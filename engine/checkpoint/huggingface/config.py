@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint.huggingface.files import Json
 from engine.config.schema import ModelConfig, RopeScaling
 from engine.errors import CheckpointError, ConfigError
-from engine.model.families import FAMILIES, Family, Json, family_of
+from engine.model.families import FAMILIES, Family, family_of
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 

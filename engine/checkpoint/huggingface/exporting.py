@@ -13,7 +13,7 @@ from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.huggingface.files import CONFIG, GENERATION_CONFIG, INDEX, plan_shards, write_json
 from engine.checkpoint.huggingface.generation_config import write_generation_config
 from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
-from engine.checkpoint.model_directory import Progress, with_progress
+from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
 from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
@@ -32,7 +32,7 @@ def export(
     *,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: OnTensor | None = None,
 ) -> Path:
     """Write a Hugging Face directory, read it back, and only then give it its name.
 
@@ -65,7 +65,7 @@ def _write_weights(
     shapes: Mapping[str, Shape],
     dtype: torch.dtype,
     shard_bytes: int,
-    progress: Progress | None,
+    progress: OnTensor | None,
 ) -> dict[str, Written]:
     read = with_progress(checkpoint, progress)
 

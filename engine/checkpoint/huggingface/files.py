@@ -10,6 +10,8 @@ from engine.checkpoint.safetensors_file import read_file
 from engine.checkpoint.storage import Storage
 from engine.errors import CheckpointError
 
+Json = dict[str, Any]
+
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -19,7 +21,7 @@ TOKENIZER_FILES = (
 _MAX_JSON_BYTES = 256 << 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """The object in a JSON file.
 
     Raises:

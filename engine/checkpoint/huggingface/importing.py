@@ -10,14 +10,14 @@ import yaml
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.manager import save
 from engine.checkpoint.manifest import State
-from engine.checkpoint.model_directory import Progress, with_progress
+from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.rectangles import Shape, whole
 from engine.checkpoint.shares import StateSlice
 from engine.checkpoint.storage import new_directory
 
 
 def import_directory(
-    source: HuggingFaceDirectory, run_dir: Path | str, shapes: Mapping[str, Shape], progress: Progress | None = None
+    source: HuggingFaceDirectory, run_dir: Path | str, shapes: Mapping[str, Shape], progress: OnTensor | None = None
 ) -> Path:
     """Make a run directory whose checkpoint at step 0 holds the weights as fp32 masters, and nothing else.
 

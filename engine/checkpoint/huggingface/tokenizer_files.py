@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.huggingface.files import write_json
+from engine.checkpoint.huggingface.files import Json, write_json
 from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.sentencepiece_model import (
     BPE,
@@ -30,8 +30,7 @@ from engine.data.tokenizers.sentencepiece_model import (
 from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 
-Json = dict[str, Any]
-Fields = Mapping[int, Any]
+Fields = Mapping[int, Any]  # of a protocol buffer message, by number
 
 END_OF_TEXT = "<|endoftext|>"
 UNIGRAM = 1

@@ -36,7 +36,9 @@ REPLACED = {
 
 
 def files() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     return [ROOT / name for name in listed if Path(name).suffix in SUFFIXES and name != "tests/test_words.py"]
 
 

@@ -2,73 +2,35 @@
 
 A save is a two-phase commit over ranks. Every rank writes its rectangles and a list of them into a `.partial`
 directory; when all have, rank 0 checks that every element of every tensor is there exactly once, writes the manifest
-and renames the directory. A checkpoint therefore exists completely or not at all, whenever and wherever the power goes.
-Ranks meet through a function the caller gives, so that nothing here knows of `torch.distributed`.
+and renames the directory. A checkpoint therefore exists completely or not at all, also after a power cut. Ranks
+agree through a function that the caller passes, so that nothing here depends on `torch.distributed`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
-
-from engine.checkpoint import rectangles as fmt
-from engine.checkpoint.reader import (
+from engine.checkpoint.manifest import (
+    CONFIG_FILE,
     MANIFEST,
-    PARTIAL,
-    PREVIOUS,
-    Checkpoint,
-    candidates,
-    checkpoints_dir,
-    find,
-    open_checkpoint,
-    step_name,
-    valid_checkpoints,
-    warn,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    State,
+    encode_manifest,
+    problem_of,
 )
-from engine.checkpoint.rectangles import Manifest, Rectangle, Shape, State, StoredFile, StoredRectangle, StoredTensor
-from engine.checkpoint.storage import Entry, Storage
-from engine.errors import CheckpointError, StorageError, TriaxisError
+from engine.checkpoint.retention import discard, next_save_number, remove_quietly, retain, set_aside
+from engine.checkpoint.run_directory import PARTIAL, checkpoints_dir, step_name
+from engine.checkpoint.shares import StateSlice, gather_shares, share_name, write_share
+from engine.checkpoint.storage import Storage
+from engine.errors import StorageError, TriaxisError
 
-__all__ = ["Checkpoint", "Piece", "State", "candidates", "find", "open_checkpoint", "save"]
-
-Agree = Callable[[str | None], str | None]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of a logical tensor that this rank owns.
-
-    Attributes:
-        kind: `param` (the fp32 master), `exp_avg`, `exp_avg_sq`, ...
-        name: the Hugging Face name.
-        shape: global shape of the whole tensor.
-        tensor: the rectangle's elements, on any device; or a function that reads them when their turn comes.
-        dtype: how to store them; None keeps the tensor's own (a function needs it said).
-    """
-
-    kind: str
-    name: str
-    shape: Shape
-    rectangle: Rectangle
-    tensor: Tensor | Callable[[], Tensor]
-    dtype: torch.dtype | None = None
-
-
-class _Share(BaseModel):
-    """What one rank wrote: the note it leaves for rank 0, which becomes a part of the manifest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    file: StoredFile | None  # None: this rank owns nothing
-    tensors: dict[str, dict[str, StoredTensor]]
+FirstProblem = Callable[[str | None], str | None]
+"""A collective: every rank calls it with its own problem or None, and all get the first problem of any."""
 
 
 def save(
     run_dir: Path | str,
-    pieces: Iterable[Piece],
+    slices: Iterable[StateSlice],
     state: State,
     *,
     config_yaml: str,
@@ -76,16 +38,16 @@ def save(
     keep_last: int,
     rank: int,
     world_size: int,
-    agree: Agree,
+    first_problem: FirstProblem,
     storage: Storage | None = None,
 ) -> Path:
-    """Write a checkpoint; every rank calls it, also one that owns nothing.
+    """Write a checkpoint. A collective: every rank calls it, also one that owns nothing.
 
-    A valid checkpoint of the same step (a run went back and came here again) is replaced: it is set aside as
+    A valid checkpoint of the same step, of a run that resumed from an earlier one, is replaced: it is set aside as
     `step_X.previous`, which `find` knows, until the new one is in place. The `keep_last` newest are kept, and the best.
 
     Args:
-        agree: a collective: every rank calls it with its own problem or None, and all get the first problem of any.
+        first_problem: the collective by which ranks agree.
 
     Returns:
         the committed directory.
@@ -98,37 +60,37 @@ def save(
     partial = target.with_name(target.name + PARTIAL)
 
     def commit() -> None:
-        manifest = _gather(files, partial, state, world_size, _next_save_number(target.parent))
+        manifest = gather_shares(files, partial, state, world_size, next_save_number(target.parent))
         _commit(files, partial, target, manifest, config_yaml, tokenizer_files, world_size)
-        _retain(files, target.parent, keep_last, state)
+        retain(files, target.parent, keep_last, state)
 
     try:
-        _together(agree, rank, lambda: _prepare(files, partial) if rank == 0 else None)
-        _together(agree, rank, lambda: _write_share(files, partial, list(pieces), rank, world_size))
-        _together(agree, rank, lambda: commit() if rank == 0 else None)
+        _on_all_ranks(first_problem, rank, lambda: _prepare(files, partial) if rank == 0 else None)
+        _on_all_ranks(first_problem, rank, lambda: write_share(files, partial, list(slices), rank, world_size))
+        _on_all_ranks(first_problem, rank, lambda: commit() if rank == 0 else None)
     except Exception:
         if rank == 0:
-            _remove_quietly(files, partial)
+            remove_quietly(files, partial)
         raise
     return target
 
 
-def _together(agree: Agree, rank: int, action: Callable[[], None]) -> None:
-    """Run `action`, then let all ranks know whether it worked everywhere."""
+def _on_all_ranks(first_problem: FirstProblem, rank: int, action: Callable[[], None]) -> None:
+    """Run `action`, then raise on all ranks if it failed on any."""
     error: Exception | None = None
     try:
         action()
     except Exception as problem:
         error = problem
-    first = agree(f"rank {rank}: {error}" if error else None)
+    first = first_problem(f"rank {rank}: {error}" if error else None)
     if error and not isinstance(error, (OSError, TriaxisError)):
-        raise error  # a fault of the program keeps its traceback
+        raise error  # a bug keeps its traceback
     if first is not None:
         raise StorageError(f"checkpoint not saved: {first}") from error
 
 
 def _prepare(files: Storage, partial: Path) -> None:
-    """A fresh directory for all ranks; whatever an interrupted save left is removed."""
+    """Make an empty directory for all ranks, and remove what an interrupted save left."""
     root = partial.parent
     files.make_directory(root, exist_ok=True)
     for name in files.names(root):
@@ -136,75 +98,6 @@ def _prepare(files: Storage, partial: Path) -> None:
             files.remove(root / name)
     files.make_directory(partial)
     files.sync_directory(root)
-
-
-def _write_share(files: Storage, partial: Path, pieces: Sequence[Piece], rank: int, world_size: int) -> None:
-    entries = [_entry(piece) for piece in pieces]
-    if len({entry.key for entry in entries}) < len(entries):
-        raise ValueError(f"rank {rank} was given the same rectangle twice")
-    shard = fmt.shard_name(rank, world_size)
-    written = files.write_safetensors(partial / shard, entries) if entries else None
-    tensors: dict[str, dict[str, StoredTensor]] = {}
-    for piece, entry in zip(pieces, entries, strict=True):
-        stored = StoredRectangle(
-            file=shard,
-            key=entry.key,
-            start=piece.rectangle.start,
-            extent=piece.rectangle.extent,
-            xxh3_64=written.hashes[entry.key] if written else "",
-        )
-        part = StoredTensor(shape=tuple(piece.shape), dtype=fmt.DTYPE_NAMES[entry.dtype], rectangles=(stored,))
-        _add(tensors.setdefault(piece.kind, {}), piece.name, part)
-    share = _Share(file=written.file if written else None, tensors=tensors)
-    files.write(partial / _share_name(rank), share.model_dump_json().encode())
-    files.sync_directory(partial)
-
-
-def _entry(piece: Piece) -> Entry:
-    key = fmt.entry_key(piece.kind, piece.name, piece.rectangle)
-    tensor = piece.tensor
-    if isinstance(tensor, Tensor):
-        return Entry(key, piece.rectangle.extent, piece.dtype or tensor.dtype, lambda: tensor)
-    if piece.dtype is None:
-        raise ValueError(f"{key}: a tensor that is read later needs its dtype said")
-    return Entry(key, piece.rectangle.extent, piece.dtype, tensor)
-
-
-def _add(tensors: dict[str, StoredTensor], name: str, part: StoredTensor) -> None:
-    """Put the rectangles of `part` to those already known of the same tensor."""
-    known = tensors.get(name)
-    if known is None:
-        tensors[name] = part
-        return
-    if (known.shape, known.dtype) != (part.shape, part.dtype):
-        raise ValueError(f"{name}: given as {known.dtype} {known.shape} and as {part.dtype} {part.shape}")
-    tensors[name] = known.model_copy(update={"rectangles": known.rectangles + part.rectangles})
-
-
-def _gather(files: Storage, partial: Path, state: State, world_size: int, save_number: int) -> Manifest:
-    """One manifest out of the shares of all ranks."""
-    stored_files: dict[str, StoredFile] = {}
-    tensors: dict[str, dict[str, StoredTensor]] = {}
-    for rank in range(world_size):
-        share = _read_share(files, partial, rank)
-        if share.file:
-            shard = fmt.shard_name(rank, world_size)
-            if (size := files.size(partial / shard)) != share.file.size:
-                raise StorageError(f"rank {rank} wrote {share.file.size} bytes into {shard}, but it has {size}")
-            stored_files[shard] = share.file
-        for kind, parts in share.tensors.items():
-            for name, part in parts.items():
-                _add(tensors.setdefault(kind, {}), name, part)
-    return Manifest(save_number=save_number, state=state, files=stored_files, tensors=tensors)
-
-
-def _read_share(files: Storage, partial: Path, rank: int) -> _Share:
-    try:
-        return _Share.model_validate_json(files.read(partial / _share_name(rank)))
-    except FileNotFoundError:
-        raise StorageError(f"rank {rank} wrote nothing into {partial}") from None
-    except ValidationError as error:
-        raise StorageError(f"the list that rank {rank} left in {partial} is damaged: {error}") from None
 
 
 def _commit(
@@ -216,77 +109,25 @@ def _commit(
     tokenizer_files: Sequence[Path],
     world_size: int,
 ) -> None:
+    """The second phase: what belongs to all ranks, the manifest, and the name that makes it a checkpoint."""
     stored = dict(manifest.files)
-    stored[fmt.CONFIG_FILE] = files.write(partial / fmt.CONFIG_FILE, config_yaml.encode())
+    stored[CONFIG_FILE] = files.write(partial / CONFIG_FILE, config_yaml.encode())
     if tokenizer_files:
-        files.make_directory(partial / fmt.TOKENIZER_DIRECTORY)
+        files.make_directory(partial / TOKENIZER_DIRECTORY)
         for source in tokenizer_files:
-            name = f"{fmt.TOKENIZER_DIRECTORY}/{source.name}"
+            name = f"{TOKENIZER_DIRECTORY}/{source.name}"
             stored[name] = files.copy(source, partial / name)
-        files.sync_directory(partial / fmt.TOKENIZER_DIRECTORY)
+        files.sync_directory(partial / TOKENIZER_DIRECTORY)
     manifest = manifest.model_copy(update={"files": stored})
-    if problem := fmt.problem_of(manifest):
+    if problem := problem_of(manifest):
         raise StorageError(f"{partial}: {problem}")
-    files.write(partial / MANIFEST, fmt.encode_manifest(manifest))
+    files.write(partial / MANIFEST, encode_manifest(manifest))
     for rank in range(world_size):
-        files.remove(partial / _share_name(rank))
+        files.remove(partial / share_name(rank))
     files.sync_directory(partial)
-    previous = _set_aside(files, target)
+    previous = set_aside(files, target)
     files.rename(partial, target)
     files.sync_directory(target.parent)
     files.replace_text(target.parent / "latest", target.name)
     if previous:
-        _discard(files, previous)
-
-
-def _set_aside(files: Storage, target: Path) -> Path | None:
-    """Make room for `target` without ever being without a valid checkpoint that was there before."""
-    previous = target.with_name(target.name + PREVIOUS)
-    if not target.exists():
-        return previous if previous.exists() else None
-    if not _is_valid(target):
-        _discard(files, target)
-        return previous if previous.exists() else None
-    if previous.exists():
-        _discard(files, previous)
-    files.rename(target, previous)
-    return previous
-
-
-def _retain(files: Storage, root: Path, keep_last: int, state: State) -> None:
-    """Remove all but the best and the `keep_last` newest valid checkpoints. Damaged ones stay for a person to see."""
-    valid = sorted(valid_checkpoints(root), key=lambda checkpoint: checkpoint.manifest.save_number)
-    best = None if state.best is None else state.best.step
-    for checkpoint in valid[: -max(1, keep_last)]:
-        if checkpoint.state.step != best:
-            _discard(files, checkpoint.path)
-
-
-def _discard(files: Storage, path: Path) -> None:
-    """Take the name away first: a half-removed checkpoint must not look like a damaged one."""
-    removed = path.with_name(path.name + ".removed" + PARTIAL)
-    files.rename(path, removed)
-    files.remove(removed)
-
-
-def _remove_quietly(files: Storage, path: Path) -> None:
-    try:
-        files.remove(path)
-    except OSError as error:
-        warn(f"could not remove {path}: {error}; the next save will")
-
-
-def _next_save_number(root: Path) -> int:
-    return 1 + max((checkpoint.manifest.save_number for checkpoint in valid_checkpoints(root)), default=0)
-
-
-def _is_valid(path: Path) -> bool:
-    try:
-        Checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _share_name(rank: int) -> str:
-    return f"share-{rank:05d}.json"
+        discard(files, previous)

@@ -1,12 +1,9 @@
-"""Finding and reading checkpoints.
+"""Reading one checkpoint.
 
-A directory counts when its manifest holds and every file has its size; tensors are verified whenever they are read, so
-that a rank pays only for what it loads. Rejected: trusting the name in `latest`, which a crash can leave behind.
+A directory is a checkpoint when its manifest holds and every file has its size. Tensors are verified when they are
+read, so that a rank pays only for what it loads.
 """
 
-import os
-import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,29 +13,30 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine.checkpoint import rectangles as fmt
-from engine.checkpoint.rectangles import Rectangle, Shape, State, StoredFile, StoredRectangle
-from engine.checkpoint.storage import SafetensorsFile, file_hash, read_file, require_file, tensor_hash
+from engine.checkpoint.manifest import (
+    CONFIG_FILE,
+    DTYPES,
+    MANIFEST,
+    TOKENIZER_DIRECTORY,
+    State,
+    StoredFile,
+    StoredRectangle,
+    decode_manifest,
+)
+from engine.checkpoint.model_directory import require_shapes
+from engine.checkpoint.rectangles import Shape, intersect, is_inside, slice_notation, whole
+from engine.checkpoint.safetensors_file import SafetensorsFile, file_hash, read_file, require_file
+from engine.checkpoint.storage import tensor_hash
 from engine.config.schema import ModelConfig
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
+from engine.model.families import family_of
+from engine.parallel.table import Rectangle
 
-MANIFEST = "manifest.json"
-BEST = "best"
-PARTIAL = ".partial"
-PREVIOUS = ".previous"
-_STEP_NAME = re.compile(rf"step_\d{{8,}}({re.escape(PREVIOUS)})?")
 _MAX_MANIFEST_BYTES = 1 << 30
-
-Report = Callable[[str], None]
-
-
-def warn(message: str) -> None:
-    """Where reports go unless the caller wants them elsewhere."""
-    print(f"checkpoint: {message}", file=sys.stderr, flush=True)
 
 
 class Checkpoint:
-    """A checkpoint directory with a manifest that holds. Tensors are verified when they are read.
+    """A checkpoint directory whose manifest holds; a `ModelDirectory`.
 
     Raises:
         CheckpointError: a file is missing, has another size, or the manifest is damaged.
@@ -47,7 +45,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         content = read_file(path / MANIFEST, _MAX_MANIFEST_BYTES)
-        self.manifest = fmt.decode_manifest(content, str(path / MANIFEST))
+        self.manifest = decode_manifest(content, str(path / MANIFEST))
         self._opened: dict[str, SafetensorsFile] = {}
         self._last: tuple[StoredRectangle, Tensor] | None = None
         for name, stored in self.manifest.files.items():
@@ -63,27 +61,34 @@ class Checkpoint:
 
     @property
     def config_yaml_path(self) -> Path:
-        return self.path / fmt.CONFIG_FILE
+        return self.path / CONFIG_FILE
 
     @property
     def tokenizer_dir(self) -> Path | None:
         """None for a run whose tokenizer has no files (bytes)."""
-        path = self.path / fmt.TOKENIZER_DIRECTORY
+        path = self.path / TOKENIZER_DIRECTORY
         return path if path.is_dir() else None
 
     @property
     def tokenizer_spec(self) -> str | None:
-        """What to give `load_tokenizer`; None for an imported model that came without a tokenizer."""
+        """The argument for `load_tokenizer`; None for an imported model that came without a tokenizer."""
         if self.tokenizer_dir:
             return str(self.tokenizer_dir)
         data = self._config().get("data")
         return data.get("tokenizer") if isinstance(data, dict) else None
 
-    def model_config(self) -> ModelConfig:
-        """The architecture, from the `model` section of config.yaml; other sections need not be there."""
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture, from the `model` section of config.yaml; other sections need not be there.
+
+        Raises:
+            CheckpointError: the file has no such section, or one that does not describe a model.
+        """
         try:
-            return ModelConfig.model_validate(self._config().get("model"))
-        except ValidationError as error:
+            model = ModelConfig.model_validate(self._config().get("model"))
+            family_of(model.family)
+            return model
+        except (ValidationError, ConfigError) as error:
             raise CheckpointError(f"{self.config_yaml_path}: no usable model section: {error}") from None
 
     def _config(self) -> dict[str, Any]:
@@ -93,24 +98,23 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {self.config_yaml_path}: {error}") from None
         return content if isinstance(content, dict) else {}
 
-    def tensors(self, kind: str) -> dict[str, Shape]:
+    def tensors(self, kind: str = "param") -> dict[str, Shape]:
         """Names and global shapes of all tensors of a kind; empty when the checkpoint has none."""
         return {name: tensor.shape for name, tensor in self.manifest.tensors.get(kind, {}).items()}
 
-    def require(self, kind: str, shapes: Mapping[str, Shape]) -> None:
+    def require(self, shapes: Mapping[str, Shape]) -> None:
         """Make sure that the checkpoint is of this model.
 
         Raises:
             CheckpointError: listing what is missing, unexpected or of another shape.
         """
-        problems = fmt.differences(self.tensors(kind), shapes)
-        if problems:
-            more = [f"and {len(problems) - 10} more"] * (len(problems) > 10)
-            lines = "\n  ".join([f"{self.path} is of another model ({kind}):", *problems[:10], *more])
-            raise CheckpointError(lines)
+        require_shapes(self.tensors(), shapes, f"{self.path} is of another model:")
 
-    def read(self, kind: str, name: str, rectangle: Rectangle | None = None) -> Tensor:
+    def read(self, name: str, rectangle: Rectangle | None = None, *, kind: str = "param") -> Tensor:
         """A rectangle (default: all) of a tensor, whatever rectangles it was stored in; on the CPU, as stored.
+
+        Args:
+            kind: `param` (the fp32 master weights), `exp_avg`, `exp_avg_sq`, ...
 
         Raises:
             CheckpointError: no such tensor, or a damaged file, which is named.
@@ -118,21 +122,21 @@ class Checkpoint:
         tensor = self.manifest.tensors.get(kind, {}).get(name)
         if tensor is None:
             raise CheckpointError(f"{self.path} has no {kind} of {name}")
-        wanted = rectangle or Rectangle((0,) * len(tensor.shape), tensor.shape)
-        if not fmt.is_inside(tensor.shape, wanted):
+        wanted = rectangle or whole(tensor.shape)
+        if not is_inside(tensor.shape, wanted):
             raise CheckpointError(
-                f"{self.path}: {kind} of {name} has shape {list(tensor.shape)}, wanted {fmt.describe(wanted)}"
+                f"{self.path}: {kind} of {name} has shape {list(tensor.shape)}, wanted {slice_notation(wanted)}"
             )
-        out = torch.empty(wanted.extent, dtype=fmt.DTYPES[tensor.dtype])
+        out = torch.empty(wanted.extent, dtype=DTYPES[tensor.dtype])
         for stored in tensor.rectangles:
             if stored.rectangle == wanted:
                 return self._load(stored)
-            if shared := fmt.intersect(stored.rectangle, wanted):
+            if shared := intersect(stored.rectangle, wanted):
                 out[_slices(shared, wanted)].copy_(self._recent(stored)[_slices(shared, stored.rectangle)])
         return out
 
     def verify(self, progress: Callable[[str, int], None] | None = None) -> None:
-        """Read everything and compare it with the manifest. `progress` is told each file and its size when done."""
+        """Read everything and compare it with the manifest. `progress` is called with each file and its size."""
         for name, stored in self.manifest.files.items():
             self._check_hash(name, stored)
             if progress:
@@ -143,7 +147,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / name} is damaged: its checksum does not match the manifest")
 
     def _recent(self, stored: StoredRectangle) -> Tensor:
-        """A stored rectangle; the last one is kept, because its neighbours are usually asked for next."""
+        """A stored rectangle; the last one is kept, because the next request is usually for its neighbor."""
         if self._last is None or self._last[0] != stored:
             self._last = None  # free it first
             self._last = stored, self._load(stored)
@@ -176,101 +180,7 @@ class Checkpoint:
         }
 
 
-def _slices(part: Rectangle, whole: Rectangle) -> tuple[slice, ...]:
-    """Where `part` lies in a tensor that holds `whole`."""
-    starts = [first - origin for first, origin in zip(part.start, whole.start, strict=True)]
+def _slices(part: Rectangle, box: Rectangle) -> tuple[slice, ...]:
+    """The place of `part` in a tensor that holds `box`."""
+    starts = [first - origin for first, origin in zip(part.start, box.start, strict=True)]
     return tuple(slice(first, first + count) for first, count in zip(starts, part.extent, strict=True))
-
-
-def checkpoints_dir(run_dir: Path | str) -> Path:
-    return Path(run_dir) / "checkpoints"
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def candidates(run_dir: Path | str, report: Report = warn) -> list[Checkpoint]:
-    """All valid checkpoints of a run, newest first. What is damaged is reported and passed over.
-
-    A list with more than one lets a reader that meets a damaged tensor go back to the one before.
-
-    Raises:
-        CheckpointError: there is something, and none of it is a valid checkpoint.
-    """
-    root = checkpoints_dir(run_dir)
-    problems: list[str] = []
-    found = valid_checkpoints(root, problems.append)
-    if not found and _latest(root) is not None:
-        problems.append(f"{root / 'latest'} says {_latest(root)!r}, which is not there")
-    newest_first = sorted(found, key=lambda checkpoint: -checkpoint.manifest.save_number)
-    if problems and not found:
-        raise CheckpointError("\n  ".join([f"no valid checkpoint in {root}:", *problems]))
-    for problem in problems:
-        report(f"passed over: {problem}")
-    if newest_first and _latest(root) != newest_first[0].path.name:
-        report(f"{root / 'latest'} says {_latest(root)!r}; the newest valid checkpoint is {newest_first[0].path.name}")
-    return newest_first
-
-
-def find(run_dir: Path | str, report: Report = warn) -> Checkpoint | None:
-    """The newest valid checkpoint of a run; None when it never committed one.
-
-    Raises:
-        CheckpointError: there is something, and none of it is a valid checkpoint.
-    """
-    return next(iter(candidates(run_dir, report)), None)
-
-
-def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
-    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`. Behind either of
-    these, `best` is the one with the best evaluation.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if path.name == BEST and not path.exists():
-        return _best(path.parent, report)
-    if not path.is_dir():
-        raise CheckpointError(f"no such checkpoint directory: {path}")
-    if (path / MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
-        return Checkpoint(path)
-    inside = path.name == "checkpoints" and not checkpoints_dir(path).is_dir()
-    found = find(path.parent if inside else path, report)
-    if found is None:
-        raise CheckpointError(f"{path} holds no checkpoint: neither {MANIFEST} nor a committed checkpoints/step_*")
-    return found
-
-
-def _best(root: Path, report: Report) -> Checkpoint:
-    """That of the best evaluation, as the newest checkpoint knows it."""
-    newest = open_checkpoint(root, report)
-    best = newest.state.best
-    if best is None or not (newest.path.parent / step_name(best.step)).is_dir():
-        why = "evaluations were not compared" if best is None else f"that of step {best.step} was not kept"
-        raise CheckpointError(f"{root / BEST}: {why}; see checkpoint.keep_best, or name another checkpoint in {root}")
-    return Checkpoint(newest.path.parent / step_name(best.step))
-
-
-def valid_checkpoints(root: Path, problem: Report = lambda _: None) -> list[Checkpoint]:
-    """Every entry of `root` that is a valid checkpoint, by name; `problem` hears about the others."""
-    valid = []
-    for name in sorted(os.listdir(root)) if root.is_dir() else []:
-        if name == "latest" or name.endswith(PARTIAL):
-            continue
-        if not _STEP_NAME.fullmatch(name):
-            problem(f"{root / name} is not a checkpoint")
-            continue
-        try:
-            valid.append(Checkpoint(root / name))
-        except CheckpointError as error:
-            problem(str(error))
-    return valid
-
-
-def _latest(root: Path) -> str | None:
-    try:
-        return (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None

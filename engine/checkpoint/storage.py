@@ -1,53 +1,40 @@
-"""Every file operation of a checkpoint, each one numbered.
+"""Every file operation that writes a checkpoint or an export, each one numbered.
 
 Writing goes through one object that announces each operation before it happens, so that a test can die, or fail, at
-operation k for every k. Nothing is buffered here: a file holds what was written when the process ends at any moment.
-Rejected: `safetensors.torch.save_file`, which needs every tensor in host memory at once and hashes nothing.
+operation k for every k. Nothing is buffered: whenever the process ends, a file holds what was written so far.
+Alternative considered: `safetensors.torch.save_file`, which needs every tensor in host memory at once and hashes
+nothing.
 """
 
-import io
 import json
 import math
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-import orjson
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint.rectangles import (
-    DTYPE_NAMES,
-    DTYPES,
-    DtypeName,
-    Rectangle,
-    Shape,
-    StoredFile,
-    describe,
-    is_inside,
-)
-from engine.errors import CheckpointError
+from engine.checkpoint.manifest import DTYPE_NAMES, StoredFile
+from engine.checkpoint.rectangles import Shape
+from engine.errors import ConfigError, StorageError
 
 CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between the hashes and the write
-_READ_BYTES = 1 << 30  # the system reads at most 2 GiB at once
 
 Hook = Callable[[int, str, Path], None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: `load` is called when its turn comes, so that only one needs to exist at a time."""
+    """A tensor to write. `load` is called just before, so that one tensor at a time is in memory."""
 
     key: str
     shape: Shape
-    dtype: torch.dtype  # as stored; converted chunk by chunk when `load` gives another
+    dtype: torch.dtype  # as stored; converted chunk by chunk if `load` returns another
     load: Callable[[], Tensor]
 
 
@@ -75,7 +62,7 @@ class Storage:
         path.mkdir(parents=exist_ok, exist_ok=exist_ok)
 
     def names(self, path: Path) -> list[str]:
-        """What lies in a directory, sorted."""
+        """Names of the entries of a directory, sorted."""
         self._operation("list", path)
         return sorted(os.listdir(path))
 
@@ -88,7 +75,7 @@ class Storage:
         return path.read_bytes()
 
     def write(self, path: Path, content: bytes) -> StoredFile:
-        """A new file, on the disk when this returns."""
+        """Create a file; it is on the disk when this returns."""
         with self._create(path) as out:
             out.write(memoryview(content))
         return out.stored()
@@ -123,7 +110,7 @@ class Storage:
         os.rename(source, target)
 
     def replace_text(self, path: Path, text: str) -> None:
-        """Readers see the old text or the new one, never anything between."""
+        """Replace a small file atomically: readers see the old text or the new one."""
         temporary = path.with_name(path.name + ".partial")
         self.remove(temporary)
         self.write(temporary, text.encode())
@@ -132,7 +119,7 @@ class Storage:
         self.sync_directory(path.parent)
 
     def sync_directory(self, path: Path) -> None:
-        """Make the names in a directory survive a power cut."""
+        """fsync a directory, so that the names in it survive a power cut."""
         self._operation("sync_directory", path)
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -141,7 +128,7 @@ class Storage:
             os.close(fd)
 
     def remove(self, path: Path) -> None:
-        """A file or a directory with all it holds; nothing when there is none."""
+        """Remove a file, or a directory with its content; no error when there is none."""
         self._operation("remove", path)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -167,7 +154,7 @@ class Storage:
 
 
 class _Output:
-    """An open file that knows its size and hash."""
+    """An open file that tracks its size and hash."""
 
     def __init__(self, fd: int, path: Path, operation: Callable[[str, Path], None]) -> None:
         self._fd, self._path, self._operation = fd, path, operation
@@ -182,7 +169,9 @@ class _Output:
             while content:
                 content = content[os.write(self._fd, content) :]
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None  # the system names no file here
+            raise OSError(
+                error.errno, error.strerror, str(self._path)
+            ) from None  # the error of the system names no file
 
     def stored(self) -> StoredFile:
         return StoredFile(size=self._size, xxh3_64=self._digest.hexdigest())
@@ -202,8 +191,35 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> byt
     return len(text).to_bytes(8, "little") + text
 
 
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` when the block ends and disappears when it raises.
+
+    Raises:
+        ConfigError: `target` exists and is not an empty directory.
+        StorageError: it cannot be made.
+    """
+    target = target.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty; name another directory, or remove it")
+    files, partial = Storage(), target.with_name(target.name + ".partial")
+    try:
+        files.remove(partial)
+        files.make_directory(partial, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the directory {target}: {error.strerror}; name another directory") from error
+    try:
+        yield partial
+        files.sync_directory(partial)
+        files.rename(partial, target)
+        files.sync_directory(target.parent)
+    except BaseException:
+        files.remove(partial)
+        raise
+
+
 def byte_chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a contiguous tensor as `dtype`, on the host, a few megabytes at a time."""
+    """The bytes of a contiguous tensor as `dtype`, on the host, 1 MiB at a time."""
     flat = tensor.detach().reshape(-1)
     count = CHUNK_BYTES // dtype.itemsize
     for begin in range(0, flat.numel(), count):
@@ -217,122 +233,3 @@ def tensor_hash(tensor: Tensor) -> str:
     for chunk in byte_chunks(tensor, tensor.dtype):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """xxh3-64 of a file's bytes."""
-    require_file(path)
-    digest = xxhash.xxh3_64()
-    try:
-        with open(path, "rb") as content:
-            while chunk := content.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    return digest.hexdigest()
-
-
-def read_file(path: Path, limit: int) -> bytes:
-    """A small file's content.
-
-    Raises:
-        CheckpointError: missing, unreadable, or larger than `limit` bytes.
-    """
-    if (size := require_file(path)) > limit:
-        raise CheckpointError(f"{path} has {size} bytes, expected at most {limit}")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-
-
-class SafetensorsFile:
-    """A safetensors file opened for reading: header validated, tensors read when asked for.
-
-    The data are read and not mapped: a file that shrinks or a disk that fails is then an error and not the end of the
-    process, and what was read does not count as this process's memory.
-
-    Raises:
-        CheckpointError: missing, not a regular file, or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        require_file(path)
-        try:
-            with safe_open(path, framework="pt"):  # believes nothing: length, JSON, dtypes, offsets, no hole or overlap
-                pass
-            with open(path, "rb") as content:
-                length = int.from_bytes(content.read(8), "little")
-                self._table: dict[str, Any] = orjson.loads(content.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-        self._data_start = 8 + length
-        self._table.pop("__metadata__", None)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._table)
-
-    def shape(self, name: str) -> Shape:
-        return tuple(self._table[name]["shape"])
-
-    def dtype(self, name: str) -> str:
-        """The format's name of it, as in `BF16`."""
-        return self._table[name]["dtype"]
-
-    def tensor(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
-        """A tensor of `DTYPES` in memory of its own; of a rectangle of it, only the rows are read.
-
-        Raises:
-            CheckpointError: no such tensor or rectangle, a dtype that we do not read, or the file cannot be read.
-        """
-        if name not in self._table or self.dtype(name) not in DTYPES:
-            kind = f"of dtype {self.dtype(name)}" if name in self._table else "not there"
-            raise CheckpointError(f"{self.path}: cannot read {name}: {kind}")
-        shape = self.shape(name)
-        if rectangle is not None and rectangle.start:
-            if not is_inside(shape, rectangle):
-                raise CheckpointError(f"{self.path}: {name} has shape {list(shape)}, wanted {describe(rectangle)}")
-            rows = self._rows(name, rectangle.start[0], (rectangle.extent[0], *shape[1:]))
-            inner = zip(rectangle.start[1:], rectangle.extent[1:], strict=True)
-            return rows[(slice(None), *(slice(first, first + count) for first, count in inner))]
-        return self._rows(name, 0, shape)
-
-    def _rows(self, name: str, first: int, shape: Shape) -> Tensor:
-        """Rows from `first` on, as many as `shape` has."""
-        tensor = torch.empty(shape, dtype=DTYPES[cast(DtypeName, self.dtype(name))])
-        offset = self._data_start + self._table[name]["data_offsets"][0]
-        offset += first * math.prod(shape[1:]) * tensor.itemsize
-        try:
-            with open(self.path, "rb", buffering=0) as content:
-                content.seek(offset)
-                _read_fully(content, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot read {name}: {error}") from None
-        return tensor
-
-
-def _read_fully(content: io.FileIO, into: memoryview) -> None:
-    while into:
-        count = content.readinto(into[:_READ_BYTES])
-        if not count:
-            raise OSError("the file ends too early")
-        into = into[count:]
-
-
-def require_file(path: Path) -> int:
-    """The size of a regular file.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read; a pipe is refused too, for opening it would wait forever.
-    """
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file")
-    return status.st_size

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.huggingface.directory import HuggingFaceDirectory, export, import_directory
-from engine.checkpoint.manager import open_checkpoint
-from engine.checkpoint.reader import BEST
+from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.checkpoint.huggingface.exporting import export
+from engine.checkpoint.huggingface.importing import import_directory
+from engine.checkpoint.run_directory import BEST, open_checkpoint
 from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.parameters import logical_shapes
@@ -98,7 +99,7 @@ def import_model(source: Path, target: Path) -> None:
 
 def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(source)
-    model = checkpoint.model_config()
+    model = checkpoint.model
     shapes = logical_shapes(model)
     spec = checkpoint.tokenizer_spec
     tokenizer = load_tokenizer(spec, fast=False) if spec else None

@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.load import load_decoder, stop_ids
-from engine.checkpoint.reader import open_checkpoint
+from engine.checkpoint.huggingface.generation_config import stop_ids
+from engine.checkpoint.load import load_decoder
+from engine.checkpoint.opening import open_model
 from engine.data.chat.template import ChatEncoder, ConversationError, Message, find_template
 from engine.data.inspection import printable
 from engine.errors import ConfigError, DataError, TriaxisError
 from engine.generate.decoding import Sampling
 from engine.generate.prompts import AnswerFile, conversation, read_prompts
-from engine.generate.text_generator import Speaker
+from engine.generate.text_generator import TextGenerator
 from engine.parallel.layout import Layout, World, build_process_groups, init_distributed, shutdown_distributed
 from engine.train.metrics import duration
 from engine.train.run import run_on_all_ranks
@@ -69,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
 
 
-def _serve(options: argparse.Namespace, speaker: Speaker, prompts: list[dict[str, Any]]) -> None:
+def _serve(options: argparse.Namespace, speaker: TextGenerator, prompts: list[dict[str, Any]]) -> None:
     if not speaker.world.is_main:
-        return speaker.follow()
+        return speaker.serve_rank()
     try:
         if prompts:
             _answer_file(options, speaker, prompts)
@@ -80,10 +81,10 @@ def _serve(options: argparse.Namespace, speaker: Speaker, prompts: list[dict[str
         else:
             _write_once(options, speaker)
     finally:
-        speaker.end()
+        speaker.shutdown()
 
 
-def _write_once(options: argparse.Namespace, speaker: Speaker) -> None:
+def _write_once(options: argparse.Namespace, speaker: TextGenerator) -> None:
     """One text continued, or one question answered."""
     text = _utf8(sys.stdin.read, "--prompt") if options.prompt == "-" else options.prompt
     started, given = time.perf_counter(), 0
@@ -95,7 +96,7 @@ def _write_once(options: argparse.Namespace, speaker: Speaker) -> None:
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def _converse(options: argparse.Namespace, speaker: Speaker) -> None:
+def _converse(options: argparse.Namespace, speaker: TextGenerator) -> None:
     """Turn after turn, until there is none."""
     if sys.stdin.isatty():
         with suppress(ImportError):
@@ -118,7 +119,7 @@ def _converse(options: argparse.Namespace, speaker: Speaker) -> None:
             messages = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(speaker: Speaker, messages: list[Message]) -> Iterator[str]:
+def _answer(speaker: TextGenerator, messages: list[Message]) -> Iterator[str]:
     try:
         return speaker.answer(messages)
     except ConversationError as error:
@@ -149,7 +150,7 @@ def _print(pieces: Iterable[str]) -> list[str]:
     return printed
 
 
-def _answer_file(options: argparse.Namespace, speaker: Speaker, prompts: list[dict[str, Any]]) -> None:
+def _answer_file(options: argparse.Namespace, speaker: TextGenerator, prompts: list[dict[str, Any]]) -> None:
     """Answer the prompts that have no answer yet, a batch at a time."""
     ids = [_prompt_ids(options, speaker, prompt, number) for number, prompt in enumerate(prompts, start=1)]
     with closing(AnswerFile(options.output, prompts, _settings(options, speaker))) as file:
@@ -166,7 +167,7 @@ def _answer_file(options: argparse.Namespace, speaker: Speaker, prompts: list[di
     print(progress.summary(options.output), file=sys.stderr)
 
 
-def _settings(options: argparse.Namespace, speaker: Speaker) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, speaker: TextGenerator) -> dict[str, Any]:
     """What an answer depends on beside its prompt; not what only its last bits do."""
     template = speaker.chat and hashlib.sha256(speaker.chat.template.source.encode()).hexdigest()[:16]
     names = ("temperature", "top_p", "seed", "max_new_tokens", "system", "bos")
@@ -174,7 +175,7 @@ def _settings(options: argparse.Namespace, speaker: Speaker) -> dict[str, Any]:
     return {"model": str(options.dir), "chat template hash": template} | flags
 
 
-def _prompt_ids(options: argparse.Namespace, speaker: Speaker, prompt: dict[str, Any], number: int) -> list[int]:
+def _prompt_ids(options: argparse.Namespace, speaker: TextGenerator, prompt: dict[str, Any], number: int) -> list[int]:
     if not options.chat:
         return speaker.text_ids(prompt["prompt"])
     try:
@@ -213,11 +214,10 @@ class _Progress:
 
 def _model_directory(path: Path) -> Path:
     """The export or checkpoint itself, where a run has several of them."""
-    exported = (path / "config.json").exists() and not (path / "manifest.json").exists()
-    return (path if exported else open_checkpoint(path).path).resolve()
+    return open_model(path).path.resolve()
 
 
-def _load(options: argparse.Namespace, world: World) -> Speaker:
+def _load(options: argparse.Namespace, world: World) -> TextGenerator:
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     decoder, tokenizer = load_decoder(options.dir, dtype, world.device, world.tp)
     if options.bos and tokenizer.bos_id is None:
@@ -226,7 +226,7 @@ def _load(options: argparse.Namespace, world: World) -> Speaker:
     if options.chat:
         chat = ChatEncoder(tokenizer, find_template(tokenizer, options.chat_template))
         stop |= {chat.end_of_turn_id}
-    return Speaker(decoder, tokenizer, world, sampling, options.max_new_tokens, stop, chat, options.bos)
+    return TextGenerator(decoder, tokenizer, world, sampling, options.max_new_tokens, stop, chat, options.bos)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

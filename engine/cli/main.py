@@ -77,6 +77,6 @@ def _load(path: str, overrides: list[str]) -> Config:
 
 
 def _trained(kind: str, path: Path) -> tuple[Mapping[str, Any], str | None]:
-    from engine.checkpoint.initial import trained  # imports torch, which takes seconds
+    from engine.checkpoint.opening import trained  # imports torch, which takes seconds
 
     return trained(kind, path)

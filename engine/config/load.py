@@ -69,6 +69,7 @@ def resolve(
     problems = [_apply_override(merged, key, value) for key, value in pairs]
     problems += [_apply_source(merged, presets, trained)]
     filled = {"model"} if problems[-1] is not None else set()  # what the source would have filled is not missing
+    problems += [_family_problem(merged, presets)]
     filled |= {"data.tokenizer"} if filled and not _named(merged, "preset") else set()
     config: Config | None = None
     try:
@@ -161,6 +162,16 @@ def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None
             return f"model.preset = {value!r} is unknown{_did_you_mean(str(value), presets)}; known: {known}"
         raw["model"] = {**presets[value], **model}
     return None
+
+
+def _family_problem(raw: Mapping[str, Any], presets: Presets) -> str | None:
+    """Every family has a preset, so the presets say which families there are."""
+    model = raw.get("model")
+    name = model.get("family") if isinstance(model, dict) else None
+    known = list(dict.fromkeys(preset["family"] for preset in presets.values()))
+    if not isinstance(name, str) or name in known:
+        return None
+    return f"model.family = {name!r} is unknown{_did_you_mean(name, known)}; known: {', '.join(known)}"
 
 
 def _describe(item: dict[str, Any]) -> str:

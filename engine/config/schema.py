@@ -58,9 +58,7 @@ class ModelConfig(Section):
     from_checkpoint: Path | None = Field(
         None, description="a run or a checkpoint, of any layout: its architecture and initial weights, and nothing else"
     )
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "starcoder2"] = Field(
-        "llama", description="naming and config.json of the Hugging Face export"
-    )
+    family: str = Field("llama", description="parameter names and config.json; a row of `engine/model/families.py`")
     num_layers: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt

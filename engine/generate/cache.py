@@ -1,4 +1,7 @@
-"""The key/value cache of generation."""
+"""The key/value cache: what generation keeps of the tokens already read.
+
+Legend: b sequences, t tokens, n heads, n_kv key and value heads, d head size.
+"""
 
 import torch
 from torch.nn import functional
@@ -11,9 +14,19 @@ from engine.parallel.layout import NO_TP, TensorParallel
 
 
 class KeyValueCache:
-    """Keys and values of growing sequences, one slab for all layers, allocated once: this rank's heads alone.
+    """Keys and values of the tokens read so far, of several sequences, for the heads that this rank holds.
 
-    Rejected: pages of keys and values that sequences share (vLLM), which pay when thousands of requests come and go.
+    One slab for all layers, allocated once. Alternative considered: pages that sequences share (vLLM), which pay when
+    thousands of requests come and go.
+
+    Args:
+        sequences: how many; each has a row of its own.
+        capacity: the most tokens of a sequence.
+        tp: this rank's place among those that share the layers.
+
+    Attributes:
+        slab: [2, layers, sequences, capacity, kv_heads/tp, head_dim]; keys, then values.
+        lengths: tokens of each sequence that are in the cache.
     """
 
     def __init__(
@@ -26,16 +39,17 @@ class KeyValueCache:
         tp: TensorParallel = NO_TP,
     ) -> None:
         shape = (2, model.num_layers, sequences, capacity, kv_share(model, tp)[1], model.head_dim)
-        self.slab = torch.zeros(shape, dtype=dtype, device=device)  # a masked place must be finite: 0 · NaN is NaN
+        self.slab = torch.zeros(shape, dtype=dtype, device=device)  # masked entries must be finite: 0 · NaN is NaN
         self.sliding_window = model.sliding_window
         self.lengths = [0] * sequences
 
     def extend(self, rows: range, count: int) -> tuple[torch.Tensor, Attend]:
-        """Make place for `count` new tokens of each of the sequences `rows`, one sequence after another.
+        """Make room for `count` new tokens of each of the sequences `rows`.
 
         Returns:
-            their positions, [rows · count], and how they attend. Tokens behind them are padding: they attend to
-            nothing and give 0.
+            positions: of the new tokens, one sequence after another, [rows · count], int64.
+            attend: stores their keys and values in the cache and returns their attention output [t, n, d], given q
+                [t, n, d], k and v [t, n_kv, d]. Further tokens, t > rows · count, are padding, and their output is 0.
         """
         device, some = self.slab.device, slice(rows.start, rows.stop)
         self.lengths[some] = ends = [length + count for length in self.lengths[some]]
@@ -53,6 +67,6 @@ class KeyValueCache:
         return places.flatten(), attend
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all sequences but `rows`, which move together to the front."""
+        """Drop all sequences but `rows`, which become rows 0, 1, ..."""
         self.slab = self.slab[:, :, rows]
         self.lengths = [self.lengths[row] for row in rows]

@@ -1,9 +1,10 @@
-"""Generation: one token after another from a decoder with a key/value cache, for one prompt or several at once.
+"""Decoding: one token after another from a decoder with a key/value cache, for one prompt or several at once.
 
-Each prompt is read by itself; then all advance together, a token a step, and one that has ended leaves the batch. A
-prompt's draws depend on the seed and its number alone, so that it does not matter who is beside it. Ranks that share
-the layers hold the same logits and the same random numbers, and so draw the same token: only prompts are sent.
-Rejected: padding prompts to one length and reading them together (wasted work, and a mask for what is not there).
+Prefill runs prompt by prompt; then all sequences advance together, a token a step, and one that has ended leaves the
+batch. The random numbers of a prompt depend on the seed and its number alone, so its text does not depend on the rest
+of the batch. Ranks that share the layers hold the same logits and random numbers and so draw the same tokens: only
+prompts are communicated. Alternative considered: padding prompts to one length and one prefill for all, which wastes
+work and needs a mask for the padding.
 
 Legend: b sequences, t tokens, h hidden size, v vocabulary.
 """
@@ -22,7 +23,7 @@ from engine.generate.cache import KeyValueCache
 from engine.model.decoder import Decoder
 from engine.parallel.collectives import gather_sequence
 
-LOWEST_TEMPERATURE = 1e-3  # above 0; logits divided by less may overflow, and it is greedy all the same
+LOWEST_TEMPERATURE = 1e-3  # above 0: logits divided by less may overflow, and decoding is greedy anyway
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most likely token; above, logits are divided by it.
         top_p: draw only from the smallest set of tokens that together have at least this probability.
-        seed: of the draws.
+        seed: of the random numbers.
 
     Raises:
         ConfigError: a value out of range.
@@ -59,7 +60,7 @@ def generate(
     stop: frozenset[int] = frozenset(),
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Token ids that continue `prompt`: `generate_batch` for one, whose number is 0."""
+    """Token ids that continue one prompt; see `generate_batch`. Its number is 0."""
     batch = generate_batch(decoder, {0: prompt}, max_new_tokens, sampling, stop, vocab_size)
     return (token for _, token in batch)
 
@@ -72,21 +73,23 @@ def generate_batch(
     stop: frozenset[int] = frozenset(),
     vocab_size: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """(number of a prompt, token id that continues it), each as soon as it is known.
-
-    A token of `stop` ends its sequence and is not given. Where ranks share the decoder all of them call it, with the
-    same arguments, and all get the same tokens.
+    """Continue several prompts; a collective of the ranks that share the decoder, all with the same arguments.
 
     Args:
-        prompts: by number; the number is part of the seed of its draws.
-        vocab_size: of the tokenizer; the model's further ids are padding and never drawn.
+        prompts: token ids by number; the number is part of the seed of the prompt's random numbers.
+        max_new_tokens: for each prompt.
+        stop: ids that end a sequence; they are not yielded.
+        vocab_size: of the tokenizer; higher ids of the model are padding and are never drawn.
+
+    Yields:
+        (number of a prompt, next token id), as soon as it is drawn; the same on every rank.
 
     Raises:
-        ConfigError: a prompt is empty, or prompt and new tokens are longer than the model is made for.
+        ConfigError: a prompt is empty, or prompt and new tokens exceed the model's `max_position`.
     """
     for prompt in prompts.values():
         require_room(decoder.config, len(prompt), max_new_tokens)
-    # a generator of its own, so that the checks above come before the first token is asked for
+    # a generator of its own, so that the checks above run before the first token is requested
     return _continue(decoder, prompts, max_new_tokens, sampling, stop, vocab_size)
 
 
@@ -94,14 +97,14 @@ def require_room(model: ModelConfig, prompt_tokens: int, max_new_tokens: int) ->
     """Make sure that a prompt can be continued.
 
     Raises:
-        ConfigError: it is empty, or too long for the model together with what is to come.
+        ConfigError: it is empty, or prompt and new tokens exceed the model's `max_position`.
     """
     if prompt_tokens == 0:
         raise ConfigError("the prompt is empty: it has no tokens to continue")
     if prompt_tokens + max_new_tokens > model.max_position:
         raise ConfigError(
             f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones are more than the model's "
-            f"max_position = {model.max_position}; shorten the prompt or lower --max-new-tokens"
+            f"max_position = {model.max_position}; shorten the prompt or lower max_new_tokens"
         )
 
 
@@ -118,26 +121,26 @@ def _continue(
     weight, tp = decoder.embedding.weight, decoder.embedding.tp
     capacity = max(map(len, prompts.values())) + max_new_tokens
     cache = KeyValueCache(decoder.config, len(prompts), capacity, weight.dtype, weight.device, tp)
-    numbers = list(prompts)  # whose sequence is in which row of the cache
+    numbers = list(prompts)  # of the prompt in each row of the cache
     random = {number: _random(sampling.seed, number) for number in numbers}
-    read = (torch.tensor(prompt, device=weight.device) for prompt in prompts.values())
-    logits = torch.cat([_next_logits(decoder, cache, range(i, i + 1), tokens) for i, tokens in enumerate(read)])
+    prefill = (torch.tensor(prompt, device=weight.device) for prompt in prompts.values())
+    logits = torch.cat([_next_logits(decoder, cache, range(i, i + 1), tokens) for i, tokens in enumerate(prefill)])
     for left in range(max_new_tokens - 1, -1, -1):
         uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=random[number]) for number in numbers])
-        tokens = draw(logits[:, :vocab_size].float(), sampling, uniform)
+        tokens = sample_next(logits[:, :vocab_size].float(), sampling, uniform)
         drawn = tokens.tolist()
-        going_on = [row for row, token in enumerate(drawn) if token not in stop]
-        yield from ((numbers[row], drawn[row]) for row in going_on)
-        if not going_on or not left:
+        unfinished = [row for row, token in enumerate(drawn) if token not in stop]
+        yield from ((numbers[row], drawn[row]) for row in unfinished)
+        if not unfinished or not left:
             return
-        if len(going_on) < len(numbers):
-            cache.keep(going_on)
-            numbers, tokens = [numbers[row] for row in going_on], tokens[going_on]
+        if len(unfinished) < len(numbers):
+            cache.keep(unfinished)
+            numbers, tokens = [numbers[row] for row in unfinished], tokens[unfinished]
         logits = _next_logits(decoder, cache, range(len(numbers)), tokens)
 
 
 def _next_logits(decoder: Decoder, cache: KeyValueCache, rows: range, tokens: torch.Tensor) -> torch.Tensor:
-    """What follows each of the sequences `rows`, [b, v], once `tokens` [b·t] have been read, t more of each."""
+    """Logits [b, v] of the next token of the sequences `rows`, after `tokens` [b·t], t more of each, are read."""
     assert decoder.head is not None
     tp, count = decoder.head.tp, len(tokens) // len(rows)
     positions, attend = cache.extend(rows, count)
@@ -154,18 +157,20 @@ def _next_logits(decoder: Decoder, cache: KeyValueCache, rows: range, tokens: to
     return torch.cat([part[:share] for part, share in zip(gathered, shares, strict=True)]).t().contiguous()
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
-    """The next tokens, [b], given fp32 logits [b, v] and for each a number in [0, 1), fp64, which picks it."""
+def sample_next(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """Next tokens [b], int64, from logits [b, v], fp32, and uniform random numbers [b] in [0, 1), fp64."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities, order = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
     reached = probabilities.double().cumsum(-1)
-    kept = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)  # those before have less than top_p
-    wanted = uniform.to(logits.device)[:, None] * reached.gather(1, kept - 1)  # in fp64 below the end, also rounded
+    kept = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)  # tokens before it have less than top_p
+    wanted = uniform.to(logits.device)[:, None] * reached.gather(
+        1, kept - 1
+    )  # in fp64, so that rounding cannot reach the end
     return order.gather(1, torch.searchsorted(reached, wanted, right=True))[:, 0]
 
 
 def _random(seed: int, number: int) -> torch.Generator:
-    """A stream of its own for every prompt, on the host, so that all devices draw alike."""
+    """The random stream of a prompt, on the host, so that all devices draw alike."""
     key = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

@@ -1,9 +1,9 @@
-"""Prompts from a JSONL file, and the file of their answers, which can be continued.
+"""Prompts from a JSONL file, and the file of their answers, from which an interrupted run resumes.
 
 One object a line, with `prompt` (a text) or `messages` (a conversation). The answer to a line is the same object with
-more fields, in the same order, so that the number of answers says where to go on. All lines are checked before the
-first is answered: a bad last line must not cost a night. Rejected: a file of progress beside the answers. What is
-beside them is what they were made with, so that those of two models are never mixed.
+more fields, in the same order, so the number of answers is where to resume. All lines are checked before the first is
+answered: a bad last line must not cost a night. A file beside the answers keeps the settings they were made with, so
+that those of two models are never mixed. Alternative considered: a progress file, which can disagree with the answers.
 """
 
 import os
@@ -21,19 +21,19 @@ ANSWER_FIELDS = ("completion", "num_tokens", "stopped", "error")
 
 
 def read_prompts(path: Path, *, chat: bool) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are left out.
+    """The objects of a JSONL file; blank lines are skipped.
 
     Args:
-        chat: `messages` are allowed; `prompt` is then what the user says.
+        chat: allow `messages`; a `prompt` is then a conversation of one user message.
 
     Raises:
         ConfigError: the file cannot be read.
-        DataError: a line is not a prompt, with its number; or there is none.
+        DataError: naming the first line that is not a prompt; or there is none.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ConfigError(f"cannot read --input {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the prompts in {path}: {error.strerror}") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -49,7 +49,7 @@ def read_prompts(path: Path, *, chat: bool) -> list[dict[str, Any]]:
 
 
 def conversation(prompt: Mapping[str, Any], system: str | None = None) -> list[Message]:
-    """The messages of a line; `system` comes first where they do not begin with a system message."""
+    """The messages of a line, `system` put before them unless they begin with a system message."""
     messages: list[Message] = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
     if system is None or messages[0]["role"] == "system":
         return messages
@@ -57,24 +57,24 @@ def conversation(prompt: Mapping[str, Any], system: str | None = None) -> list[M
 
 
 class AnswerFile:
-    """Answers to `prompts`, one line each, in their order. Opening it takes over what an earlier run has answered.
+    """Answers to `prompts`, one line each, in their order. Opening it keeps those of an interrupted run.
 
     Args:
-        settings: what answers depend on beside their prompts, as JSON has it; kept in PATH.settings.json.
+        settings: what answers depend on beside their prompts, as JSON values; kept in PATH.settings.json.
 
     Attributes:
-        answered: how many prompts have their answer.
+        answered: how many prompts have an answer.
 
     Raises:
         ConfigError: the file cannot be written, or its answers were made with other settings.
-        DataError: it holds something else than answers to these prompts.
+        DataError: it holds anything but answers to these prompts.
     """
 
     def __init__(self, path: Path, prompts: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
         try:
             self._file = path.open("r+b" if path.exists() else "x+b")
         except OSError as error:
-            raise ConfigError(f"cannot write --output {path}: {error.strerror}") from None
+            raise ConfigError(f"cannot write the answers to {path}: {error.strerror}") from None
         self.answered = 0
         complete = 0
         for line in self._file:
@@ -83,7 +83,7 @@ class AnswerFile:
             if self.answered == len(prompts) or not _answers(line, prompts[self.answered]):
                 raise DataError(
                     f"{path}, line {self.answered + 1} is not the answer to prompt {self.answered + 1} of the input; "
-                    f"name another --output, or remove this one"
+                    f"name another output file, or remove this one"
                 )
             self.answered, complete = self.answered + 1, complete + len(line)
         _keep_settings(path, settings, answered=self.answered > 0)
@@ -91,7 +91,7 @@ class AnswerFile:
         self._file.truncate()
 
     def write(self, answers: Iterable[Mapping[str, Any]]) -> None:
-        """Add the answers to the next prompts; when this returns they are on the disk."""
+        """Append the answers to the next prompts; they are on the disk when this returns."""
         lines = [orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE) for answer in answers]
         _write(self._file, b"".join(lines))
         self.answered += len(lines)
@@ -101,9 +101,9 @@ class AnswerFile:
 
 
 def _keep_settings(path: Path, settings: Mapping[str, Any], *, answered: bool) -> None:
-    """Write them beside the first answer; later they have to be the same."""
+    """Write the settings before the first answer; with answers there, require the same settings."""
     beside = path.with_name(path.name + SETTINGS_SUFFIX)
-    advice = "name another --output, or remove this one"
+    advice = "name another output file, or remove this one"
     try:
         if not answered:
             with beside.open("wb") as file:
@@ -137,17 +137,17 @@ def _checked(prompt: Any, *, chat: bool) -> dict[str, Any]:
     """The prompt itself.
 
     Raises:
-        ValueError: why it is none.
+        ValueError: why it is not one.
     """
     if not isinstance(prompt, dict):
         raise ValueError(f"expected an object, not a {type(prompt).__name__}")
     if taken := [name for name in ANSWER_FIELDS if name in prompt]:
-        raise ValueError(f"the field {taken[0]!r} is where the answer goes; rename it")
+        raise ValueError(f"the field {taken[0]!r} is reserved for the answer; rename it")
     if ("prompt" in prompt) == ("messages" in prompt):
         raise ValueError(f'expected either "prompt" or "messages", found the fields {list(prompt)}')
     if "messages" in prompt:
         if not chat:
-            raise ValueError('"messages" need --chat')
+            raise ValueError('"messages" need chat mode')
         _check_messages(prompt["messages"])
     elif not isinstance(prompt["prompt"], str) or not prompt["prompt"]:
         raise ValueError('"prompt" is not a text, or empty')
@@ -166,7 +166,7 @@ def _check_messages(messages: Any) -> None:
         if not all(isinstance(field, str) for field in fields):
             raise ValueError('a message is an object with "role" and "content", both texts')
     if messages[-1]["role"] == "assistant":
-        raise ValueError("the last message is the assistant's: nothing is left to answer")
+        raise ValueError("the last message is the assistant's: there is nothing to answer")
 
 
 def _answers(line: bytes, prompt: Mapping[str, Any]) -> bool:

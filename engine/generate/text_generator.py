@@ -1,7 +1,7 @@
 """Text in, text out: a decoder with its tokenizer and, for conversations, its chat template.
 
-Ranks that share the layers work as one: rank 0 decides what is continued and uses the text, the others `follow` it. So
-files, the terminal and the person are rank 0's alone, and every rank runs the same steps of the decoder.
+Ranks that share the layers work as one: rank 0 chooses the prompts and uses the text, the others run `serve_rank`.
+Files and the terminal belong to rank 0 alone, and every rank runs the same steps of the decoder.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +21,15 @@ from engine.parallel.layout import World
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A model that writes.
+class TextGenerator:
+    """Generates text with a decoder, on one rank or on all that share its layers.
 
     Attributes:
-        chat: how conversations become tokens; None where texts are continued.
-        stop: ids that end what it writes.
-        bos: begin texts with the tokenizer's beginning-of-text token; a chat template says so itself.
+        world: this rank among those that share the layers.
+        max_new_tokens: the most tokens that a prompt is continued by.
+        stop: ids that end a generated text.
+        chat: encodes conversations; None for a model that continues texts.
+        bos: begin texts with the tokenizer's beginning-of-text token; a chat template adds its own.
     """
 
     decoder: Decoder
@@ -40,16 +42,21 @@ class Speaker:
     bos: bool = False
 
     def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text to continue."""
         first = [self.tokenizer.bos_id] if self.bos and self.tokenizer.bos_id is not None else []
         return [*first, *self.tokenizer.encode(text)]
 
     def message_ids(self, messages: list[Message], tools: Any = None) -> list[int]:
-        """Raises ConversationError for what the template refuses."""
+        """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+            ConversationError: the template refuses the messages.
+        """
         assert self.chat is not None
         return self.chat.prompt_ids(messages, tools)
 
     def continue_text(self, text: str) -> Iterator[str]:
-        """The text and what follows it, a piece for each token and a last one.
+        """The text and its continuation, streamed: a string for each token, and a last one.
 
         Raises:
             ConfigError: it is empty or too long.
@@ -59,7 +66,9 @@ class Speaker:
         return stream_text(self.tokenizer, chain(ids, (token for _, token in new)))
 
     def answer(self, messages: list[Message]) -> Iterator[str]:
-        """What the assistant says next, a piece for each token and a last one; shorter where the model ends.
+        """The assistant's next message, streamed: a string for each token, and a last one.
+
+        It has at most `max_new_tokens`, and fewer where the model's `max_position` leaves less room.
 
         Raises:
             ConversationError: the template refuses the messages.
@@ -72,7 +81,7 @@ class Speaker:
         return stream_text(self.tokenizer, (token for _, token in new if token not in self._control))
 
     def answer_batch(self, prompts: Mapping[int, Sequence[int]]) -> dict[int, dict[str, Any]]:
-        """For each prompt, by number: `completion`, `num_tokens` and `stopped`; or the `error` of one too long."""
+        """By the prompt's number: `completion`, `num_tokens` and `stopped`; or `error` for one that is too long."""
         answers: dict[int, dict[str, Any]] = {}
         fitting = {}
         for number, ids in prompts.items():
@@ -97,11 +106,11 @@ class Speaker:
 
     @property
     def _control(self) -> set[int]:
-        """Symbols that a badly trained model may write and nobody wants to see in an answer."""
+        """Special tokens, which a badly trained model may generate and an answer must not show."""
         return set(self.tokenizer.special_tokens.values())
 
     def write(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, int]]:
-        """As `generate_batch`; for rank 0, which has to ask for all tokens."""
+        """As `generate_batch`, on rank 0, which must consume all tokens: the other ranks run along."""
         tokens = self._generate(prompts, max_new_tokens)
         message = [max_new_tokens]
         for number, prompt in prompts.items():
@@ -109,8 +118,8 @@ class Speaker:
         self._broadcast(message)
         return tokens
 
-    def follow(self) -> None:
-        """What the other ranks do until `end`."""
+    def serve_rank(self) -> None:
+        """Take part in what rank 0 generates, until its `shutdown`; the loop of the other ranks."""
         while message := self._broadcast([]):
             max_new_tokens, rest = message[0], message[1:]
             prompts = {}
@@ -120,8 +129,8 @@ class Speaker:
             for _ in self._generate(prompts, max_new_tokens):
                 pass
 
-    def end(self) -> None:
-        """Let the others go; for rank 0."""
+    def shutdown(self) -> None:
+        """End `serve_rank` on the other ranks; called by rank 0."""
         self._broadcast([])
 
     def _generate(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, int]]:

@@ -1,37 +1,51 @@
-"""Named model sizes. A new size is a row here; parameter counts are tested against the published ones."""
+"""Families of models and their named sizes. To add a family, add one row; to add a size, one line to its `sizes`.
 
+Everything that differs between families follows from the row: parameter names (`engine/model/parameters.py`),
+`config.json` (`engine/checkpoint/huggingface/config.py`), the presets, and the values that `model.family` may have.
+Parameter counts of the sizes are tested against the published ones. Pure, and light to import. Alternative considered:
+a class per family, which hides that one decoder runs all of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-_LLAMA = {"family": "llama", "norm": "rms", "norm_eps": 1e-5, "activation": "swiglu"}
-_MISTRAL = _LLAMA | {"family": "mistral"}
-_QWEN2 = _LLAMA | {"family": "qwen2", "norm_eps": 1e-6, "qkv_bias": True, "rope_theta": 1e6}
-_QWEN3 = _LLAMA | {"family": "qwen3", "norm_eps": 1e-6, "qk_norm": True, "rope_theta": 1e6}
-_STARCODER2 = {
-    "family": "starcoder2",
-    "norm": "layer",
-    "norm_eps": 1e-5,
-    "activation": "gelu",
-    "qkv_bias": True,
-    "output_bias": True,
-    "tie_embeddings": True,
-}
-_LLAMA31_ROPE = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position": 8192,
-}
+from engine.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """An architecture as Hugging Face has it, one row.
+
+    Attributes:
+        name: value of `model.family`, and `model_type` in `config.json`.
+        architecture: Hugging Face's class.
+        fields: `ModelConfig` fields that the architecture fixes.
+        only: settings of `config.json` for which we implement this value alone; it is also their default.
+        sizes: by preset name, `ModelConfig` fields beyond `fields`.
+        defaults: what a key missing from `config.json` means, where that differs between families.
+        norm_key: the key of the norm's epsilon in `config.json`.
+        has_window: whether `sliding_window` applies to all layers.
+        has_head_dim: whether the head size may differ from hidden_size / num_heads.
+        up_names: names of the feed-forward projections from the hidden size, fused into one parameter in this order.
+        down_name: name of the feed-forward projection back to the hidden size.
+    """
+
+    name: str
+    architecture: str
+    fields: dict[str, Any]
+    only: dict[str, Any]
+    sizes: Mapping[str, dict[str, Any]]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    norm_key: str = "rms_norm_eps"
+    has_window: bool = False
+    has_head_dim: bool = True
+    up_names: tuple[str, ...] = ("gate_proj", "up_proj")
+    down_name: str = "down_proj"
 
 
 def _size(
-    layers: int,
-    hidden: int,
-    ffn: int,
-    heads: int,
-    kv: int,
-    vocab: int,
-    longest: int,
-    head_dim: int | None = None,
+    layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, max_position: int, **others: Any
 ) -> dict[str, Any]:
     return {
         "num_layers": layers,
@@ -39,30 +53,105 @@ def _size(
         "intermediate_size": ffn,
         "num_heads": heads,
         "num_kv_heads": kv,
-        "head_dim": head_dim or hidden // heads,
+        "head_dim": hidden // heads,
         "vocab_size": vocab,
-        "max_position": longest,
+        "max_position": max_position,
+        **others,
     }
 
 
+_LLAMA_FIELDS = {"norm": "rms", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "qk_norm": False}
+_LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
+_QWEN_ONLY = {"hidden_act": "silu", "use_sliding_window": False}
+_QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
 _TINY = _size(4, 64, 176, 4, 2, 257, 4096)  # 257: the byte tokenizer
 
+_ROWS = (
+    Family(
+        name="llama",
+        architecture="LlamaForCausalLM",
+        fields=_LLAMA_FIELDS,
+        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        sizes={
+            "llama2-7b": _size(32, 4096, 11008, 32, 32, 32000, 4096),
+            "llama3-8b": _size(32, 4096, 14336, 32, 8, 128256, 8192, rope_theta=5e5),
+            "llama3.1-8b": _size(32, 4096, 14336, 32, 8, 128256, 131072, rope_theta=5e5, rope_scaling=_LLAMA31_ROPE),
+            "tiny": _TINY,
+            "tiny-llama3": _TINY | {"rope_scaling": _LLAMA31_ROPE | {"original_max_position": 256}},
+        },
+    ),
+    Family(
+        name="mistral",
+        architecture="MistralForCausalLM",
+        fields=_LLAMA_FIELDS,
+        only={"hidden_act": "silu"},
+        sizes={
+            "mistral-7b": _size(32, 4096, 14336, 32, 8, 32000, 32768, sliding_window=4096),
+            "tiny-mistral": _TINY | {"sliding_window": 32},
+        },
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        has_window=True,
+    ),
+    Family(
+        name="qwen2",
+        architecture="Qwen2ForCausalLM",
+        fields=_LLAMA_FIELDS | {"qkv_bias": True},
+        only=_QWEN_ONLY,
+        sizes={
+            "qwen2.5-7b": _size(28, 3584, 18944, 28, 4, 152064, 131072) | _QWEN,
+            "tiny-qwen2": _TINY | _QWEN,
+        },
+        defaults={"num_key_value_heads": 32},
+        has_head_dim=False,
+    ),
+    Family(
+        name="qwen3",
+        architecture="Qwen3ForCausalLM",
+        fields=_LLAMA_FIELDS | {"qk_norm": True},
+        only=_QWEN_ONLY | {"attention_bias": False},
+        sizes={
+            "qwen3-8b": _size(36, 4096, 12288, 32, 8, 151936, 40960, head_dim=128) | _QWEN,
+            "tiny-qwen3": _TINY | _QWEN | {"head_dim": 32},
+        },
+        defaults={"head_dim": 128, "num_key_value_heads": 32},
+    ),
+    Family(
+        name="starcoder2",
+        architecture="Starcoder2ForCausalLM",
+        fields={"norm": "layer", "activation": "gelu", "qkv_bias": True, "output_bias": True, "qk_norm": False},
+        only={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
+        sizes={
+            "starcoder2-7b": _size(
+                32, 4608, 18432, 36, 4, 49152, 16384, rope_theta=1e6, sliding_window=4096, tie_embeddings=True
+            ),
+            "tiny-starcoder2": _TINY | {"intermediate_size": 256, "sliding_window": 32, "tie_embeddings": True},
+        },
+        defaults={
+            "tie_word_embeddings": True,
+            "norm_epsilon": 1e-5,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.018042,
+        },
+        norm_key="norm_epsilon",
+        has_window=True,
+        has_head_dim=False,
+        up_names=("c_fc",),
+        down_name="c_proj",
+    ),
+)
+
+FAMILIES: Mapping[str, Family] = {row.name: row for row in _ROWS}
 PRESETS: dict[str, dict[str, Any]] = {
-    "llama2-7b": _LLAMA | _size(32, 4096, 11008, 32, 32, 32000, 4096),
-    "llama3-8b": _LLAMA | _size(32, 4096, 14336, 32, 8, 128256, 8192) | {"rope_theta": 5e5},
-    "llama3.1-8b": _LLAMA
-    | _size(32, 4096, 14336, 32, 8, 128256, 131072)
-    | {"rope_theta": 5e5, "rope_scaling": _LLAMA31_ROPE},
-    "mistral-7b": _MISTRAL | _size(32, 4096, 14336, 32, 8, 32000, 32768) | {"sliding_window": 4096},
-    "qwen2.5-7b": _QWEN2 | _size(28, 3584, 18944, 28, 4, 152064, 131072),
-    "qwen3-8b": _QWEN3 | _size(36, 4096, 12288, 32, 8, 151936, 40960, head_dim=128),
-    "starcoder2-7b": _STARCODER2
-    | _size(32, 4608, 18432, 36, 4, 49152, 16384)
-    | {"rope_theta": 1e6, "sliding_window": 4096},
-    "tiny": _LLAMA | _TINY,
-    "tiny-llama3": _LLAMA | _TINY | {"rope_scaling": _LLAMA31_ROPE | {"original_max_position": 256}},
-    "tiny-mistral": _MISTRAL | _TINY | {"sliding_window": 32},
-    "tiny-qwen2": _QWEN2 | _TINY,
-    "tiny-qwen3": _QWEN3 | _TINY | {"head_dim": 32},
-    "tiny-starcoder2": _STARCODER2 | _TINY | {"intermediate_size": 256, "sliding_window": 32},
+    name: {"family": row.name, **row.fields, **size} for row in _ROWS for name, size in row.sizes.items()
 }
+
+
+def family_of(name: str) -> Family:
+    """The row of `model.family`.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"model.family = {name!r} is unknown; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from engine.config.schema import ModelConfig
+from engine.model.families import family_of
 from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Rectangle, Replicas
@@ -97,8 +98,7 @@ class _Builder:
         hidden, head_dim = model.hidden_size, model.head_dim
         residual_std = model.init_std / math.sqrt(2 * model.num_layers)  # GPT-2: keeps the residual stream's variance
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        gated = model.activation == "swiglu"
-        up, down = (("gate_proj", "up_proj"), "down_proj") if gated else (("c_fc",), "c_proj")
+        family = family_of(model.family)
         heads, ffn = self._share(model.num_heads * head_dim), self._share(model.intermediate_size)
         first, count = kv_share(model, self.tp)
         kv_heads = Slice(model.num_kv_heads * head_dim, first * head_dim, count * head_dim)
@@ -117,8 +117,9 @@ class _Builder:
         yield from self._row(f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std)
 
         yield from self._norm(model.norm, f"{path}.mlp_norm", f"{name}.post_attention_layernorm", hidden)
-        yield from self._column(f"{path}.mlp.up", [(f"{mlp}.{each}", ffn, None) for each in up], bias=model.output_bias)
-        yield from self._row(f"{path}.mlp.down", f"{mlp}.{down}", ffn, residual_std)
+        ups = [(f"{mlp}.{up}", ffn, None) for up in family.up_names]
+        yield from self._column(f"{path}.mlp.up", ups, bias=model.output_bias)
+        yield from self._row(f"{path}.mlp.down", f"{mlp}.{family.down_name}", ffn, residual_std)
 
     def _embedding(self, *, replicas: Replicas | None, owned: bool = True) -> LocalParameter:
         """Every token is multiplied by it where it is the head too."""

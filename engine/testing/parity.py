@@ -35,7 +35,7 @@ from torch import Tensor
 
 import engine.train.run
 import engine.train.step
-from engine.checkpoint.manager import open_checkpoint
+from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.schema import Config, ParallelConfig
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import shutdown_distributed
@@ -211,7 +211,7 @@ def _outcome(run: Path, torn: list[str]) -> Outcome:
     return Outcome(
         losses=[record["loss"] for record in steps] + evaluations,
         grad_norms=[record["grad_norm"] for record in steps],
-        parameters={name: checkpoint.read("param", name) for name in checkpoint.tensors("param")},
+        parameters={name: checkpoint.read(name) for name in checkpoint.tensors()},
         torn=torn,
     )
 

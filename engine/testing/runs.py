@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import torch
 
-from engine.checkpoint.initial import trained
+from engine.checkpoint.opening import trained
 from engine.config.load import resolve
 from engine.config.schema import Config
 from engine.data.samples.loader import Batch, collate

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from engine.checkpoint.rectangles import Best
+from engine.checkpoint.manifest import Best
 from engine.config.schema import Config
 from engine.data.samples.loader import batches
 from engine.data.samples.sft import SftDataset

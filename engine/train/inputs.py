@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.huggingface.config import hf_config
-from engine.checkpoint.initial import InitialWeights, initial_weights
-from engine.checkpoint.manager import Checkpoint, candidates, open_checkpoint
+from engine.checkpoint.model_directory import ModelDirectory
+from engine.checkpoint.opening import initial_weights
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.run_directory import candidates, open_checkpoint
 from engine.config.schema import SOURCES, Config
 from engine.data.chat.template import find_template
 from engine.data.samples.pretrain import PretrainDataset, Split
@@ -37,7 +39,7 @@ class Inputs:
     train_data: Data
     valid_data: Data | None
     checkpoints: list[Checkpoint]
-    weights: InitialWeights | None
+    weights: ModelDirectory | None
 
 
 def model_dtype(config: Config, device_type: str) -> torch.dtype:
@@ -59,7 +61,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     shapes = {tensor.name: tensor.shape for tensor in table.logical()}
     checkpoints = _choose_checkpoints(config, print if world.is_main else lambda _: None)
     for checkpoint in checkpoints:
-        checkpoint.require("param", shapes)
+        checkpoint.require(shapes)
         _require_same_architecture(checkpoint, config)
     weights = None if checkpoints else initial_weights(config.model)
     if weights is not None:
@@ -150,7 +152,7 @@ def chat_template(data: Data) -> str | None:
 def _require_same_architecture(checkpoint: Checkpoint, config: Config) -> None:
     """Tensors of the same shapes can belong to another model. What may differ are settings that mean nothing to trained
     weights and those that people change on purpose to lengthen the context."""
-    stored, wanted = checkpoint.model_config().model_dump(), config.model.model_dump()
+    stored, wanted = checkpoint.model.model_dump(), config.model.model_dump()
     may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
     different = [
         f"model.{key} = {wanted[key]}, in the checkpoint {value}"

@@ -10,8 +10,10 @@ from typing import TypeVar
 import torch
 
 import engine
-from engine.checkpoint.manager import Checkpoint, State, save
-from engine.checkpoint.reader import BEST, checkpoints_dir, step_name
+from engine.checkpoint.manager import save
+from engine.checkpoint.manifest import State
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.run_directory import BEST, checkpoints_dir, step_name
 from engine.config.derived import with_steps
 from engine.config.load import changed_settings, read_yaml
 from engine.config.schema import Config
@@ -280,7 +282,7 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
             keep_last=config.checkpoint.keep_last,
             rank=world.rank,
             world_size=world.layout.world_size,
-            agree=world.first_problem,
+            first_problem=world.first_problem,
         )
     except StorageError as error:
         log.event("save_failed", step=progress.step, reason=str(error))

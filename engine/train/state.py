@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.checkpoint.initial import InitialWeights
-from engine.checkpoint.manager import Checkpoint, Piece
+from engine.checkpoint.model_directory import ModelDirectory
+from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import flat_slice
+from engine.checkpoint.shares import StateSlice
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import Bucket
 from engine.parallel.fp8 import Fp8State
@@ -15,13 +16,13 @@ from engine.parallel.table import LogicalTensor, Rectangle
 _FP8 = "fp8_amax"
 
 
-def pieces(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[Piece]:
+def pieces(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[StateSlice]:
     """Everything this rank has to save: the rectangles that it owns of its shards, and the scales' history, in fp32."""
     at = optimizer.parameters.world.coords
     if fp8 is not None and at.dp == 0 and at.tp == 0:
         for name, history in fp8.histories().items():
             shape = tuple(history.shape)
-            yield Piece(_FP8, name, shape, Rectangle((0, 0), shape), history)
+            yield StateSlice(_FP8, name, shape, Rectangle((0, 0), shape), history)
     if not optimizer.parameters.owns:
         return
     for shard in optimizer.shards:
@@ -29,7 +30,7 @@ def pieces(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[Pie
             for tensor, rectangle, part in _rectangles(shard.bucket):
                 if tensor.owned:
                     values = flat[part].view(rectangle.extent).float()
-                    yield Piece(kind, tensor.name, tensor.shape, rectangle, values)
+                    yield StateSlice(kind, tensor.name, tensor.shape, rectangle, values)
 
 
 @torch.no_grad()
@@ -50,14 +51,14 @@ def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint, fp8: Fp8State | Non
     for shard in optimizer.shards:
         for kind in kinds:
             for tensor, rectangle, part in _rectangles(shard.bucket):
-                values = checkpoint.read(kind, tensor.name, rectangle)
+                values = checkpoint.read(tensor.name, rectangle, kind=kind)
                 shard.kinds[kind][part].copy_(values.flatten())
     if fp8 is not None:
         _restore_history(fp8, checkpoint)
 
 
 @torch.no_grad()
-def restore_weights(optimizer: ShardedAdamW, weights: InitialWeights) -> None:
+def restore_weights(optimizer: ShardedAdamW, weights: ModelDirectory) -> None:
     """Read this rank's shards of the parameters from a trained model, and start with moments of zero.
 
     Raises:
@@ -77,7 +78,7 @@ def _restore_history(fp8: Fp8State, checkpoint: Checkpoint) -> None:
     if any(name not in stored or stored[name].shape != tuple(into.shape) for name, into in wanted.items()):
         return
     for name, into in wanted.items():
-        into.copy_(checkpoint.read(_FP8, name, Rectangle((0, 0), tuple(into.shape))))
+        into.copy_(checkpoint.read(name, kind=_FP8))
     fp8.restored()
 
 

@@ -7,7 +7,7 @@ iterates over `steps()`.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.checkpoint.rectangles import Best
+from engine.checkpoint.manifest import Best
 from engine.config.schema import Config
 from engine.data.samples.loader import Batch, Samples, batches
 from engine.errors import DataError

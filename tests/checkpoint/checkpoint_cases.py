@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.manager import Agree, Piece, save
-from engine.checkpoint.rectangles import Rectangle, State, flat_slice
+from engine.checkpoint.manager import FirstProblem, save
+from engine.checkpoint.manifest import State
+from engine.checkpoint.rectangles import flat_slice
+from engine.checkpoint.shares import StateSlice
 from engine.checkpoint.storage import Storage
+from engine.parallel.table import Rectangle
 
 SHAPES = {"embed.weight": (33, 8), "layer.0.proj.weight": (16, 12), "norm.weight": (8,), "scale": ()}
 KINDS = ("param", "exp_avg")
@@ -33,7 +36,7 @@ def state(step: int) -> State:
     )
 
 
-def pieces(seed: int, rank: int, world_size: int) -> list[Piece]:
+def pieces(seed: int, rank: int, world_size: int) -> list[StateSlice]:
     """What `rank` owns when every tensor is cut flat into equal parts, as a sharded optimizer does."""
     owned = []
     for (kind, name), tensor in tensors(seed).items():
@@ -41,27 +44,27 @@ def pieces(seed: int, rank: int, world_size: int) -> list[Piece]:
         begin, end = (tensor.numel() * r // world_size for r in (rank, rank + 1))
         flat = tensor.reshape(-1)[begin:end]
         for part in flat_slice(whole, begin, end):
-            owned.append(Piece(kind, name, tuple(tensor.shape), part, flat[: part.size].reshape(part.extent)))
+            owned.append(StateSlice(kind, name, tuple(tensor.shape), part, flat[: part.size].reshape(part.extent)))
             flat = flat[part.size :]
     return owned
 
 
 class Meeting:
-    """`agree` for ranks that are threads."""
+    """`first_problem` for ranks that are threads."""
 
     def __init__(self, world_size: int) -> None:
         self.barrier = threading.Barrier(world_size, timeout=20)
         self.problems: list[str | None] = [None] * world_size
 
-    def agree(self, rank: int) -> Agree:
-        def agree(problem: str | None) -> str | None:
+    def first_problem(self, rank: int) -> FirstProblem:
+        def meet(problem: str | None) -> str | None:
             self.problems[rank] = problem
             self.barrier.wait()
             first = next((p for p in self.problems if p), None)
             self.barrier.wait()
             return first
 
-        return agree
+        return meet
 
 
 def save_step(
@@ -71,7 +74,7 @@ def save_step(
     world_size: int = 1,
     seed: int | None = None,
     keep_last: int = 3,
-    owned: Callable[[int, int, int], Sequence[Piece]] = pieces,
+    owned: Callable[[int, int, int], Sequence[StateSlice]] = pieces,
     storages: Sequence[Storage | None] = (),
     tokenizer_files: Sequence[Path] = (),
     config_yaml: str = CONFIG,
@@ -90,7 +93,7 @@ def save_step(
                 keep_last=keep_last,
                 rank=rank,
                 world_size=world_size,
-                agree=meeting.agree(rank),
+                first_problem=meeting.first_problem(rank),
                 storage=storages[rank] if storages else None,
             )
         except Exception as error:

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint.manager import Piece, save
-from engine.checkpoint.reader import Checkpoint, candidates, find, open_checkpoint
-from engine.checkpoint.rectangles import Rectangle
+from engine.checkpoint.manager import save
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.run_directory import candidates, find, open_checkpoint
+from engine.checkpoint.shares import StateSlice
 from engine.checkpoint.storage import Storage
 from engine.errors import CheckpointError, StorageError
+from engine.model.families import PRESETS
+from engine.parallel.table import Rectangle
 from tests.checkpoint.checkpoint_cases import CONFIG, KINDS, SHAPES, pieces, save_step, state, tensors
 
 
@@ -20,7 +24,7 @@ def holds(checkpoint: Checkpoint | None, seed: int) -> bool:
     """Whether every tensor is, bitwise, the one of `seed`."""
     assert checkpoint is not None
     checkpoint.verify()
-    return all(torch.equal(checkpoint.read(*key), tensor) for key, tensor in tensors(seed).items())
+    return all(torch.equal(checkpoint.read(key[1], kind=key[0]), tensor) for key, tensor in tensors(seed).items())
 
 
 def is_valid(path: Path) -> bool:
@@ -58,10 +62,10 @@ def test_any_rectangle_can_be_read_from_any_cut(tmp_path: Path) -> None:
     for first in range(0, 33, 4):
         for count in (1, 33 - first):
             wanted = Rectangle((first, 2), (count, 5))
-            assert torch.equal(checkpoint.read("param", "embed.weight", wanted), whole[first : first + count, 2:7])
+            assert torch.equal(checkpoint.read("embed.weight", wanted), whole[first : first + count, 2:7])
 
 
-def test_neighbours_in_a_stored_rectangle_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_in_a_stored_rectangle_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine.checkpoint import reader
 
     save_step(tmp_path, 1)
@@ -70,13 +74,13 @@ def test_neighbours_in_a_stored_rectangle_are_read_once(tmp_path: Path, monkeypa
     monkeypatch.setattr(reader, "tensor_hash", lambda tensor: hashed.append(tensor.numel()) or real(tensor))
     checkpoint = open_checkpoint(tmp_path)
     for row in range(33):
-        checkpoint.read("param", "embed.weight", Rectangle((row, 0), (1, 8))).zero_()
+        checkpoint.read("embed.weight", Rectangle((row, 0), (1, 8))).zero_()
     assert hashed == [33 * 8]
     assert holds(checkpoint, 1)
 
 
 def test_a_rank_that_owns_nothing_takes_part(tmp_path: Path) -> None:
-    def owned(seed: int, rank: int, world_size: int) -> list[Piece]:
+    def owned(seed: int, rank: int, world_size: int) -> list[StateSlice]:
         return pieces(seed, 0, 1) if rank == 1 else []
 
     save_step(tmp_path, 3, world_size=3, owned=owned)
@@ -89,9 +93,9 @@ def test_a_rank_that_owns_nothing_takes_part(tmp_path: Path) -> None:
 
 def test_the_dtype_of_a_piece_is_the_stored_one(tmp_path: Path) -> None:
     half = torch.randn(4).bfloat16()
-    piece = Piece("param", "a", (4,), Rectangle((0,), (4,)), half, dtype=torch.float32)
+    piece = StateSlice("param", "a", (4,), Rectangle((0,), (4,)), half, dtype=torch.float32)
     save_step(tmp_path, 1, owned=lambda *_: [piece])
-    read = open_checkpoint(tmp_path).read("param", "a")
+    read = open_checkpoint(tmp_path).read("a")
     assert read.dtype == torch.float32
     assert torch.equal(read, half.float())
 
@@ -114,18 +118,18 @@ def test_tokenizer_files_are_kept(saved: Path) -> None:
     assert checkpoint.tokenizer_spec == str(checkpoint.tokenizer_dir)
 
 
-def incomplete(seed: int, rank: int, world_size: int) -> list[Piece]:
+def incomplete(seed: int, rank: int, world_size: int) -> list[StateSlice]:
     owned = pieces(seed, rank, world_size)
     return owned[1:] if rank == 1 else owned
 
 
-def doubled(seed: int, rank: int, world_size: int) -> list[Piece]:
+def doubled(seed: int, rank: int, world_size: int) -> list[StateSlice]:
     return pieces(seed, 0, 2) if rank == 1 else pieces(seed, rank, world_size)
 
 
 @pytest.mark.parametrize(("owned", "expected"), [(incomplete, "missing"), (doubled, "overlap")])
 def test_an_inexact_cover_is_never_committed(
-    tmp_path: Path, owned: Callable[[int, int, int], list[Piece]], expected: str
+    tmp_path: Path, owned: Callable[[int, int, int], list[StateSlice]], expected: str
 ) -> None:
     save_step(tmp_path, 1, world_size=2)
     for result in save_step(tmp_path, 2, world_size=2, owned=owned):
@@ -138,13 +142,13 @@ def test_a_rank_that_wrote_nothing_blocks_the_commit_and_is_named(tmp_path: Path
     with pytest.raises(StorageError, match="rank 1 wrote nothing"):
         save(
             tmp_path, pieces(1, 0, 2), state(1), config_yaml=CONFIG, tokenizer_files=[], keep_last=1,
-            rank=0, world_size=2, agree=lambda problem: problem,
+            rank=0, world_size=2, first_problem=lambda problem: problem,
         )  # fmt: skip
     assert steps(tmp_path) == []
 
 
 def test_a_fault_of_the_program_keeps_its_exception_on_its_rank(tmp_path: Path) -> None:
-    def owned(seed: int, rank: int, world_size: int) -> list[Piece]:
+    def owned(seed: int, rank: int, world_size: int) -> list[StateSlice]:
         good = pieces(seed, rank, world_size)
         return [dataclasses.replace(good[0], tensor=torch.zeros(3)), *good[1:]] if rank == 1 else good
 
@@ -272,7 +276,7 @@ def test_processes_that_really_die(tmp_path: Path) -> None:
 def save_step_without_threads(run_dir: Path, step: int, storage: Storage) -> None:
     save(
         run_dir, pieces(step, 0, 1), state(step), config_yaml=CONFIG, tokenizer_files=[], keep_last=1,
-        rank=0, world_size=1, agree=lambda problem: problem, storage=storage,
+        rank=0, world_size=1, first_problem=lambda problem: problem, storage=storage,
     )  # fmt: skip
 
 
@@ -376,16 +380,16 @@ def test_open_checkpoint_says_what_it_did_not_find(saved: Path, tmp_path: Path) 
 def test_reading_what_is_not_there_names_it(saved: Path) -> None:
     checkpoint = open_checkpoint(saved)
     with pytest.raises(CheckpointError, match=r"no exp_avg_sq of norm\.weight"):
-        checkpoint.read("exp_avg_sq", "norm.weight")
+        checkpoint.read("norm.weight", kind="exp_avg_sq")
     with pytest.raises(CheckpointError, match=r"norm\.weight has shape \[8\], wanted \[4:9\]"):
-        checkpoint.read("param", "norm.weight", Rectangle((4,), (5,)))
+        checkpoint.read("norm.weight", Rectangle((4,), (5,)))
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_a_list(saved: Path) -> None:
     checkpoint = open_checkpoint(saved)
-    checkpoint.require("param", SHAPES)
+    checkpoint.require(SHAPES)
     with pytest.raises(CheckpointError, match="another model") as error:
-        checkpoint.require("param", {**SHAPES, "head.weight": (2, 2), "norm.weight": (9,)})
+        checkpoint.require({**SHAPES, "head.weight": (2, 2), "norm.weight": (9,)})
     assert "head.weight: missing" in str(error.value)
     assert "norm.weight: shape [8], expected [9]" in str(error.value)
 
@@ -394,7 +398,7 @@ def read_all(checkpoint_dir: Path) -> None:
     checkpoint = open_checkpoint(checkpoint_dir)
     for kind in KINDS:
         for name in SHAPES:
-            checkpoint.read(kind, name)
+            checkpoint.read(name, kind=kind)
 
 
 FILES = [
@@ -461,4 +465,11 @@ def test_a_shard_with_the_right_bytes_in_other_shapes_is_found(saved: Path) -> N
 def test_the_model_section_of_an_otherwise_empty_config_is_enough(tmp_path: Path) -> None:
     save_step(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"config\.yaml: no usable model section"):
-        open_checkpoint(tmp_path).model_config()
+        assert open_checkpoint(tmp_path).model
+
+
+def test_a_family_that_this_release_does_not_know(tmp_path: Path) -> None:
+    model = {**PRESETS["tiny"], "family": "gpt5"}
+    save_step(tmp_path, 1, config_yaml=json.dumps({"model": model}))
+    with pytest.raises(CheckpointError, match=r"no usable model section: model\.family = 'gpt5' is unknown"):
+        assert open_checkpoint(tmp_path).model

@@ -8,9 +8,10 @@ import torch
 import xxhash
 
 from engine.checkpoint import storage as storage_module
-from engine.checkpoint.rectangles import Rectangle
-from engine.checkpoint.storage import Entry, SafetensorsFile, Storage, file_hash, tensor_hash
-from engine.errors import CheckpointError
+from engine.checkpoint.safetensors_file import SafetensorsFile, file_hash
+from engine.checkpoint.storage import Entry, Storage, new_directory, tensor_hash
+from engine.errors import CheckpointError, StorageError
+from engine.parallel.table import Rectangle
 
 
 def entry(key: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Entry:
@@ -195,3 +196,20 @@ def test_a_rectangle_is_read_without_the_rows_around_it(tmp_path: Path) -> None:
     assert file.tensor("s", Rectangle((), ())).item() == 3
     with pytest.raises(CheckpointError, match=r"m has shape \[5, 6\], wanted"):
         file.tensor("m", Rectangle((4, 0), (2, 6)))
+
+
+def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Not a directory"), new_directory(tmp_path / "file" / "x"):
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_was_begun_is_removed_when_it_fails(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "left by a killed conversion").touch()
+    with pytest.raises(type(error)), new_directory(tmp_path / "out") as partial:
+        assert os.listdir(partial) == []
+        (partial / "half").write_text("half")
+        raise error
+    assert os.listdir(tmp_path) == []

@@ -12,12 +12,15 @@ import pytest
 import torch
 import yaml
 
-from engine.checkpoint.manager import Piece, State, open_checkpoint, save
-from engine.checkpoint.rectangles import Rectangle
+from engine.checkpoint.manager import save
+from engine.checkpoint.manifest import State
+from engine.checkpoint.run_directory import open_checkpoint
+from engine.checkpoint.shares import StateSlice
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
+from engine.parallel.table import Rectangle
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 MODEL = ModelConfig(**{**PRESETS["tiny"], "num_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8})
@@ -42,13 +45,13 @@ def run_dir(tmp_path: Path) -> Path:
     """A run on bytes with one checkpoint."""
     torch.manual_seed(0)
     pieces = [
-        Piece("param", name, shape, Rectangle((0,) * len(shape), shape), torch.randn(shape))
+        StateSlice("param", name, shape, Rectangle((0,) * len(shape), shape), torch.randn(shape))
         for name, shape in logical_shapes(MODEL).items()
     ]
     save(
         tmp_path / "run", pieces, State(5, 20, 80, None, "data", {}),
         config_yaml=yaml.safe_dump({"model": MODEL.model_dump(mode="json"), "data": {"tokenizer": "byte"}}),
-        tokenizer_files=[], keep_last=1, rank=0, world_size=1, agree=lambda problem: problem,
+        tokenizer_files=[], keep_last=1, rank=0, world_size=1, first_problem=lambda problem: problem,
     )  # fmt: skip
     return tmp_path / "run"
 
@@ -70,7 +73,7 @@ def test_both_ways_and_the_next_command(
     assert f"run.resume to {tmp_path / 'imported'}" in said
     before, after = open_checkpoint(run_dir), open_checkpoint(tmp_path / "imported")
     for name in logical_shapes(MODEL):
-        assert torch.equal(before.read("param", name), after.read("param", name))
+        assert torch.equal(before.read(name), after.read(name))
 
 
 def test_a_checkpoint_directory_is_exported_as_bf16_unless_told(

@@ -253,7 +253,7 @@ def test_answers_of_two_models_or_settings_are_not_mixed(program, chatty, tmp_pa
         ([*options, "--chat-template", tmp_path / "other.jinja"], "chat template hash"),
         ([chatty, *options[2:]], "chat template hash"),
     ):
-        with pytest.raises(ConfigError, match=f"has answers made with {name} = .*name another --output"):
+        with pytest.raises(ConfigError, match=f"has answers made with {name} = .*name another output file"):
             program(*changed)
     program(*options, "--batch-size", 1)
     assert options[5].read_bytes() == whole
@@ -307,7 +307,7 @@ def refusing(directory: Path) -> Path:
         ("--prompt x --system y", "add --chat"),
         ("--prompt x --chat-template y", "add --chat"),
         ("--prompt x --chat --bos", "--bos is for texts"),
-        ("--input none.jsonl --output y", "cannot read --input none.jsonl"),
+        ("--input none.jsonl --output y", "cannot read the prompts in none.jsonl"),
         ("--chat --chat-template gpt", "chat template 'gpt'"),
         ("--chat --chat-template llama3", "the vocabulary lacks"),
         ("--prompt x --bos", "has no beginning-of-text token"),

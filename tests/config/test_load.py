@@ -68,6 +68,14 @@ def test_unknown_keys_name_the_nearest_setting():
     )
 
 
+def test_a_family_is_one_of_those_with_a_preset():
+    known = "known: llama, mistral, qwen2, qwen3, starcoder2"
+    text = message({"model": {"preset": "tiny", "family": "mistrall"}})
+    assert f"model.family = 'mistrall' is unknown (did you mean 'mistral'?); {known}" in text
+    assert f"model.family = 'zzz' is unknown; {known}" in message({}, "--model.family", "zzz")
+    assert "model.family = 5: input should be a valid string" in message({}, "--model.family", "5")
+
+
 def test_all_problems_are_reported_at_once():
     text = message({"batch": {"global": "many"}, "train": {"steps": -1}, "nonsense": {}, "model": {"preset": "tinny"}})
     for part in ("batch.global = 'many'", "train.steps = -1", "nonsense", "'tinny' is unknown (did you mean 'tiny'?)"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.generate.decoding import Sampling, draw, generate, generate_batch
+from engine.generate.decoding import Sampling, generate, generate_batch, sample_next
 from engine.model.attention import attend_within
 from engine.testing.models import new_decoder, tiny_config
 
@@ -36,7 +36,7 @@ def test_top_p_draws_only_from_the_likeliest():
 
     def drawn(top_p: float, temperature: float = 1.0) -> set[int]:
         uniform = torch.rand(300, dtype=torch.float64, generator=random)
-        return set(draw(logits, Sampling(temperature, top_p), uniform).tolist())
+        return set(sample_next(logits, Sampling(temperature, top_p), uniform).tolist())
 
     assert drawn(0.4) == {0}
     assert drawn(0.6) == {0, 2}
@@ -48,10 +48,10 @@ def test_top_p_draws_only_from_the_likeliest():
 def test_draws_have_the_probabilities_of_the_model():
     probabilities = torch.tensor([0.125, 0.5, 0.0, 0.375])
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = draw(probabilities.log().expand(1000, -1), Sampling(1.0), uniform)
+    drawn = sample_next(probabilities.log().expand(1000, -1), Sampling(1.0), uniform)
     assert drawn.bincount(minlength=4).tolist() == [125, 500, 0, 375]
     edges = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(probabilities.log().expand(3, -1), Sampling(1.0), edges).tolist() == [1, 3, 0]
+    assert sample_next(probabilities.log().expand(3, -1), Sampling(1.0), edges).tolist() == [1, 3, 0]
 
 
 PROMPTS = {7: [1, 2, 3, 4, 5, 6, 7, 8, 9], 2: [5], 0: [6, 7, 8], 9: list(range(40))}

@@ -44,15 +44,15 @@ def test_conversations_begin_with_the_system_message_once():
         (b'{"prompt": "x", "messages": []}', 'either "prompt" or "messages"'),
         (b'{"prompt": ""}', "not a text, or empty"),
         (b'{"prompt": 3}', "not a text, or empty"),
-        (b'{"prompt": "x", "completion": "y"}', "'completion' is where the answer goes"),
-        (b'{"prompt": "x", "error": null}', "'error' is where the answer goes"),
+        (b'{"prompt": "x", "completion": "y"}', "'completion' is reserved for the answer"),
+        (b'{"prompt": "x", "error": null}', "'error' is reserved for the answer"),
         (b'{"prompt": "x", "more": ' + b"[" * 400 + b"]" * 400 + b"}", "Recursion limit reached"),
         (b'{"messages": {}}', "not a list, or empty"),
         (b'{"messages": []}', "not a list, or empty"),
         (b'{"messages": ["x"]}', "a message is an object"),
         (b'{"messages": [{"role": "user"}]}', "a message is an object"),
         (b'{"messages": [{"role": [], "content": "x"}]}', "a message is an object"),
-        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "nothing is left to answer"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "there is nothing to answer"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, expected):
@@ -80,7 +80,7 @@ def test_files_without_prompts(tmp_path):
     with pytest.raises(DataError, match="holds no prompts"):
         read_prompts(tmp_path / "empty", chat=False)
     (tmp_path / "chat").write_text('{"messages": [{"role": "user", "content": "x"}]}')
-    with pytest.raises(DataError, match=r"line 1.*need --chat"):
+    with pytest.raises(DataError, match=r"line 1.*need chat mode"):
         read_prompts(tmp_path / "chat", chat=False)
 
 
@@ -145,7 +145,7 @@ def test_answers_made_with_other_settings_stay_as_they_are(tmp_path, name, value
     file.write([answer(0)])
     file.close()
     path.write_bytes(before := path.read_bytes() + b"torn")
-    with pytest.raises(ConfigError, match=f"made with {name} = {shown}; name another --output, or remove this one"):
+    with pytest.raises(ConfigError, match=f"made with {name} = {shown}; name another output file, or remove this one"):
         AnswerFile(path, PROMPTS, SETTINGS | {name: value})
     assert path.read_bytes() == before
     assert AnswerFile(path, PROMPTS, SETTINGS).answered == 1

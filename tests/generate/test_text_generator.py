@@ -9,7 +9,7 @@ from engine.data.chat.template import ChatEncoder, ChatTemplate, ConversationErr
 from engine.data.tokenizers.tokenizer import ByteTokenizer
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling
-from engine.generate.text_generator import Speaker
+from engine.generate.text_generator import TextGenerator
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table
@@ -25,7 +25,7 @@ TEMPLATE = (
 )
 
 
-def new_speaker(model: ModelConfig, max_new_tokens: int, stop: frozenset[int], sampling: Sampling) -> Speaker:
+def new_generator(model: ModelConfig, max_new_tokens: int, stop: frozenset[int], sampling: Sampling) -> TextGenerator:
     """This rank's, of byte tokens, for conversations as well."""
     world = world_of(Layout(tp=int(os.environ.get("WORLD_SIZE", 1))))
     parameters = {}
@@ -36,24 +36,24 @@ def new_speaker(model: ModelConfig, max_new_tokens: int, stop: frozenset[int], s
     tokenizer, decoder = ByteTokenizer(), Decoder(model, Parameters(parameters), tp=world.tp)
     special = {text: i for text, i in tokenizer.special_tokens.items() if i == tokenizer.eod_id}
     template = ChatTemplate("test", TEMPLATE, dict.fromkeys(("eos_token",), *special), tuple(special))
-    return Speaker(decoder, tokenizer, world, sampling, max_new_tokens, stop, ChatEncoder(tokenizer, template))
+    return TextGenerator(decoder, tokenizer, world, sampling, max_new_tokens, stop, ChatEncoder(tokenizer, template))
 
 
 def write_on_ranks(model: ModelConfig) -> tuple[list[dict[int, list[int]]], int]:
     """What rank 0 gets for some prompts, one batch after another, and how many values this rank holds."""
     got = []
     for temperature in (0.0, 1.0):
-        speaker = new_speaker(model, 12, frozenset({5}), Sampling(temperature, 0.9, seed=3))
-        if not speaker.world.is_main:
-            speaker.follow()
+        generator = new_generator(model, 12, frozenset({5}), Sampling(temperature, 0.9, seed=3))
+        if not generator.world.is_main:
+            generator.serve_rank()
             continue
         for numbers in ((7, 2), (0, 9)):
             ids: dict[int, list[int]] = {number: [] for number in numbers}
-            for number, token in speaker.write({number: PROMPTS[number] for number in numbers}, 12):
+            for number, token in generator.write({number: PROMPTS[number] for number in numbers}, 12):
                 ids[number].append(token)
             got.append(ids)
-        speaker.end()
-    return got, sum(parameter.numel() for parameter in speaker.decoder.parameters())
+        generator.shutdown()
+    return got, sum(parameter.numel() for parameter in generator.decoder.parameters())
 
 
 @pytest.mark.parametrize(
@@ -73,57 +73,61 @@ def test_ranks_that_share_the_layers_write_what_one_writes(changes, ranks):
 
 
 @pytest.fixture(scope="module")
-def speaker():
+def generator():
     model = tiny_config(init_std=0.1, vocab_size=259, max_position=64)
-    return new_speaker(model, 20, frozenset({256}), Sampling())
+    return new_generator(model, 20, frozenset({256}), Sampling())
 
 
-def test_text_is_continued_in_pieces(speaker):
-    ids = [token for _, token in speaker.write({0: [*b"abc"]}, 20)]
-    pieces = list(speaker.continue_text("abc"))
+def test_text_is_continued_in_pieces(generator):
+    ids = [token for _, token in generator.write({0: [*b"abc"]}, 20)]
+    pieces = list(generator.continue_text("abc"))
     assert len(pieces) == 3 + len(ids) + 1
     assert "".join(pieces) == "abc" + bytes(ids).decode(errors="replace")
     with pytest.raises(ConfigError, match="60 prompt tokens and 20 new ones"):
-        speaker.continue_text("a" * 60)
+        generator.continue_text("a" * 60)
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        speaker.continue_text("")
+        generator.continue_text("")
 
 
-def test_an_answer_takes_the_room_that_is_left(speaker):
+def test_an_answer_takes_the_room_that_is_left(generator):
     def said(length: int) -> int:
-        return len(list(speaker.answer([{"role": "user", "content": "x" * length}]))) - 1
+        return len(list(generator.answer([{"role": "user", "content": "x" * length}]))) - 1
 
-    assert len(speaker.message_ids([{"role": "user", "content": "x" * 40}])) == 45
+    assert len(generator.message_ids([{"role": "user", "content": "x" * 40}])) == 45
     assert said(58) == 1
     assert said(50) == 9
     assert said(1) == 20
     with pytest.raises(ConfigError, match="the conversation has 64 tokens, and the model reads at most 64"):
         said(59)
     with pytest.raises(ConversationError, match="no tools"):
-        speaker.answer([{"role": "tool", "content": "x"}])
+        generator.answer([{"role": "tool", "content": "x"}])
 
 
-def test_a_batch_has_what_each_prompt_has_alone(speaker):
+def test_a_batch_has_what_each_prompt_has_alone(generator):
     prompts = {3: [*b"abc"], 1: [*b"x" * 60], 2: [], 5: [*b"y"]}
-    together = speaker.answer_batch(prompts)
+    together = generator.answer_batch(prompts)
     assert list(together) == [3, 1, 2, 5]
-    assert together == {number: speaker.answer_batch({number: ids})[number] for number, ids in prompts.items()}
+    assert together == {number: generator.answer_batch({number: ids})[number] for number, ids in prompts.items()}
     assert "60 prompt tokens and 20 new ones" in together[1]["error"]
     assert "empty" in together[2]["error"]
     assert together[3]["stopped"] == "length"
     assert together[3]["num_tokens"] == 20
-    ids = [token for _, token in speaker.write({3: prompts[3]}, 20)]
+    ids = [token for _, token in generator.write({3: prompts[3]}, 20)]
     assert together[3]["completion"] == bytes(ids).decode(errors="replace")
 
 
-def test_an_end_of_turn_is_told_and_not_shown(speaker):
-    ids = [token for _, token in speaker.write({0: [*b"abc"]}, 20)]
-    stopping = Speaker(speaker.decoder, speaker.tokenizer, speaker.world, Sampling(), 20, frozenset({ids[4]}))
+def test_an_end_of_turn_is_told_and_not_shown(generator):
+    ids = [token for _, token in generator.write({0: [*b"abc"]}, 20)]
+    stopping = TextGenerator(
+        generator.decoder, generator.tokenizer, generator.world, Sampling(), 20, frozenset({ids[4]})
+    )
     end = ids.index(ids[4])
     answer = stopping.answer_batch({0: [*b"abc"]})[0]
     expected = {"completion": bytes(ids[:end]).decode(errors="replace"), "num_tokens": end, "stopped": "end of turn"}
     assert answer == expected
-    unstopped = Speaker(speaker.decoder, speaker.tokenizer, speaker.world, Sampling(), 20, frozenset(), speaker.chat)
+    unstopped = TextGenerator(
+        generator.decoder, generator.tokenizer, generator.world, Sampling(), 20, frozenset(), generator.chat
+    )
     hidden = {"<hidden>": ids[0]}
     unstopped.tokenizer.special_tokens |= hidden
     assert bytes([ids[0]]).decode(errors="replace") not in unstopped.answer_batch({0: [*b"abc"]})[0]["completion"]

@@ -1,7 +1,8 @@
 import pytest
 
 from engine.config.schema import ModelConfig
-from engine.model.families import PRESETS
+from engine.errors import ConfigError
+from engine.model.families import FAMILIES, PRESETS, family_of
 from engine.model.parameters import logical_shapes, parameter_table
 
 PUBLISHED = {  # from the model cards and the safetensors metadata on the hub
@@ -51,3 +52,21 @@ def test_fused_parameters_are_logical_tensors_one_after_another():
     ]
     assert [tensor.name.split(".")[-2] for tensor in qkv.tensors] == ["q_proj", "k_proj", "v_proj"]
     assert qkv.shape == (64 + 32 + 32, 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_a_row_is_whole(family):
+    """Its parameter names fit its activation, and a preset makes its name known to configurations."""
+    assert len(family.up_names) == {"swiglu": 2, "gelu": 1}[family.fields["activation"]]
+    assert family.sizes
+    for preset in family.sizes:
+        model = ModelConfig(**PRESETS[preset])
+        assert family_of(model.family) is family
+        names = [name for name in logical_shapes(model) if ".layers.0.mlp." in name and name.endswith("weight")]
+        expected = [f"model.layers.0.mlp.{part}.weight" for part in (*family.up_names, family.down_name)]
+        assert names == expected
+
+
+def test_an_unknown_family():
+    with pytest.raises(ConfigError, match=r"model\.family = 'lama' is unknown; known: llama, mistral, qwen2"):
+        family_of("lama")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint.manager import open_checkpoint
+from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.schema import OptimizerConfig
 from engine.model.parameters import parameter_table
 from engine.ops import adamw as module
@@ -73,7 +73,7 @@ def test_bf16_moments_survive_a_checkpoint(workspace):
     expected = run_with(workspace / "whole", "bf16", 6)
     run_with(workspace / "cut", "bf16", 3)
     checkpoint = open_checkpoint(workspace / "cut")
-    stored = checkpoint.read("exp_avg", "model.norm.weight")
+    stored = checkpoint.read("model.norm.weight", kind="exp_avg")
     assert stored.any()
     assert torch.equal(stored, stored.bfloat16().float())
     assert run_with(workspace / "cut", "bf16", 6) == expected

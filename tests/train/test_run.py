@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint.manager import open_checkpoint
+from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.schema import Config
 from engine.errors import (
     CheckpointError,
@@ -36,7 +36,7 @@ def tensors(config) -> dict:
     """Every stored tensor of the newest checkpoint."""
     checkpoint = open_checkpoint(config.run.dir)
     kinds = ("param", "exp_avg", "exp_avg_sq")
-    return {(kind, name): checkpoint.read(kind, name) for kind in kinds for name in checkpoint.tensors(kind)}
+    return {(kind, name): checkpoint.read(name, kind=kind) for kind in kinds for name in checkpoint.tensors(kind)}
 
 
 def assert_bitwise(a: dict, b: dict) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from engine.checkpoint.huggingface.config import hf_config
-from engine.checkpoint.huggingface.directory import export
-from engine.checkpoint.initial import InitialWeights
-from engine.checkpoint.manager import open_checkpoint
-from engine.checkpoint.rectangles import Best
+from engine.checkpoint.huggingface.exporting import export
+from engine.checkpoint.manifest import Best
+from engine.checkpoint.opening import open_model
+from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.schema import DatasetConfig
 from engine.config.schema import ParallelConfig as Parallel
 from engine.data.samples.loader import Batch, collate
@@ -186,7 +186,7 @@ def test_it_starts_from_a_checkpoint_of_another_layout_and_from_its_export(tmp_p
     first = run_training(sft_config(tmp_path, "--parallel.tp=2", "--optimizer.lr=1e-2", steps=6), 2)
     run = tmp_path / "run"
     checkpoint = open_checkpoint(run)
-    shapes = logical_shapes(checkpoint.model_config())
+    shapes = logical_shapes(checkpoint.model)
     export(checkpoint, load_tokenizer("byte"), tmp_path / "hf", shapes, dtype=torch.float32)
     starts = {}
     for name, where in {"from_checkpoint": run, "from_hf": tmp_path / "hf"}.items():
@@ -199,8 +199,8 @@ def test_it_starts_from_a_checkpoint_of_another_layout_and_from_its_export(tmp_p
     assert reference[0] < 0.95 * first[0]["loss"]
     for values in starts.values():
         assert values == pytest.approx(reference, rel=1e-5)
-    weights = InitialWeights("from_hf", tmp_path / "hf")
-    assert weights.model.hidden_size == checkpoint.model_config().hidden_size
+    weights = open_model(tmp_path / "hf")
+    assert weights.model.hidden_size == checkpoint.model.hidden_size
 
 
 def test_early_stopping_keeps_the_best_checkpoint(tmp_path):

@@ -32,9 +32,11 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from engine.checkpoint.huggingface.directory import export
-from engine.checkpoint.initial import initial_weights, trained
-from engine.checkpoint.manager import State, open_checkpoint, save
+from engine.checkpoint.huggingface.exporting import export
+from engine.checkpoint.manager import save
+from engine.checkpoint.manifest import State
+from engine.checkpoint.opening import initial_weights, trained
+from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.load import resolve
 from engine.config.schema import Config, DatasetConfig, OptimizerConfig
 from engine.data.samples.loader import Batch, batches
@@ -161,7 +163,7 @@ def _write(folder: Path, conversations: Conversations) -> None:
         keep_last=1,
         rank=0,
         world_size=1,
-        agree=lambda problem: problem,
+        first_problem=lambda problem: problem,
     )
     checkpoint, tokenizer = open_checkpoint(folder / "run"), load_tokenizer("byte")
     export(checkpoint, tokenizer, folder / "hf", logical_shapes(config.model), dtype=torch.float32)

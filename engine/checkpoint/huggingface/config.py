@@ -1,87 +1,19 @@
-"""Hugging Face's `config.json` and our `ModelConfig`, one row per family.
+"""Hugging Face's `config.json` to our `ModelConfig` and back.
 
-Pure. A row says which of our fields the architecture fixes, which of its settings we implement with one value only,
-and what a missing key means; anything else in a file would change the model silently, so it is refused with a reason.
-Written is the form of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), which 5 reads too; read are both.
+Pure. What differs between families is in the rows of `engine/model/families.py`. A setting that we do not implement
+would change the model silently, so it is refused with the reason. Files are written in the form of transformers 4
+(`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 5 reads too; both forms are read.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from engine.checkpoint.huggingface.files import Json
 from engine.config.schema import ModelConfig, RopeScaling
 from engine.errors import CheckpointError, ConfigError
-
-Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Family:
-    """An architecture.
-
-    Attributes:
-        fields: `ModelConfig` fields that the architecture fixes.
-        only: settings of `config.json` of which we implement this value alone; it is also their default.
-        defaults: what a missing key means, where that is not the same for all.
-        has_window: whether `sliding_window` applies to all layers.
-        has_head_dim: whether the head size may differ from hidden_size / num_heads.
-    """
-
-    architecture: str
-    fields: Json
-    only: Json
-    norm_key: str = "rms_norm_eps"
-    defaults: Json = field(default_factory=dict)
-    has_window: bool = False
-    has_head_dim: bool = True
-
-
-_PLAIN = {"norm": "rms", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "qk_norm": False}
-_QWEN_ONLY = {"hidden_act": "silu", "use_sliding_window": False}
-
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        "LlamaForCausalLM",
-        fields=_PLAIN,
-        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    ),
-    "mistral": Family(
-        "MistralForCausalLM",
-        fields=_PLAIN,
-        only={"hidden_act": "silu"},
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-        has_window=True,
-    ),
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        fields=_PLAIN | {"qkv_bias": True},
-        only=_QWEN_ONLY,
-        defaults={"num_key_value_heads": 32},
-        has_head_dim=False,
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        fields=_PLAIN | {"qk_norm": True},
-        only=_QWEN_ONLY | {"attention_bias": False},
-        defaults={"head_dim": 128, "num_key_value_heads": 32},
-    ),
-    "starcoder2": Family(
-        "Starcoder2ForCausalLM",
-        fields={"norm": "layer", "activation": "gelu", "qkv_bias": True, "output_bias": True, "qk_norm": False},
-        only={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
-        norm_key="norm_epsilon",
-        defaults={
-            "tie_word_embeddings": True,
-            "norm_epsilon": 1e-5,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.018042,
-        },
-        has_window=True,
-        has_head_dim=False,
-    ),
-}
+from engine.model.families import FAMILIES, Family, family_of
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -92,7 +24,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
     Raises:
         CheckpointError: an architecture or setting that we do not implement, or a field that is missing.
     """
-    name, family = _family_of(config)
+    family = _family_of(config)
     for key, expected in {**family.only, "auto_map": None, "quantization_config": None}.items():
         if config.get(key, expected) != expected:
             raise CheckpointError(f"config.json: {key} = {config[key]!r} is not supported; expected {expected!r}")
@@ -106,7 +38,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
     hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
     theta, scaling = _rope(config)
     fields = {
-        "family": name,
+        "family": family.name,
         "num_layers": _count(config, "num_hidden_layers"),
         "hidden_size": hidden,
         "intermediate_size": _count(config, "intermediate_size"),
@@ -131,11 +63,11 @@ def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos
     Raises:
         ConfigError: the family has no such setting in Hugging Face's form.
     """
-    family = FAMILIES[model.family]
+    family = family_of(model.family)
     _require_expressible(model, family)
     config = {
         "architectures": [family.architecture],
-        "model_type": model.family,
+        "model_type": family.name,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -158,11 +90,11 @@ def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos
     return config | family.only | window | head_dim
 
 
-def _family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
+def _family_of(config: Mapping[str, Any]) -> Family:
     architectures = config.get("architectures")
-    for name, family in FAMILIES.items():
+    for family in FAMILIES.values():
         if architectures == [family.architecture]:
-            return name, family
+            return family
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise CheckpointError(f"config.json: architectures = {architectures!r} is not supported; known: {known}")
 

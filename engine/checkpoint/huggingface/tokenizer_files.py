@@ -1,16 +1,19 @@
 """Our tokenizers as files that `transformers` loads offline, with the same ids.
 
-A SentencePiece model becomes a `tokenizer.json`. Exceptions, both of the library that reads it: Unigram models resolve
-near-ties in long texts in double precision where SentencePiece has single, and a few rare combining characters are
-normalised differently. Rejected: leaving the model to the class `LlamaTokenizer`, which knows neither the model's
-normalisation nor Unigram, and gives other ids to a text that begins with a space.
+A SentencePiece model becomes a `tokenizer.json`. Two exceptions, both in the library that reads it: Unigram models
+resolve near-ties in long texts in double precision where SentencePiece uses single precision, and a few rare combining
+characters are normalized differently. Alternative considered: the class `LlamaTokenizer`, which knows neither the
+model's normalization nor Unigram, and gives other ids to a text that begins with a space.
 """
 
 import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.huggingface.files import Json, write_json
+from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.sentencepiece_model import (
     BPE,
     CONTROL,
@@ -24,25 +27,54 @@ from engine.data.tokenizers.sentencepiece_model import (
     piece_of,
     submessage,
 )
+from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 
-Json = dict[str, Any]
-Fields = Mapping[int, Any]
+Fields = Mapping[int, Any]  # of a protocol buffer message, by number
 
-BYTES_END = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"
 UNIGRAM = 1
-# Numbers of the fields in sentencepiece_model.proto
-MODEL_TYPE, SPACE_BEHIND, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
-CHARSMAP, SPACE_IN_FRONT, REMOVE_EXTRA_SPACES = 2, 3, 4
+# field numbers of sentencepiece_model.proto
+MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
+PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
+
+
+def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, tokenizer: Tokenizer) -> None:
+    """Copy the run's tokenizer files into `target`, and make those that `transformers` needs beside them.
+
+    Args:
+        tokenizer_dir: the checkpoint's; None for a tokenizer without files (bytes).
+
+    Raises:
+        CheckpointError: a kind of model that Hugging Face's tokenizers cannot express.
+    """
+    sources = sorted(tokenizer_dir.iterdir()) if tokenizer_dir else []
+    for source in sources:
+        sentencepiece = tokenizer.kind == "sentencepiece" and source.name == tokenizer.files[0].name
+        files.copy(source, target / ("tokenizer.model" if sentencepiece else source.name))
+    missing = {"tokenizer.json", "tokenizer_config.json"} - {source.name for source in sources}
+    for name, content in _made_for_transformers(tokenizer).items() if missing else ():
+        if name in missing:
+            write_json(files, target / name, content)
+
+
+def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
+    """Contents by file name; without `tokenizer.json` for a tokenizer that is one."""
+    if tokenizer.kind == "huggingface":
+        special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
+        names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
+        return {"tokenizer_config.json": tokenizer_config(names)}
+    pair = bytes_tokenizer() if tokenizer.kind == "byte" else sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
+    return dict(zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True))
 
 
 def bytes_tokenizer() -> tuple[Json, Json]:
     """`tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, every character falls back."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     model: Json = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": None, "byte_fallback": True}
-    added = [_added_token(256, BYTES_END, special=True)]
+    added = [_added_token(256, END_OF_TEXT, special=True)]
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-    return _tokenizer(model, added, None, None, decoder), settings({"eos_token": BYTES_END})
+    return _tokenizer(model, added, None, None, decoder), tokenizer_config({"eos_token": END_OF_TEXT})
 
 
 def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
@@ -54,7 +86,7 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     fields = list(fields_of(content))
     pieces = [piece_of(value) for number, value in fields if number == 1]
     trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
-    if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(SPACE_BEHIND):
+    if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(TREAT_WHITESPACE_AS_SUFFIX):
         raise CheckpointError("the tokenizer is neither a BPE nor a Unigram model with spaces in front of words")
     added = [
         _added_token(i, piece.text, special=piece.type == CONTROL)
@@ -63,7 +95,7 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     ]
     decoders: list[Json] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if normalizer.get(SPACE_IN_FRONT, 1):
+    if normalizer.get(ADD_DUMMY_PREFIX, 1):
         decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     tokenizer = _tokenizer(
         _model(trainer, pieces),
@@ -78,10 +110,10 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
         "eos_token": trainer.get(EOS_ID, 2),
         "pad_token": trainer.get(PAD_ID, -1),
     }
-    return tokenizer, settings({role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)})
+    return tokenizer, tokenizer_config({role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)})
 
 
-def settings(special: Mapping[str, str]) -> Json:
+def tokenizer_config(special: Mapping[str, str]) -> Json:
     """`tokenizer_config.json`; `special` gives the tokens of roles such as `eos_token`."""
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
 
@@ -117,24 +149,24 @@ def _model(trainer: Fields, pieces: Sequence[Piece]) -> Json:
         "unk_token": pieces[unknown].text,
         "fuse_unk": True,
         "byte_fallback": byte_fallback,
-        "ignore_merges": True,  # for user-defined symbols, which stand alone after the split and have no merges
+        "ignore_merges": True,  # user-defined symbols are words of their own after the split and have no merges
     }
 
 
 def _normalizers(spec: Fields) -> Iterator[Json]:
-    """SentencePiece's steps in its order: characters, superfluous spaces, the space in front, spaces to `SPACE`."""
-    if spec.get(CHARSMAP):
-        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[CHARSMAP]).decode()}
-    if spec.get(REMOVE_EXTRA_SPACES, 1):
+    """SentencePiece's normalization in its order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
+    if spec.get(PRECOMPILED_CHARSMAP):
+        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
+    if spec.get(REMOVE_EXTRA_WHITESPACES, 1):
         yield {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}
         yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-    if spec.get(SPACE_IN_FRONT, 1):
+    if spec.get(ADD_DUMMY_PREFIX, 1):
         yield {"type": "Prepend", "prepend": SPACE}
     yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def _split_user_symbols(symbols: list[str]) -> Json | None:
-    """Cut the text at user-defined symbols, longest first, so that nothing merges across them."""
+    """A pre-tokenizer that splits at user-defined symbols, longest first, so that nothing merges across them."""
     if not symbols:
         return None
     longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)

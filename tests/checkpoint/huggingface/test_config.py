@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.huggingface.config import FAMILIES, hf_config, model_config_from_hf
+from engine.checkpoint.huggingface.config import hf_config, model_config_from_hf
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.model.families import PRESETS
+from engine.model.families import FAMILIES, PRESETS
 
 # What the published models' config.json say, as far as the architecture goes.
 PUBLISHED: dict[str, dict[str, Any]] = {

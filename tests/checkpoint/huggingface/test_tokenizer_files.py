@@ -13,7 +13,7 @@ from engine.errors import CheckpointError
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
 MODELS = {
     "bpe": {"model_type": "bpe", **PLAIN},
-    "bpe_normalised": {"model_type": "bpe", "byte_fallback": True},
+    "bpe_normalized": {"model_type": "bpe", "byte_fallback": True},
     "bpe_with_unknowns": {"model_type": "bpe", "normalization_rule_name": "identity"},
     "bpe_with_symbols": {"model_type": "bpe", "user_defined_symbols": ["<|im_start|>", "\n\n", "<|im"], **PLAIN},
     "bpe_without_prefix": {"model_type": "bpe", "add_dummy_prefix": False, **PLAIN},

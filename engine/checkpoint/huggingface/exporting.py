@@ -1,0 +1,107 @@
+"""From a checkpoint to a Hugging Face directory: a copy, tensor by tensor, and a `config.json`.
+
+What is written is read back before the directory gets its name.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.huggingface.config import hf_config
+from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.checkpoint.huggingface.files import CONFIG, GENERATION_CONFIG, INDEX, plan_shards, write_json
+from engine.checkpoint.huggingface.generation_config import write_generation_config
+from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
+from engine.checkpoint.model_directory import OnTensor, with_progress
+from engine.checkpoint.reader import Checkpoint
+from engine.checkpoint.rectangles import Shape
+from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
+from engine.config.schema import SOURCES, ModelConfig
+from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.errors import CheckpointError
+
+SHARD_BYTES = 5 * 1000**3
+
+
+def export(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None,
+    out_dir: Path | str,
+    shapes: Mapping[str, Shape],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+    progress: OnTensor | None = None,
+) -> Path:
+    """Write a Hugging Face directory, read it back, and only then give it its name.
+
+    Args:
+        tokenizer: the run's; None writes none.
+        shapes: names and shapes that the model implies, in model order.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model, or what was written does not read back.
+        ConfigError: `out_dir` exists and is not empty, or the family cannot express the model.
+    """
+    checkpoint.require(shapes)
+    model, files, out = checkpoint.model, Storage(), Path(out_dir)
+    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, None)
+    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
+    with new_directory(out) as partial:
+        write_json(files, partial / CONFIG, config)
+        if tokenizer:
+            write_tokenizer(files, partial, checkpoint.tokenizer_dir, tokenizer)
+        write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
+        written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
+        _verify(partial, model, shapes, dtype, written)
+    return out
+
+
+def _write_weights(
+    files: Storage,
+    partial: Path,
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, Shape],
+    dtype: torch.dtype,
+    shard_bytes: int,
+    progress: OnTensor | None,
+) -> dict[str, Written]:
+    read = with_progress(checkpoint, progress)
+
+    def entry(name: str) -> Entry:
+        return Entry(name, shapes[name], dtype, lambda: read(name))
+
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    shards = plan_shards(sizes, shard_bytes)
+    written = {
+        shard: files.write_safetensors(partial / shard, [entry(name) for name in names], {"format": "pt"})
+        for shard, names in shards.items()
+    }
+    if len(shards) > 1:
+        weight_map = {name: shard for shard, names in shards.items() for name in names}
+        write_json(files, partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    return written
+
+
+def _verify(
+    partial: Path,
+    model: ModelConfig,
+    shapes: Mapping[str, Shape],
+    dtype: torch.dtype,
+    written: Mapping[str, Written],
+) -> None:
+    """Re-open the export and verify the configuration and the hash of every tensor.
+
+    Raises:
+        CheckpointError: naming the tensor that differs.
+    """
+    found = HuggingFaceDirectory(partial)
+    found.require(shapes)
+    if found.model != model.model_copy(update=dict.fromkeys(SOURCES)):
+        raise CheckpointError(f"{partial / CONFIG} does not read back as the model it was written for")
+    hashes = {name: digest for file in written.values() for name, digest in file.hashes.items()}
+    for name in shapes:
+        tensor = found.read(name)
+        if tensor.dtype != dtype or tensor_hash(tensor) != hashes[name]:
+            raise CheckpointError(f"{partial}: {name} does not read back as it was written")

@@ -1,0 +1,53 @@
+"""`generation_config.json`: the ids that begin and end what a model writes."""
+
+from pathlib import Path
+
+from engine.checkpoint.huggingface.files import GENERATION_CONFIG, read_json, write_json
+from engine.checkpoint.storage import Storage
+from engine.data.chat.template import ChatEncoder, find_template
+from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.errors import CheckpointError, ConfigError
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end what a model writes: the tokenizer's end of document, and `eos_token_id` (a number or a list) of a
+    generation_config.json beside the tokenizer's files.
+
+    Raises:
+        CheckpointError: that file is something else.
+    """
+    ids = {tokenizer.eod_id}
+    for path in {file.with_name(GENERATION_CONFIG) for file in tokenizer.files}:
+        if path.is_file():
+            ids |= _end_ids(path, tokenizer.vocab_size)
+    return frozenset(ids)
+
+
+def _end_ids(path: Path, vocab_size: int) -> set[int]:
+    named = read_json(path).get("eos_token_id")
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id = {named!r}; expected ids from 0 to {vocab_size - 1}")
+    return set(ids)
+
+
+def write_generation_config(files: Storage, path: Path, tokenizer: Tokenizer | None) -> None:
+    """Write the ids that begin and end a text, or complete the file of the run's tokenizer; the end of turn is one."""
+    before = read_json(path) if path.exists() else None
+    content = dict(before or {})
+    if tokenizer is not None:
+        ends = content.get("eos_token_id", tokenizer.eod_id)
+        ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *_end_of_turn(tokenizer)]))
+        content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        if tokenizer.bos_id is not None:
+            content.setdefault("bos_token_id", tokenizer.bos_id)
+    if content != before:
+        files.remove(path)
+        write_json(files, path, content)
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> list[int]:
+    try:
+        return [ChatEncoder(tokenizer, find_template(tokenizer)).end_of_turn_id]
+    except ConfigError:  # no template, or one that ends turns with no token
+        return []

@@ -1,0 +1,55 @@
+"""From a Hugging Face directory to a run directory: a copy, tensor by tensor, for names and shapes are the same."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+
+from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.checkpoint.manager import save
+from engine.checkpoint.manifest import State
+from engine.checkpoint.model_directory import OnTensor, with_progress
+from engine.checkpoint.rectangles import Shape, whole
+from engine.checkpoint.shares import StateSlice
+from engine.checkpoint.storage import new_directory
+
+
+def import_directory(
+    source: HuggingFaceDirectory, run_dir: Path | str, shapes: Mapping[str, Shape], progress: OnTensor | None = None
+) -> Path:
+    """Make a run directory whose checkpoint at step 0 holds the weights as fp32 masters, and nothing else.
+
+    Its config.yaml has a `model` section alone: the next run states data, batch and schedule.
+
+    Args:
+        shapes: names and shapes that `source.model` implies, in model order.
+
+    Returns:
+        the checkpoint directory.
+
+    Raises:
+        CheckpointError: the tensors are not exactly those; nothing is written then.
+        ConfigError: `run_dir` exists and is not empty.
+    """
+    source.require(shapes)
+    read = with_progress(source, progress)
+    slices = [
+        StateSlice("param", name, shape, whole(shape), partial(read, name), dtype=torch.float32)
+        for name, shape in shapes.items()
+    ]
+    state = State(0, 0, 0, None, "", {"imported": str(source.path)})
+    with new_directory(Path(run_dir)) as target:
+        checkpoint = save(
+            target,
+            slices,
+            state,
+            config_yaml=yaml.safe_dump({"model": source.model.model_dump(mode="json")}, sort_keys=False),
+            tokenizer_files=source.tokenizer_files,
+            keep_last=1,
+            rank=0,
+            world_size=1,
+            first_problem=lambda problem: problem,
+        )
+    return Path(run_dir) / checkpoint.relative_to(target)

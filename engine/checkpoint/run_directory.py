@@ -1,0 +1,121 @@
+"""The checkpoints of a run directory: their names, which of them are valid, the newest and the best.
+
+The order is that of the saves, as the manifests count them. Alternative considered: trusting the name in `latest`,
+which a crash can leave behind; it is written for people and for `ls`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.checkpoint.manifest import MANIFEST
+from engine.checkpoint.reader import Checkpoint
+from engine.errors import CheckpointError
+
+BEST = "best"
+PARTIAL = ".partial"
+PREVIOUS = ".previous"
+_STEP_NAME = re.compile(rf"step_\d{{8,}}({re.escape(PREVIOUS)})?")
+
+Report = Callable[[str], None]
+
+
+def warn(message: str) -> None:
+    """Where reports go unless the caller wants them elsewhere: stderr."""
+    print(f"checkpoint: {message}", file=sys.stderr, flush=True)
+
+
+def checkpoints_dir(run_dir: Path | str) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def candidates(run_dir: Path | str, report: Report = warn) -> list[Checkpoint]:
+    """All valid checkpoints of a run, newest first. Damaged ones are reported and skipped.
+
+    The caller falls back to the next one when a tensor turns out to be damaged.
+
+    Raises:
+        CheckpointError: there is something, and none of it is a valid checkpoint.
+    """
+    root = checkpoints_dir(run_dir)
+    problems: list[str] = []
+    found = valid_checkpoints(root, problems.append)
+    if not found and _latest(root) is not None:
+        problems.append(f"{root / 'latest'} says {_latest(root)!r}, which is not there")
+    newest_first = sorted(found, key=lambda checkpoint: -checkpoint.manifest.save_number)
+    if problems and not found:
+        raise CheckpointError("\n  ".join([f"no valid checkpoint in {root}:", *problems]))
+    for problem in problems:
+        report(f"skipped: {problem}")
+    if newest_first and _latest(root) != newest_first[0].path.name:
+        report(f"{root / 'latest'} says {_latest(root)!r}; the newest valid checkpoint is {newest_first[0].path.name}")
+    return newest_first
+
+
+def find(run_dir: Path | str, report: Report = warn) -> Checkpoint | None:
+    """The newest valid checkpoint of a run; None when it never committed one.
+
+    Raises:
+        CheckpointError: there is something, and none of it is a valid checkpoint.
+    """
+    return next(iter(candidates(run_dir, report)), None)
+
+
+def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
+    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`. The
+    name `best` in either of these is the checkpoint of the best evaluation.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if path.name == BEST and not path.exists():
+        return _best(path.parent, report)
+    if not path.is_dir():
+        raise CheckpointError(f"no such checkpoint directory: {path}")
+    if (path / MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
+        return Checkpoint(path)
+    inside = path.name == "checkpoints" and not checkpoints_dir(path).is_dir()
+    found = find(path.parent if inside else path, report)
+    if found is None:
+        raise CheckpointError(f"{path} holds no checkpoint: neither {MANIFEST} nor a committed checkpoints/step_*")
+    return found
+
+
+def _best(root: Path, report: Report) -> Checkpoint:
+    """The checkpoint of the best evaluation, which the newest checkpoint records."""
+    newest = open_checkpoint(root, report)
+    best = newest.state.best
+    if best is None or not (newest.path.parent / step_name(best.step)).is_dir():
+        why = "evaluations were not compared" if best is None else f"that of step {best.step} was not kept"
+        raise CheckpointError(f"{root / BEST}: {why}; see checkpoint.keep_best, or name another checkpoint in {root}")
+    return Checkpoint(newest.path.parent / step_name(best.step))
+
+
+def valid_checkpoints(root: Path, problem: Report = lambda _: None) -> list[Checkpoint]:
+    """Every entry of `root` that is a valid checkpoint, by name; `problem` is told about the others."""
+    valid = []
+    for name in sorted(os.listdir(root)) if root.is_dir() else []:
+        if name == "latest" or name.endswith(PARTIAL):
+            continue
+        if not _STEP_NAME.fullmatch(name):
+            problem(f"{root / name} is not a checkpoint")
+            continue
+        try:
+            valid.append(Checkpoint(root / name))
+        except CheckpointError as error:
+            problem(str(error))
+    return valid
+
+
+def _latest(root: Path) -> str | None:
+    try:
+        return (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

@@ -10,6 +10,7 @@ from engine.config.schema import Config
 from engine.data.samples.loader import batches
 from engine.data.samples.sft import SftDataset
 from engine.errors import DataError
+from engine.parallel.agreement import sum_ints
 from engine.parallel.layout import World
 from engine.train.inputs import Data
 from engine.train.step import DistributedModel
@@ -66,7 +67,7 @@ def evaluate(model: DistributedModel, dataset: Data, config: Config, world: Worl
         total += model.evaluate(microbatches).double()
         tokens += sum(batch.num_tokens for batch in microbatches) if world.is_model_parallel_leader else 0
     world.sum_on_device(total)
-    (all_tokens,) = world.sum_on_host([tokens])
+    (all_tokens,) = sum_ints(world, [tokens])
     if all_tokens == 0:
         raise DataError("none of the tokens to evaluate is a target; look at the masks of the validation data")
     return total.item() / all_tokens

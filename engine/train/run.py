@@ -3,9 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TypeVar
+from functools import partial
 
 import torch
 
@@ -22,13 +21,12 @@ from engine.errors import (
     Interrupted,
     NonFiniteError,
     StorageError,
-    TriaxisError,
     as_triaxis_error,
-    error_of,
 )
 from engine.model.parameters import kv_replicas
 from engine.ops.choice import describe_ops
 from engine.optim.optimizer import ShardedAdamW
+from engine.parallel.agreement import first_problem, gather_ints, on_all_ranks, run_on_all_ranks
 from engine.parallel.layout import World, build_process_groups, init_distributed, shutdown_distributed
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
@@ -49,8 +47,6 @@ from engine.train.signals import StopRequest
 from engine.train.state import pieces, restore, restore_weights
 from engine.train.step import DistributedModel, build_model
 from engine.train.trainer import Progress, Trainer
-
-T = TypeVar("T")
 
 
 def train(config: Config) -> None:
@@ -93,29 +89,10 @@ def _arrange(config: Config, world: World) -> tuple[World, str]:
 
 def _ranks(config: Config, world: World) -> ClusterSpec:
     """All ranks as the weakest of them, so that all choose the same layout; a collective."""
-    size, device = world.layout.world_size, world.device
-    mine = [world.local_size, available(device, world.local_size)]
-    everyones = world.sum_on_host([n * (rank == world.rank) for rank in range(size) for n in mine])
-    per_node, capacity = min(everyones[::2]), min(everyones[1::2])
-    return ClusterSpec(size, per_node, capacity, device.type, model_dtype(config, device.type))
-
-
-def run_on_all_ranks(world: World, action: Callable[[], T]) -> T:
-    """Do something on every rank that may fail on some; then all ranks raise an error of one class. A collective."""
-    failure: TriaxisError | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = as_triaxis_error(error)
-        if failure is None:
-            raise
-    mine = failure.exit_code if failure else 0
-    codes = world.sum_on_host([mine * (rank == world.rank) for rank in range(world.layout.world_size)])
-    code = next((code for code in codes if code), None)
-    if code is None:
-        return result
-    text = world.first_problem(None if failure is None else str(failure))
-    raise _for_all(world, error_of(code, text or ""))
+    device = world.device
+    per_node = min(gather_ints(world, world.local_size))
+    capacity = min(gather_ints(world, available(device, world.local_size)))
+    return ClusterSpec(world.layout.world_size, per_node, capacity, device.type, model_dtype(config, device.type))
 
 
 def _open_log(config: Config, world: World, template: str | None) -> RunLog:
@@ -204,7 +181,7 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         try:
             reporter(result, trainer.progress, now=may_save)
         except NonFiniteError as error:
-            raise _for_all(world, error) from None
+            raise on_all_ranks(world, error) from None
         if not (evaluation_due or save_due):
             continue  # pausing would wait for the device
         with reporter.paused():
@@ -222,7 +199,7 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
             _save(trainer, inputs, log)
         kept = "the state is saved" if trainer.progress.step else "there is nothing to save yet"
         text = f"stopped by {trainer.stopped_by} after step {trainer.progress.step}; {kept}"
-        raise _for_all(world, Interrupted(text))
+        raise on_all_ranks(world, Interrupted(text))
     tokens = f"{trainer.progress.tokens:,} {'target ' * (config.task == 'sft')}tokens"
     log.say(f"finished: {trainer.progress.step} steps, {tokens}; checkpoint in {config.run.dir}")
     _say_best(trainer, log)
@@ -280,11 +257,11 @@ def _save(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
             keep_last=config.checkpoint.keep_last,
             rank=world.rank,
             world_size=world.layout.world_size,
-            agree=world.first_problem,
+            agree=partial(first_problem, world),
         )
     except StorageError as error:
         log.event("save_failed", step=progress.step, reason=str(error))
-        raise _for_all(world, error) from None
+        raise on_all_ranks(world, error) from None
     seconds = time.perf_counter() - started
     log.say(f"saved {path} in {seconds:.1f} s")
     log.event("save", step=progress.step, path=str(path), seconds=seconds)
@@ -319,12 +296,6 @@ def _flops_per_step(config: Config, inputs: Inputs) -> float:
     filled, length = (data.packing.efficiency, data.mean_length) if isinstance(data, SftDataset) else (1.0, None)
     places = config.batch.global_ * config.data.seq_length
     return filled * places * flops_per_token(config, inputs.table, length)
-
-
-def _for_all(world: World, error: TriaxisError) -> TriaxisError:
-    """Mark an error that all ranks raise together, so that it is printed once."""
-    error.reported_elsewhere = not world.is_main
-    return error
 
 
 def _record_failure(error: Exception, log: RunLog | None) -> None:

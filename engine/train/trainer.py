@@ -13,6 +13,7 @@ from engine.data.samples.loader import Batch, Samples, batches
 from engine.errors import DataError
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate
+from engine.parallel.agreement import sum_ints
 from engine.parallel.layout import World
 from engine.train.signals import STOP_SIGNALS, StopRequest
 from engine.train.step import DistributedModel, StepResult, train_step
@@ -54,7 +55,7 @@ class Trainer:
             step = self.progress.step + 1
             signalled = [int(stop.signal == known) for known in STOP_SIGNALS]
             read = sum(batch.num_tokens for batch in microbatches) if self.world.is_model_parallel_leader else 0
-            tokens, *signals = self.world.sum_on_host([read, *signalled])
+            tokens, *signals = sum_ints(self.world, [read, *signalled])
             self.stopped_by = next(
                 (known.name for known, count in zip(STOP_SIGNALS, signals, strict=True) if count), None
             )

@@ -11,6 +11,7 @@ from engine.checkpoint.initial import InitialWeights, initial_weights
 from engine.checkpoint.manager import Checkpoint, candidates, open_checkpoint
 from engine.config.schema import SOURCES, Config
 from engine.data.chat.template import find_template
+from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.pretrain import PretrainDataset, Split
 from engine.data.samples.sft import SftDataset
 from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
@@ -20,8 +21,6 @@ from engine.model.parameters import parameter_table
 from engine.ops.choice import require_fp8, require_implementations
 from engine.parallel.layout import World
 from engine.parallel.table import ParameterTable
-
-Data = PretrainDataset | SftDataset
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Inputs:
     table: ParameterTable
     dtype: torch.dtype
     tokenizer: Tokenizer
-    train_data: Data
-    valid_data: Data | None
+    train_data: SampleDataset
+    valid_data: SampleDataset | None
     checkpoints: list[Checkpoint]
     weights: InitialWeights | None
 
@@ -78,14 +77,14 @@ def open_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> Data:
+def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> SampleDataset:
     """The data to train or to validate with, checked against the tokenizer and the vocabulary."""
     wanted = config.data
     datasets = wanted.valid if wanted.valid and part == "valid" else wanted.train
     split, part = ((1.0, 0.0, 0.0), "train") if wanted.valid else (wanted.split, part)
     if config.task == "sft":
         epochs = 1 if part == "valid" or datasets is wanted.valid else config.train.epochs or None
-        data: Data = SftDataset(
+        data: SampleDataset = SftDataset(
             datasets, split, part, wanted.seq_length, config.run.seed, packed=wanted.packing, epochs=epochs
         )
     else:
@@ -96,25 +95,20 @@ def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> Data:
     return data
 
 
-def rows_of(data: Data) -> int | None:
-    """Sequences of an epoch, where there are epochs."""
-    return data.num_rows if isinstance(data, SftDataset) else None
-
-
-def packing_summary(data: Data, part: Split, config: Config) -> Iterator[str]:
-    """How conversations lie in sequences, for people."""
-    if not isinstance(data, SftDataset):
+def packing_summary(data: SampleDataset, part: Split, global_batch_size: int) -> Iterator[str]:
+    """How conversations are packed into sequences, for people; nothing in pretraining."""
+    summary, rows = data.summary(), data.num_rows
+    if summary is None or rows is None:
         return
-    rows = f"{data.num_conversations:,} conversations in {data.num_rows:,} sequences"
-    yield f"sequences   {part}: {rows}, {data.packing.efficiency:.1%} full"
-    if part == "train" and data.num_rows < config.batch.global_:
+    yield f"sequences   {part}: {summary}"
+    if part == "train" and rows < global_batch_size:
         yield (
-            f"warning     batch.global = {config.batch.global_} is more than the {data.num_rows} sequences of an "
-            "epoch: a step reads conversations several times, or has empty sequences; lower it"
+            f"warning     batch.global = {global_batch_size} is more than the {rows} sequences of an epoch: a step "
+            "reads conversations several times, or has empty sequences; lower it"
         )
 
 
-def describe_template(data: Data, tokenizer: Tokenizer) -> Iterator[str]:
+def describe_template(data: SampleDataset, tokenizer: Tokenizer) -> Iterator[str]:
     """How conversations are written, for people."""
     template = chat_template(data)
     if template is None:
@@ -130,7 +124,7 @@ def describe_template(data: Data, tokenizer: Tokenizer) -> Iterator[str]:
         yield "warning     the tokenizer comes with another chat template; the export will have that of the data"
 
 
-def chat_template(data: Data) -> str | None:
+def chat_template(data: SampleDataset) -> str | None:
     """The template that the training data were written with.
 
     Raises:

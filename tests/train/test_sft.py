@@ -117,7 +117,7 @@ def alone_of(data: SftDataset) -> SftDataset:
 
 def loss_of(decoder, batch) -> torch.Tensor:
     flat = (x.flatten() for x in (batch.tokens, batch.positions, batch.labels, batch.loss_mask))
-    return decoder.loss(*flat, batch.cu_seqlens, learned=batch.target_indices)
+    return decoder.loss(*flat, batch.cu_seqlens, target_indices=batch.target_indices)
 
 
 def test_the_packed_loss_is_the_sum_over_each_conversation_alone(chats):
@@ -166,8 +166,9 @@ def test_epochs_end_with_their_last_conversation(tmp_path):
     config = sft_config(tmp_path, "--train.epochs=2", "--batch.global=3", steps=0)
     records = run_training(config)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    learned = sum(length // 2 for length in CONVERSATIONS)
-    assert records[-1]["tokens"] == 2 * learned
+    targets = sum(length // 2 for length in CONVERSATIONS)
+    assert records[-1]["tokens"] == 2 * targets
+    assert records[-1]["target_tokens_per_s"] > 0 and "tokens_per_s" not in records[-1]
     limited = sft_config(tmp_path, "--train.epochs=2", f"--run.dir={tmp_path / 'limited'}", steps=3)
     assert len(run_training(limited)) == 3
 
@@ -253,7 +254,7 @@ def test_what_the_start_tells_about_the_data(tmp_path, capfd):
         "warning     batch.global = 16 is more than the 7 sequences of an epoch",
         "chat        with the template of the data; turns end with nothing",
         "| epoch 2.29 |",
-        "learned tokens; checkpoint in",
+        "target tokens; checkpoint in",
     ):
         assert part in said
 
@@ -295,9 +296,9 @@ def test_one_step_is_that_of_transformers(tmp_path):
     attention = torch.zeros(20, width, dtype=torch.long)
     for j, length in enumerate(CONVERSATIONS):
         tokens = torch.tensor(source.tokens(source.document_start(j), length).tolist())
-        learned = torch.tensor(source.mask(source.document_start(j), length).tolist(), dtype=torch.bool)
+        is_target = torch.tensor(source.mask(source.document_start(j), length).tolist(), dtype=torch.bool)
         ids[j, :length], attention[j, :length] = tokens, 1
-        labels[j, :length][learned] = tokens[learned]
+        labels[j, :length][is_target] = tokens[is_target]
     theirs = llama(input_ids=ids, attention_mask=attention, labels=labels).loss
     theirs.backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)

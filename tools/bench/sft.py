@@ -155,7 +155,7 @@ def _write(folder: Path, conversations: Conversations) -> None:
     save(
         folder / "run",
         pieces(optimizer),
-        State(0, 0, 0, None, "", {}),
+        State(0, 0, 0, "", {}),
         config_yaml=config.to_yaml(),
         tokenizer_files=[],
         keep_last=1,

@@ -176,7 +176,7 @@ def import_directory(
 
         return Piece("param", name, shape, Rectangle((0,) * len(shape), shape), load, dtype=torch.float32)
 
-    state = State(0, 0, 0, None, "", {"imported": str(source.path)})
+    state = State(0, 0, 0, "", {"imported": str(source.path)})
     with new_directory(Path(run_dir)) as partial:
         checkpoint = save(
             partial,

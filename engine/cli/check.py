@@ -39,7 +39,7 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
     layout, reason = choose_layout(config, ranks)
     missing = _missing_files(config)
-    tokenizer = None if missing else open_tokenizer(config)
+    tokenizer = None if missing else open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     opened = [] if tokenizer is None else _open(config, tokenizer)
     config = with_steps(config, opened[0].num_rows if opened else None) if opened or config.train.steps else config
     for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):

@@ -1,4 +1,4 @@
-"""Loss on held-out data: the same samples every time, whatever the layout; and what follows from it."""
+"""Loss on held-out data, the same samples every time and in every layout; the best so far; early stopping."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from engine.train.trainer import Trainer
 
 
 class Evaluation(Hook):
-    """Evaluates, also before the first step of a fresh run, and compares with the best so far; nothing without data."""
+    """Evaluates, also before the first step of a fresh run, and notes the best so far. Without data it does nothing."""
 
     def __init__(self, data: SampleDataset | None, log: RunLog) -> None:
         self.data, self.log = data, log
@@ -48,7 +48,7 @@ class Evaluation(Hook):
 
 
 class EarlyStopping(Hook):
-    """After an evaluation: saves and ends the run when `train.early_stopping` of them in a row were not the best."""
+    """Saves and ends the run when `train.early_stopping` evaluations in a row were no new best."""
 
     def __init__(self, saving: Saving, log: RunLog) -> None:
         self.saving, self.log = saving, log
@@ -67,7 +67,7 @@ def compares_evaluations(config: Config) -> bool:
 
 
 def note_evaluation(trainer: Trainer, loss: float) -> bool:
-    """Compare with the best evaluation so far; whether this is better, which NaN is not."""
+    """Compare with the best evaluation so far; whether this one is better. NaN never is."""
     step, best = trainer.progress.step, trainer.best
     if not compares_evaluations(trainer.config):
         return False
@@ -87,7 +87,7 @@ def stops_early(trainer: Trainer) -> bool:
 
 @torch.no_grad()
 def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, world: World) -> float:
-    """Mean loss per token, in nats, over the first `train.eval_steps` global batches; conversations at most once.
+    """Mean loss per target token, in nats, over the first `train.eval_steps` global batches, or one epoch if shorter.
 
     Raises:
         DataError: none of the tokens is a target.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what each of them holds, and when one is saved."""
+"""Checkpoints of a run: what goes into them, and when one is saved."""
 
 import time
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from engine.train.trainer import Trainer
 
 
 class Saving(Hook):
-    """Saves the state of a run, once a step at most, and at its end what is not saved yet (after a signal)."""
+    """Saves a checkpoint, once a step at most; at the end of training only if the last step has none (after a signal)."""
 
     def __init__(self, trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         self.inputs, self.log = inputs, log
@@ -31,13 +31,13 @@ class Saving(Hook):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save the current step, unless that is done.
+        """Save the current step, if it is not saved yet.
 
         Raises:
             StorageError: on all ranks, when any rank could not write; older checkpoints are intact.
         """
         step = trainer.progress.step
-        if step <= self.saved_step:
+        if step == self.saved_step:
             return
         started = time.perf_counter()
         with trainer.clock.paused():
@@ -86,7 +86,7 @@ class Saving(Hook):
 
 
 class SaveBest(Hook):
-    """After an evaluation: saves when it was the best so far and `checkpoint.keep_best` asks for it."""
+    """Saves after an evaluation that is the best so far, if `checkpoint.keep_best` says so."""
 
     def __init__(self, saving: Saving) -> None:
         self.saving = saving

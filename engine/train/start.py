@@ -45,11 +45,11 @@ def arrange_ranks(config: Config, world: World) -> tuple[World, str]:
 
 
 def _ranks(config: Config, world: World) -> ClusterSpec:
-    """All ranks as the weakest of them, so that all choose the same layout; a collective."""
-    device = world.device
+    """The cluster with every rank taken for the weakest one, so that all choose the same layout; a collective."""
+    device, dtype = world.device, model_dtype(config.precision.mode, world.device.type)
     per_node = min(gather_ints(world, world.local_size))
     capacity = min(gather_ints(world, available(device, world.local_size)))
-    return ClusterSpec(world.layout.world_size, per_node, capacity, device.type, model_dtype(config, device.type))
+    return ClusterSpec(world.layout.world_size, per_node, capacity, device.type, dtype)
 
 
 def open_log(config: Config, world: World, template: str | None) -> RunLog:
@@ -71,7 +71,7 @@ def open_log(config: Config, world: World, template: str | None) -> RunLog:
 
 
 def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, reason: str) -> None:
-    """The configuration once, and what follows from it."""
+    """Print the configuration once, and the layout, operators and data that follow from it."""
     layout, global_batch = world.layout, config.batch.global_
     ranks = f"{layout.world_size} rank(s) on {world.device.type}"
     backend = "" if world.group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
@@ -118,7 +118,7 @@ def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> 
 
 
 def _resume(trainer: Trainer, checkpoint: Checkpoint, log: RunLog) -> None:
-    """Go on where the checkpoint stopped, and say what is set differently since."""
+    """Take over the progress of the checkpoint, and say which settings have changed since."""
     config, state = trainer.config, checkpoint.state
     trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
     trainer.best = state.best if compares_evaluations(config) else None

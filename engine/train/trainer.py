@@ -24,7 +24,7 @@ from engine.train.step import DistributedModel, StepResult, train_step
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, samples and (unmasked) tokens consumed."""
+    """How far a run is: steps done, samples and target tokens consumed."""
 
     step: int = 0
     samples: int = 0
@@ -58,7 +58,7 @@ class Trainer:
     """Everything that one rank needs to train.
 
     Attributes:
-        progress: advanced by each step; set it before `steps()` to resume.
+        progress: advanced by each step; to resume, set it before `steps()`.
         best: the best evaluation so far, where evaluations are compared.
         stopped_by: the signal for which all ranks have agreed to stop.
         clock: time spent on steps.
@@ -104,7 +104,7 @@ class Trainer:
                 return
 
     def _agree(self, microbatches: list[Batch], stop: StopRequest) -> int:
-        """The targets of the global batch; and whether any rank was asked to stop. One collective for both."""
+        """The number of targets of the global batch. The same collective sets `stopped_by` if any rank was asked to stop."""
         signaled = [int(stop.signal == known) for known in STOP_SIGNALS]
         targets = sum(batch.num_tokens for batch in microbatches) if self.world.is_model_parallel_leader else 0
         targets, *counts = sum_ints(self.world, [targets, *signaled])

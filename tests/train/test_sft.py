@@ -82,17 +82,17 @@ def test_noise_on_embeddings_is_the_same_in_every_layout(tmp_path):
 def test_noise_is_bounded_by_the_length_of_the_conversation_and_drawn_by_sample():
     config = run_config(Path("unused"), "--task=sft")
     batch = rows_of_batch(two_rows(), (3, 7))
-    noise = embedding_noise(batch, 5.0, config, NO_TP)
-    h = config.model.hidden_size
+    h, seed = config.model.hidden_size, config.run.seed
+    noise = embedding_noise(batch, 5.0, h, seed, NO_TP)
     for start, stop in pairwise(batch.cu_seqlens):
         bound = 5 / ((stop - start) * h) ** 0.5
         largest = noise[start:stop].abs().max().item()
         assert 0.8 * bound < largest <= bound
-    parts = [embedding_noise(batch, 5.0, config, TensorParallel(rank, 4)) for rank in range(4)]
+    parts = [embedding_noise(batch, 5.0, h, seed, TensorParallel(rank, 4)) for rank in range(4)]
     assert torch.cat(parts).equal(noise)
-    alone = embedding_noise(rows_of_batch(two_rows()[1:], (7,)), 5.0, config, NO_TP)
+    alone = embedding_noise(rows_of_batch(two_rows()[1:], (7,)), 5.0, h, seed, NO_TP)
     assert alone.equal(noise[S:])
-    assert not embedding_noise(rows_of_batch(two_rows(), (3, 8)), 5.0, config, NO_TP)[S:].equal(noise[S:])
+    assert not embedding_noise(rows_of_batch(two_rows(), (3, 8)), 5.0, h, seed, NO_TP)[S:].equal(noise[S:])
 
 
 def two_rows() -> list[Sample]:

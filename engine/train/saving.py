@@ -18,7 +18,7 @@ from engine.train.trainer import Trainer
 
 
 class Saving(Hook):
-    """Saves a checkpoint, once a step at most; at the end of training only if the last step has none (after a signal)."""
+    """Saves a checkpoint, once a step at most; also at the end of training if the last step has none yet."""
 
     def __init__(self, trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         self.inputs, self.log = inputs, log

@@ -104,7 +104,7 @@ class Trainer:
                 return
 
     def _agree(self, microbatches: list[Batch], stop: StopRequest) -> int:
-        """The number of targets of the global batch. The same collective sets `stopped_by` if any rank was asked to stop."""
+        """The targets of the global batch; sets `stopped_by` if any rank was asked to stop. One collective for both."""
         signaled = [int(stop.signal == known) for known in STOP_SIGNALS]
         targets = sum(batch.num_tokens for batch in microbatches) if self.world.is_model_parallel_leader else 0
         targets, *counts = sum_ints(self.world, [targets, *signaled])

@@ -1,8 +1,8 @@
 """Compiles csrc into one library, with as many compilers at once as there are cores.
 
 The name of an object contains a hash of its source, of every header and of the flags, so that it is compiled only once.
-Alternatives considered: torch's CUDAExtension (it insists on the CUDA version that torch was built with, and its headers
-take ten times as long), and CMake (one more tool to install, for a dozen files).
+Alternatives considered: torch's CUDAExtension (it insists on the CUDA version that torch was built with, and its
+headers take ten times as long), and CMake (one more tool to install, for a dozen files).
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
 
 
 def kernel_jobs(tools: Toolchain) -> list[tuple[Path, list[str]]]:
-    """Kernel files and their nvcc commands. `compile_objects` writes ptxas' report of each to a .txt beside the object."""
+    """Kernel files and their nvcc commands. `compile_objects` writes the report of ptxas to a .txt beside the object."""
     return [(source, _nvcc_command(tools)) for source in kernel_sources(HERE)]
 
 

@@ -70,10 +70,10 @@ class StorageError(TriaxisError):
 
 
 class Interrupted(TriaxisError):
-    """Stopped by a signal after saving the state."""
+    """Stopped by a signal, after a checkpoint was saved."""
 
     exit_code = 75
-    advice = "start the same command again to go on"
+    advice = "rerun the same command to resume"
 
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}

@@ -64,7 +64,6 @@ class State:
         step: optimizer steps done.
         consumed_samples: samples seen; the next one has this number.
         consumed_tokens: tokens seen.
-        loss_scale: state of the dynamic loss scale, None where there is none.
         data_fingerprint: identifies data and order; empty when the weights were imported.
         layout: the layout that wrote it, for people; loading ignores it.
         best: None where evaluations are not compared.
@@ -73,7 +72,6 @@ class State:
     step: NonNegativeInt
     consumed_samples: NonNegativeInt
     consumed_tokens: NonNegativeInt
-    loss_scale: dict[str, JsonValue] | None
     data_fingerprint: str
     layout: dict[str, JsonValue]
     best: Best | None = None

@@ -7,6 +7,7 @@ import torch
 from engine.checkpoint.huggingface.config import hf_config
 from engine.config.derived import with_steps
 from engine.config.schema import Config
+from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.pretrain import Split
 from engine.data.storage.indexed import dataset_file
 from engine.data.tokenizers.tokenizer import Tokenizer
@@ -14,7 +15,7 @@ from engine.errors import ConfigError
 from engine.plan.describe import describe
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
-from engine.train.inputs import Data, describe_template, open_data, open_tokenizer, packing_summary, rows_of
+from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
 
 
 def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
@@ -38,9 +39,9 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
     layout, reason = choose_layout(config, ranks)
     missing = _missing_files(config)
-    tokenizer = None if missing else open_tokenizer(config)
+    tokenizer = None if missing else open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     opened = [] if tokenizer is None else _open(config, tokenizer)
-    config = with_steps(config, rows_of(opened[0]) if opened else None) if opened or config.train.steps else config
+    config = with_steps(config, opened[0].num_rows if opened else None) if opened or config.train.steps else config
     for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
     gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
@@ -54,7 +55,7 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     parts: tuple[Split, ...] = ("train", "valid")
     for part, data in zip(parts, opened, strict=False):
         print(f"data        {data.num_tokens:,} tokens to {part}")
-        for line in packing_summary(data, part, config):
+        for line in packing_summary(data, part, config.batch.global_):
             print(line)
     for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
         print(line)
@@ -71,7 +72,7 @@ def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_nod
     return ClusterSpec(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
 
 
-def _open(config: Config, tokenizer: Tokenizer) -> list[Data]:
+def _open(config: Config, tokenizer: Tokenizer) -> list[SampleDataset]:
     """The data to train with and, where there are evaluations, to validate with."""
     parts: list[Split] = ["train", "valid"] if config.train.eval_steps else ["train"]
     return [open_data(config, part, tokenizer) for part in parts]

@@ -28,9 +28,9 @@ from engine.errors import ConfigError, DataError, TriaxisError
 from engine.generate.decoding import Sampling
 from engine.generate.prompts import AnswerFile, conversation, read_prompts
 from engine.generate.text_generator import TextGenerator
+from engine.parallel.agreement import run_on_all_ranks
 from engine.parallel.layout import Layout, World, build_process_groups, init_distributed, shutdown_distributed
 from engine.train.metrics import duration
-from engine.train.run import run_on_all_ranks
 
 WAIT_S = 7 * 24 * 3600  # how long the other ranks wait for what a person says next
 SECONDS_BETWEEN_LINES = 2.0

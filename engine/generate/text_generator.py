@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from engine.data.chat.template import ChatEncoder, Message
 from engine.data.tokenizers.tokenizer import Tokenizer, stream_text
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling, generate_batch, require_room
 from engine.model.decoder import Decoder
+from engine.parallel.agreement import broadcast_ints
 from engine.parallel.layout import World
 
 
@@ -115,12 +113,12 @@ class TextGenerator:
         message = [max_new_tokens]
         for number, prompt in prompts.items():
             message += [number, len(prompt), *prompt]
-        self._broadcast(message)
+        broadcast_ints(self.world, message)
         return tokens
 
     def serve_rank(self) -> None:
         """Take part in what rank 0 generates, until its `shutdown`; the loop of the other ranks."""
-        while message := self._broadcast([]):
+        while message := broadcast_ints(self.world, []):
             max_new_tokens, rest = message[0], message[1:]
             prompts = {}
             while rest:
@@ -131,21 +129,9 @@ class TextGenerator:
 
     def shutdown(self) -> None:
         """End `serve_rank` on the other ranks; called by rank 0."""
-        self._broadcast([])
+        broadcast_ints(self.world, [])
 
     def _generate(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, int]]:
         return generate_batch(
             self.decoder, prompts, max_new_tokens, self.sampling, self.stop, self.tokenizer.vocab_size
         )
-
-    def _broadcast(self, numbers: list[int]) -> list[int]:
-        """Rank 0's numbers, on every rank; a collective."""
-        group = self.world.control_group
-        if group is None:
-            return numbers
-        count = torch.tensor(len(numbers))
-        dist.broadcast(count, src=0, group=group)
-        content = torch.tensor(numbers) if self.world.is_main else torch.empty(int(count), dtype=torch.int64)
-        dist.broadcast(content, src=0, group=group)
-        numbers = content.tolist()
-        return numbers

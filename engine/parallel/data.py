@@ -5,8 +5,8 @@ microbatch has completed a bucket, its gradients are reduce-scattered while the 
 rank's shard; the new parameters are all-gathered while the next forward pass begins, whose layers wait for the buckets
 they need (ZeRO stage 1, Rajbhandari et al. 2020). Unsharded, the gradients are all-reduced and every rank updates
 everything. With one rank the shard is the bucket and nothing is sent.
-Alternatives considered: DistributedDataParallel (gradients in the parameters' dtype, no sharded update) and FSDP (per-parameter
-shards, which a flat update and a checkpoint of rectangles would have to undo).
+Alternatives considered: DistributedDataParallel (gradients in the parameters' dtype, no sharded update) and FSDP
+(per-parameter shards, which a flat update and a checkpoint of rectangles would have to undo).
 """
 
 from collections.abc import Iterable, Iterator

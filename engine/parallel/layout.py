@@ -138,32 +138,6 @@ class World:
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
 
-    def sum_on_host(self, numbers: list[int]) -> list[int]:
-        """Element-wise sum over all ranks; a collective."""
-        if self.control_group is None:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(total, group=self.control_group)
-        return total.tolist()
-
-    def first_problem(self, problem: str | None) -> str | None:
-        """The problem of the lowest rank that has one, the same answer on every rank; a collective."""
-        if self.control_group is None:
-            return problem
-        size = self.layout.world_size
-        lengths = [0] * size
-        text = b"" if problem is None else f"rank {self.rank}: {problem}".encode()
-        lengths[self.rank] = len(text)
-        lengths = self.sum_on_host(lengths)
-        if not any(lengths):
-            return None
-        speaker = next(rank for rank, length in enumerate(lengths) if length)
-        message = torch.zeros(lengths[speaker], dtype=torch.uint8)
-        if self.rank == speaker:
-            message = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.broadcast(message, src=speaker, group=self.control_group)
-        return bytes(message.tolist()).decode()
-
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The device of this rank: `auto`, `cpu` or `cuda`.

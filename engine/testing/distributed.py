@@ -2,7 +2,7 @@
 
 Ranks are forked from a server process that has imported torch and done nothing else (no threads, no autograd), so a
 rank starts in a fraction of a second and never inherits a held lock. They meet through a file.
-Rejected: torchrun (seconds per start) and forking the test process itself (inherits its thread pools).
+Alternatives considered: torchrun (seconds per start) and forking the test process itself (inherits its thread pools).
 """
 
 import multiprocessing

@@ -17,7 +17,7 @@ def tiny_config(preset: str = "tiny", **changes: object) -> ModelConfig:
 
 
 def new_parameters(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    """Initialised parameters by path, each a tensor of its own."""
+    """Initialized parameters by path, each a tensor of its own."""
     parameters = {}
     for parameter in parameter_table(model).parameters:
         values = torch.empty(parameter.shape, dtype=dtype)

@@ -1,13 +1,13 @@
 """Parity: a run in any layout gives the numbers of one process.
 
-A `Case` is a way to cut a `Problem` over ranks. `train` itself runs it from end to end, so that what is compared is
-what a person gets: losses and gradient norms out of `metrics.jsonl`, fp32 parameters out of the checkpoint, which is
-thereby shown to be complete. Beside that each rank notes a digest of every parameter it holds at every step: ranks that
-hold the same part of a tensor must hold the same bits. Rejected: comparing gradients inside the engine, which would
-need doors that training itself does not have.
+A `Case` is a way to cut a `Problem` over ranks. `train` itself runs it from end to end, so that what is compared are
+the files that a user gets: losses and gradient norms of `metrics.jsonl`, fp32 parameters of the checkpoint, which is
+thereby shown to be complete. Each rank also notes a digest of every parameter it holds at every step: ranks that hold
+the same part of a tensor must hold the same bits. Alternative considered: comparing gradients inside the engine, which
+needs hooks that training itself does not have.
 
-The problems are well conditioned, for two reasons that have nothing to do with layouts and were measured in one
-process by cutting the same batch into other microbatches:
+Two settings keep the problems well conditioned. They have nothing to do with layouts; their effect was measured in one
+process by cutting the same batch into different microbatches:
 - `model.init_std` is 0.1. With 0.02 the embedding of a rare token comes close to zero after a few steps, its norm layer
   multiplies rounding errors, and the gradient norm of that one step moves by 6e-4; attention is also almost
   uniform, so that mistakes in it would hardly count.
@@ -58,7 +58,7 @@ Digests = dict[tuple[str, Rectangle], list[int]]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained: a preset and settings that no layout may change, as `section.key`."""
+    """A model and its training: a preset and settings that no layout may change, as `section.key`."""
 
     preset: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -93,10 +93,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case led to.
+    """The results of a case.
 
     Attributes:
-        losses: of each step and, behind them, of each evaluation.
+        losses: of each step, then of each evaluation.
         parameters: logical tensors by name, fp32.
         torn: names of tensors of which two ranks have held different bits for the same part.
     """
@@ -117,7 +117,7 @@ class Deviation:
     worst: str
 
     def problems(self) -> list[str]:
-        """What is out of tolerance, in words."""
+        """What is out of tolerance, one line each."""
         found = {"loss": self.loss, "gradient norm": self.grad_norm, "parameters": self.parameters}
         return [
             f"{name} off by {value:.1e} (tolerance {TOLERANCES[name]:.0e})" + f", {self.worst}" * (name == "parameters")
@@ -127,7 +127,7 @@ class Deviation:
 
 
 def deviation(outcome: Outcome, reference: Outcome) -> Deviation:
-    """How far `outcome` is from `reference`. What is not a number deviates most."""
+    """How far `outcome` is from `reference`. NaN deviates most."""
     assert outcome.parameters.keys() == reference.parameters.keys()
     names = list(reference.parameters)
     errors = torch.stack([_l2(outcome.parameters[name], reference.parameters[name]) for name in names])
@@ -224,12 +224,12 @@ def _torn(notes: Sequence[Digests]) -> list[str]:
 
 
 def _train_in_turn(segments: Sequence[_Segment], directory: Path) -> dict[int, Digests]:
-    """What each rank does: train the segments that need it, in a new world each; its digests by segment."""
+    """Train, on one rank, the segments that need this rank, each in a new world; its digests by segment."""
     rank = int(os.environ["RANK"])
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while others still connect
         shutdown_distributed()
-    gc.freeze()  # what was imported need not be looked through after every run
+    gc.freeze()  # imported objects need not be scanned after every run
     noted = {}
     for number, segment in enumerate(segments):
         ranks = segment.case.ranks
@@ -240,7 +240,7 @@ def _train_in_turn(segments: Sequence[_Segment], directory: Path) -> dict[int, D
             store = f"file://{directory / f'store{number}'}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
         noted[number] = _train(segment)
-        gc.collect()  # what is left of the run's groups holds threads and sockets
+        gc.collect()  # process groups of the run hold threads and sockets
     return noted
 
 
@@ -265,8 +265,8 @@ def _train(segment: _Segment) -> Digests:
 
 
 class _Watched(ShardedParameters):
-    """Notes what its parameters are whenever the gradients of a step are complete. By then every layer has waited for
-    them, so that nothing is waited for here."""
+    """Notes a digest of its parameters whenever the gradients of a step are complete. By then every layer has waited
+    for its parameters."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

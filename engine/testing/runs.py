@@ -25,7 +25,7 @@ from engine.testing.distributed import run_ranks
 from engine.train.run import train
 
 CONVERSATIONS = (33, 20, 14, 4, 17, 17, 25, 9, 12, 11, 11, 22, 12, 5, 5, 16, 8, 10, 3, 9)
-"""Bytes of each of twenty; packed into sequences of 32 they are eight."""
+"""Bytes of each of twenty conversations; packed, they fill eight sequences of 32."""
 
 
 def write_dataset(prefix: Path, *, num_documents: int = 60, seed: int = 0) -> Path:
@@ -43,7 +43,7 @@ def write_dataset(prefix: Path, *, num_documents: int = 60, seed: int = 0) -> Pa
 def write_conversations(
     prefix: Path, lengths: Sequence[int] = CONVERSATIONS, *, seed: int = 0, chat_template: str | None = None
 ) -> Path:
-    """Conversations of so many bytes: the second half of each repeats the first, and is learned."""
+    """Conversations of so many bytes. The second half of each repeats the first, and its tokens are the targets."""
     random = np.random.default_rng(seed)
     info = _described(chat_template=chat_template)
     with IndexedDatasetWriter(prefix, token_dtype(info.vocab_size), info, masked=True) as writer:

@@ -1,4 +1,4 @@
-"""Texts and small tokenizer models for tests and benchmarks, made on the spot from what every machine has."""
+"""Texts and small tokenizer models for tests and benchmarks, made on the spot from files that every machine has."""
 
 import io
 import re

@@ -1,27 +1,73 @@
-"""Loss on held-out data: the same samples every time, whatever the layout."""
+"""Loss on held-out data, the same samples every time and in every layout; the best so far; early stopping."""
 
 import math
+import time
 from dataclasses import replace
 
 import torch
 
 from engine.checkpoint.manifest import Best
 from engine.config.schema import Config
+from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.loader import batches
-from engine.data.samples.sft import SftDataset
 from engine.errors import DataError
+from engine.parallel.agreement import sum_ints
 from engine.parallel.layout import World
-from engine.train.inputs import Data
-from engine.train.step import DistributedModel
+from engine.train.hooks import Hook
+from engine.train.log import RunLog
+from engine.train.metrics import duration
+from engine.train.saving import Saving
+from engine.train.step import DistributedModel, StepResult
 from engine.train.trainer import Trainer
 
 
+class Evaluation(Hook):
+    """Evaluates, also before the first step of a fresh run, and notes the best so far. Without data it does nothing."""
+
+    def __init__(self, data: SampleDataset | None, log: RunLog) -> None:
+        self.data, self.log = data, log
+
+    def before_training(self, trainer: Trainer) -> None:
+        if trainer.progress.step == 0:
+            self._evaluate(trainer)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        if self.data is None:
+            return
+        step, started = trainer.progress.step, time.perf_counter()
+        with trainer.clock.paused():
+            loss = evaluate(trainer.model, self.data, trainer.config, trainer.world)
+            note_evaluation(trainer, loss)
+            perplexity = math.exp(min(loss, 700.0))
+            took = duration(time.perf_counter() - started)
+            self.log.say(f"evaluation at step {step} | loss {loss:.4f} | perplexity {perplexity:.2f} | took {took}")
+            self.log.metrics("eval", {"step": step, "time": time.time(), "eval_loss": loss, "eval_ppl": perplexity})
+
+
+class EarlyStopping(Hook):
+    """Saves and ends the run when `train.early_stopping` evaluations in a row were no new best."""
+
+    def __init__(self, saving: Saving, log: RunLog) -> None:
+        self.saving, self.log = saving, log
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if stops_early(trainer):
+            self.saving.save(trainer)
+            patience = trainer.config.train.early_stopping
+            self.log.say(f"stops early: {patience} evaluations in a row without a new best")
+            trainer.end()
+
+
 def compares_evaluations(config: Config) -> bool:
+    """Whether anything depends on which evaluation is the best."""
     return config.checkpoint.keep_best or config.train.early_stopping > 0
 
 
 def note_evaluation(trainer: Trainer, loss: float) -> bool:
-    """Compare with the best evaluation so far; whether this is better, which NaN is not."""
+    """Compare with the best evaluation so far; whether this one is better. NaN never is."""
     step, best = trainer.progress.step, trainer.best
     if not compares_evaluations(trainer.config):
         return False
@@ -34,19 +80,20 @@ def note_evaluation(trainer: Trainer, loss: float) -> bool:
 
 
 def stops_early(trainer: Trainer) -> bool:
+    """Whether `train.early_stopping` evaluations in a row were not better than the best."""
     patience = trainer.config.train.early_stopping
     return trainer.best is not None and 0 < patience <= trainer.best.worse
 
 
 @torch.no_grad()
-def evaluate(model: DistributedModel, dataset: Data, config: Config, world: World) -> float:
-    """Mean loss per token, in nats, over the first `train.eval_steps` global batches; conversations at most once.
+def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, world: World) -> float:
+    """Mean loss per target token, in nats, over the first `train.eval_steps` global batches, or one epoch if shorter.
 
     Raises:
         DataError: none of the tokens is a target.
     """
     steps = config.train.eval_steps
-    if isinstance(dataset, SftDataset):
+    if dataset.num_rows is not None:
         steps = min(steps, math.ceil(dataset.num_rows / config.batch.global_))
     total = torch.zeros(1, device=world.device, dtype=torch.float64)
     tokens = 0
@@ -66,7 +113,7 @@ def evaluate(model: DistributedModel, dataset: Data, config: Config, world: Worl
         total += model.evaluate(microbatches).double()
         tokens += sum(batch.num_tokens for batch in microbatches) if world.is_model_parallel_leader else 0
     world.sum_on_device(total)
-    (all_tokens,) = world.sum_on_host([tokens])
+    (all_tokens,) = sum_ints(world, [tokens])
     if all_tokens == 0:
         raise DataError("none of the tokens to evaluate is a target; look at the masks of the validation data")
     return total.item() / all_tokens

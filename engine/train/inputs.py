@@ -1,4 +1,5 @@
-"""What a run reads: opened and checked before anything large is allocated."""
+"""The inputs of a run (data, tokenizer, checkpoints, initial weights), opened and checked before anything large is
+allocated."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from engine.checkpoint.model_directory import ModelDirectory
 from engine.checkpoint.opening import initial_weights
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import candidates, open_checkpoint
-from engine.config.schema import SOURCES, Config
+from engine.config.schema import SOURCES, Config, ModelConfig, RunConfig
 from engine.data.chat.template import find_template
+from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.pretrain import PretrainDataset, Split
 from engine.data.samples.sft import SftDataset
 from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
@@ -23,71 +25,86 @@ from engine.ops.choice import require_fp8, require_implementations
 from engine.parallel.layout import World
 from engine.parallel.table import ParameterTable
 
-Data = PretrainDataset | SftDataset
-
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything, ready to use.
+    """What a run reads, open and checked.
 
-    `checkpoints` are those it may go on from, the best first; `weights` those of a fresh start, if it has any.
+    Attributes:
+        dtype: of the parameters that matmuls read.
+        valid_data: None where the run never evaluates.
+        checkpoints: those the run may resume from, the newest first; empty for a fresh start.
+        weights: those of a fresh start from a trained model.
     """
 
     table: ParameterTable
     dtype: torch.dtype
     tokenizer: Tokenizer
-    train_data: Data
-    valid_data: Data | None
+    train_data: SampleDataset
+    valid_data: SampleDataset | None
     checkpoints: list[Checkpoint]
     weights: ModelDirectory | None
 
 
-def model_dtype(config: Config, device_type: str) -> torch.dtype:
-    """The dtype of the parameters that are multiplied with."""
-    mode = config.precision.mode
+def model_dtype(mode: str, device_type: str) -> torch.dtype:
+    """The dtype of the parameters that matmuls read, for `precision.mode` on a device."""
     bf16 = mode in ("bf16", "fp8") or (mode == "auto" and device_type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
-    """Open everything the run reads, and refuse what cannot work."""
+    """Open everything the run reads.
+
+    Raises:
+        ConfigError: a setting does not suit the device, the tokenizer or an export; the run directory is in use.
+        DataError: a dataset is damaged, too small, or made with another tokenizer.
+        CheckpointError: a checkpoint or the initial weights belong to another model.
+    """
     require_fp8(config.precision, config.ops, world.device)
     require_implementations(config.ops, world.device)
-    dtype, table = model_dtype(config, world.device.type), parameter_table(config.model)
-    hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # what could not be exported is not trained
-    tokenizer = open_tokenizer(config)
+    dtype, table = model_dtype(config.precision.mode, world.device.type), parameter_table(config.model)
+    hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # raises for a model that could not be exported
+    tokenizer = open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     train_data = open_data(config, "train", tokenizer)
     valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None
     shapes = {tensor.name: tensor.shape for tensor in table.logical()}
-    checkpoints = _choose_checkpoints(config, print if world.is_main else lambda _: None)
+    checkpoints = _choose_checkpoints(config.run, print if world.is_main else lambda _: None)
     for checkpoint in checkpoints:
         checkpoint.require(shapes)
-        _require_same_architecture(checkpoint, config)
+        _require_same_architecture(checkpoint, config.model)
     weights = None if checkpoints else initial_weights(config.model)
     if weights is not None:
         weights.require(shapes)
     return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoints, weights)
 
 
-def open_tokenizer(config: Config) -> Tokenizer:
-    """The run's tokenizer, which must not be larger than the model's vocabulary."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
+def open_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer `data.tokenizer` for a model of `model.vocab_size` tokens.
+
+    Raises:
+        ConfigError: there is none, or the model's vocabulary is smaller.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} entries of "
-            f"data.tokenizer = {config.data.tokenizer}; set model.vocab_size to at least that"
+            f"model.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} entries of "
+            f"data.tokenizer = {path}; set model.vocab_size to at least that"
         )
     return tokenizer
 
 
-def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> Data:
-    """The data to train or to validate with, checked against the tokenizer and the vocabulary."""
+def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> SampleDataset:
+    """The training or validation data, checked against the tokenizer and the vocabulary.
+
+    Raises:
+        DataError: a file is missing, damaged, too small, or made with another tokenizer or vocabulary.
+    """
     wanted = config.data
     datasets = wanted.valid if wanted.valid and part == "valid" else wanted.train
     split, part = ((1.0, 0.0, 0.0), "train") if wanted.valid else (wanted.split, part)
     if config.task == "sft":
         epochs = 1 if part == "valid" or datasets is wanted.valid else config.train.epochs or None
-        data: Data = SftDataset(
+        data: SampleDataset = SftDataset(
             datasets, split, part, wanted.seq_length, config.run.seed, packed=wanted.packing, epochs=epochs
         )
     else:
@@ -98,26 +115,21 @@ def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> Data:
     return data
 
 
-def rows_of(data: Data) -> int | None:
-    """Sequences of an epoch, where there are epochs."""
-    return data.num_rows if isinstance(data, SftDataset) else None
-
-
-def packing_summary(data: Data, part: Split, config: Config) -> Iterator[str]:
-    """How conversations lie in sequences, for people."""
-    if not isinstance(data, SftDataset):
+def packing_summary(data: SampleDataset, part: Split, global_batch_size: int) -> Iterator[str]:
+    """How conversations are packed into sequences, for people; nothing in pretraining."""
+    summary, rows = data.summary(), data.num_rows
+    if summary is None or rows is None:
         return
-    rows = f"{data.num_conversations:,} conversations in {data.num_rows:,} sequences"
-    yield f"sequences   {part}: {rows}, {data.packing.efficiency:.1%} full"
-    if part == "train" and data.num_rows < config.batch.global_:
+    yield f"sequences   {part}: {summary}"
+    if part == "train" and rows < global_batch_size:
         yield (
-            f"warning     batch.global = {config.batch.global_} is more than the {data.num_rows} sequences of an "
-            "epoch: a step reads conversations several times, or has empty sequences; lower it"
+            f"warning     batch.global = {global_batch_size} is more than the {rows} sequences of an epoch: a step "
+            "reads conversations several times, or has empty sequences; lower it"
         )
 
 
-def describe_template(data: Data, tokenizer: Tokenizer) -> Iterator[str]:
-    """How conversations are written, for people."""
+def describe_template(data: SampleDataset, tokenizer: Tokenizer) -> Iterator[str]:
+    """The chat template of the data beside that of the tokenizer, for people; nothing in pretraining."""
     template = chat_template(data)
     if template is None:
         return
@@ -132,11 +144,11 @@ def describe_template(data: Data, tokenizer: Tokenizer) -> Iterator[str]:
         yield "warning     the tokenizer comes with another chat template; the export will have that of the data"
 
 
-def chat_template(data: Data) -> str | None:
-    """The template that the training data were written with.
+def chat_template(data: SampleDataset) -> str | None:
+    """The chat template that the data were preprocessed with; None where they do not say.
 
     Raises:
-        DataError: several.
+        DataError: the datasets were made with different ones.
     """
     infos = [(data.prefix, data.info.chat_template) for data in data.datasets if data.info is not None]
     used = {template: prefix for prefix, template in infos if template is not None}
@@ -149,10 +161,10 @@ def chat_template(data: Data) -> str | None:
     return next(iter(used), None)
 
 
-def _require_same_architecture(checkpoint: Checkpoint, config: Config) -> None:
-    """Tensors of the same shapes can belong to another model. What may differ are settings that mean nothing to trained
-    weights and those that people change on purpose to lengthen the context."""
-    stored, wanted = checkpoint.model.model_dump(), config.model.model_dump()
+def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Refuse a checkpoint of another model whose tensors have the same shapes. Only settings that mean nothing to
+    trained weights may differ, and those that people change on purpose to lengthen the context."""
+    stored, wanted = checkpoint.model.model_dump(), model.model_dump()
     may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
     different = [
         f"model.{key} = {wanted[key]}, in the checkpoint {value}"
@@ -163,12 +175,12 @@ def _require_same_architecture(checkpoint: Checkpoint, config: Config) -> None:
         raise CheckpointError("\n  ".join([f"{checkpoint.path} is of another model:", *different]))
 
 
-def _choose_checkpoints(config: Config, report: Callable[[str], None]) -> list[Checkpoint]:
-    """Where to start from: what run.dir holds, newest first; else what `run.resume` names; else nothing.
+def _choose_checkpoints(run: RunConfig, report: Callable[[str], None]) -> list[Checkpoint]:
+    """The checkpoints to start from: those in run.dir, newest first; else the one that `run.resume` names; else none.
 
     A path below run.dir is taken literally, so that a run can go back to an older step.
     """
-    resume, own = config.run.resume, config.run.dir
+    resume, own = run.resume, run.dir
     if resume not in ("auto", "never"):
         named = open_checkpoint(Path(resume))
         inside = own.resolve() in Path(resume).resolve().parents
@@ -177,6 +189,6 @@ def _choose_checkpoints(config: Config, report: Callable[[str], None]) -> list[C
     if resume == "never" and found:
         raise ConfigError(
             f"run.resume = never, but {own} holds a checkpoint of step {found[0].state.step}; "
-            "choose another run.dir, or run.resume = auto to go on"
+            "choose another run.dir, or resume with run.resume = auto"
         )
     return found

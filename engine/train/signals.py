@@ -1,4 +1,4 @@
-"""Stop requests: a signal is noted here and acted upon between two steps."""
+"""Stop requests: a signal is noted here, and the trainer acts on it between two steps."""
 
 import signal
 from types import FrameType
@@ -7,7 +7,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1 instead of dying of it."""
+    """The first SIGINT, SIGTERM or SIGUSR1 that this process got; none of them ends it any more."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

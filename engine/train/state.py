@@ -1,4 +1,4 @@
-"""Between the optimizer's flat shards and a checkpoint's named rectangles."""
+"""Conversion between the optimizer's flat shards and a checkpoint's named rectangles."""
 
 from collections.abc import Iterator
 
@@ -16,8 +16,8 @@ from engine.parallel.table import LogicalTensor, Rectangle
 _FP8 = "fp8_amax"
 
 
-def pieces(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[StateSlice]:
-    """Everything this rank has to save: the rectangles that it owns of its shards, and the scales' history, in fp32."""
+def state_slices(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[StateSlice]:
+    """Everything this rank saves, in fp32: the rectangles of its shards that it owns, and the FP8 amax history."""
     at = optimizer.parameters.world.coords
     if fp8 is not None and at.dp == 0 and at.tp == 0:
         for name, history in fp8.histories().items():
@@ -35,11 +35,10 @@ def pieces(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[Sta
 
 @torch.no_grad()
 def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint, fp8: Fp8State | None = None) -> None:
-    """Read this rank's shards, and the history of scales where the checkpoint has one of this length.
+    """Read this rank's shards, and the FP8 amax history if the checkpoint has one of the same length and layers.
 
-    `ShardedAdamW.publish` then hands the parameters to all ranks.
-
-    An imported model has weights and no moments; they start at zero then.
+    `ShardedAdamW.broadcast_params` then sends the parameters to all ranks. The moments of an imported model, which has
+    none, start at zero.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -59,7 +58,7 @@ def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint, fp8: Fp8State | Non
 
 @torch.no_grad()
 def restore_weights(optimizer: ShardedAdamW, weights: ModelDirectory) -> None:
-    """Read this rank's shards of the parameters from a trained model, and start with moments of zero.
+    """Read this rank's shards of the parameters from a trained model, and set the moments to zero.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -72,7 +71,7 @@ def restore_weights(optimizer: ShardedAdamW, weights: ModelDirectory) -> None:
 
 
 def _restore_history(fp8: Fp8State, checkpoint: Checkpoint) -> None:
-    """A history of another length, or of other layers, is left: the next step takes the scales of the moment."""
+    """Skip a history of another length or of other layers: the next step then scales by the current amax."""
     stored = checkpoint.manifest.tensors.get(_FP8, {})
     wanted = fp8.histories()
     if any(name not in stored or stored[name].shape != tuple(into.shape) for name, into in wanted.items()):
@@ -83,7 +82,7 @@ def _restore_history(fp8: Fp8State, checkpoint: Checkpoint) -> None:
 
 
 def _rectangles(bucket: Bucket) -> Iterator[tuple[LogicalTensor, Rectangle, slice]]:
-    """The rectangles of logical tensors that lie in the bucket's shard, with their place in the shard."""
+    """The rectangles of logical tensors that lie in this rank's shard of the bucket, with their slice of the shard."""
     for slot in bucket.plan.slots:
         for tensor, offset in slot.tensors():
             begin = max(offset, bucket.begin)

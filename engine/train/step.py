@@ -23,7 +23,7 @@ from engine.plan.stages import stage_parts, stage_table
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind. Tensors are fp32 [1] on the device; nothing here has waited for it.
+    """The outcome of a step. Tensors are fp32 [1] on the device; none has been waited for.
 
     `loss` is this rank's part of the loss: the sum over its tokens divided by the tokens of the whole global batch, so
     that the sum over ranks is the mean over all tokens, however the batch is cut.
@@ -38,7 +38,7 @@ class StepResult:
 
 
 class DistributedModel:
-    """This rank's parts of the model, and how to run microbatches through all ranks' parts."""
+    """This rank's parts of the model, as a stage of the pipeline that all ranks run."""
 
     def __init__(self, config: Config, world: World, parts: Sequence[Part], parameters: ShardedParameters) -> None:
         self.config, self.world = config, world
@@ -83,7 +83,7 @@ class DistributedModel:
 
 
 def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp8State | None:
-    """FP8 for those of this rank's layers that use it."""
+    """The FP8 state of this rank's layers that run in FP8; None in other precisions."""
     if config.precision.mode != "fp8":
         return None
     precision, layers = config.precision, config.model.num_layers
@@ -112,13 +112,15 @@ def _part_function(
     The z-loss and noise on embeddings belong to training alone.
     """
     alpha = config.train.neftune_alpha if decoder.embedding is not None else 0.0
+    hidden_size, seed = config.model.hidden_size, config.run.seed
 
     def run(x: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         inputs, positions = batch.tokens.flatten() if x is None else x, batch.positions.flatten()
-        noise = embedding_noise(batch, alpha, config, tp) if alpha and torch.is_grad_enabled() else None
+        training = torch.is_grad_enabled()
+        noise = embedding_noise(batch, alpha, hidden_size, seed, tp) if alpha and training else None
         if decoder.head is not None:
             labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
-            weight = config.train.z_loss if torch.is_grad_enabled() else 0.0
+            weight = config.train.z_loss if training else 0.0
             return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight, noise, batch.target_indices)
         hidden: torch.Tensor = decoder(inputs, positions, decoder.attend_within(batch.cu_seqlens), noise)
         return hidden
@@ -126,19 +128,18 @@ def _part_function(
     return run
 
 
-def embedding_noise(batch: Batch, alpha: float, config: Config, tp: TensorParallel) -> torch.Tensor:
+def embedding_noise(batch: Batch, alpha: float, hidden_size: int, seed: int, tp: TensorParallel) -> torch.Tensor:
     """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise, fp32 [t/tp, h], of alpha / sqrt(length · h) at most.
 
-    A function of the seed and the number of the sequence, so that every layout draws the same. The length is that of
-    the conversation that a token belongs to.
+    A function of the run's seed and the number of the sequence, so that every layout draws the same. The length is
+    that of the conversation that a token belongs to.
     """
-    rows, s = batch.tokens.shape
-    h, device = config.model.hidden_size, batch.tokens.device
+    (rows, s), h, device = batch.tokens.shape, hidden_size, batch.tokens.device
     first, count = tp.share(rows * s)
     drawn = []
     for row in range(first // s, -(-(first + count) // s)):
-        seed = keyed_below(1 << 63, "neftune", config.run.seed, batch.sample_numbers[row])
-        drawn.append(torch.rand(s, h, device=device, generator=torch.Generator(device).manual_seed(seed)))
+        key = keyed_below(1 << 63, "neftune", seed, batch.sample_numbers[row])
+        drawn.append(torch.rand(s, h, device=device, generator=torch.Generator(device).manual_seed(key)))
     noise = torch.cat(drawn)[first % s :][:count]
     cuts = torch.tensor(batch.cu_seqlens)
     lengths = cuts.diff().repeat_interleave(cuts.diff())[first : first + count].to(device)
@@ -154,7 +155,13 @@ def train_step(
     lr: float,
     tokens: int,
 ) -> StepResult:
-    """Train on one global batch, of which `microbatches` are this rank's share and `tokens` all unmasked tokens."""
+    """Train on one global batch.
+
+    Args:
+        microbatches: this rank's share of it.
+        step: its number, from 1.
+        tokens: targets of the whole global batch, over all ranks.
+    """
     optimizer.parameters.begin_step()
     loss = model.train(microbatches, 1 / tokens)
     grad_norm, skipped = optimizer.update(step, lr)

@@ -1,11 +1,14 @@
 """The loop: global batches in, one result per optimizer step out.
 
-The trainer only advances; whatever happens every n steps (reports, evaluation, checkpoints) belongs to whoever
-iterates over `steps()`.
+The trainer only advances; whatever happens every n steps is a hook (`hooks.py`).
 """
 
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from engine.checkpoint.manifest import Best
 from engine.config.schema import Config
@@ -13,6 +16,7 @@ from engine.data.samples.loader import Batch, Samples, batches
 from engine.errors import DataError
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate
+from engine.parallel.agreement import sum_ints
 from engine.parallel.layout import World
 from engine.train.signals import STOP_SIGNALS, StopRequest
 from engine.train.step import DistributedModel, StepResult, train_step
@@ -20,20 +24,44 @@ from engine.train.step import DistributedModel, StepResult, train_step
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, samples and (unmasked) tokens consumed."""
+    """How far a run is: steps done, samples and target tokens consumed."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
 
 
+class Clock:
+    """Seconds of training since the last restart; pauses do not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside. Waits for the device, as the queued steps do count."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
+
+
 class Trainer:
     """Everything that one rank needs to train.
 
     Attributes:
-        progress: advanced by each step; set it before `steps()` to resume.
+        progress: advanced by each step; to resume, set it before `steps()`.
         best: the best evaluation so far, where evaluations are compared.
         stopped_by: the signal for which all ranks have agreed to stop.
+        clock: time spent on steps.
     """
 
     def __init__(
@@ -47,31 +75,41 @@ class Trainer:
         self.progress = Progress()
         self.best: Best | None = None
         self.stopped_by: str | None = None
+        self.clock = Clock(world.device)
+        self._ended = False
+
+    def end(self) -> None:
+        """Make the current step the last one; to be called on all ranks."""
+        self._ended = True
 
     def steps(self, stop: StopRequest) -> Iterator[StepResult]:
-        """Train until `train.steps`, or until any rank's stop request."""
+        """Train until `train.steps`, `end()`, or any rank's stop request.
+
+        Raises:
+            DataError: none of a step's tokens is a target.
+        """
         for microbatches in self._batches():
             step = self.progress.step + 1
-            signalled = [int(stop.signal == known) for known in STOP_SIGNALS]
-            read = sum(batch.num_tokens for batch in microbatches) if self.world.is_model_parallel_leader else 0
-            tokens, *signals = self.world.sum_on_host([read, *signalled])
-            self.stopped_by = next(
-                (known.name for known, count in zip(STOP_SIGNALS, signals, strict=True) if count), None
-            )
+            tokens = self._agree(microbatches, stop)
             if self.stopped_by:
                 return
             if tokens == 0:
                 raise DataError(f"step {step}: none of its tokens is a target; look at the data's masks (inspect_data)")
-            result = train_step(
-                self.model, self.optimizer, microbatches, step=step, lr=self._learning_rate(step), tokens=tokens
-            )
+            lr = learning_rate(step, self.config.optimizer.lr, self.config.lr_schedule, self.config.train.steps)
+            result = train_step(self.model, self.optimizer, microbatches, step=step, lr=lr, tokens=tokens)
             samples = self.progress.samples + self.config.batch.global_
             self.progress = Progress(step, samples, self.progress.tokens + tokens)
             yield result
+            if self._ended:
+                return
 
-    def _learning_rate(self, step: int) -> float:
-        config = self.config
-        return learning_rate(step, config.optimizer.lr, config.lr_schedule, config.train.steps)
+    def _agree(self, microbatches: list[Batch], stop: StopRequest) -> int:
+        """The targets of the global batch; sets `stopped_by` if any rank was asked to stop. One collective for both."""
+        signaled = [int(stop.signal == known) for known in STOP_SIGNALS]
+        targets = sum(batch.num_tokens for batch in microbatches) if self.world.is_model_parallel_leader else 0
+        targets, *counts = sum_ints(self.world, [targets, *signaled])
+        self.stopped_by = next((known.name for known, count in zip(STOP_SIGNALS, counts, strict=True) if count), None)
+        return targets
 
     def _batches(self) -> Iterator[list[Batch]]:
         config, world = self.config, self.world

@@ -30,7 +30,6 @@ def state(step: int) -> State:
         step=step,
         consumed_samples=step * 4,
         consumed_tokens=step * 64,
-        loss_scale={"scale": 1024.0},
         data_fingerprint="data",
         layout={"dp": 2},
     )

@@ -11,7 +11,7 @@ def manifest() -> Manifest:
     )
     return Manifest(
         save_number=1,
-        state=State(5, 10, 100, {"scale": 2.0}, "data", {"dp": 1}),
+        state=State(5, 10, 100, "data", {"dp": 1}),
         files={
             "state-00000-of-00001.safetensors": fmt.StoredFile(size=100, xxh3_64="0" * 16),
             "config.yaml": fmt.StoredFile(size=3, xxh3_64="0" * 16),
@@ -23,6 +23,12 @@ def manifest() -> Manifest:
 
 def test_manifest_round_trip() -> None:
     assert fmt.decode_manifest(fmt.encode_manifest(manifest()), "m") == manifest()
+
+
+def test_a_manifest_of_an_older_version_with_a_loss_scale_is_read() -> None:
+    body = manifest().model_dump_json().replace('"data_fingerprint"', '"loss_scale":null,"data_fingerprint"').encode()
+    checksum = fmt.xxhash.xxh3_64_hexdigest(body).encode()
+    assert fmt.decode_manifest(b'{"xxh3_64":"' + checksum + b'","manifest":' + body + b"}\n", "m") == manifest()
 
 
 def test_every_flipped_bit_and_every_truncation_of_a_manifest_is_found() -> None:

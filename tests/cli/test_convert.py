@@ -49,7 +49,7 @@ def run_dir(tmp_path: Path) -> Path:
         for name, shape in logical_shapes(MODEL).items()
     ]
     save(
-        tmp_path / "run", pieces, State(5, 20, 80, None, "data", {}),
+        tmp_path / "run", pieces, State(5, 20, 80, "data", {}),
         config_yaml=yaml.safe_dump({"model": MODEL.model_dump(mode="json"), "data": {"tokenizer": "byte"}}),
         tokenizer_files=[], keep_last=1, rank=0, world_size=1, first_problem=lambda problem: problem,
     )  # fmt: skip

@@ -94,14 +94,14 @@ def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(workspace):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert "exit 75: start the same command again to go on" in errors
+    assert "exit 75: rerun the same command to resume" in errors
     events = read_records(workspace / "run/events.jsonl")
     assert events[-1] | {"time": 0} == {
         "event": "exit",
         "time": 0,
         "code": 75,
         "reason": events[-1]["reason"],
-        "advice": "start the same command again to go on",
+        "advice": "rerun the same command to resume",
     }
     step = next(event["step"] for event in events if event["event"] == "save")
     done = start([*command, "--train.steps", str(step + 1)], workspace)

@@ -29,23 +29,6 @@ def test_an_axis_without_ranks_is_refused():
         Layout(dp=0)
 
 
-def talk() -> tuple[int, list[int], str | None, str | None]:
-    world: World = init_distributed("cpu")
-    problem = world.first_problem("disk full" if world.rank in (1, 2) else None)
-    return world.coords.dp, world.sum_on_host([1, world.rank]), problem, world.first_problem(None)
-
-
-def test_ranks_agree_on_numbers_and_on_the_first_problem():
-    for rank, (dp, numbers, problem, nothing) in enumerate(run_ranks(3, talk)):
-        assert (dp, numbers) == (rank, [3, 3])
-        assert problem == "rank 1: disk full"
-        assert nothing is None
-
-
-def test_a_lone_rank_needs_no_process_group():
-    assert talk() == (0, [1, 0], None, None)
-
-
 def fail_on_rank_one() -> None:
     if init_distributed("cpu").rank == 1:
         raise ValueError("broken on purpose")

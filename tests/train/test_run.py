@@ -25,8 +25,9 @@ from engine.parallel.layout import Layout, init_distributed
 from engine.plan.memory import estimate_fullest
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
-from engine.train import run
-from engine.train.metrics import RunLog
+from engine.train import start
+from engine.train.evaluate import Evaluation
+from engine.train.log import RunLog
 from engine.train.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +101,7 @@ def test_every_stop_signal_saves(workspace, number):
 
 
 def test_a_stop_before_the_first_step_does_not_claim_a_checkpoint(workspace, monkeypatch):
-    monkeypatch.setattr("engine.train.run._evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Evaluation, "before_training", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="after step 0; there is nothing to save yet"):
         train(run_config(workspace))
     assert not (workspace / "run/checkpoints").exists()
@@ -247,8 +248,8 @@ def layout_with_unlike_memory(config: Config) -> Layout:
     """Of two ranks, of which the second has so little memory that the model must be cut."""
     world = init_distributed("cpu")
     needed = estimate_fullest(config, Layout(dp=2), torch.float32, "cpu").total
-    with patch.object(run, "available", lambda *_: needed * (2, 1)[world.rank]):
-        return run._arrange(config, world)[0].layout
+    with patch.object(start, "available", lambda *_: needed * (2, 1)[world.rank]):
+        return start.arrange_ranks(config, world)[0].layout
 
 
 def test_ranks_with_unlike_memory_choose_one_layout(workspace):

@@ -82,17 +82,17 @@ def test_noise_on_embeddings_is_the_same_in_every_layout(tmp_path):
 def test_noise_is_bounded_by_the_length_of_the_conversation_and_drawn_by_sample():
     config = run_config(Path("unused"), "--task=sft")
     batch = rows_of_batch(two_rows(), (3, 7))
-    noise = embedding_noise(batch, 5.0, config, NO_TP)
-    h = config.model.hidden_size
+    h, seed = config.model.hidden_size, config.run.seed
+    noise = embedding_noise(batch, 5.0, h, seed, NO_TP)
     for start, stop in pairwise(batch.cu_seqlens):
         bound = 5 / ((stop - start) * h) ** 0.5
         largest = noise[start:stop].abs().max().item()
         assert 0.8 * bound < largest <= bound
-    parts = [embedding_noise(batch, 5.0, config, TensorParallel(rank, 4)) for rank in range(4)]
+    parts = [embedding_noise(batch, 5.0, h, seed, TensorParallel(rank, 4)) for rank in range(4)]
     assert torch.cat(parts).equal(noise)
-    alone = embedding_noise(rows_of_batch(two_rows()[1:], (7,)), 5.0, config, NO_TP)
+    alone = embedding_noise(rows_of_batch(two_rows()[1:], (7,)), 5.0, h, seed, NO_TP)
     assert alone.equal(noise[S:])
-    assert not embedding_noise(rows_of_batch(two_rows(), (3, 8)), 5.0, config, NO_TP)[S:].equal(noise[S:])
+    assert not embedding_noise(rows_of_batch(two_rows(), (3, 8)), 5.0, h, seed, NO_TP)[S:].equal(noise[S:])
 
 
 def two_rows() -> list[Sample]:
@@ -117,7 +117,7 @@ def alone_of(data: SftDataset) -> SftDataset:
 
 def loss_of(decoder, batch) -> torch.Tensor:
     flat = (x.flatten() for x in (batch.tokens, batch.positions, batch.labels, batch.loss_mask))
-    return decoder.loss(*flat, batch.cu_seqlens, learned=batch.target_indices)
+    return decoder.loss(*flat, batch.cu_seqlens, target_indices=batch.target_indices)
 
 
 def test_the_packed_loss_is_the_sum_over_each_conversation_alone(chats):
@@ -166,8 +166,9 @@ def test_epochs_end_with_their_last_conversation(tmp_path):
     config = sft_config(tmp_path, "--train.epochs=2", "--batch.global=3", steps=0)
     records = run_training(config)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    learned = sum(length // 2 for length in CONVERSATIONS)
-    assert records[-1]["tokens"] == 2 * learned
+    targets = sum(length // 2 for length in CONVERSATIONS)
+    assert records[-1]["tokens"] == 2 * targets
+    assert records[-1]["target_tokens_per_s"] > 0 and "tokens_per_s" not in records[-1]
     limited = sft_config(tmp_path, "--train.epochs=2", f"--run.dir={tmp_path / 'limited'}", steps=3)
     assert len(run_training(limited)) == 3
 
@@ -253,7 +254,7 @@ def test_what_the_start_tells_about_the_data(tmp_path, capfd):
         "warning     batch.global = 16 is more than the 7 sequences of an epoch",
         "chat        with the template of the data; turns end with nothing",
         "| epoch 2.29 |",
-        "learned tokens; checkpoint in",
+        "target tokens; checkpoint in",
     ):
         assert part in said
 
@@ -295,9 +296,9 @@ def test_one_step_is_that_of_transformers(tmp_path):
     attention = torch.zeros(20, width, dtype=torch.long)
     for j, length in enumerate(CONVERSATIONS):
         tokens = torch.tensor(source.tokens(source.document_start(j), length).tolist())
-        learned = torch.tensor(source.mask(source.document_start(j), length).tolist(), dtype=torch.bool)
+        is_target = torch.tensor(source.mask(source.document_start(j), length).tolist(), dtype=torch.bool)
         ids[j, :length], attention[j, :length] = tokens, 1
-        labels[j, :length][learned] = tokens[learned]
+        labels[j, :length][is_target] = tokens[is_target]
     theirs = llama(input_ids=ids, attention_mask=attention, labels=labels).loss
     theirs.backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)

@@ -48,7 +48,7 @@ from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
 from engine.parallel.layout import init_distributed
-from engine.train.state import pieces, restore_weights
+from engine.train.state import restore_weights, state_slices
 from engine.train.step import build_model, train_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -156,8 +156,8 @@ def _write(folder: Path, conversations: Conversations) -> None:
     _, optimizer = build_model(config, init_distributed("cpu"), torch.float32, seed=0)
     save(
         folder / "run",
-        pieces(optimizer),
-        State(0, 0, 0, None, "", {}),
+        state_slices(optimizer),
+        State(0, 0, 0, "", {}),
         config_yaml=config.to_yaml(),
         tokenizer_files=[],
         keep_last=1,

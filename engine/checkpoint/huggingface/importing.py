@@ -39,7 +39,7 @@ def import_directory(
         StateSlice("param", name, shape, whole(shape), partial(read, name), dtype=torch.float32)
         for name, shape in shapes.items()
     ]
-    state = State(0, 0, 0, None, "", {"imported": str(source.path)})
+    state = State(0, 0, 0, "", {"imported": str(source.path)})
     with new_directory(Path(run_dir)) as target:
         checkpoint = save(
             target,

@@ -78,10 +78,17 @@ class PretrainDataset:
         seq_length: S; a sample holds S + 1 tokens.
         seed: of the order.
 
+    Attributes:
+        num_rows, efficiency, mean_length: as in `SampleDataset`; there is no last sample, and every place is filled.
+
     Raises:
         DataError: a file is missing or damaged, or a dataset has too few tokens for one sample.
         ConfigError: shares or weights that make no sense.
     """
+
+    num_rows = None
+    efficiency = 1.0
+    mean_length = None
 
     def __init__(
         self,
@@ -140,6 +147,9 @@ class PretrainDataset:
         """
         content = [self._mixture.counts, [source.identity() for source in self._sources]]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+    def summary(self) -> None:
+        """Nothing is packed."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,17 @@ class SftDataset:
     @property
     def num_tokens(self) -> int:
         """Places that an epoch fills, over all datasets."""
-        return round(self.packing.efficiency * self.num_rows * self.seq_length)
+        return round(self.efficiency * self.num_rows * self.seq_length)
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the places of a row that hold tokens."""
+        return self.packing.efficiency
+
+    def summary(self) -> str:
+        """How conversations are packed into sequences, for people."""
+        rows = f"{self.num_conversations:,} conversations in {self.num_rows:,} sequences"
+        return f"{rows}, {self.efficiency:.1%} full"
 
     def sample(self, i: int) -> Sample:
         """Row `i >= 0`; what the conversations leave over is filled with tokens 0 that are no targets."""

@@ -1,0 +1,87 @@
+"""What all ranks decide together, on the host.
+
+A rank that stops, fails or chooses alone leaves the others waiting for it, so such decisions are made from a few
+numbers that are the same on every rank. They travel over `World.control_group` and do not wait for the device's queue.
+Every function here is a collective, to be called by all ranks in the same order; with one rank it is the identity.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import TriaxisError, as_triaxis_error, error_of
+from engine.parallel.layout import World
+
+T = TypeVar("T")
+
+
+def sum_ints(world: World, numbers: Sequence[int]) -> list[int]:
+    """Element-wise sum over all ranks; every rank gives equally many numbers."""
+    if world.control_group is None:
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(total, group=world.control_group)
+    return total.tolist()
+
+
+def gather_ints(world: World, number: int) -> list[int]:
+    """The number of each rank, in the order of the ranks."""
+    return sum_ints(world, [number * (rank == world.rank) for rank in range(world.layout.world_size)])
+
+
+def broadcast_ints(world: World, numbers: Sequence[int]) -> list[int]:
+    """Rank 0's numbers, on every rank; what the others give is ignored."""
+    if world.control_group is None:
+        return list(numbers)
+    count = torch.tensor(len(numbers))
+    dist.broadcast(count, src=0, group=world.control_group)
+    content = torch.tensor(numbers) if world.is_main else torch.empty(int(count), dtype=torch.int64)
+    dist.broadcast(content, src=0, group=world.control_group)
+    return content.tolist()
+
+
+def first_problem(world: World, problem: str | None) -> str | None:
+    """The problem of the lowest rank that has one, or None; the same answer on every rank."""
+    if world.control_group is None:
+        return problem
+    text = b"" if problem is None else problem.encode()
+    lengths = gather_ints(world, len(text))
+    speaker = next((rank for rank, length in enumerate(lengths) if length), None)
+    if speaker is None:
+        return None
+    message = torch.zeros(lengths[speaker], dtype=torch.uint8)
+    if world.rank == speaker:
+        message = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    dist.broadcast(message, src=speaker, group=world.control_group)
+    return bytes(message.tolist()).decode()
+
+
+def run_on_all_ranks(world: World, action: Callable[[], T]) -> T:
+    """This rank's result of `action`, if it worked on every rank.
+
+    Raises:
+        TriaxisError: on all ranks, of the class and with the message of the lowest rank where it failed.
+        Exception: on this rank alone, what is a fault of the program and ends it with a traceback.
+    """
+    failure: TriaxisError | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = as_triaxis_error(error)
+        if failure is None:
+            raise
+    codes = gather_ints(world, failure.exit_code if failure else 0)
+    code = next((code for code in codes if code), None)
+    if code is None:
+        return result
+    prefix = f"rank {world.rank}: " if len(codes) > 1 else ""
+    text = first_problem(world, None if failure is None else f"{prefix}{failure}")
+    raise on_all_ranks(world, error_of(code, text or ""))
+
+
+def on_all_ranks(world: World, error: TriaxisError) -> TriaxisError:
+    """Mark an error that all ranks raise together, so that it is printed once."""
+    error.reported_elsewhere = not world.is_main
+    return error

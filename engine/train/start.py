@@ -1,0 +1,145 @@
+"""The start of a run: ranks put on their grid, its log opened and described, weights initialized or restored."""
+
+import os
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+import engine
+from engine.checkpoint.reader import Checkpoint
+from engine.config.load import changed_settings, read_yaml
+from engine.config.schema import Config
+from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE
+from engine.errors import CheckpointError, StorageError
+from engine.model.parameters import kv_replicas
+from engine.ops.choice import describe_ops
+from engine.parallel.agreement import gather_ints, run_on_all_ranks
+from engine.parallel.layout import World, build_process_groups
+from engine.plan.describe import describe
+from engine.plan.layouts import choose_layout, require_fit
+from engine.plan.memory import ClusterSpec, available
+from engine.plan.throughput import peak_tflops
+from engine.train.evaluate import compares_evaluations
+from engine.train.inputs import Inputs, describe_template, model_dtype, packing_summary
+from engine.train.log import RunLog
+from engine.train.state import restore, restore_weights
+from engine.train.step import build_model
+from engine.train.trainer import Progress, Trainer
+
+
+def arrange_ranks(config: Config, world: World) -> tuple[World, str]:
+    """Choose a layout and build its process groups: the world, and the reason for the layout. A collective.
+
+    Raises:
+        ConfigError: no layout suits the configuration.
+        OutOfMemoryError: the run does not fit in the memory of the ranks.
+    """
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+    ranks = _ranks(config, world)
+    layout, reason = run_on_all_ranks(world, lambda: choose_layout(config, ranks))
+    run_on_all_ranks(world, lambda: require_fit(config, layout, ranks))
+    return build_process_groups(world, layout, kv_replicas=kv_replicas(config.model, layout.tp)), reason
+
+
+def _ranks(config: Config, world: World) -> ClusterSpec:
+    """The cluster with every rank taken for the weakest one, so that all choose the same layout; a collective."""
+    device, dtype = world.device, model_dtype(config.precision.mode, world.device.type)
+    per_node = min(gather_ints(world, world.local_size))
+    capacity = min(gather_ints(world, available(device, world.local_size)))
+    return ClusterSpec(world.layout.world_size, per_node, capacity, device.type, dtype)
+
+
+def open_log(config: Config, world: World, template: str | None) -> RunLog:
+    """The run directory's log, with the resolved configuration and the data's chat template beside it.
+
+    Raises:
+        ConfigError: another run writes there.
+        StorageError: it cannot be written.
+    """
+    try:
+        log = RunLog(config.run.dir, active=world.is_main)
+        if world.is_main:
+            (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            if template is not None:
+                (config.run.dir / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"run.dir = {config.run.dir} cannot be written: {error}") from None
+    return log
+
+
+def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, reason: str) -> None:
+    """Print the configuration once, and the layout, operators and data that follow from it."""
+    layout, global_batch = world.layout, config.batch.global_
+    ranks = f"{layout.world_size} rank(s) on {world.device.type}"
+    backend = "" if world.group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
+    log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {ranks}{backend}")
+    log.say(config.to_yaml().rstrip())
+    for line in describe(config, layout, reason, inputs.dtype, world.device.type):
+        log.say(line)
+    log.say(f"operators   {describe_ops(config.ops, world.device)}")
+    peak = peak_tflops(world.device)
+    log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
+    for data in inputs.train_data.datasets:
+        log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
+    for line in packing_summary(inputs.train_data, "train", global_batch):
+        log.say(line)
+    for line in packing_summary(inputs.valid_data, "valid", global_batch) if inputs.valid_data is not None else ():
+        log.say(line)
+    for line in describe_template(inputs.train_data, inputs.tokenizer):
+        log.say(line)
+    log.event("layout", world_size=layout.world_size, **asdict(layout), device=str(world.device))
+
+
+def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
+    """Model, optimizer and trainer, with initial or restored weights."""
+    weights, fresh = inputs.weights, not inputs.checkpoints
+    model, optimizer = build_model(
+        config, world, inputs.dtype, seed=config.run.seed if fresh and weights is None else None
+    )
+    trainer = Trainer(config, world, model, optimizer, inputs.train_data)
+    if fresh:
+        if weights is not None:
+            run_on_all_ranks(world, lambda: restore_weights(optimizer, weights))
+            optimizer.broadcast_params()
+        origin = "from scratch" if weights is None else f"with the weights of {weights.path}"
+        log.say(f"start       {origin}: there is no checkpoint in {config.run.dir}")
+        log.event("start", seed=config.run.seed, weights=None if weights is None else str(weights.path))
+        return trainer
+    checkpoint = _restore_newest(trainer, inputs.checkpoints, log)
+    _resume(trainer, checkpoint, log)
+    if checkpoint.state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
+        log.say(
+            "warning     the data or their order (datasets, split, seq_length, seed) are not those of the checkpoint"
+        )
+    return trainer
+
+
+def _resume(trainer: Trainer, checkpoint: Checkpoint, log: RunLog) -> None:
+    """Take over the progress of the checkpoint, and say which settings have changed since."""
+    config, state = trainer.config, checkpoint.state
+    trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
+    trainer.best = state.best if compares_evaluations(config) else None
+    log.say(f"start       resumes from {checkpoint.path}: step {state.step} of {config.train.steps}")
+    log.event("resume", step=state.step, path=str(checkpoint.path))
+    for change in changed_settings(read_yaml(checkpoint.config_yaml_path), config):
+        log.say(f"changed     {change}")
+        log.event("changed", setting=change)
+
+
+def _restore_newest(trainer: Trainer, checkpoints: list[Checkpoint], log: RunLog) -> Checkpoint:
+    """Restore from the first checkpoint that every rank can read completely."""
+    optimizer, fp8 = trainer.optimizer, trainer.model.fp8
+    for checkpoint, older in zip(checkpoints, [*checkpoints[1:], None], strict=True):
+        try:
+            run_on_all_ranks(trainer.world, partial(restore, optimizer, checkpoint, fp8))
+            optimizer.broadcast_params()
+            return checkpoint
+        except CheckpointError as error:
+            if older is None:
+                raise
+            log.say(f"WARNING: {error}; going back to {older.path}")
+            log.event("fallback", reason=str(error), path=str(older.path))
+    raise AssertionError("there is at least one checkpoint")

@@ -1,0 +1,58 @@
+import pytest
+
+from engine.errors import DataError
+from engine.parallel.agreement import broadcast_ints, first_problem, gather_ints, run_on_all_ranks, sum_ints
+from engine.parallel.layout import init_distributed
+from engine.testing.distributed import run_ranks
+
+
+def talk() -> tuple[int, list[int], str | None, str | None]:
+    world = init_distributed("cpu")
+    problem = first_problem(world, f"rank {world.rank}: disk full" if world.rank in (1, 2) else None)
+    return world.coords.dp, sum_ints(world, [1, world.rank]), problem, first_problem(world, None)
+
+
+def test_ranks_agree_on_numbers_and_on_the_first_problem():
+    for rank, (dp, numbers, problem, nothing) in enumerate(run_ranks(3, talk)):
+        assert (dp, numbers) == (rank, [3, 3])
+        assert problem == "rank 1: disk full"
+        assert nothing is None
+
+
+def test_a_lone_rank_needs_no_process_group():
+    assert talk() == (0, [1, 0], None, None)
+
+
+def gather_and_broadcast() -> tuple[list[int], list[int]]:
+    world = init_distributed("cpu")
+    return gather_ints(world, 10 + world.rank), broadcast_ints(world, [7] * (3 - world.rank))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_rank_gets_all_numbers_and_those_of_the_first(world_size):
+    everyones = list(range(10, 10 + world_size))
+    assert run_ranks(world_size, gather_and_broadcast) == [(everyones, [7, 7, 7])] * world_size
+
+
+def read_what_one_rank_cannot() -> tuple[str, bool]:
+    world = init_distributed("cpu")
+
+    def read() -> None:
+        if world.rank == world.layout.world_size - 1:
+            raise DataError("no such file")
+
+    try:
+        run_on_all_ranks(world, read)
+    except DataError as error:
+        return str(error), error.reported_elsewhere
+    return "", False
+
+
+def test_a_failure_of_one_rank_is_raised_by_all_and_printed_by_the_first():
+    said = "rank 2: no such file"
+    assert run_ranks(3, read_what_one_rank_cannot) == [(said, False), (said, True), (said, True)]
+    assert read_what_one_rank_cannot() == ("no such file", False)
+
+
+def test_what_works_on_all_ranks_is_returned():
+    assert run_on_all_ranks(init_distributed("cpu"), lambda: 5) == 5

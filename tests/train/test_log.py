@@ -1,0 +1,72 @@
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.config.schema import LogConfig
+from engine.testing.runs import read_records
+from engine.train.log import RunLog
+
+
+class Collecting:
+    def __init__(self) -> None:
+        self.records: list[tuple[str, Mapping[str, Any]]] = []
+        self.closed = False
+
+    def record(self, group: str, record: Mapping[str, Any]) -> None:
+        self.records.append((group, record))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_tracker_gets_what_metrics_jsonl_gets(tmp_path):
+    log, tracker = RunLog(tmp_path, active=True), Collecting()
+    log.open_metrics(0, LogConfig(tensorboard=False))
+    log.trackers.append(tracker)
+    log.metrics("train", {"step": 1, "loss": math.nan})
+    log.metrics("eval", {"step": 1, "eval_loss": 2.0})
+    log.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}, {"step": 1, "eval_loss": 2.0}]
+    assert [(group, record["step"]) for group, record in tracker.records] == [("train", 1), ("eval", 1)]
+    assert tracker.closed
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = RunLog(tmp_path / "run", active=False)
+    log.open_metrics(0, LogConfig())
+    log.metrics("train", {"step": 1})
+    log.event("start")
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_replaces_the_records_of_the_steps_it_repeats(tmp_path):
+    """Also where they have the columns of an older version, or end in the middle of a line."""
+    old = b'{"step":1,"tokens_per_s":5.0,"loss_scale":null}\n{"step":2,"tokens_per_s":5.0}\n{"step":3,"tok'
+    (tmp_path / "metrics.jsonl").write_bytes(old)
+    log = RunLog(tmp_path, active=True)
+    log.open_metrics(1, LogConfig(tensorboard=False))
+    log.metrics("train", {"step": 2, "target_tokens_per_s": 6.0})
+    log.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "tokens_per_s": 5.0, "loss_scale": None},
+        {"step": 2, "target_tokens_per_s": 6.0},
+    ]
+
+
+def tags(directory: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+def test_tensorboard_has_a_curve_for_each_number(tmp_path):
+    log = RunLog(tmp_path, active=True)
+    log.open_metrics(0, LogConfig())
+    log.metrics("train", {"step": 1, "time": 5.0, "loss": 3.0, "mfu": None, "target_tokens_per_s_per_device": 2.0})
+    log.metrics("eval", {"step": 1, "time": 5.0, "eval_loss": 3.0})
+    log.close()
+    assert tags(tmp_path / "tensorboard") == {"train/loss", "eval/eval_loss", "perf/target_tokens_per_s_per_device"}

@@ -41,7 +41,7 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def kv_share(model: ModelConfig, tp: TensorParallel) -> tuple[int, int]:
-    """(first, count) of this rank's key and value heads; with fewer heads than ranks, neighbours hold the same one."""
+    """(first, count) of this rank's key and value heads; with fewer heads than ranks, neighbors hold the same one."""
     if tp.size <= model.num_kv_heads:
         return tp.share(model.num_kv_heads)
     return tp.rank * model.num_kv_heads // tp.size, 1

@@ -1,13 +1,13 @@
 """The rank grid: which rank sits where, and the process groups that connect it.
 
 `Layout` is pure arithmetic on a frozen value, so that it can be tested, printed and planned with for any number of
-GPUs without a single process. `World` adds what one live process knows of itself. Rejected: module-level process
-groups, because they are a hidden input to every function.
+GPUs without a single process. `World` adds what one live process knows of itself. Alternative considered:
+module-level process groups, which are a hidden input to every function.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -45,9 +45,9 @@ class Layout:
     tp: int = 1
 
     def __post_init__(self) -> None:
-        for axis in AXES:
-            if getattr(self, axis) < 1:
-                raise ConfigError(f"{axis} = {getattr(self, axis)} ranks; every axis needs at least 1")
+        for axis, size in asdict(self).items():
+            if size < 1:
+                raise ConfigError(f"{axis} = {size} ranks; every axis needs at least 1")
 
     @property
     def world_size(self) -> int:
@@ -66,12 +66,12 @@ class Layout:
     def peers(self, rank: int, axis: str) -> list[int]:
         """Ranks that differ from `rank` only along `axis`, in order."""
         here = self.coordinates(rank)
-        return [self.rank_at(replace(here, **{axis: i})) for i in range(getattr(self, axis))]
+        return [self.rank_at(replace(here, **{axis: i})) for i in range(asdict(self)[axis])]
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank among those that share each layer. By default alone."""
+    """This rank among those that share each layer; by default a group of one."""
 
     rank: int = 0
     size: int = 1
@@ -96,7 +96,7 @@ class World:
             device's queue.
         dp_group, tp_group: the ranks that differ only along that axis.
         kv_group: the tensor-parallel ranks that hold the same key and value heads.
-        ends_group: the first and the last pipeline stage, which share tied embeddings.
+        embedding_group: the first and the last pipeline stage, which share tied embeddings.
         channels: between pipeline stages, one group for each kind of message ("forward", "backward"; "forward wrap" and
             "backward wrap" between the last and the first stage), so that in each pair of ranks a group carries
             messages one way only and no message waits behind one of the other way.
@@ -125,7 +125,7 @@ class World:
 
     @property
     def is_model_parallel_leader(self) -> bool:
-        """One rank of those that work on the same sequences, for sums over all ranks."""
+        """The one rank that counts a sequence in sums over all ranks, among those that share the layers of a model."""
         return self.coords.pp == 0 and self.coords.tp == 0
 
     @property
@@ -143,7 +143,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The device of this rank: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: cuda was asked for and is not there.
+        ConfigError: `cuda` is requested and there is no GPU for this rank.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -156,7 +156,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
-    """Join the ranks that torchrun started (or stay alone). All ranks are data-parallel until `arrange`."""
+    """Join the ranks that torchrun started, if it did. All ranks are data-parallel until `build_process_groups`."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -171,7 +171,7 @@ def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
     if world_size == 1:
         return world
     # The group is not bound to the device: NCCL then connects each pair of pipeline stages by itself, and a message
-    # to one neighbour does not wait for one to the other.
+    # to one neighbor does not wait for one to the other.
     if not dist.is_initialized():
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -182,7 +182,7 @@ def build_process_groups(world: World, layout: Layout, *, kv_replicas: int = 1) 
     """Put the connected ranks on a grid and build the groups of its axes; a collective.
 
     Args:
-        kv_replicas: tensor-parallel ranks that hold the same key and value heads, neighbours of each other.
+        kv_replicas: tensor-parallel ranks that hold the same key and value heads, next to each other.
     """
     here = replace(world, layout=layout)
     tensor, stages = layout.peers(here.rank, "tp"), layout.peers(here.rank, "pp")
@@ -195,13 +195,13 @@ def build_process_groups(world: World, layout: Layout, *, kv_replicas: int = 1) 
         channels={} if layout.pp == 1 else {kind: dist.new_group(stages, **_LOCAL) for kind in CHANNELS},
     )
     if layout.pp > 1:
-        _meet(here)
+        _connect_stages(here)
     # Last, because not all ranks make it: PyTorch derives a group's name from the number of groups made before.
     at_end = layout.pp > 1 and here.coords.pp in (0, layout.pp - 1)
     return replace(here, embedding_group=_group([stages[0], stages[-1]]) if at_end else None)
 
 
-def _meet(world: World) -> None:
+def _connect_stages(world: World) -> None:
     """One message over every channel between two stages, in one order everywhere.
 
     NCCL connects a pair of ranks at its first message, and both wait for the other; in the middle of a schedule they
@@ -209,9 +209,9 @@ def _meet(world: World) -> None:
     """
     stages, here, token = world.layout.peers(world.rank, "pp"), world.coords.pp, torch.zeros(1, device=world.device)
     last = len(stages) - 1
-    neighbours = [(i, i + 1) for i in range(last)]
+    neighbors = [(i, i + 1) for i in range(last)]
     for kind, group in world.channels.items():
-        for low, high in [(0, last)] if "wrap" in kind else neighbours:
+        for low, high in [(0, last)] if "wrap" in kind else neighbors:
             upwards = kind in ("forward", "backward wrap")
             source, target = (low, high) if upwards else (high, low)
             if here == source:

@@ -57,18 +57,18 @@ class Schedule:
 
     def source(self, stage: int, action: Action) -> tuple[int, int] | None:
         """(stage, chunk) whose result for the same microbatch `action` needs; None if the stage itself has it all."""
-        return self._neighbour(stage, action, -1 if action.kind is ActionKind.FORWARD else 1)
+        return self._neighbor(stage, action, -1 if action.kind is ActionKind.FORWARD else 1)
 
     def target(self, stage: int, action: Action) -> tuple[int, int] | None:
         """(stage, chunk) that needs the result of `action`; None where it stays."""
-        return self._neighbour(stage, action, 1 if action.kind is ActionKind.FORWARD else -1)
+        return self._neighbor(stage, action, 1 if action.kind is ActionKind.FORWARD else -1)
 
-    def _neighbour(self, stage: int, action: Action, step: int) -> tuple[int, int] | None:
+    def _neighbor(self, stage: int, action: Action, step: int) -> tuple[int, int] | None:
         virtual_stage = action.chunk * self.num_stages + stage + step
         if action.kind is ActionKind.BACKWARD_WEIGHT or not 0 <= virtual_stage < self.num_stages * self.num_chunks:
             return None
-        chunk, neighbour = divmod(virtual_stage, self.num_stages)
-        return neighbour, chunk
+        chunk, neighbor = divmod(virtual_stage, self.num_stages)
+        return neighbor, chunk
 
 
 def build_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:

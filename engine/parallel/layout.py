@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from engine.errors import ConfigError
 
-AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest: tensor-parallel peers share a node
+
 CHANNELS = ("forward", "backward", "forward wrap", "backward wrap")
 _LOCAL: dict[str, Any] = {"use_local_synchronization": True}  # only the members of a group take part in making it
 
@@ -33,7 +33,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks each axis has.
+    """How many ranks each axis has; the axes from slowest to fastest, so that tensor-parallel peers share a node.
 
     Raises:
         ConfigError: an axis is smaller than 1.

@@ -3,8 +3,10 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import ConfigError
-from engine.parallel.layout import AXES, CHANNELS, NO_TP, Layout, TensorParallel, World, init_distributed
+from engine.parallel.layout import CHANNELS, NO_TP, Layout, TensorParallel, World, init_distributed
 from engine.testing.distributed import run_ranks, world_of
+
+AXES = ("pp", "dp", "cp", "tp")
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(dp=4), Layout(2, 3, 1, 4), Layout(3, 2, 2, 2)])

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from engine.errors import ConfigError
 
-
 CHANNELS = ("forward", "backward", "forward wrap", "backward wrap")
 _LOCAL: dict[str, Any] = {"use_local_synchronization": True}  # only the members of a group take part in making it
 

@@ -1,7 +1,7 @@
 """AdamW on flat tensors, in place (Loshchilov and Hutter, arXiv 1711.05101).
 
-The kernel also writes the parameter that the model computes with, in the same pass over memory. PyTorch's has moments
-in fp32 alone: bf16 ones are widened piece by piece.
+The kernel also writes the rounded parameter, which the model computes with, in the same pass over memory. PyTorch's
+fused AdamW takes only fp32 moments: without the kernel, bf16 moments are widened in pieces.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.ops import native
 
-_PIECE = 1 << 24  # elements of bf16 moments widened at a time
+_PIECE = 1 << 24  # elements of bf16 moments that are widened at a time, so that their fp32 copies take 128 MiB
 
 
 def adamw_step(
@@ -26,12 +26,12 @@ def adamw_step(
     found_inf: Tensor | None = None,
     rounded: Tensor | None = None,
 ) -> None:
-    """One update of `param`, `exp_avg` and `exp_avg_sq`, flat and of one size; `param` and `grad` are fp32, the moments
-    fp32 or bf16. `rounded` gets the new `param` in its own dtype.
+    """One update, in place, of `param`, `exp_avg` and `exp_avg_sq`, flat and of one size; `param` and `grad` are fp32,
+    the moments fp32 or bf16. `rounded` gets the new `param` in its own dtype.
 
     `step` (fp32, one element) is the number of this update, 1 for the first; it is not changed. The gradient is
-    divided by `grad_scale` (fp32, one element) and may be overwritten. Where `found_inf` (fp32, one element) is
-    not 0, nothing changes. Neither is read on the host.
+    divided by `grad_scale` (fp32, one element) and may be overwritten. If `found_inf` (fp32, one element) is not 0,
+    nothing changes. The host reads none of them.
     """
     if native.runs(param):
         settings = (lr, *betas, eps, weight_decay)

@@ -1,8 +1,8 @@
 """Causal attention over segments of a flat token dimension.
 
-The segments come as host integers, so that choosing a path never waits for a device. Consecutive segments of one
-length share a call; `F.scaled_dot_product_attention` brings the fast kernel of each device. Rejected: one call
-with a block-diagonal mask (quadratic in the microbatch, and the masked flash kernels are slower).
+Segment boundaries are integers on the host, so that choosing a path never waits for a device. Consecutive segments of
+the same length share a call of `F.scaled_dot_product_attention`, which has a fast kernel for each device. Alternative
+considered: one call with a block-diagonal mask (quadratic in the microbatch, and masked flash kernels are slower).
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def choose_impl(
     impl: AttentionImpl, q: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
 ) -> AttentionImpl:
     """The rule: on a GPU, sequences of one length without a window go to SDPA, whose cuDNN kernel is the fastest;
-    others to kernels that take documents of any length in one call. Those know half precision alone."""
+    others to kernels that take documents of any length in one call, but only half precision."""
     if impl != "auto":
         return impl
     lengths = {b - a for a, b in pairwise(cu_seqlens)}
@@ -86,7 +86,7 @@ def attention_with_cache(
 ) -> Tensor:
     """Attention of the newest tokens of b sequences, `q` [b, t_new, n, d], over all of each: [b, t_new, n, d].
 
-    Keys and values `k`, `v` [b, capacity, n_kv, d] of sequence i count up to lengths[i]; those behind must be finite.
+    Of `k` and `v` [b, capacity, n_kv, d], sequence i uses the first lengths[i]; the others must be finite.
     """
     new = q.shape[1]
     first = 0 if sliding_window is None else max(0, min(lengths) - new + 1 - sliding_window)
@@ -111,7 +111,7 @@ def _all_segments(
 ) -> Tensor:
     """One call of flash attention for documents of any lengths."""
     offsets, longest = _offsets(cu_seqlens, q.device), max(b - a for a, b in pairwise(cu_seqlens))
-    reach = None if sliding_window is None else sliding_window - 1  # tokens before the one that attends
+    reach = None if sliding_window is None else sliding_window - 1  # tokens before the query
     if impl == "varlen":
         function, known = _varlen()
         if "enable_gqa" not in known:
@@ -138,7 +138,7 @@ def _all_segments(
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
-    """PyTorch's, and the names of its arguments: in torch 2.11 it does not know grouped heads."""
+    """PyTorch's varlen_attn and the names of its arguments: in torch 2.11 it does not support grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, frozenset(signature(varlen_attn).parameters)
@@ -148,7 +148,7 @@ def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
 def _flash_attn(capability: int) -> Callable[..., Any] | None:
     """The newest of versions 4, 3 (both for Hopper and later) and 2 that is installed, if any.
 
-    They name their arguments alike, and know grouped heads by their shapes.
+    Their arguments have the same names, and they infer grouped heads from the shapes.
     """
     modules = ["flash_attn.cute", "flash_attn_interface"] if capability >= 9 else []
     for name in [*modules, "flash_attn"]:
@@ -162,7 +162,7 @@ def _flash_attn(capability: int) -> Callable[..., Any] | None:
 
 @cache
 def _te_attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., Tensor]:
-    """Transformer Engine's, which chooses among cuDNN and flash-attn by itself."""
+    """Transformer Engine's attention, which chooses between cuDNN and flash-attn."""
     import transformer_engine.pytorch as te
 
     attend: Callable[..., Tensor] = te.DotProductAttention(
@@ -171,14 +171,14 @@ def _te_attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., Ten
     return attend
 
 
-@lru_cache(maxsize=8)  # all layers of a microbatch ask for the same
+@lru_cache(maxsize=8)  # all layers of a microbatch use the same
 def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     host = torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-    """Tensors [b, s, n, d], which SDPA wants as [b, n, s, d]."""
+    """SDPA of tensors [b, s, n, d], which it takes as [b, n, s, d]."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True) if q.is_cuda else nullcontext():
@@ -187,15 +187,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool 
 
 
 def _seen(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """True where a query sees a key, [queries, keys]; the last query stands at the last key."""
+    """Mask [queries, keys]: True where a query sees a key; the last query is at the last key."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     seen = distance >= 0
     return seen if sliding_window is None else seen & (distance < sliding_window)
 
 
-@lru_cache(maxsize=8)  # all layers of a step ask for the same
+@lru_cache(maxsize=8)  # all layers of a step use the same
 def _seen_of_each(new: int, ends: tuple[int, ...], sliding_window: int | None, device: torch.device) -> Tensor:
-    """True where a query sees a key, [b, 1, new, longest]; the last query of sequence i stands at key ends[i] - 1."""
+    """Mask [b, 1, new, longest]: True where a query sees a key; the last query of sequence i is at key ends[i] - 1."""
     queries = _offsets(ends, device)[:, None] + torch.arange(-new, 0, device=device)  # [b, new]
     distance = queries[..., None] - torch.arange(max(ends), device=device)
     seen = distance >= 0

@@ -1,10 +1,10 @@
-"""Matrix products with a weight: y = x·Wᵀ + b.
+"""Linear layers, y = x·Wᵀ + b, and the matmuls of their gradients.
 
-On a CPU, PyTorch multiplies fp32 matrices with MKL, which uses half of the vector width of processors that are
-not Intel's. oneDNN, which PyTorch carries too, does not make that difference (twice as fast on an AMD EPYC with
-AVX-512) and takes transposed operands without a copy; small products stay with MKL, whose calls cost less.
-Rejected: 1×1 convolutions, the public way into oneDNN (their gradients are slower than MKL's), and
-`torch.backends.mkldnn` settings (global, and they lower the precision where the processor can).
+On a CPU, PyTorch's fp32 matmuls use MKL, which takes only half of the vector width of processors that are not Intel's.
+oneDNN, which PyTorch includes as well, takes all of it (twice as fast on an AMD EPYC with AVX-512) and needs no copy of
+transposed operands; small matmuls stay with MKL, whose calls have less overhead. Alternatives considered: 1×1
+convolutions, the public way into oneDNN (their gradients are slower than MKL's), and the settings of
+`torch.backends.mkldnn` (global, and they lower the precision if the processor can).
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_FEWEST_ROWS = 16  # below, oneDNN's reordering of the weight costs more than it gains
-_FEWEST_PRODUCTS = 2**21  # below, its call costs more: about 15 µs
+_MIN_ROWS = 16  # below, oneDNN's reordering of the weight costs more than it gains
+_MIN_MULTIPLICATIONS = 2**21  # below, its call costs more: about 15 µs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,14 +30,14 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """`a` [m, k] times `b` [n, k] transposed: [m, n], by the fastest way there is; not differentiable."""
+    """`a` [m, k] times `b` [n, k] transposed: [m, n], with the fastest implementation; not differentiable."""
     return _onednn(a, b, None) if uses_onednn(a, b) else a @ b.t()
 
 
 def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor) -> None:
     """Adds the weight's gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype.
 
-    On a GPU the product accumulates into `out` by itself.
+    On a GPU the matmul itself accumulates into `out`.
     """
     if out.device.type == "cuda":
         torch.ops.aten.addmm.dtype_out(out, grad.t(), x, torch.float32, out=out)
@@ -46,21 +46,21 @@ def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ·x, as [out, in]; oneDNN copies its first operand, so the narrower one goes first."""
+    """gradᵀ·x [out, in]; oneDNN copies its first operand, so the narrower one comes first."""
     if grad.shape[1] > x.shape[1]:
         return matmul_transposed(x.t(), grad.t()).t()
     return matmul_transposed(grad.t(), x.t())
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """The rule: large fp32 products on a CPU, where this PyTorch has oneDNN and no compiler chooses for itself."""
+    """The rule: large fp32 matmuls on a CPU, if this PyTorch has oneDNN and torch.compile does not choose itself."""
     rows = x.numel() // max(1, x.shape[-1])
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and rows >= _FEWEST_ROWS
-        and rows * weight.numel() >= _FEWEST_PRODUCTS
+        and rows >= _MIN_ROWS
+        and rows * weight.numel() >= _MIN_MULTIPLICATIONS
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -68,7 +68,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()  # rows with gaps would go through a reordering that takes seconds
+        weight = weight.contiguous()  # oneDNN's reordering of a strided weight takes seconds
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

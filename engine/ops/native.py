@@ -1,6 +1,6 @@
-"""The compiled operators, `torch.ops.triaxis`: whether they are there, and what shapes they return.
+"""The compiled operators `torch.ops.triaxis`: whether they are available, and the shapes of their results.
 
-Loaded once, when this module is imported; a package without them takes its plain PyTorch paths.
+The library is loaded once, when this module is imported. Without it the engine runs on plain PyTorch.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(x: Tensor) -> bool:
-    """The rule of every operator with a kernel: `x` is on a GPU, of a dtype of the kernels, and csrc has CUDA."""
+    """The rule of every operator with a kernel: `x` is on a GPU, the kernels know its dtype, and csrc has CUDA."""
     return x.is_cuda and x.dtype in _DTYPES and has_kernels()
 
 
@@ -25,77 +25,94 @@ def has_kernels() -> bool:
 
 
 def why_no_kernels() -> str:
-    """In words, where `has_kernels` says no."""
+    """For messages, if `has_kernels` is false."""
     return WHY_NOT or "csrc was built without CUDA"
 
 
-def _norm_forward(x, residual, weight, bias, eps, centered):  # type: ignore[no-untyped-def]
-    rows = x.shape[0]
-    statistics = x.new_empty(rows, dtype=torch.float32)
+# The functions below return what the operator of their name does, for fake tensors: only shapes and dtypes count.
+
+
+def _norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+) -> tuple[Tensor, ...]:
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
     total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, statistics if centered else statistics.new_empty(0), statistics.clone()
+    return x.new_empty(x.shape), total, rstd.new_empty(rstd.shape if centered else 0), rstd
 
 
-def _fp8(like, rows, columns, scaling):  # type: ignore[no-untyped-def]
+def _fp8_output(like: Tensor, rows: int, columns: int, scaling: str) -> tuple[Tensor, Tensor]:
     blocks = (-(-columns // 128), rows) if scaling == "block_1x128" else (0,)
     return like.new_empty(rows, columns, dtype=torch.float8_e4m3fn), like.new_empty(blocks, dtype=torch.float32)
 
 
-def _norm_forward_fp8(x, residual, weight, bias, eps, centered, scaling, *rest):  # type: ignore[no-untyped-def]
-    _, *beside = _norm_forward(x, residual, weight, bias, eps, centered)
-    return *_fp8(x, x.shape[0], x.shape[1], scaling), *beside
+def _norm_forward_fp8(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    scaling: str,
+    *output: Any,
+) -> tuple[Tensor, ...]:
+    _, *statistics = _norm_forward(x, residual, weight, bias, eps, centered)
+    return *_fp8_output(x, x.shape[0], x.shape[1], scaling), *statistics
 
 
-def _norm_backward(grad_y, grad_sum, x, weight, mean, rstd, centered):  # type: ignore[no-untyped-def]
+def _norm_backward(
+    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, centered: bool
+) -> tuple[Tensor, ...]:
     columns = grad_y.shape[1]
-    floats = grad_y.new_empty(columns, dtype=torch.float32)
-    return grad_y.new_empty(grad_y.shape), floats, floats.new_empty(columns if centered else 0)
+    grad_weight = grad_y.new_empty(columns, dtype=torch.float32)
+    return grad_y.new_empty(grad_y.shape), grad_weight, grad_weight.new_empty(columns if centered else 0)
 
 
-def _rope_qk(qkv, cos, sin, kv_heads):  # type: ignore[no-untyped-def]
+def _rope_qk(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     tokens, heads, size = qkv.shape
     return qkv.new_empty(tokens, heads - 2 * kv_heads, size), qkv.new_empty(tokens, kv_heads, size)
 
 
-def _rope_qk_backward(grad_q, grad_k, grad_v, cos, sin):  # type: ignore[no-untyped-def]
+def _rope_qk_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, size = grad_q.shape
     return grad_q.new_empty(tokens, heads + 2 * grad_k.shape[1], size)
 
 
-def _statistics(logits, labels, first_label):  # type: ignore[no-untyped-def]
+def _cross_entropy_statistics(logits: Tensor, labels: Tensor, first_label: int) -> tuple[Tensor, Tensor]:
     z = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return z, z.clone()
 
 
-def _quantize(x, dtype, scaling, row_major, transposed, scale, amax, power_of_two):  # type: ignore[no-untyped-def]
+def _quantize(
+    x: Tensor, dtype: torch.dtype, scaling: str, row_major: bool, transposed: bool, *rest: Any
+) -> tuple[Tensor, ...]:
     rows, columns = x.shape
 
-    def scales(wanted: bool, outer: int, inner: int) -> Tensor:
-        blocks = -(-inner // 128)
-        if not wanted or scaling == "tensorwise":
+    def scale_inv(requested: bool, rows: int, columns: int) -> Tensor:
+        blocks = -(-columns // 128)
+        if not requested or scaling == "tensorwise":
             return x.new_empty(0, dtype=torch.float32)
-        shape = (blocks, outer) if scaling == "block_1x128" else (-(-outer // 128), -(-blocks // 4) * 4)
+        shape = (blocks, rows) if scaling == "block_1x128" else (-(-rows // 128), -(-blocks // 4) * 4)
         return x.new_empty(shape, dtype=torch.float32)
 
     return (
         x.new_empty((rows, columns) if row_major else 0, dtype=dtype),
         x.new_empty((columns, rows) if transposed else 0, dtype=dtype),
-        scales(row_major, rows, columns),
-        scales(transposed, columns, rows),
+        scale_inv(row_major, rows, columns),
+        scale_inv(transposed, columns, rows),
     )
 
 
-_SHAPES: dict[str, Callable[..., Any]] = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "norm_forward": _norm_forward,
     "norm_forward_fp8": _norm_forward_fp8,
     "norm_backward": _norm_backward,
     "swiglu_forward": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
-    "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8(x, x.shape[0], x.shape[1] // 2, scaling),
+    "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8_output(x, x.shape[0], x.shape[1] // 2, scaling),
     "swiglu_backward": lambda grad_out, gate_up: gate_up.new_empty(gate_up.shape),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
     "rope_qk": _rope_qk,
     "rope_qk_backward": _rope_qk_backward,
-    "cross_entropy_statistics": _statistics,
+    "cross_entropy_statistics": _cross_entropy_statistics,
     "cross_entropy_gradient_": lambda *args: None,
     "adamw_": lambda *args: None,
     "square_sum": lambda x: x.new_empty(()),
@@ -108,7 +125,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 
 
 def _load() -> str:
-    """Empty, or why there are no compiled operators."""
+    """Loads the library; returns why it cannot be used, or an empty string."""
     if not LIBRARY.exists():
         return "csrc was not built"
     try:
@@ -116,14 +133,14 @@ def _load() -> str:
     except OSError as error:  # built for another machine, or for another torch
         return f"{LIBRARY} cannot be loaded: {error}"
     known = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "triaxis::" in name}
-    if missing := _SHAPES.keys() - known:
+    if missing := _FAKES.keys() - known:
         return f"{LIBRARY} is of another version of this package (without {min(missing)}); install the package again"
     return ""
 
 
 WHY_NOT = _load()
-# asked once: the compiler could not see through the question
+# at import, because torch.compile cannot trace the query
 _HAS_KERNELS = not WHY_NOT and torch._C._dispatch_has_kernel_for_dispatch_key("triaxis::norm_forward", "CUDA")
 if not WHY_NOT:
-    for _name, _shapes in _SHAPES.items():
-        torch.library.register_fake(f"triaxis::{_name}", _shapes)
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"triaxis::{_name}", _fake)

@@ -1,7 +1,7 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension, alone or behind a residual sum.
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension, alone or of a residual sum.
 
-Statistics are fp32 (or wider) whatever the dtype of the input; eps sits inside the square root; the result is
-rounded once, after the weight.
+Statistics are in fp32 (or wider), whatever the dtype of the input; eps is inside the square root; the result is rounded
+once, after the weight.
 """
 
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def _te_norm(centered: bool, hidden_size: int, eps: float) -> Callable[..., Tens
 
 
 def uses_fewer_passes(x: Tensor) -> bool:
-    """The rule where there is no kernel: PyTorch's own RMSNorm is five passes over memory on a CPU."""
+    """The rule without a kernel: on a CPU, where PyTorch's own RMSNorm makes five passes over memory."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -200,7 +200,7 @@ def _deliver(sink: AddGradient | None, grad: Tensor) -> Tensor | None:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Three passes forward, and a backward that keeps the input and one number a row."""
+    """Three passes over memory in the forward; saves the input and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Rotary positions in the half-rotation convention of Hugging Face Llama: element i pairs with i + d/2.
 
 Source: Su et al., RoFormer (arXiv 2104.09864); the Llama-3 frequency scaling as published with Llama 3.1.
-The rotation is linear and its transpose is the rotation back, so the backward needs nothing but the tables.
+The rotation is linear and its transpose is the inverse rotation, so the backward needs only the tables.
 """
 
 import math
@@ -36,7 +36,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys rotated, and the values as they are, out of `qkv` [t, n + 2 n_kv, d]; one pass on a GPU."""
+    """Rotated queries [t, n, d] and keys, and the values, from `qkv` [t, n + 2 n_kv, d]; one pass on a GPU."""
     if native.runs(qkv):
         return _KernelRotateQkv.apply(qkv, cos, sin, kv_heads)
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
@@ -50,7 +50,7 @@ def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def uses_in_place(x: Tensor) -> bool:
-    """The rule where there is no kernel: on a CPU each half is written where it belongs."""
+    """The rule without a kernel: on a CPU, each half is computed in its place in the output."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -92,15 +92,15 @@ class _Rotate(torch.autograd.Function):
         return _rotate(grad_outputs[0], cos, sin, -1), None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
-    """Forwards with `sense` 1, back with −1."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """The rotation (`sign` 1) or its inverse (−1)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
     cos, sin = cos[:, None], sin[:, None]
     first, second = wide.chunk(2, -1)
     first_out, second_out = out.chunk(2, -1)
-    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-sense)
-    torch.mul(second, cos, out=second_out).addcmul_(first, sin, value=sense)
+    torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=second_out).addcmul_(first, sin, value=sign)
     return out.to(x.dtype)
 
 

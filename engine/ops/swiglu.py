@@ -32,7 +32,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 def uses_recompute(gate_up: Tensor) -> bool:
-    """The rule where there is no kernel: always, but under the compiler, which fuses the reference itself."""
+    """The rule without a kernel: always, except under torch.compile, which fuses the reference itself."""
     return not torch.compiler.is_compiling()
 
 
@@ -67,7 +67,7 @@ class _KernelSwiGluFp8(torch.autograd.Function):
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Keeps its input alone, and writes both gradients into one tensor."""
+    """Saves only its input, and writes both gradients into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

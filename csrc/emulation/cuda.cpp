@@ -1,3 +1,5 @@
+// The scheduler of the emulation: fibers, warps, blocks, launches.
+
 #include "cuda.h"
 
 namespace emulation {
@@ -9,7 +11,7 @@ State& state() {
 
 void seed(uint64_t value) { state().random.seed(value); }
 
-// Back to the scheduler, until it resumes this fiber.
+// Returns to the scheduler until it resumes this fiber.
 void wait(Wait reason) {
   State& s = state();
   Fiber* const self = s.current;
@@ -59,25 +61,23 @@ void resume(State& s, int index) {
   }
 }
 
-// Runs the lanes of a warp until each waits for the block or is done; false if none could move.
-bool run_warp(State& s, int warp) {
-  bool moved = false;
+// Runs the lanes of a warp until each waits for the block, polls an event, or is done.
+void run_warp(State& s, int warp) {
   for (bool again = true; again;) {
     again = false;
     for (int i = warp * 32; i < std::min(warp * 32 + 32, s.threads); ++i) {
       if (s.fibers[i]->wait != Wait::none) continue;
       resume(s, i);
-      moved = again = true;
+      again = true;
     }
   }
-  return moved;
 }
 
 std::string stuck(const State& s) {
   for (int i = 0; i < s.threads; ++i)
     if (s.fibers[i]->wait == Wait::warp)
       return "deadlock: thread " + std::to_string(i) + " waits for lanes of its warp that never come";
-  return "deadlock: threads wait for what no other thread brings about";
+  return "deadlock: threads wait for an event that no other thread causes";
 }
 
 void run_block(State& s) {
@@ -100,7 +100,7 @@ void run_block(State& s) {
       polling |= s.fibers[i]->wait == Wait::event;
       if (s.fibers[i]->wait == Wait::warp || (polling && !s.progress)) {
         const std::string reason = stuck(s);
-        s.fibers.clear();  // their stacks are in the middle of a kernel
+        s.fibers.clear();  // their stacks are inside a kernel
         throw std::runtime_error(reason);
       }
       waiting |= s.fibers[i]->wait == Wait::block;

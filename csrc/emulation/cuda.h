@@ -1,9 +1,9 @@
 // Runs an unmodified kernel file on the host: a fiber for every CUDA thread, one block at a time.
 //
-// Warps run in an order drawn from a seed, each as far as it can go before the next: that order shows a barrier that is
-// missing at almost any seed, where taking turns would hide it. A warp that waits for a lane that cannot come, or a
-// barrier that cannot be reached by all, is an error and no hang. Shared memory declared in a kernel is a static
-// variable and keeps the last block's values; dynamic shared memory starts as 0xCD.
+// Warps run in a random order, drawn from a seed, each as far as it can before the next one: with almost any seed this
+// order exposes a missing barrier, which round-robin would hide. A deadlock (a warp that waits for a lane that never comes,
+// a barrier that not all threads reach) raises. Shared memory declared in a kernel is a static variable, which keeps the
+// values of the last block; dynamic shared memory is filled with 0xCD.
 #pragma once
 
 #include <ucontext.h>
@@ -67,7 +67,7 @@ struct Warp {
 };
 
 struct State {
-  std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
+  std::vector<std::unique_ptr<Fiber>> fibers;  // reused by later launches
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
   std::function<void()> kernel;
@@ -75,7 +75,7 @@ struct State {
   Fiber* current = nullptr;
   int current_index = 0;
   int threads = 0;
-  bool progress = false;  // a fiber did more than to find that it still waits
+  bool progress = false;  // since the last round a fiber did more than poll an event
   std::mt19937_64 random{0};
   std::mutex one_launch;
 };
@@ -83,7 +83,7 @@ struct State {
 State& state();
 void seed(uint64_t value);
 void wait(Wait reason);
-void wait_until(const std::function<bool()>& happened);  // what other threads of the block bring about
+void wait_until(const std::function<bool()>& happened);  // polls for an event that other threads of the block cause
 int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel);
 uint64_t exchange(uint32_t mask, uint64_t value, int source_lane);
 
@@ -121,7 +121,7 @@ T __shfl_down_sync(uint32_t mask, T value, int distance, int width = 32) {
   return emulation::shuffle(mask, value, source / width == lane / width ? source : lane);
 }
 
-// Fibers change only where they wait, so nothing comes between.
+// Fibers switch only where they wait, so these are atomic.
 template <typename T>
 T atomicAdd(T* at, T value) {
   const T old = *at;

@@ -1,4 +1,4 @@
-"""The kernels as they run on the host: built once, and loaded for CPU tensors."""
+"""Emulated kernels: built once, and loaded for CPU tensors."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ def toolchain():
 
 @pytest.fixture(scope="session")
 def emulated(toolchain):
-    """Kernels for CPU tensors in `torch.ops.triaxis`; calling it with a number sets the order in which warps run."""
+    """Kernels for CPU tensors in `torch.ops.triaxis`; call it with a seed for the order in which warps run."""
     assert not native.WHY_NOT, native.WHY_NOT
     BUILD.mkdir(parents=True, exist_ok=True)
     library = Path(os.environ.get("TRIAXIS_TEST_EMULATED", BUILD / "emulated.so"))
@@ -43,7 +43,7 @@ def emulated(toolchain):
 
 @pytest.fixture
 def broken(toolchain, tmp_path):
-    """Runs a test on kernels of which one line was changed; pytest's exit code and output."""
+    """Runs a test on kernels with one line changed: returns the exit code of pytest, and its output."""
 
     def run(file: str, old: str, new: str, test: str) -> tuple[int, str]:
         root = tmp_path / "csrc"

@@ -1,4 +1,4 @@
-"""What the compilers make of csrc."""
+"""Building csrc: every kernel compiles, the tuned ones without spills, and failures are named."""
 
 import re
 import shutil
@@ -27,9 +27,9 @@ def test_every_kernel_compiles_for_hopper_and_the_tuned_ones_keep_to_their_regis
     tuned = {name: int(spilled) for name, spilled in kernels if re.search(r"norm_(forward|backward)I", name)}
     assert len(tuned) == 3 * 2 * (2 * 3 + 2)  # dtypes, norms; vectors of a thread, forward with FP8 output and without
     assert not [name for name, spilled in tuned.items() if spilled]
-    product = reports["fp8_sm90"]
-    assert product.count(" 0 bytes spill stores, 0 bytes spill loads") == 4  # output dtypes, scalings
-    assert "wgmma" not in product  # of which the assembler only speaks where it has to run them one by one
+    matmul = reports["fp8_sm90"]
+    assert matmul.count(" 0 bytes spill stores, 0 bytes spill loads") == 4  # output dtypes, scalings
+    assert "wgmma" not in matmul  # ptxas warns of them only if it has to serialize them
 
 
 def test_without_nvcc_the_operators_are_there_and_no_kernels(toolchain, tmp_path):
@@ -62,7 +62,7 @@ def test_a_compiler_that_fails_is_an_error_with_what_it_said(toolchain, tmp_path
     ],
 )
 def test_settings_of_the_build(toolchain, tmp_path, settings, expected):
-    """On a copy, whose package must stay as it is where nothing can be built."""
+    """On a copy: the package must stay unchanged if nothing can be built."""
     for name in ("csrc", "engine"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_csrc.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):

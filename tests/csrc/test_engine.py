@@ -59,7 +59,7 @@ def test_training_in_bf16(kernels, tmp_path):
     [("tensorwise", "tiny"), ("delayed", "tiny"), ("blockwise", "tiny"), ("blockwise", "tiny-starcoder2")],
 )
 def test_training_in_fp8(kernels, tmp_path, recipe, preset):
-    """Norms and SwiGLU hand FP8 to the layers where the scale is known before: in blocks, and delayed after a step."""
+    """Norms and SwiGLU write FP8 if the scale is known in advance: for blocks, and for delayed after a step."""
     overrides = ("--precision.mode", "fp8", "--precision.recipe", recipe)
     expected, _ = train(tmp_path, preset, *overrides)
     kernels()

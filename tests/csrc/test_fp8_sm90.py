@@ -1,4 +1,4 @@
-"""csrc/gemm/fp8_sm90.cu, run on the host, against the product of what its operands stand for."""
+"""csrc/gemm/fp8_sm90.cu, run on the host, against a matmul of the dequantized operands."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 def operand(rows: int, k: int, scaling) -> QuantizedTensor:
-    """Every block of 128 along k, and every row of it, with a size of its own: no scale can stand for another."""
+    """Every block of 128 along k, in every row, has its own magnitude: no scale can replace another."""
     sizes = torch.exp2(torch.randint(-6, 7, (rows, -(-k // 128))).float())
     x = torch.randn(rows, k) * sizes.repeat_interleave(128, 1)[:, :k]
     result, _ = quantize(x, E4M3, scaling)
@@ -45,7 +45,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("m, n, k", SHAPES)
 @pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
-def test_product(emulated, m, n, k, scaling):
+def test_matmul(emulated, m, n, k, scaling):
     torch.manual_seed(m + n + k)
     a, b = operand(m, k, "block_1x128"), operand(n, k, scaling)
     exact = expected(a, b)
@@ -54,7 +54,8 @@ def test_product(emulated, m, n, k, scaling):
         got = ops.fp8_matmul_sm90(*given(a, b), dtype)
         assert got.dtype == dtype
         assert error(got, exact) < most
-        by_row = (got.float() - exact).norm(dim=1) / exact.norm(dim=1)  # a small row in error is one, too
+        # an error in a row of small values counts as well
+        by_row = (got.float() - exact).norm(dim=1) / exact.norm(dim=1)
         assert by_row.max() < 4 * most
 
 
@@ -112,5 +113,5 @@ def test_wrong_arguments_are_named(emulated):
     ids=["scale of another block", "stage not waited for", "phase not counted"],
 )
 def test_what_is_broken_shows(broken, old, new):
-    code, output = broken("gemm/fp8_sm90.cu", old, new, f"{__file__}::test_product[block_1x128-400-128-1424]")
+    code, output = broken("gemm/fp8_sm90.cu", old, new, f"{__file__}::test_matmul[block_1x128-400-128-1424]")
     assert code == 1, output

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, shapes, and what changes in place."""
+"""The operators as torch sees them: schemas, fake tensors, and mutated arguments."""
 
 import pytest
 import torch
@@ -71,4 +71,4 @@ def test_every_operator_is_here(emulated):
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("triaxis::")
     }
-    assert names - {"fp8_matmul", "fp8_matmul_add_"} == set(cases())  # those two run on a GPU alone
+    assert names - {"fp8_matmul", "fp8_matmul_add_"} == set(cases())  # these two run only on a GPU

@@ -1,4 +1,4 @@
-"""csrc/kernels/quantize.cu, run on the host, against its reference and against arithmetic on bits."""
+"""csrc/kernels/quantize.cu, run on the host, against its reference and bit by bit."""
 
 import pytest
 import torch
@@ -43,11 +43,13 @@ def all_finite(dtype):
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 def test_rounds_to_nearest_even_and_saturates(emulated, dtype):
-    """Every FP8 number, every middle between two, and what is beyond the largest, found among all numbers there are."""
+    """Every FP8 value, every midpoint of two, and values beyond the largest, against a search among all FP8 values."""
     grid = all_finite(dtype).unique()
-    middles = (grid[1:] + grid[:-1]) / 2
+    midpoints = (grid[1:] + grid[:-1]) / 2
     largest = grid.max()
-    x = torch.cat((grid, middles, middles.nextafter(grid.max()), torch.tensor([2e5, -2e5, 1.01 * largest, torch.inf])))
+    x = torch.cat(
+        (grid, midpoints, midpoints.nextafter(grid.max()), torch.tensor([2e5, -2e5, 1.01 * largest, torch.inf]))
+    )
     x = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(16, -1)
     got = ops.quantize(x, dtype, "tensorwise", True, False, torch.ones(1), None, False)[0]
     distance = (x.flatten()[:, None].clamp(-largest, largest) - grid).abs()
@@ -59,7 +61,7 @@ def test_rounds_to_nearest_even_and_saturates(emulated, dtype):
 
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
-def test_not_a_number_stays_one(emulated, dtype):
+def test_nan_stays_nan(emulated, dtype):
     x = torch.ones(16, 128)
     x[3, 4] = torch.nan
     for scaling, scale in (("tensorwise", torch.ones(1)), ("block_1x128", None), ("block_128x128", None)):
@@ -69,8 +71,8 @@ def test_not_a_number_stays_one(emulated, dtype):
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_an_infinity_is_not_trained_on(emulated, power_of_two):
-    """A block with an infinity has no scale: what was infinite is no number, in the kernel and in the reference."""
+def test_infinity_becomes_nan(emulated, power_of_two):
+    """A block with an infinity has no scale: its infinities become NaN, in the kernel and in the reference."""
     x = torch.ones(16, 256)
     x[3, 4] = torch.inf
     for run in (ops.quantize, quantize_reference):
@@ -103,7 +105,7 @@ FUSED = [("block_1x128", False), ("block_1x128", True), ("tensorwise", False)]
 @pytest.mark.parametrize("columns", [16, 128, 144, 520 * 2, 8192])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scaling, power_of_two", FUSED)
-def test_norms_quantize_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
+def test_fused_norms_equal_norm_then_quantize(emulated, columns, source, scaling, power_of_two):
     torch.manual_seed(columns)
     emulated(columns)
     x, residual, weight, bias = (
@@ -127,7 +129,7 @@ def test_norms_quantize_as_the_two_would_one_after_the_other(emulated, columns, 
 @pytest.mark.parametrize("columns", [16, 128, 144, 1376])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scaling, power_of_two", FUSED)
-def test_swiglu_quantizes_as_the_two_would_one_after_the_other(emulated, columns, source, scaling, power_of_two):
+def test_fused_swiglu_equals_swiglu_then_quantize(emulated, columns, source, scaling, power_of_two):
     torch.manual_seed(columns)
     emulated(columns)
     gate_up = torch.randn(5, 2 * columns).to(source)

@@ -1,7 +1,7 @@
-"""The kernels on a GPU. Without one, or without compiled kernels, every file here is skipped with that reason.
+"""The kernels on a GPU. Without one, or without compiled kernels, every file here is skipped with the reason.
 
-The tests of tests/csrc are imported and run again: their tensors then come to be on the GPU, because the fixture that
-would load the emulated kernels makes it the default device.
+Tests of tests/csrc are imported and run again, on the GPU: the fixture that would load the emulated kernels makes it
+the default device.
 """
 
 from pathlib import Path
@@ -13,12 +13,12 @@ import tests
 from engine.ops import native
 
 DEVICE = "cuda"
-if (here := str(Path(__file__).parents[1])) not in tests.__path__:  # an installed package calls itself so
+if (here := str(Path(__file__).parents[1])) not in tests.__path__:  # an installed package may have this name
     tests.__path__.append(here)
 
 
 def why_not() -> str:
-    """Empty, or why nothing here can run."""
+    """Why the tests cannot run, or an empty string."""
     if not torch.cuda.is_available():
         return "needs a GPU"
     return "" if native.has_kernels() else f"needs compiled kernels: {native.WHY_NOT or 'csrc was built without CUDA'}"
@@ -35,14 +35,14 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 @pytest.fixture
 def emulated():
-    """Stands for the fixture of tests/csrc: tensors are made on the GPU, and the order of warps is its own."""
+    """Replaces the fixture of tests/csrc: tensors are created on the GPU, and the seed of warps is ignored."""
     with torch.device(DEVICE):
         yield lambda seed: None
 
 
 @pytest.fixture
 def kernels(emulated, monkeypatch):
-    """Call it to have the engine take the kernels; before, it takes its plain paths."""
+    """Call it to enable the kernels; until then the engine runs on plain PyTorch."""
     rule = native.runs
     monkeypatch.setattr(native, "runs", lambda x: False)
     return lambda: monkeypatch.setattr(native, "runs", rule)

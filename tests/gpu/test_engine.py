@@ -14,7 +14,7 @@ from tests.train.test_run import assert_bitwise, tensors
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 FP8 = [("--precision.mode", "fp8", "--precision.recipe", recipe) for recipe in ("tensorwise", "delayed", "blockwise")]
-OWN_PRODUCT = (*FP8[2], "--ops.fp8_matmul", "triaxis")
+CUSTOM_MATMUL = (*FP8[2], "--ops.fp8_matmul", "triaxis")
 FP32, BF16 = ("--precision.mode", "fp32"), ("--precision.mode", "bf16")
 
 
@@ -44,7 +44,7 @@ def test_training_in_fp32(tmp_path, preset, recompute):
 
 
 @pytest.mark.parametrize(
-    "overrides", [BF16, (*BF16, "--optimizer.moments", "bf16"), *FP8, OWN_PRODUCT], ids=lambda o: " ".join(o[1::2])
+    "overrides", [BF16, (*BF16, "--optimizer.moments", "bf16"), *FP8, CUSTOM_MATMUL], ids=lambda o: " ".join(o[1::2])
 )
 def test_training_in_fewer_bits(tmp_path, overrides):
     on_cpu, on_gpu = (train(tmp_path, device, small(*overrides)) for device in ("cpu", "cuda"))
@@ -72,7 +72,7 @@ def test_deterministic_runs_repeat_bitwise(tmp_path, overrides):
 
 
 def test_a_block_compiles_as_one_graph():
-    """By Inductor: the kernels are calls, and what is between them is fused."""
+    """With Inductor, which calls the kernels and fuses the code between them."""
     model = tiny_config()
     block = new_decoder(model).layers[0].to("cuda", torch.bfloat16)
     cos, sin = rope_tables(torch.arange(16, device="cuda"), model.head_dim, model.rope_theta)

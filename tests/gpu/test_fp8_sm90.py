@@ -1,4 +1,4 @@
-"""csrc/gemm/fp8_sm90.cu on a GPU, whose tensor cores sum 128 products in fewer bits than the host does."""
+"""csrc/gemm/fp8_sm90.cu on a GPU, whose tensor cores sum 128 products in fewer bits than the host."""
 
 import pytest
 import torch
@@ -23,14 +23,15 @@ if torch.cuda.get_device_capability() != (9, 0):
 
 @pytest.mark.parametrize("m, n, k", [*SHAPES, (8192, 12288, 4096), (4096, 11008, 8192)])
 @pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
-def test_product(emulated, m, n, k, scaling):
+def test_matmul(emulated, m, n, k, scaling):
     torch.manual_seed(m + n + k)
     a, b = operand(m, k, "block_1x128"), operand(n, k, scaling)
     exact = expected(a, b)
     for dtype, most in ((torch.float32, ACCURATE), (torch.bfloat16, ACCURATE + 1e-3)):
         got = ops.fp8_matmul_sm90(*given(a, b), dtype)
         assert error(got, exact) < most
-        by_row = (got.float() - exact).norm(dim=1) / exact.norm(dim=1)  # a small row in error is one, too
+        # an error in a row of small values counts as well
+        by_row = (got.float() - exact).norm(dim=1) / exact.norm(dim=1)
         assert by_row.max() < 4 * most
 
 

@@ -1,4 +1,4 @@
-"""The operators as torch sees them on a GPU: schemas, shapes, streams."""
+"""The operators as torch sees them on a GPU: schemas, fake tensors, streams, graphs."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ ONE_TENTH_OF_A_SECOND = 200_000_000  # in clock cycles of about 2 GHz
 
 
 def leaves(values):
-    """The tensors among an operator's arguments or results, as bytes, and copied: an operator may write on."""
+    """Copies of the tensors among arguments or results, as bytes."""
     flat = [values] if isinstance(values, torch.Tensor) else [x for x in values or () if isinstance(x, torch.Tensor)]
     return [x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for x in flat]
 
 
 @pytest.mark.parametrize("name", sorted(cases()))
 def test_runs_on_the_current_stream(emulated, name):
-    """The inputs come late on another stream: what does not wait for them reads zeros."""
+    """The inputs are written late on another stream: a kernel that does not wait for it reads zeros."""
     operator = getattr(ops, name)
     for arguments in cases()[name]:
         late = [torch.zeros_like(x) if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -37,7 +37,7 @@ def test_runs_on_the_current_stream(emulated, name):
 
 @pytest.mark.parametrize("name", sorted(cases()))
 def test_replays_in_a_graph(emulated, name):
-    """Captured once, replayed on new inputs: nothing waits for the device or remembers a pointer."""
+    """Captured once and replayed: nothing waits for the device or keeps a pointer."""
     operator = getattr(ops, name)
     for arguments in cases()[name]:
         held = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]

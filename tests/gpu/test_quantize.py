@@ -8,10 +8,10 @@ from tests.csrc.test_quantize import (  # noqa: F401
     FP8,
     bits,
     test_as_the_reference,
-    test_norms_quantize_as_the_two_would_one_after_the_other,
-    test_not_a_number_stays_one,
+    test_fused_norms_equal_norm_then_quantize,
+    test_fused_swiglu_equals_swiglu_then_quantize,
+    test_nan_stays_nan,
     test_rounds_to_nearest_even_and_saturates,
-    test_swiglu_quantizes_as_the_two_would_one_after_the_other,
     test_wrong_arguments_are_named,
     test_zeros_have_a_scale,
 )
@@ -20,7 +20,7 @@ from tests.csrc.test_quantize import (  # noqa: F401
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 @pytest.mark.parametrize("scaling", ["tensorwise", "block_1x128", "block_128x128"])
 def test_at_the_size_of_a_7b(emulated, scaling, dtype):
-    """Bytes off by one code may be one in a thousand, where the two divide differently."""
+    """One byte in a thousand may be off by one code, because the two divide differently."""
     torch.manual_seed(0)
     x = torch.randn(8192, 4096, dtype=torch.bfloat16)
     scale = torch.tensor([3.7]) if scaling == "tensorwise" else None

@@ -1,4 +1,4 @@
-"""Holds a fast implementation beside its reference: outputs and gradients, for one incoming gradient."""
+"""Compares a fast implementation with its reference: outputs and gradients."""
 
 from collections.abc import Callable
 

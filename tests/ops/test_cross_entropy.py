@@ -110,12 +110,12 @@ def test_gradients_can_be_taken_once():
 
 def test_evaluation_computes_no_gradients(monkeypatch):
     hidden, weight, labels, mask = example(130)
-    products = []
-    product = cross_entropy.matmul_transposed
-    monkeypatch.setattr(cross_entropy, "matmul_transposed", lambda *ab: products.append(ab) or product(*ab))
+    calls = []
+    matmul = cross_entropy.matmul_transposed
+    monkeypatch.setattr(cross_entropy, "matmul_transposed", lambda *ab: calls.append(ab) or matmul(*ab))
     with torch.no_grad():
         loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, mask)
-    assert len(products) == -(-130 // min(130, chunk_rows(101, "cpu")))
+    assert len(calls) == -(-130 // min(130, chunk_rows(101, "cpu")))
     assert not loss.requires_grad
     torch.testing.assert_close(loss, linear_cross_entropy_reference(hidden, weight, labels, mask).detach())
 

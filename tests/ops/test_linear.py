@@ -24,7 +24,7 @@ def test_more_dimensions_than_two():
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15])
-def test_small_products_stay_with_pytorch(rows):
+def test_small_matmuls_stay_with_pytorch(rows):
     inputs = [torch.randn(rows, 512), torch.randn(2048, 512), torch.randn(2048)]
     assert not uses_onednn(*inputs[:2])
     assert_same(linear, linear_reference, inputs, rtol=0, atol=0)
@@ -73,7 +73,7 @@ def test_weight_gradients_add_up(dtype, tokens, outputs, inputs):
     assert out is before
     assert out.dtype == torch.float32
     expected = 7 + torch.einsum("cto,cti->oi", grads.double(), xs.double()).float()
-    # a bf16 product is rounded once before it is added
+    # a bf16 matmul is rounded once before it is added
     tolerance = {"rtol": 1e-5, "atol": 2e-4} if dtype == torch.float32 else {"rtol": BF16["rtol"], "atol": 0.3}
     torch.testing.assert_close(out, expected, **tolerance)
 

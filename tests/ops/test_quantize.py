@@ -17,8 +17,8 @@ def one(x, dtype, scaling, **options):
 @pytest.mark.parametrize("dtype, error", [(E4M3, 2**-4), (E5M2, 2**-3)])
 @pytest.mark.parametrize("scaling", ["tensorwise", "block_1x128", "block_128x128"])
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_what_was_quantized_comes_back(dtype, error, scaling, power_of_two):
-    """Within half a unit in the last place, of numbers that are not lost below the smallest."""
+def test_dequantize_inverts_quantize(dtype, error, scaling, power_of_two):
+    """Within half a unit in the last place, for values that do not underflow."""
     torch.manual_seed(0)
     x = torch.randn(48, 272)
     got = dequantize(one(x, dtype, scaling, power_of_two=power_of_two))
@@ -27,7 +27,7 @@ def test_what_was_quantized_comes_back(dtype, error, scaling, power_of_two):
 
 
 def test_blocks_of_very_different_sizes():
-    """A block's numbers are as exact as if the others were not there."""
+    """The accuracy of a block does not depend on the other blocks."""
     torch.manual_seed(0)
     x = torch.randn(256, 256)
     x[:128, :128] *= 1e6
@@ -73,7 +73,7 @@ def test_conversion_saturates(dtype):
         ("block_128x128", "block_1x128"),
     ],
 )
-def test_products_are_those_of_the_quantized(scalings):
+def test_matmuls_equal_those_of_the_dequantized(scalings):
     torch.manual_seed(0)
     a = one(torch.randn(32, 272), E4M3, scalings[0])
     b = one(torch.randn(144, 272), E5M2, scalings[1])
@@ -85,7 +85,7 @@ def test_products_are_those_of_the_quantized(scalings):
     torch.testing.assert_close(total.double(), exact + 1, rtol=1e-5, atol=1e-4)
 
 
-def test_turning_is_exact_for_one_scale_and_close_for_blocks():
+def test_transpose_is_exact_for_one_scale_and_close_for_blocks():
     torch.manual_seed(0)
     x = torch.randn(256, 144)
     whole = one(x, E4M3, "tensorwise")

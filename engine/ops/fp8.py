@@ -84,7 +84,7 @@ def _on_gpu(
     a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, out: Tensor | None, fast: bool, impl: Fp8MatmulImpl
 ) -> Tensor:
     """The rule: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which is TENSORWISE
-    and does not accumulate. csrc's own kernel, for Hopper and scales of blocks, has to be requested by name."""
+    and does not accumulate. The custom kernel, for Hopper and scales of blocks, has to be requested by name."""
     if impl == "auto":
         impl = "torch" if native.WHY_NOT else "cublaslt"
     operands = (a.values, b.values, a.scale_inv, b.scale_inv, a.scaling, b.scaling)

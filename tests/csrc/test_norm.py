@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 def random(*shape: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
-    """Numbers that do not centre on 0; with `gap`, that many elements between rows."""
+    """Random values whose mean is not 0; `gap`: elements between rows."""
     wide = torch.randn(*shape[:-1], shape[-1] + gap) + 0.5
     return wide.to(dtype)[..., : shape[-1]]
 

@@ -48,7 +48,7 @@ def describe(config: Config, layout: Layout, reason: str, dtype: torch.dtype, de
 def _grid(layout: Layout) -> str:
     """The sizes of the axes and, where there are several, in which order the ranks lie on them."""
     cut = [axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) > 1]
-    order = f"; neighbours differ in {', then in '.join(cut)}" if len(cut) > 1 else ""
+    order = f"; neighbors differ in {', then in '.join(cut)}" if len(cut) > 1 else ""
     return f"tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{order}"
 
 

@@ -1,4 +1,4 @@
-"""Hooks: everything that happens every n steps, beside the steps themselves.
+"""Hooks: the work of every n steps, beside the steps themselves.
 
 A run is a list of `(every, hook)` around the loop below. Reports, evaluation, saving and early stopping are hooks, each
 in the file of its subject; `_hooks` in `run.py` lists them. To add a profiler, write a class like this, and the line
@@ -27,7 +27,7 @@ from engine.train.trainer import Trainer
 
 
 class Hook:
-    """Called on all ranks, so a hook may use collectives; what it decides must be the same on all of them.
+    """Work beside the steps, called on all ranks: it may use collectives, and what it decides must be the same on all.
 
     What takes long happens inside `trainer.clock.paused()`, which leaves it out of the reported speed.
     """
@@ -43,7 +43,7 @@ class Hook:
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
-    """At multiples of `every` and at the last step; 0 is the last step alone."""
+    """Whether a hook is called: at multiples of `every` and at the last step; with 0, at the last step alone."""
     return step == last_step or (every > 0 and step % every == 0)
 
 

@@ -36,7 +36,7 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """Lines for people, events, and records of numbers. On ranks other than the main one it does nothing."""
+    """The log of a run: lines for people, events, and records of numbers. Does nothing but on the main rank."""
 
     def __init__(self, directory: Path, *, active: bool) -> None:
         """

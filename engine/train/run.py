@@ -69,7 +69,7 @@ def _nothing_to_do(trainer: Trainer) -> str | None:
 
 
 def _hooks(trainer: Trainer, inputs: Inputs, log: RunLog) -> list[tuple[int, Hook]]:
-    """What happens every n steps, in this order: a report comes before a save, so that a broken state is not saved."""
+    """The work of every n steps, in this order. Reports come before saves, so that a broken state is not saved."""
     config = trainer.config
     evaluations, checkpoints = config.train.eval_interval, config.checkpoint.interval
     reports = [config.log.interval, checkpoints, *([evaluations] if compares_evaluations(config) else [])]
@@ -84,7 +84,7 @@ def _hooks(trainer: Trainer, inputs: Inputs, log: RunLog) -> list[tuple[int, Hoo
 
 
 def _flops_per_step(config: Config, inputs: Inputs) -> float:
-    """Of the places of a global batch that hold tokens."""
+    """FLOPs of a global batch, counting the places that hold tokens."""
     data, places = inputs.train_data, config.batch.global_ * config.data.seq_length
     return data.efficiency * places * flops_per_token(config, inputs.table, data.mean_length)
 

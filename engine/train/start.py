@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 import engine
+from engine.checkpoint.model_directory import ModelDirectory
 from engine.checkpoint.reader import Checkpoint
 from engine.config.load import changed_settings, read_yaml
 from engine.config.schema import Config
@@ -94,32 +95,35 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
 
 
 def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
-    """Model, optimizer and trainer, with initial or restored weights."""
-    weights, fresh = inputs.weights, not inputs.checkpoints
-    model, optimizer = build_model(
-        config, world, inputs.dtype, seed=config.run.seed if fresh and weights is None else None
-    )
+    """Model, optimizer and trainer, with restored, imported or initial weights.
+
+    Raises:
+        CheckpointError: on all ranks, when any rank could not read the checkpoints or the weights.
+    """
+    from_scratch = not inputs.checkpoints and inputs.weights is None
+    model, optimizer = build_model(config, world, inputs.dtype, seed=config.run.seed if from_scratch else None)
     trainer = Trainer(config, world, model, optimizer, inputs.train_data)
-    if fresh:
-        if weights is not None:
-            run_on_all_ranks(world, lambda: restore_weights(optimizer, weights))
-            optimizer.broadcast_params()
-        origin = "from scratch" if weights is None else f"with the weights of {weights.path}"
-        log.say(f"start       {origin}: there is no checkpoint in {config.run.dir}")
-        log.event("start", seed=config.run.seed, weights=None if weights is None else str(weights.path))
-        return trainer
-    checkpoint = _restore_newest(trainer, inputs.checkpoints, log)
-    _resume(trainer, checkpoint, log)
-    if checkpoint.state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
-        log.say(
-            "warning     the data or their order (datasets, split, seq_length, seed) are not those of the checkpoint"
-        )
+    if inputs.checkpoints:
+        _resume(trainer, inputs, log)
+    else:
+        _start_fresh(trainer, inputs.weights, log)
     return trainer
 
 
-def _resume(trainer: Trainer, checkpoint: Checkpoint, log: RunLog) -> None:
-    """Take over the progress of the checkpoint, and say which settings have changed since."""
-    config, state = trainer.config, checkpoint.state
+def _start_fresh(trainer: Trainer, weights: ModelDirectory | None, log: RunLog) -> None:
+    run, optimizer = trainer.config.run, trainer.optimizer
+    if weights is not None:
+        run_on_all_ranks(trainer.world, partial(restore_weights, optimizer, weights))
+        optimizer.broadcast_params()
+    origin = "from scratch" if weights is None else f"with the weights of {weights.path}"
+    log.say(f"start       {origin}: there is no checkpoint in {run.dir}")
+    log.event("start", seed=run.seed, weights=None if weights is None else str(weights.path))
+
+
+def _resume(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
+    """Restore the newest usable checkpoint and its progress, and say what has changed since."""
+    config, checkpoint = trainer.config, _restore_newest(trainer, inputs.checkpoints, log)
+    state = checkpoint.state
     trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
     trainer.best = state.best if compares_evaluations(config) else None
     log.say(f"start       resumes from {checkpoint.path}: step {state.step} of {config.train.steps}")
@@ -127,6 +131,10 @@ def _resume(trainer: Trainer, checkpoint: Checkpoint, log: RunLog) -> None:
     for change in changed_settings(read_yaml(checkpoint.config_yaml_path), config):
         log.say(f"changed     {change}")
         log.event("changed", setting=change)
+    if state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
+        log.say(
+            "warning     the data or their order (datasets, split, seq_length, seed) are not those of the checkpoint"
+        )
 
 
 def _restore_newest(trainer: Trainer, checkpoints: list[Checkpoint], log: RunLog) -> Checkpoint:

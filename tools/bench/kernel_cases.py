@@ -196,7 +196,7 @@ def _norm_backward(residual: bool, centered: bool) -> Case:
 
 
 def _norm_to_fp8() -> Case:
-    """What is quantized is the rounded output, as the two kernels one after the other would do it."""
+    """Quantizes the rounded output, as the two kernels would one after the other."""
     norm, given = _norm(False), (torch.float8_e4m3fn, "block_1x128", True, False, None, None, True)
 
     def ours(x: Tensor, weight: Tensor) -> Call:
@@ -348,10 +348,10 @@ def _quantized(x: Tensor, scaling: str) -> QuantizedTensor:
     return result
 
 
-def _factors(
+def _operands(
     m: int, n: int, k: int, scalings: tuple[str, str]
 ) -> list[tuple[Tensor, Tensor, QuantizedTensor, QuantizedTensor]]:
-    """Both factors of each set, in bf16 and quantized."""
+    """Both operands of each set, in bf16 and quantized."""
     made = [(_random(m, k), _random(n, k)) for _ in range(SETS)]
     return [(a, b, _quantized(a, scalings[0]), _quantized(b, scalings[1])) for a, b in made]
 
@@ -360,30 +360,30 @@ def _given(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Any, ...]:
     return a.values, b.values, a.scale_inv, b.scale_inv, a.scaling, b.scaling
 
 
-def _product(scaling: str, impl: str, width: int) -> Case:
-    """x·Wᵀ for x [t, h] and W [width, h]: one scale for each, or blocks of rows by squares."""
+def _matmul(scaling: str, impl: str, width: int) -> Case:
+    """x·Wᵀ for x [t, h] and W [width, h]: one scale for each, or blocks of 1×128 and 128×128."""
     tensorwise = scaling == "tensorwise"
-    made = _factors(
+    made = _operands(
         TOKENS, width, HIDDEN, ("tensorwise", "tensorwise") if tensorwise else ("block_1x128", "block_128x128")
     )
 
     def cublaslt(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
         return torch.ops.triaxis.fp8_matmul(*_given(a, b), BF16, tensorwise)
 
-    def own(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
+    def sm90(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
         return torch.ops.triaxis.fp8_matmul_sm90(*_given(a, b), BF16)
 
     def by_torch(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
         scales = {"scale_a": a.scale_inv, "scale_b": b.scale_inv}
         return torch._scaled_mm(a.values, b.values.t(), **scales, out_dtype=BF16, use_fast_accum=True)
 
-    ours = own if impl == "own" else cublaslt
+    ours = sm90 if impl == "triaxis" else cublaslt
     others: dict[str, Callable[[], list[Call]]] = {
-        "bf16 product": lambda: [partial(torch.mm, x, weight.t()) for x, weight, _, _ in made]
+        "bf16 matmul": lambda: [partial(torch.mm, x, weight.t()) for x, weight, _, _ in made]
     }
     if tensorwise:
         others["torch._scaled_mm"] = lambda: [partial(by_torch, a, b) for _, _, a, b in made]
-    elif impl == "own":
+    elif impl == "triaxis":
         others["cuBLASLt"] = lambda: [partial(cublaslt, a, b) for _, _, a, b in made]
     a, b = made[0][2:]
     expected = dequantize(a) @ dequantize(b).t()
@@ -395,13 +395,13 @@ def _product(scaling: str, impl: str, width: int) -> Case:
 
 def _weight_gradient(impl: str, width: int) -> Case:
     """dyᵀ·x for dy [t, width] and x [t, h], both quantized in blocks along the tokens, added to an fp32 gradient."""
-    made = _factors(width, HIDDEN, TOKENS, ("block_1x128", "block_1x128"))
+    made = _operands(width, HIDDEN, TOKENS, ("block_1x128", "block_1x128"))
     outs = [torch.zeros(width, HIDDEN, device=DEVICE) for _ in range(SETS)]
 
     def cublaslt(out: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> None:
         torch.ops.triaxis.fp8_matmul_add_(out, *_given(a, b))
 
-    def own(out: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> None:
+    def sm90(out: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> None:
         torch.ops.triaxis.fp8_matmul_sm90_add_(out, *_given(a, b))
 
     def calls(function: Callable[..., None]) -> list[Call]:
@@ -410,15 +410,15 @@ def _weight_gradient(impl: str, width: int) -> Case:
     def check() -> None:
         a, b = made[0][2:]
         start = torch.randn_like(outs[0])
-        (own if impl == "own" else cublaslt)(out := start.clone(), a, b)
+        (sm90 if impl == "triaxis" else cublaslt)(out := start.clone(), a, b)
         require_close(out - start, dequantize(a) @ dequantize(b).t(), 2e-3)
 
     others: dict[str, Callable[[], list[Call]]] = {
-        "bf16 product": lambda: [partial(torch.mm, grad, x.t()) for grad, x, _, _ in made]
+        "bf16 matmul": lambda: [partial(torch.mm, grad, x.t()) for grad, x, _, _ in made]
     }
-    if impl == "own":
+    if impl == "triaxis":
         others["cuBLASLt"] = lambda: calls(cublaslt)
-    return Case(calls(own if impl == "own" else cublaslt), check, others)
+    return Case(calls(sm90 if impl == "triaxis" else cublaslt), check, others)
 
 
 def case_of(row: Row) -> Case:
@@ -439,10 +439,10 @@ def case_of(row: Row) -> Case:
         "cross-entropy forward + backward": _cross_entropy,
         "AdamW": _adamw,
         "gradient norm": _gradient_norm,
-        "FP8 GEMM tensorwise": partial(_product, "tensorwise", "cuBLASLt", width),
-        "FP8 GEMM blockwise": partial(_product, "block_128x128", "cuBLASLt", width),
-        "FP8 GEMM blockwise, own kernel": partial(_product, "block_128x128", "own", width),
-        "FP8 GEMM blockwise, weight gradient": partial(_weight_gradient, "cuBLASLt", width),
-        "FP8 GEMM blockwise, weight gradient, own kernel": partial(_weight_gradient, "own", width),
+        "FP8 GEMM tensorwise": partial(_matmul, "tensorwise", "cublaslt", width),
+        "FP8 GEMM blockwise": partial(_matmul, "block_128x128", "cublaslt", width),
+        "FP8 GEMM blockwise, custom kernel": partial(_matmul, "block_128x128", "triaxis", width),
+        "FP8 GEMM blockwise, weight gradient": partial(_weight_gradient, "cublaslt", width),
+        "FP8 GEMM blockwise, weight gradient, custom kernel": partial(_weight_gradient, "triaxis", width),
     }
     return makers[name]()

@@ -37,7 +37,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Floors are what others reach, bounds 4.3 TB/s (a device copy of one H200) or what its products reach at best."""
+    """Floors are what others reach, bounds 4.3 TB/s (a device copy of one H200) or what its matmuls reach at best."""
     matrix, tall = f"{TOKENS}×{HIDDEN} bf16", f"{TOKENS}×{FFN} bf16"
     table = [
         Row("RMSNorm forward", matrix, "µs", 39, 34.7, 31.2, 2 * _MATRIX),
@@ -56,7 +56,7 @@ def rows() -> list[Row]:
         Row("AdamW", f"{PARAMETERS / 1e9:.2f}e9", "ms", 63, 52, 47, ADAMW_BYTES * PARAMETERS),
         Row("gradient norm", f"{PARAMETERS / 1e9:.2f}e9", "ms", 8.5, 7, 6.3, 4 * PARAMETERS),
     ]  # fmt: skip
-    table += list(_products())
+    table += list(_matmuls())
     whole = f"S 4096, {16 * 4096:,} tokens a step"
     table += [
         Row("llama2-7b bf16, whole step", whole, "tokens/s", 12_000, 13_700, 16_400),
@@ -65,13 +65,13 @@ def rows() -> list[Row]:
     return table
 
 
-def _products() -> Iterator[Row]:
+def _matmuls() -> Iterator[Row]:
     kinds = [
         ("tensorwise", (1100, 1250, 1400)),
         ("blockwise", (950, 1100, 1250)),
-        ("blockwise, own kernel", (950, 1100, 1250)),
+        ("blockwise, custom kernel", (950, 1100, 1250)),
         ("blockwise, weight gradient", (750, 900, 1000)),
-        ("blockwise, weight gradient, own kernel", (750, 900, 1000)),
+        ("blockwise, weight gradient, custom kernel", (750, 900, 1000)),
     ]
     for name, targets in kinds:
         for width in (3 * HIDDEN, 2 * FFN):
@@ -142,7 +142,7 @@ def section(documents: Sequence[dict[str, Any]]) -> str:
         names = sorted({f"{m['gpu']}, torch {m['torch']}, {m['commit']}" for m in machines})
         said = f"`bash tools/bench/gpu.sh` ({'; '.join(names)})."
     for found in (m for m in machines if "copy_tb_s" in m):
-        said += f" Here a device copy of 8 GB moves {found['copy_tb_s']:.2f} TB/s, a bf16 product of 8192³ runs at "
+        said += f" Here a device copy of 8 GB moves {found['copy_tb_s']:.2f} TB/s, a bf16 matmul of 8192³ runs at "
         said += f"{found['bf16_tflops']:.0f} TFLOP/s."
     return f"{said}\n\n{table(results, markdown=True)}"
 

@@ -8,7 +8,7 @@ A row is checked against its reference, then timed: a CUDA graph of calls on fou
 footprint of four is many times the L2), replayed 50 times without waiting between replays; medians. The alternatives
 (PyTorch, torch.compile, flash-attn, apex, Transformer Engine) run in the same process in the same way. `--results`
 prints, or writes into a document between its two markers, what was measured before; rows of no file stay empty.
-Rejected: timing call by call, which shows the time of launching wherever a kernel is shorter than that.
+Alternative considered: timing each call, which measures the launch if the kernel is shorter.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from tools.bench.kernel_table import (
 )
 
 ROTATIONS, SAMPLES = 5, 50
-PRODUCT = 8192  # rows and columns of the bf16 product beside which others stand
+MATMUL = 8192  # rows and columns of the bf16 matmul that is measured for comparison
 LARGEST_COPY = 16 * 10**9  # bytes; more are scaled
 
 
@@ -109,9 +109,9 @@ def _first_line(error: Exception) -> str:
 
 def machine(commit: str | None) -> dict[str, Any]:
     """What the numbers belong to, with the two ceilings of the device."""
-    a, b = (torch.randn(PRODUCT, PRODUCT, device=kernel_cases.DEVICE).bfloat16() for _ in range(2))
-    product = statistics.median(samples([partial(torch.mm, a, b)]))
-    ceilings = {"copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12, "bf16_tflops": 2 * PRODUCT**3 / product / 1e12}
+    a, b = (torch.randn(MATMUL, MATMUL, device=kernel_cases.DEVICE).bfloat16() for _ in range(2))
+    seconds = statistics.median(samples([partial(torch.mm, a, b)]))
+    ceilings = {"copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12, "bf16_tflops": 2 * MATMUL**3 / seconds / 1e12}
     return source(commit) | ceilings
 
 

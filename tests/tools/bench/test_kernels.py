@@ -37,9 +37,9 @@ def test_targets_lie_between_floor_and_bound():
 
 
 def test_products_have_the_flops_of_their_shape():
-    products = [row for row in rows() if row.unit == "TFLOP/s"]
-    assert len(products) == 10
-    for row in products:
+    matmuls = [row for row in rows() if row.unit == "TFLOP/s"]
+    assert len(matmuls) == 10
+    for row in matmuls:
         m, n, k = map(int, row.shape.split("×"))
         assert row.work == 2 * m * n * k
 
@@ -51,8 +51,8 @@ def test_cells():
     halved = cells(row("AdamW"), DONE | {"share": 0.5, "seconds": 0.052, "copy": 0.05})
     assert halved[1] == "6.74e9 (measured on 50%)"
     assert halved[4:8] == ["47 ms", "**52**", "3,888 GB/s", "50"]
-    product = cells(row("FP8 GEMM tensorwise"), {"seconds": 660e-6, "share": 1.0, "others": {"a": "no"}})
-    assert product[4:] == ["1,400 TFLOP/s", "**1,249**", "660 µs", "", "none ran"]
+    matmul = cells(row("FP8 GEMM tensorwise"), {"seconds": 660e-6, "share": 1.0, "others": {"a": "no"}})
+    assert matmul[4:] == ["1,400 TFLOP/s", "**1,249**", "660 µs", "", "none ran"]
     assert cells(row("llama2-7b bf16, whole step"), STEP)[5:7] == ["**13,457**", "MFU 58.3%, 130 GiB"]
     given = {"mfu": None, "settings": "--optimizer.moments bf16"}
     assert cells(row("llama2-7b fp8, whole step"), STEP | given)[6] == "MFU n/a, 130 GiB --optimizer.moments bf16"
@@ -93,7 +93,7 @@ def test_results_go_between_the_markers(tmp_path, capsys):
         f"above\n{BEGIN}\n`bash tools/bench/gpu.sh` (NVIDIA H200, torch 2.11.0, abc). Here a device"
     )
     assert written.endswith(f"|\n{END}\nbelow\n")
-    assert "moves 4.31 TB/s, a bf16 product of 8192³ runs at 788 TFLOP/s" in written
+    assert "moves 4.31 TB/s, a bf16 matmul of 8192³ runs at 788 TFLOP/s" in written
     assert "| **13,457** | MFU 58.3%, 130 GiB |" in written
     assert "old" not in written
     assert "RMSNorm forward" in capsys.readouterr().out
@@ -231,7 +231,7 @@ def on_gpu(small, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(kernels.native, "has_kernels", lambda: True)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
-    monkeypatch.setattr(kernels, "PRODUCT", 64)
+    monkeypatch.setattr(kernels, "MATMUL", 64)
     monkeypatch.setattr(kernels, "LARGEST_COPY", 4096)
 
 

@@ -10,7 +10,7 @@ import torch
 from engine.ops import native
 from engine.ops.choice import installed
 
-_PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "te", "apex": "apex", "nvidia-dali": "dali"}
+_PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "te", "apex": "apex"}
 _KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
 _ON_CPU = {
     "norm": "own RMSNorm of three passes, PyTorch's LayerNorm",

@@ -17,7 +17,6 @@ _PACKAGES = {
     "apex": (("amp_C",), "NVIDIA's apex, built with its CUDA extensions"),
     "te": (("transformer_engine.pytorch",), "transformer-engine[pytorch]"),
     "flash_attn": (("flash_attn", "flash_attn_interface"), "flash-attn"),
-    "dali": (("nvidia.dali",), "nvidia-dali"),
 }
 
 
@@ -67,7 +66,7 @@ def describe_ops(ops: OpsConfig, device: torch.device) -> str:
 
 
 def installed(package: str) -> bool:
-    """Whether "apex", "te", "flash_attn" or "dali" can be imported."""
+    """Whether "apex", "te" or "flash_attn" can be imported."""
     return any(_found(module) for module in _PACKAGES[package][0])
 
 

@@ -1,4 +1,4 @@
-"""What the first batch of a very large dataset costs: time, memory, disk.
+"""Cost of the first batch of a very large dataset: time, memory, disk.
 
     python tools/bench/data.py [--tokens 1e12] [--documents 1e7]
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def write_sparse(prefix: Path, tokens: int, documents: int) -> None:
-    """A dataset of equally long documents, of which only the index takes space."""
+    """Write a dataset of equally long documents whose tokens are a sparse file."""
     length = tokens // documents
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(length * documents * 2)

@@ -1,4 +1,4 @@
-"""How far FP8 training stays from bf16: every recipe, alone and on two ranks of tensor parallelism, beside other seeds.
+"""The loss of FP8 training compared with bf16: every recipe on one and on two tensor-parallel ranks, and other seeds.
 
 Each row is a complete training run on this machine (FP8 is emulated on a CPU) of the quickstart's model on the
 quickstart's corpus, with the same tokens in the same order; compared is the mean loss over the last tenth of the
@@ -39,7 +39,7 @@ CONFIG = Path("examples/configs/quickstart.yaml")  # which names its corpus from
 
 @dataclass(frozen=True)
 class Run:
-    """One row: how to multiply, on how many ranks that share each layer."""
+    """One row: recipe, tensor-parallel size and seed."""
 
     recipe: str | None  # None: bf16
     tp: int
@@ -116,18 +116,17 @@ def _page(losses: dict[Run, float], options: argparse.Namespace, arguments: Sequ
     expected = losses[Run(None, 1)]
     noise = statistics.stdev(losses[Run(None, 1, seed)] for seed in SEEDS) / expected
     lines = [
-        "# FP8 beside bf16",
+        "# FP8 compared with bf16",
         "",
         f"`python tools/bench/fp8_loss.py {shlex.join(arguments)}` ({options.machine}; torch {torch.__version__}; took "
         f"{duration(took)}). This page is the program's output.",
         "",
         f"{options.steps} steps of 8 × 128 tokens of the quickstart's model on the quickstart's corpus, learning rate "
-        f"{LR:g}. Loss: mean of "
-        f"the last {max(1, options.steps // 10)} steps. FP8 is emulated: every rounding of a GPU's product but its "
-        "accumulator's.",
+        f"{LR:g}. Loss: mean of the last {max(1, options.steps // 10)} steps. FP8 is emulated: every rounding of a "
+        "GPU's matmul except that of its accumulator.",
         f"Between seeds the loss of bf16 varies by {noise:.2%} (standard deviation of {len(SEEDS)}).",
         "",
-        "| run | loss | beside bf16 |",
+        "| run | loss | difference from bf16 |",
         "|---|---|---|",
     ]
     lines += [f"| {run.name} | {loss:.4f} | {loss / expected - 1:+.2%} |" for run, loss in losses.items()]

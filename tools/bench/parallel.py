@@ -1,4 +1,4 @@
-"""Training steps of several layouts in turn: tokens/s beside one rank, memory, and where the time of a pipeline goes.
+"""Training steps of several layouts, interleaved: tokens/s relative to one rank, memory, and pipeline timelines.
 
 Every rank is a process with one thread, connected by gloo; the tokens are the same in every layout. A round runs every
 layout once, so that whatever else the machine does hits all alike; compare the ratios of the medians.
@@ -7,8 +7,8 @@ layout once, so that whatever else the machine does hits all alike; compare the 
     python tools/bench/parallel.py --layouts one pp2 pp2-zero-bubble --timeline pipeline.png
     python tools/bench/parallel.py --others olmo_core --python ../other-venv/bin/python
 
-`--others` measures the same model and layouts in OLMo-core or Megatron-core, installed beside --python, in the same
-rounds; see tools/bench/others/.
+`--others` measures the same model and layouts in OLMo-core or Megatron-core, installed in the environment of
+--python, in the same rounds; see tools/bench/others/.
 """
 
 import argparse
@@ -55,7 +55,7 @@ _DEFAULT = ["one", "dp2", "tp2", "pp2", "pp2-zero-bubble", "pp2-interleaved"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What one rank saw: seconds of each step, its peak memory in bytes, and the actions of the last step."""
+    """Measurements of one rank: seconds of each step, its peak memory in bytes, and the actions of the last step."""
 
     seconds: list[float]
     peak_bytes: int
@@ -162,7 +162,7 @@ def _peak_bytes() -> int:
 
 
 def _other(project: str, layout: str, options: argparse.Namespace) -> list[float]:
-    """Seconds of each step of another project."""
+    """Seconds of each step in another project."""
     script = Path(__file__).parent / "others" / f"step_{project}.py"
     ranks = str(LAYOUTS[layout][0].world_size)
     launch = [options.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, str(script)]
@@ -184,7 +184,7 @@ def _print(
 ) -> None:
     medians = {name: _median(rounds) for name, rounds in results.items()}
     first = next(iter(medians))
-    print(f"\n{'layout':16} {'tokens/s':>9} {'beside ' + first:>12} {'peak GiB per rank':>18} {'loss':>9}")
+    print(f"\n{'layout':16} {'tokens/s':>9} {'vs ' + first:>12} {'peak GiB per rank':>18} {'loss':>9}")
     for name, rounds in results.items():
         peak = max(rank.peak_bytes for ranks in rounds for rank in ranks) / 2**30
         ratio = medians[first] / medians[name]
@@ -196,7 +196,7 @@ def _print(
 
 
 def _median(rounds: list[list[Measured]]) -> float:
-    """Seconds of a step, which is over when its slowest rank is done."""
+    """Median seconds of a step, which ends with its slowest rank."""
     return statistics.median(
         max(seconds) for ranks in rounds for seconds in zip(*(r.seconds for r in ranks), strict=True)
     )

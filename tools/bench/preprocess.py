@@ -1,4 +1,4 @@
-"""Our encoding beside plain SentencePiece: megabytes of text a second and core, ids compared on every document.
+"""Our encoding compared with plain SentencePiece: megabytes of text per second and core; ids must be equal.
 
 Both encode the same documents in one process, in turns of a slice of the corpus each. Every document is new in
 the first pass, which is what a corpus looks like; the second pass shows what remembered words bring. Time is
@@ -60,10 +60,10 @@ def _describe(model: Path, texts: Sequence[str]) -> None:
 
 
 def _compare(model: Path, texts: Sequence[str]) -> None:
-    """Prints a line a pass.
+    """Prints one line per pass.
 
     Raises:
-        DataError: a document has other ids.
+        DataError: the ids of a document differ.
     """
     plain, ours = (SentencePieceTokenizer(model, fast=fast) for fast in (False, True))
     print(f"ours       {ours.encoder}\n")

@@ -8,10 +8,10 @@ is a step of each side in turn, so that whatever else the machine does hits all 
     python tools/bench/sft.py --rounds 5
     python tools/bench/sft.py --others trl --python ../other-venv/bin/python
 
-`--others trl` measures TRL, installed beside --python, in three ways: `padded` (microbatches of 4 conversations of like
-lengths, each padded to its longest; the more conversations in a step, the less padding), `single` (one conversation a
-microbatch: no padding, and its fastest on a CPU) and `packed` (packing_strategy="bfd"; transformers' mask for SDPA
-keeps conversations apart). tools/bench/others/sft_trl.py has its settings.
+`--others trl` measures TRL, installed in the environment of --python, in three ways: `padded` (microbatches of 4
+conversations of similar lengths, each padded to its longest; the more conversations in a step, the less padding),
+`single` (one conversation per microbatch: no padding, and its fastest on a CPU) and `packed` (packing_strategy="bfd";
+transformers' mask for SDPA keeps conversations apart). tools/bench/others/sft_trl.py has its settings.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class Conversations:
 
     @property
     def num_pairs(self) -> int:
-        """Tokens that can be predicted, all but the first of each conversation."""
+        """Number of tokens that can be predicted: all but the first of each conversation."""
         return int((self.lengths - 1).sum())
 
 
@@ -131,9 +131,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_conversations(count: int) -> Conversations:
-    """Random tokens in turns of a user and an assistant, whose tokens are the targets: up to 4 of each, equally long.
+    """Random tokens in up to 4 turns each of a user and an assistant, of equal length; the assistant's are the targets.
 
-    The lengths are quantiles of a log-normal distribution, so that few conversations have its long tail too.
+    The lengths are quantiles of a log-normal distribution, so that even a few conversations have its long tail.
     """
     random = np.random.default_rng(0)
     shares = (random.permutation(count) + 0.5) / count
@@ -145,7 +145,7 @@ def make_conversations(count: int) -> Conversations:
 
 
 def _write(folder: Path, conversations: Conversations) -> None:
-    """What the sides read: a dataset for ours, JSON for others, and the weights that all start from."""
+    """Write the inputs of all sides: a dataset for ours, JSON for others, and the initial weights."""
     with IndexedDatasetWriter(folder / "data", token_dtype(MODEL["vocab_size"]), masked=True) as writer:
         writer.add_documents(conversations.ids, conversations.lengths, conversations.targets)
     ends = np.cumsum(conversations.lengths)[:-1]
@@ -226,7 +226,7 @@ def _batches(config: Config, data: SftDataset) -> Iterator[list[Batch]]:
 
 @contextmanager
 def _other(project: str, mode: str, options: argparse.Namespace, folder: Path) -> Iterator[Side]:
-    """Another project in a process of its own, which waits while others compute and ends with its stdin."""
+    """Another project in a separate process, which waits while others compute and ends with its stdin."""
     flags: dict[str, Any] = {"model": folder / "hf", "conversations": folder / "conversations.json", "mode": mode}
     flags |= {"seq-length": SEQ_LENGTH, "lr": OptimizerConfig().lr, "threads": options.threads}
     command = [options.python, str(OTHERS / f"sft_{project}.py")]
@@ -284,7 +284,7 @@ def _describe(conversations: Conversations, threads: int) -> None:
 
 
 def table(rounds: dict[str, list[Step]], first: dict[str, Step], tokens: int) -> Iterator[str]:
-    """A line a side: medians of tokens/s (slowest – fastest) and the share of places that hold one of the `tokens`."""
+    """One line per side: median tokens/s (slowest – fastest) and the share of positions that hold one of `tokens`."""
     medians = {name: median(step.seconds for step in steps) for name, steps in rounds.items()}
     yield (
         f"\n{'':16} {'target tokens/s':>24} {'tokens/s':>9} {'places':>8} {'full':>6} {'padding':>8} "

@@ -1,9 +1,9 @@
-"""Our training step beside that of Hugging Face Transformers: the same shapes, weights and tokens, in one process.
+"""Our training step compared with that of Hugging Face Transformers: same shapes, weights and tokens, in one process.
 
 Both sides run eagerly in fp32 on the CPU, one step of each in turn, so that whatever else the machine does hits all
 alike; compare the ratios. Ours is what `engine train` runs, gradient norm and clipping included; theirs is
 `LlamaForCausalLM`, `loss.backward()` and `torch.optim.AdamW(fused=True)`. Behind the table stands where our time goes,
-and the time of the matrix products alone, which no implementation on the same library can beat.
+and the time of the matmuls alone, which no implementation on the same library can beat.
 
     python tools/bench/step.py --vocab-size 32000 2048 --threads 1 2 --rounds 9
 
@@ -106,7 +106,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _device(args: argparse.Namespace) -> str:
-    """A GPU measures a preset; the comparison is the CPU's."""
+    """The device: a GPU measures a preset, a CPU runs the comparison."""
     if args.preset is not None and torch.cuda.is_available():
         return "cuda"
     given = {"--precision": args.precision, "--json": args.json}
@@ -290,7 +290,7 @@ def _print_split(step: Step, model: ModelConfig, tokens: int) -> None:
     print(f"  one step of ours, profiled: {total:.0f} ms")
     for part, ms in spent.most_common():
         print(f"    {part:36} {ms:7.1f} ms {ms / total:5.0%}")
-    print(f"    {'its matrix products alone':36} {_products_ms(model, tokens):7.1f} ms")
+    print(f"    {'its matmuls alone':36} {_matmuls_ms(model, tokens):7.1f} ms")
 
 
 def _part(event: FunctionEvent) -> str:
@@ -303,16 +303,16 @@ def _part(event: FunctionEvent) -> str:
     if "scaled_dot_product" in names[0]:
         return "attention"
     if names[0] in ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"):
-        return "matrix products"
+        return "matmuls"
     if names[0] == "aten::_fused_adamw_":
         return "optimizer"
     if any("LinearCrossEntropy" in name for name in names):
-        return "cross-entropy without its products"
+        return "cross-entropy without its matmuls"
     return "norms, rotary, SwiGLU, the rest"
 
 
-def _products_ms(model: ModelConfig, tokens: int) -> float:
-    """Time of the step's matrix products and nothing else: three for each weight."""
+def _matmuls_ms(model: ModelConfig, tokens: int) -> float:
+    """Time of the step's matmuls and nothing else: three for each weight."""
     total = 0.0
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     hidden, ffn = model.hidden_size, model.intermediate_size

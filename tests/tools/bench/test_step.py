@@ -34,7 +34,7 @@ def test_compares_and_splits(program, arguments, capsys):
     program.main()
     printed = capsys.readouterr().out
     assert "vocabulary 70, 1 thread(s), 48 tokens a step, first loss 4." in printed
-    for name in ("triaxis  ", "transformers, sdpa", "transformers, eager", "matrix products", "attention", "optimizer"):
+    for name in ("triaxis  ", "transformers, sdpa", "transformers, eager", "matmuls", "attention", "optimizer"):
         assert name in printed
     assert "triaxis is 1.00×" in printed
 

@@ -77,14 +77,14 @@ class SdpaAttention(torch.nn.Module):
 
 
 class NoRngTracker:
-    """Stands for the CUDA generator states; nothing here is random after initialisation."""
+    """Stands for the CUDA generator states; nothing here is random after initialization."""
 
     fork = staticmethod(lambda *_: contextlib.nullcontext())
     is_initialized = staticmethod(lambda: True)
 
 
 def _clip(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
-    """Megatron-core's, but for its assertion that gradients lie on a GPU."""
+    """Megatron-core's, without its assertion that gradients are on a GPU."""
     coefficient = max_norm / (total_norm + 1e-6)
     if coefficient < 1.0:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], coefficient)
@@ -202,7 +202,7 @@ def _config(args: argparse.Namespace) -> TransformerConfig:
 
 
 def _tokens(args: argparse.Namespace) -> list[torch.Tensor]:
-    """This rank's microbatches of the one batch that is trained on again and again."""
+    """This rank's microbatches of the one batch that every step trains on."""
     tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     if args.layout == "dp2":
         tokens = tokens.chunk(2)[dist.get_rank()]

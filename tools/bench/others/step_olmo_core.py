@@ -40,7 +40,7 @@ LAYOUTS = ("one", "dp2", "tp2", "pp2")
 
 
 class StepTrainer(SimpleNamespace):
-    """What a train module asks of its trainer; keeps the loss of the last step (None off the last pipeline stage)."""
+    """The part of a trainer that a train module uses; keeps the loss of the last step (None before the last stage)."""
 
     loss: torch.Tensor | None = None
 
@@ -143,7 +143,7 @@ def _pipeline(kind: str) -> TransformerPipelineParallelConfig:
 
 
 def _tokens(shard: int, shards: int) -> torch.Tensor:
-    """This rank's sequences of the one batch that is trained on again and again."""
+    """This rank's sequences of the one batch that every step trains on."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator).chunk(shards)[shard]
 

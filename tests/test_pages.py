@@ -1,0 +1,87 @@
+"""What the documents say about files, commands and extras is true of the tree."""
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "csrc/README.md", "engine/**/README.md", "tools/**/README.md")
+    for path in ROOT.glob(pattern)
+    if path.name != "CHANGELOG.md"  # it names what is gone
+)
+SUFFIXES = (".py", ".sh", ".cu", ".cuh", ".cpp", ".h", ".toml")
+LINK = re.compile(r"\]\(([^)#\s]+)")
+SPAN = re.compile(r"`([^`\n]+)`")
+IMPORTED_AS = {"types-PyYAML": "yaml", "pytest-xdist": "pytest"}
+
+
+FOLDERS = ("engine", "tests", "tools", "csrc", "docs", "examples", ".github")
+FILES = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+FILES += [f"/{path.name}" for path in ROOT.iterdir()]
+
+
+def named_files(page: Path) -> set[str]:
+    """Files and folders of the repository that a page names in code spans, perhaps without the folders above them."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    words = {word for span in SPAN.findall(prose) for word in span.split()}
+    paths = {word for word in words if word.endswith(SUFFIXES) or (word.split("/")[0] in FOLDERS and "/" in word)}
+    made = ("data/", "runs/", "models/", "build/")  # what programs write
+    return {path for path in paths if path[0] not in ".-" and not path.startswith(made) and "NAME" not in path}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_exists(page):
+    for path in named_files(page):
+        assert any(fnmatch(file, f"*/{path.rstrip('/')}") for file in FILES), f"{page.name} names {path}"
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_pages_name_files_at_all():
+    assert {"engine/optim/schedule.py", "engine/model/parameters.py"} <= named_files(ROOT / "ARCHITECTURE.md")
+
+
+def test_the_workflow_runs_the_two_commands_of_the_readme():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Two commands")[2].partition("```sh\n")[2].partition("```")[0]
+    commands = [line.partition("#")[0].strip() for line in section.splitlines()]
+    assert job["strategy"]["matrix"]["command"] == commands == ["bash examples/quickstart.sh", "bash tests/run.sh"]
+    assert {"3.10", "3.12"} <= set(job["strategy"]["matrix"]["python"])
+    assert job["steps"][-1] == {"run": "${{ matrix.command }}"}
+
+
+def test_pre_commit_runs_the_lint_and_nothing_else():
+    settings = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    entries = [hook["entry"] for repo in settings["repos"] for hook in repo["hooks"]]
+    assert entries == ["bash tests/lint.sh"]
+
+
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {key: citation[key] for key in ("version", "license")}.items() <= project().items()
+
+
+def test_every_extra_names_only_packages_that_code_imports():
+    files = [path for folder in ("engine", "tools", "tests", "examples") for path in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files if path != Path(__file__))
+    source += (ROOT / "tests/lint.sh").read_text(encoding="utf-8")
+    for extra, requirements in project()["optional-dependencies"].items():
+        for requirement in requirements:
+            package = re.split(r"[\[<>=]", requirement)[0]
+            module = IMPORTED_AS.get(package, package.replace("-", "_"))
+            used = rf"(^|\s)(import|from) {module}\b|\"{module}\"|^{module}\b"
+            assert re.search(used, source, re.M), f"extra {extra}: no code uses {package}"

@@ -12,13 +12,13 @@ from engine.data.samples.pretrain import Split
 from engine.data.storage.indexed import dataset_file
 from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import ConfigError
-from engine.plan.describe import describe
+from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
 from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
 
 
-def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
+def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
     """Validate `config` for `world_size` ranks and print layout, who holds what, memory, batch and steps.
 
     Files that are not on this machine are named, and are no error: the check may run elsewhere than the run.
@@ -42,7 +42,7 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     tokenizer = None if missing else open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     opened = [] if tokenizer is None else _open(config, tokenizer)
     config = with_steps(config, opened[0].num_rows if opened else None) if opened or config.train.steps else config
-    for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):
+    for line in describe_run(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
     gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
     where = gpus if ranks.device_type == "cuda" else "this machine's memory"

@@ -25,12 +25,12 @@ from engine.checkpoint.opening import open_model
 from engine.data.chat.template import ChatEncoder, ConversationError, Message, find_template
 from engine.data.inspection import printable
 from engine.errors import ConfigError, DataError, TriaxisError
+from engine.formatting import duration
 from engine.generate.decoding import Sampling
 from engine.generate.prompts import AnswerFile, conversation, read_prompts
 from engine.generate.text_generator import TextGenerator
 from engine.parallel.agreement import run_on_all_ranks
 from engine.parallel.layout import Layout, World, build_process_groups, init_distributed, shutdown_distributed
-from engine.train.metrics import duration
 
 WAIT_S = 7 * 24 * 3600  # how long the other ranks wait for what a person says next
 SECONDS_BETWEEN_LINES = 2.0

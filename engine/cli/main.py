@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "config":
         print(config.to_yaml(), end="")
     elif options.command == "check":
-        from engine.cli.check import check as check_config
+        from engine.cli.check import check_run
 
-        check_config(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
+        check_run(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
     else:
         from engine.train.run import train as train_config
 

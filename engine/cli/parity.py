@@ -25,9 +25,9 @@ import torch
 
 from engine.config.schema import ParallelConfig
 from engine.errors import ConfigError, TriaxisError
+from engine.formatting import duration
 from engine.parallel.pipeline.schedules import INTERLEAVED, SCHEDULES
 from engine.testing.parity import STEPS, TOLERANCES, Case, Deviation, Outcome, Problem, deviation, measure
-from engine.train.metrics import duration
 
 Grid = tuple[int, int, int]  # tp, pp, dp
 Rounded = tuple[str, dict[str, Any], Deviation]  # preset, changed settings, what came of it

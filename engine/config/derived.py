@@ -2,7 +2,7 @@
 
 import math
 
-from engine.config.schema import Config
+from engine.config.schema import BatchConfig, Config
 from engine.errors import ConfigError
 
 
@@ -34,13 +34,13 @@ def with_steps(config: Config, rows: int | None = None) -> Config:
     )
 
 
-def microbatches(config: Config, dp: int) -> int:
+def microbatches(batch: BatchConfig, dp: int) -> int:
     """Forward passes per rank and optimizer step, for `dp` data-parallel ranks.
 
     Raises:
         ConfigError: the global batch cannot be cut so.
     """
-    micro, total = config.batch.micro, config.batch.global_
+    micro, total = batch.micro, batch.global_
     if total % (micro * dp):
         step = micro * dp
         near = sorted({max(step, total // step * step), (total // step + 1) * step})

@@ -43,7 +43,7 @@ def test_the_plan_meets_every_grid_schedule_and_sharding_with_every_recomputatio
             )
             ranks = ClusterSpec(case.ranks, case.ranks, 1 << 40, "cpu", torch.float32)
             assert choose_layout(config, ranks)[0].dp == case.dp  # raises where it cannot be
-            assert microbatches(config, case.dp) >= 2
+            assert microbatches(config.batch, case.dp) >= 2
             assert case.ranks <= 8
             met.add((given.tp, given.pp, case.dp, given.schedule, given.sharded_optimizer, given.recompute))
     for tp, pp, dp in ((1, 1, 4), (4, 2, 1), (2, 2, 2), (1, 4, 2)):

@@ -148,10 +148,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_an_indivisible_batch_names_the_nearest_that_work():
-    config = build({"batch": {"micro": 2, "global": 10}})
-    assert microbatches(config, 5) == 1
+    batch = build({"batch": {"micro": 2, "global": 10}}).batch
+    assert microbatches(batch, 5) == 1
     with pytest.raises(ConfigError, match=r"batch.global = 6 or 12"):
-        microbatches(config, 3)
+        microbatches(batch, 3)
 
 
 def test_the_schema_covers_every_section():

@@ -133,7 +133,7 @@ def test_check_tells_who_holds_which_layers():
     done = engine("check", "examples/configs/llama2_7b.yaml", *options, "--parallel.schedule", "zero_bubble")
     assert done.returncode == 0, done.stderr
     for part in (
-        "64 ranks = tp 2 × pp 4 × dp 8; neighbours differ in tp, then in dp, then in pp\n            as configured",
+        "64 ranks = tp 2 × pp 4 × dp 8; neighbors differ in tp, then in dp, then in pp\n            as configured",
         "zero_bubble; its bubble adds 0.8% to the time of a step",
         "stage 0     0–15   embedding, 0–7  ",
         "stage 3     48–63  24–31, head     ",

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from engine.parallel.layout import Layout
-from engine.plan.describe import describe
+from engine.plan.describe import describe_run
 from engine.testing.runs import run_config
 
 
 def lines(config, layout: Layout, dtype=torch.bfloat16, device_type: str = "cuda", reason: str = "why") -> list[str]:
-    return list(describe(config, layout, reason, dtype, device_type))
+    return list(describe_run(config, layout, reason, dtype, device_type))
 
 
 def llama(tmp_path, *overrides: str):
@@ -20,7 +20,7 @@ def test_three_axes(tmp_path):
     assert found == [
         "model       6,738,415,616 parameters, 42.86 GFLOP per token",
         "flops       6 · multiplying parameters + 6 · layers · sequence · heads · head size (causal attention)",
-        "layout      64 ranks = tp 2 × pp 2 × dp 16; neighbours differ in tp, then in dp, then in pp",
+        "layout      64 ranks = tp 2 × pp 2 × dp 16; neighbors differ in tp, then in dp, then in pp",
         "            why",
         "batch       1024 sequences = dp 16 × 64 microbatches of 1; 4,194,304 tokens per step",
         "run         100,000 steps = 419,430,400,000 tokens",

@@ -36,7 +36,7 @@ def test_gpus_that_are_not_here(workspace, capsys):
 def test_files_that_are_not_here_are_named(tmp_path, capsys):
     lines = printed(capsys, run_config(tmp_path))
     assert f"data        {tmp_path / 'corpus.idx'} is not on this machine and not checked" in lines
-    assert lines[-1] == "ok, but for what is not on this machine"
+    assert lines[-1] == "ok, except for files that are not on this machine"
 
 
 def test_what_does_not_fit_is_shown_and_refused(tmp_path, capsys):

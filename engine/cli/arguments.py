@@ -1,4 +1,4 @@
-"""What the command lines share: a parser made from a docstring, and the lowest values of options."""
+"""Shared by the command lines: a parser made from a docstring, and checks of lower bounds."""
 
 import argparse
 

@@ -41,18 +41,27 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = program_parser(DESCRIPTION, f"{EXAMPLES}\nIn a conversation, {COMMANDS}.")
     add = parser.add_argument
     add("dir", type=Path, metavar="DIR", help="where the model is")
-    add("--prompt", metavar="TEXT", help="the text to continue, or what the user says; `-` reads it from stdin")
+    add("--prompt", metavar="TEXT", help="the text to continue, or the user's message; `-` reads it from stdin")
     add("--input", type=Path, metavar="FILE", help="answer the prompts of a JSONL file")
-    add("--output", type=Path, metavar="FILE", help="where the answers go; what is there already is continued")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the answers go; existing answers are kept and the rest is added",
+    )
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once, with --input (default: 8)")
-    add("--chat", action="store_true", help="speak with the model's chat template; without --prompt, turn by turn")
-    add("--chat-template", metavar="NAME|FILE", help="another one: chatml, llama2, llama3, mistral, or a .jinja file")
+    add("--chat", action="store_true", help="use the model's chat template; without --prompt, an interactive chat")
+    add(
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="another one: chatml, llama2, llama3, mistral, or a .jinja file",
+    )
     add("--system", metavar="TEXT", help="the system message of a conversation")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default: 0.95)")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
-    add("--bos", action="store_true", help="begin with the beginning-of-text token, for models that want it")
+    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add("--bos", action="store_true", help="begin with the beginning-of-text token, for models that need it")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     options = parser.parse_args(arguments)
     _check(options)
@@ -65,15 +74,15 @@ def _check(options: argparse.Namespace) -> None:
     if (options.input is None) != (options.output is None):
         raise ConfigError("--input and --output belong together: where the prompts are, and where the answers go")
     if options.input and options.prompt is not None:
-        raise ConfigError("--prompt and --input are both given; name one of them")
+        raise ConfigError("--prompt and --input are both given; give one of them")
     if options.input and options.output.exists() and options.output.samefile(options.input):
-        raise ConfigError(f"--output {options.output} is the file of the prompts; name another one")
+        raise ConfigError(f"--output {options.output} is the file of the prompts; name another file")
     if not (options.chat or options.input or options.prompt is not None):
-        raise ConfigError("nothing to write; give --prompt TEXT, --input FILE, or --chat for a conversation")
+        raise ConfigError("nothing to generate; give --prompt TEXT, --input FILE, or --chat for a conversation")
     if not options.chat and (options.system is not None or options.chat_template):
         raise ConfigError("--system and --chat-template are for conversations; add --chat")
     if options.chat and options.bos:
-        raise ConfigError("--bos is for texts; a chat template begins as it wants")
+        raise ConfigError("--bos is for texts; a chat template writes its own beginning")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine shows no GPU; use --device cpu, or auto")
     Sampling(options.temperature, options.top_p, options.seed)

@@ -29,8 +29,8 @@ examples:
 
 A sample of a fine-tuning dataset is a conversation: target tokens are green, or in «» where there are no colors.
 """
-HEAD_TOKENS = 64  # of each document that --head shows
-DOCUMENT_TOKENS = 4096  # of the one that --document shows
+HEAD_TOKENS = 64  # shown of each document with --head
+DOCUMENT_TOKENS = 4096  # shown with --document
 IDS_SHOWN = 32
 
 
@@ -113,7 +113,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("size", f"{report['bytes']:,} bytes"),
     ]
     if (learned := report.get("learned")) is not None:
-        rows.append(("learned tokens", f"{learned:,}, {learned / max(report['tokens'], 1):.1%}"))
+        rows.append(("target tokens", f"{learned:,}, {learned / max(report['tokens'], 1):.1%}"))
     if (lengths := report["document_tokens"]) is not None:
         text = (
             f"min {lengths['min']:,}, median {lengths['median']:,}, mean {lengths['mean']:,.1f}, max {lengths['max']:,}"
@@ -131,7 +131,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if (verified := report.get("verified")) is not None:
         size = verified["vocab_size"]
         against = (
-            f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check them against it"
+            f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check an upper bound"
         )
         mask = "; the mask has one of 0 and 1 for each" if learned is not None else ""
         rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
@@ -152,7 +152,7 @@ def _print_sample(console: Console, sample: dict[str, Any]) -> None:
 def _print_conversation(console: Console, conversation: Conversation) -> None:
     count, learned = conversation.num_tokens, conversation.learned
     shown = _shown(sum(len(run.ids) for run in conversation.runs), count)
-    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {learned:,} learned{shown}"
+    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {learned:,} target tokens{shown}"
     console.print(Text(title, "bold cyan"))
     colored = console.color_system is not None and not console.no_color
     text = Text()
@@ -185,15 +185,15 @@ def _parser() -> argparse.ArgumentParser:
     add("prefix", type=Path, help="the dataset, without .bin or .idx")
     add("--tokenizer", metavar="SPEC", help="shows text: a .model, a tokenizer.json, a directory, or `byte`")
     add("--verify", action="store_true", help="check every pointer and every token id")
-    add("--vocab-size", type=int, metavar="V", help="ids must be below (default: of the tokenizer, or as recorded)")
+    add("--vocab-size", type=int, metavar="V", help="upper bound of ids (default: from the tokenizer, or as recorded)")
     add("--head", type=int, default=0, metavar="N", help="show the beginnings of the first N documents")
     add("--document", type=int, metavar="J", help="show document (or conversation) J, counted from 0")
-    add("--sample", type=int, metavar="I", help="show training sample I of this dataset alone (needs "
+    add("--sample", type=int, metavar="I", help="show training sample I of only this dataset (needs "
         "--seq-length), or conversation I of a fine-tuning dataset")  # fmt: skip
     add("--seq-length", type=int, metavar="S", help="data.seq_length of the run")
     add("--seed", type=int, default=1234, help="run.seed (default %(default)s)")
     add("--split", type=_split, default=(98.0, 1.0, 1.0), help="data.split (default 98,1,1)")
-    add("--part", choices=SPLITS, default="train", help="of the split (default train)")
+    add("--part", choices=SPLITS, default="train", help="which split (default train)")
     add("--json", action="store_true", help="print JSON")
     return parser
 

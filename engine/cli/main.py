@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.model.families import PRESETS
 
 EPILOG = (
-    "Any setting can be overridden behind the file: --section.key VALUE, where VALUE is YAML; "
+    "Any setting can be overridden after the file: --section.key VALUE, where VALUE is YAML; "
     "`python -m engine config --schema` lists them all."
 )
 
@@ -45,9 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train", help="pretrain or fine-tune: torchrun --nproc-per-node N -m engine train CONFIG"
     )
-    check = commands.add_parser("check", help="validate a configuration and show what follows from it")
+    check = commands.add_parser("check", help="validate a configuration and show its layout, memory and steps")
     show = commands.add_parser("config", help="print the resolved configuration")
-    commands.add_parser("env", help="show what this machine has and which implementations run on it")
+    commands.add_parser("env", help="show the machine, its packages and the implementation of each operator")
     for command in (train, check, show):
         command.epilog, command.allow_abbrev = EPILOG, False
         command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")

@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = program_parser(__doc__, EXAMPLES)
     add = parser.add_argument
-    add("--ranks", type=int, default=8, help="the most that a layout may have (default 8)")
+    add("--ranks", type=int, default=8, help="maximum ranks of a layout (default 8)")
     add("--presets", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="PRESET", help=", ".join(PROBLEMS))
     add("--output", type=Path, metavar="FILE", help="write the table here, as Markdown")
-    add("--machine", default=_machine(), help="where this runs, in words (default: %(default)s)")
+    add("--machine", default=_machine(), help="description of the machine (default: %(default)s)")
     return parser
 
 

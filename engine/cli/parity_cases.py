@@ -34,7 +34,7 @@ def grids(ranks: int) -> list[Grid]:
 
 
 def plan_cases(presets: Sequence[str], ranks: int) -> list[tuple[Problem, list[Case]]]:
-    """What to run: every grid with every schedule, sharded and not, and resumes from one layout in another.
+    """The cases of each problem: every grid with every schedule, sharded and not, and resumes in another layout.
 
     Kinds of recomputation take turns, so that each of these combinations meets every kind in one of the four families.
     """

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Row:
-    """A case, measured."""
+    """A measured case."""
 
     problem: Problem
     case: Case

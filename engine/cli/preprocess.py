@@ -157,12 +157,12 @@ def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokeni
     for format_line in _formats(counts):
         print(format_line)
     if (end := data.info.end_of_turn_id) is not None:
-        print(f"turn end   {_token_name(tokenizer, end)}, which is learned")
+        print(f"turn end   {_token_name(tokenizer, end)}, a target token")
     kept = counts.conversations
     print(
         f"done       {counted(kept, 'conversation')}, {counts.tokens:,} tokens in {duration(seconds)}, "
         f"{kept / max(seconds, 1e-9):,.0f} conversations/s\n"
-        f"           {counts.learned:,} tokens are learned, {counts.learned / counts.tokens:.1%}\n"
+        f"           {counts.learned:,} target tokens, {counts.learned / counts.tokens:.1%}\n"
         f"           tokens a document: median {lengths['median']:,}, longest {lengths['max']:,}"
     )
     _summarize_rejected(options, counts)

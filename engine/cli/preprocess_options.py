@@ -12,7 +12,7 @@ from engine.data.preprocess.sft import OnTooLong, sft_prefix
 from engine.data.storage.indexed import dataset_file
 from engine.errors import ConfigError
 
-KINDS = {  # --tokenizer-type in lower case: the kind it means
+KINDS = {  # --tokenizer-type in lower case, and the kind of tokenizer
     "sentencepiece": "sentencepiece",
     "sentencepiecetokenizer": "sentencepiece",
     "gptsentencepiecetokenizer": "sentencepiece",
@@ -22,7 +22,7 @@ KINDS = {  # --tokenizer-type in lower case: the kind it means
     "byte": "byte",
     "bytetokenizer": "byte",
 }
-OF_TASK = {  # flags that mean nothing to the other task
+OF_TASK = {  # flags that apply only to one task
     "pretrain": ("--append-eod", "--json-keys", "--encoder"),
     "sft": ("--chat-template", "--train-on", "--max-length", "--on-too-long"),
 }
@@ -92,7 +92,7 @@ def _check_task(options: argparse.Namespace) -> None:
         if getattr(options, flag.removeprefix("--").replace("-", "_")) not in (None, False):
             raise ConfigError(f"{flag} has no meaning with --task {options.task}, only with --task {other}")
     if options.on_too_long is not None and options.max_length is None:
-        raise ConfigError(f"--on-too-long {options.on_too_long} needs --max-length, the tokens that are too many")
+        raise ConfigError(f"--on-too-long {options.on_too_long} needs --max-length, the most tokens of a conversation")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--input", nargs="+", required=True, metavar="PATH", help="files, directories or glob patterns")
     add("--task", choices=tuple(OF_TASK), default="pretrain", help="what the data are for (default: %(default)s)")
     add("--json-keys", nargs="+", metavar="KEY", help="a dataset is written for each (default: text)")
-    add("--output-prefix", required=True, help="where to write, without the ending")
+    add("--output-prefix", required=True, help="where to write, without extensions")
     add("--tokenizer-type", help="SentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or ByteTokenizer; "
         "by default inferred from the model")  # fmt: skip
     add("--tokenizer-model", metavar="PATH",

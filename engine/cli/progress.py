@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, a line every few seconds in a file or a pipe.
 
-Both show the share that is done, what the program says about it, and the time left. The bar is redrawn only when the
-work reports, not by a thread, because worker processes are forked beside it.
+Both show the share that is done, a text of the program, and the time left. The bar is redrawn when the work reports,
+not by a thread, because worker processes may be forked meanwhile.
 """
 
 import sys
@@ -20,7 +20,7 @@ class Progress:
     """Progress towards `total`, in any unit. Close it to remove the bar (`contextlib.closing`).
 
     Args:
-        done: what was done before, which says nothing about the speed.
+        done: the part done by an earlier run, which does not count for the speed.
         file: where to show it; by default stderr.
         interval_s: seconds between lines.
     """
@@ -33,8 +33,15 @@ class Progress:
         console = Console(file=self._file)
         self._bar: progress.Progress | None = None
         if self._file.isatty() and not console.is_dumb_terminal:
-            columns = (progress.BarColumn(), progress.TextColumn("{task.description}", markup=False))
-            self._bar = progress.Progress(*columns, console=console, auto_refresh=False, transient=True)
+            columns = (progress.BarColumn(bar_width=20), progress.TextColumn("{task.description}", markup=False))
+            self._bar = progress.Progress(
+                *columns,
+                console=console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # printed lines go above the bar, but stay out of the terminal
+                redirect_stderr=sys.stderr.isatty(),  # where the stream is a file
+            )
 
     @property
     def seconds(self) -> float:
@@ -45,7 +52,7 @@ class Progress:
         """Show that `done` of the total is done, and `text`; by default only when enough time has passed.
 
         Args:
-            due: whether to print a line now, whatever the time; the bar always goes by time.
+            due: whether to print a line now, instead of by time; the bar always goes by time.
         """
         passed = time.monotonic() - self._shown_at
         if self._bar is not None:

@@ -191,12 +191,12 @@ def test_a_conversation_with_what_is_learned(chats, capsys):
     for flag in ("--sample", "--document"):
         main(chats, "--tokenizer", chats.parent / "tok", flag, 0)
         out, _ = capsys.readouterr()
-        assert f"conversation 0: 33 tokens, 12 learned\n{ASKED}«höllo\\x1b[31m<|im_end|>»\n" in out
-        assert "learned tokens          17, 27.4%" in out
+        assert f"conversation 0: 33 tokens, 12 target tokens\n{ASKED}«höllo\\x1b[31m<|im_end|>»\n" in out
+        assert "target tokens           17, 27.4%" in out
     main(chats, "--tokenizer", chats.parent / "tok", "--head", 3)
     out, _ = capsys.readouterr()
     assert "«me<|im_end|>»" in out
-    assert "conversation 2: 3 tokens, 2 learned\n<id 299>«" in out and "<|endoftext|>»" in out
+    assert "conversation 2: 3 tokens, 2 target tokens\n<id 299>«" in out and "<|endoftext|>»" in out
 
 
 def test_a_conversation_in_colors(chats, capsys, monkeypatch):
@@ -236,7 +236,7 @@ def test_long_conversations_are_cut_for_reading(tmp_path, capsys):
         writer.add_document([65] * 5000, [0, 1] * 2500)
     main(tmp_path / "long", "--tokenizer", "byte", "--sample", 0)
     out, _ = capsys.readouterr()
-    assert "conversation 0: 5,000 tokens, 2,500 learned, the first 4,096\n" + "A«A»" * 2048 + "\n" in out
+    assert "conversation 0: 5,000 tokens, 2,500 target tokens, the first 4,096\n" + "A«A»" * 2048 + "\n" in out
 
 
 def test_masks_are_verified(chats, capsys):

@@ -16,16 +16,16 @@ from engine.checkpoint.huggingface.exporting import export
 from engine.checkpoint.huggingface.importing import import_directory
 from engine.checkpoint.run_directory import BEST, open_checkpoint
 from engine.cli.arguments import program_parser
-from engine.cli.progress import Progress
+from engine.cli.progress import ProgressDisplay
 from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.formatting import counted
 from engine.model.parameters import logical_shapes
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class TensorProgress(Progress):
+class TensorProgress(ProgressDisplay):
     """Progress of a conversion: tensors, speed and the time left."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR", help="what to convert")
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR", help="new or empty directory")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the exported weights (default bf16); imports keep fp32 masters"
+        "--dtype", choices=EXPORT_DTYPES, help="of the exported weights (default bf16); imports keep fp32 masters"
     )
     return parser
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise CheckpointError(f"no such directory: --from {source}")
     is_checkpoint = best or source.name == "checkpoints" or source.name.startswith("step_")
     if is_checkpoint or (source / "manifest.json").exists() or (source / "checkpoints").exists():
-        export_checkpoint(source, options.target, DTYPES[options.dtype or "bf16"])
+        export_checkpoint(source, options.target, EXPORT_DTYPES[options.dtype or "bf16"])
     elif (source / "config.json").exists():
         if options.dtype:
             raise ConfigError(f"--dtype {options.dtype} is for exports; an import always keeps fp32 master weights")

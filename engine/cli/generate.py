@@ -21,7 +21,7 @@ from engine.checkpoint.huggingface.generation_config import stop_ids
 from engine.checkpoint.load import load_decoder
 from engine.checkpoint.opening import open_model
 from engine.cli.generate_options import COMMANDS, parse_options, utf8
-from engine.cli.progress import Progress
+from engine.cli.progress import ProgressDisplay
 from engine.data.chat.template import ChatEncoder, ConversationError, Message, find_template
 from engine.data.inspection import printable
 from engine.errors import ConfigError, DataError, TriaxisError
@@ -137,7 +137,7 @@ def _answer_file(options: argparse.Namespace, speaker: TextGenerator, prompts: l
     with closing(AnswerFile(options.output, prompts, _settings(options, speaker))) as file:
         if file.answered:
             print(f"{options.output} has {file.answered} of {len(prompts)} answers; resuming", file=sys.stderr)
-        with closing(_Progress(file.answered, len(prompts))) as progress:
+        with closing(PromptProgress(file.answered, len(prompts))) as progress:
             while file.answered < len(prompts):
                 numbers = range(len(prompts))[file.answered :][: options.batch_size]
                 answers = speaker.answer_batch({number: ids[number] for number in numbers})
@@ -163,7 +163,7 @@ def _prompt_ids(options: argparse.Namespace, speaker: TextGenerator, prompt: dic
         raise DataError(f"{options.input}, prompt {number}: the chat template cannot render it: {error}") from None
 
 
-class _Progress(Progress):
+class PromptProgress(ProgressDisplay):
     """Progress through a file of prompts, and a line at the end."""
 
     def __init__(self, done: int, total: int) -> None:

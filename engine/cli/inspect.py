@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from engine.cli.arguments import program_parser, require_at_least
-from engine.cli.progress import Progress
+from engine.cli.progress import ProgressDisplay
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
 from engine.data.inspection import Conversation, Piece, document_kind, printable
@@ -51,7 +51,7 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if options.verify:
         vocab_size = options.vocab_size or _vocab_size(data, tokenizer)
-        with closing(_Progress(data.num_bytes)) as progress:
+        with closing(VerifyProgress(data.num_bytes)) as progress:
             data.verify(vocab_size, progress)
         report["verified"] = {"tokens": data.num_tokens, "vocab_size": vocab_size}
     report = inspection.summary(data) | report
@@ -82,7 +82,7 @@ def _vocab_size(data: IndexedDataset, tokenizer: Tokenizer | None) -> int | None
     return None if data.info is None else data.info.vocab_size
 
 
-class _Progress(Progress):
+class VerifyProgress(ProgressDisplay):
     """Progress of a verification: rate and time left, and a last line when it is complete."""
 
     def __call__(self, done: int, total: int) -> None:

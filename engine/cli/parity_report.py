@@ -46,7 +46,9 @@ def report(rows: Sequence[Row], rounded: Sequence[Rounded], options: argparse.Na
     summary = [f"| {preset} | {len(of)} | " + " | ".join(largest(of)) + " |" for preset, of in by_preset.items()]
     alone = [f"| {preset} | {_settings(changed)} | {_cells(found)} |" for preset, changed, found in rounded]
     sections = [
-        "\n".join([f"\n## {preset}\n", HEADER, *(f"| {_describe(row.case)} | {_cells(row.deviation)} |" for row in of)])
+        "\n".join(
+            [f"\n## {preset}\n", TABLE_HEADER, *(f"| {_describe(row.case)} | {_cells(row.deviation)} |" for row in of)]
+        )
         for preset, of in by_preset.items()
     ]
     return PAGE.format(
@@ -103,7 +105,7 @@ def _commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-HEADER = """\
+TABLE_HEADER = """\
 | layout | schedule | options | loss | gradient norm | parameters | worst tensor |
 |---|---|---|---|---|---|---|"""
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import NoReturn
 
 from engine.cli.preprocess_options import KINDS, parse_options
-from engine.cli.progress import Progress
+from engine.cli.progress import ProgressDisplay
 from engine.data.chat.template import ChatTemplate, find_template
 from engine.data.inspection import length_statistics
 from engine.data.preprocess.documents import RECORDS, TEXTS, Reject, Source, find_sources
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer) -> None:
     print(f"encoder    {tokenizer.encoder}; {counted(options.workers, 'worker')}", flush=True)
-    with closing(_Progress(sources, options.log_interval)) as progress:
+    with closing(DocumentProgress(sources, options.log_interval)) as progress:
         counts = preprocess(
             sources,
             tokenizer,
@@ -74,7 +74,7 @@ def _run_sft(options: argparse.Namespace, sources: list[Source], tokenizer: Toke
     name = template.name if isinstance(template, ChatTemplate) else "none"
     print(f"template   {name}\nworkers    {options.workers}", flush=True)
     rules = Rules(options.train_on or "assistant", options.max_length, options.on_too_long or "truncate")
-    with closing(_Progress(sources, options.log_interval)) as progress:
+    with closing(DocumentProgress(sources, options.log_interval)) as progress:
         counts = preprocess_conversations(
             sources,
             tokenizer,
@@ -114,7 +114,7 @@ class _RejectReporter:
             print(f"skipped: {reject}", file=sys.stderr)
 
 
-class _Progress(Progress):
+class DocumentProgress(ProgressDisplay):
     """Progress through the bytes of the input; with an `interval`, a line every so many documents."""
 
     def __init__(self, sources: list[Source], interval: int | None) -> None:

@@ -16,7 +16,7 @@ from engine.formatting import duration
 _REDRAW_S = 0.1  # between two states of the bar
 
 
-class Progress:
+class ProgressDisplay:
     """Progress towards `total`, in any unit. Close it to remove the bar (`contextlib.closing`).
 
     Args:

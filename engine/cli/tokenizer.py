@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     target = options.output.with_name(options.output.name.removesuffix(".model") + ".model")
     _check(options, target)
-    model = train(lines(options.input, options.json_key), options.vocab_size, options.model_type, options.max_lines)
+    model = train_model(
+        training_lines(options.input, options.json_key), options.vocab_size, options.model_type, options.max_lines
+    )
     _write(target, model)
     print(f"{target}: {options.vocab_size:,} pieces ({options.model_type})")
 
@@ -79,7 +81,7 @@ def _write(target: Path, model: bytes) -> None:
         raise StorageError(f"cannot write {target}: {error.strerror}; free space or choose another --output") from error
 
 
-def train(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines: int) -> bytes:
+def train_model(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines: int) -> bytes:
     """Train a serialized SentencePiece model with ids 0 unknown, 1 beginning, 2 end of a document.
 
     Raises:
@@ -122,7 +124,7 @@ def _reason(error: str) -> str:
     return f"does not work with this text: {error}"
 
 
-def lines(inputs: list[str], json_key: str) -> Iterator[str]:
+def training_lines(inputs: list[str], json_key: str) -> Iterator[str]:
     """Every non-empty line of every document. Invalid input lines are counted, and the first ones quoted."""
     skipped = 0
     for block in read_blocks(find_sources(inputs)):

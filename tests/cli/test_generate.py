@@ -288,7 +288,7 @@ def refusing(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", "nothing to write"),
+        ("", "nothing to generate"),
         ("--prompt x --max-new-tokens 0", "--max-new-tokens 0: expected at least 1"),
         ("--input x --output y --batch-size 0", "--batch-size 0: expected at least 1"),
         ("--input x", "--input and --output belong together"),

@@ -1,4 +1,4 @@
-"""Progress: lines where output is piped, a bar on a terminal."""
+"""ProgressDisplay: lines where output is piped, a bar on a terminal."""
 
 import io
 import sys
@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from engine.cli.progress import Progress
+from engine.cli.progress import ProgressDisplay
 
 
 class Terminal(io.StringIO):
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 
 def test_lines_come_when_it_is_time(capsys):
-    progress = Progress(200, interval_s=5)
+    progress = ProgressDisplay(200, interval_s=5)
     progress.update(10, "soon")
     assert capsys.readouterr().err == ""
     progress._shown_at -= 6
@@ -28,7 +28,7 @@ def test_lines_come_when_it_is_time(capsys):
 
 
 def test_what_was_done_before_says_nothing_about_the_speed(capsys):
-    with closing(Progress(10, done=6, file=sys.stdout)) as progress:
+    with closing(ProgressDisplay(10, done=6, file=sys.stdout)) as progress:
         progress._start -= 10
         progress.update(6, "nothing yet", due=True)
         progress.update(8, "two", due=True)
@@ -36,7 +36,7 @@ def test_what_was_done_before_says_nothing_about_the_speed(capsys):
 
 
 def test_nothing_to_do_is_no_division_by_zero(capsys):
-    Progress(0).update(0, "done", due=True)
+    ProgressDisplay(0).update(0, "done", due=True)
     assert capsys.readouterr().err == "  0.0%  done  ETA unknown\n"
 
 
@@ -46,7 +46,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch, term):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("TTY_COMPATIBLE", raising=False)
     file = Terminal()
-    with closing(Progress(200, file=file)) as progress:
+    with closing(ProgressDisplay(200, file=file)) as progress:
         progress._shown_at -= 10
         progress.update(100, "[half]")
         progress.update(101, "too soon")

@@ -51,33 +51,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
 
 
-def _serve(options: argparse.Namespace, speaker: TextGenerator, prompts: list[dict[str, Any]]) -> None:
-    if not speaker.world.is_main:
-        return speaker.serve_rank()
+def _serve(options: argparse.Namespace, generator: TextGenerator, prompts: list[dict[str, Any]]) -> None:
+    if not generator.world.is_main:
+        return generator.serve_rank()
     try:
         if prompts:
-            _answer_file(options, speaker, prompts)
+            _answer_file(options, generator, prompts)
         elif options.prompt is None:
-            _converse(options, speaker)
+            _converse(options, generator)
         else:
-            _write_once(options, speaker)
+            _write_once(options, generator)
     finally:
-        speaker.shutdown()
+        generator.shutdown()
 
 
-def _write_once(options: argparse.Namespace, speaker: TextGenerator) -> None:
+def _write_once(options: argparse.Namespace, generator: TextGenerator) -> None:
     """Continue one text, or answer one question."""
     text = utf8(sys.stdin.read, "--prompt") if options.prompt == "-" else options.prompt
     started, given = time.perf_counter(), 0
     if options.chat:
-        pieces = _answer(speaker, [*_opening(options), {"role": "user", "content": text}])
+        pieces = _answer(generator, [*_opening(options), {"role": "user", "content": text}])
     else:
-        pieces, given = speaker.continue_text(text), len(speaker.text_ids(text))
+        pieces, given = generator.continue_text(text), len(generator.text_ids(text))
     count, seconds = len(_print(pieces)) - 1 - given, time.perf_counter() - started
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def _converse(options: argparse.Namespace, speaker: TextGenerator) -> None:
+def _converse(options: argparse.Namespace, generator: TextGenerator) -> None:
     """Chat until the input ends."""
     if sys.stdin.isatty():
         with suppress(ImportError):
@@ -93,16 +93,16 @@ def _converse(options: argparse.Namespace, speaker: TextGenerator) -> None:
             continue
         asked = [*messages, {"role": "user", "content": turn}]
         try:
-            answer = "".join(_print(_answer(speaker, asked)))
+            answer = "".join(_print(_answer(generator, asked)))
         except ConfigError as error:
             print(f"{error}; /reset starts over", file=sys.stderr)
         else:
             messages = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(speaker: TextGenerator, messages: list[Message]) -> Iterator[str]:
+def _answer(generator: TextGenerator, messages: list[Message]) -> Iterator[str]:
     try:
-        return speaker.answer(messages)
+        return generator.answer(messages)
     except ConversationError as error:
         raise ConfigError(f"the chat template cannot render this conversation: {error}") from None
 
@@ -131,34 +131,36 @@ def _print(pieces: Iterable[str]) -> list[str]:
     return printed
 
 
-def _answer_file(options: argparse.Namespace, speaker: TextGenerator, prompts: list[dict[str, Any]]) -> None:
+def _answer_file(options: argparse.Namespace, generator: TextGenerator, prompts: list[dict[str, Any]]) -> None:
     """Answer the prompts that have no answer yet, a batch at a time."""
-    ids = [_prompt_ids(options, speaker, prompt, number) for number, prompt in enumerate(prompts, start=1)]
-    with closing(AnswerFile(options.output, prompts, _settings(options, speaker))) as file:
+    ids = [_prompt_ids(options, generator, prompt, number) for number, prompt in enumerate(prompts, start=1)]
+    with closing(AnswerFile(options.output, prompts, _settings(options, generator))) as file:
         if file.answered:
             print(f"{options.output} has {file.answered} of {len(prompts)} answers; resuming", file=sys.stderr)
         with closing(PromptProgress(file.answered, len(prompts))) as progress:
             while file.answered < len(prompts):
                 numbers = range(len(prompts))[file.answered :][: options.batch_size]
-                answers = speaker.answer_batch({number: ids[number] for number in numbers})
+                answers = generator.answer_batch({number: ids[number] for number in numbers})
                 file.write(prompts[number] | answer for number, answer in answers.items())
                 progress.add(answers.values())
     print(progress.summary(options.output), file=sys.stderr)
 
 
-def _settings(options: argparse.Namespace, speaker: TextGenerator) -> dict[str, Any]:
+def _settings(options: argparse.Namespace, generator: TextGenerator) -> dict[str, Any]:
     """Settings that an answer depends on beside its prompt, but not those that change only rounding."""
-    template = speaker.chat and hashlib.sha256(speaker.chat.template.source.encode()).hexdigest()[:16]
+    template = generator.chat and hashlib.sha256(generator.chat.template.source.encode()).hexdigest()[:16]
     names = ("temperature", "top_p", "seed", "max_new_tokens", "system", "bos")
     flags = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     return {"model": str(options.dir), "chat template hash": template} | flags
 
 
-def _prompt_ids(options: argparse.Namespace, speaker: TextGenerator, prompt: dict[str, Any], number: int) -> list[int]:
+def _prompt_ids(
+    options: argparse.Namespace, generator: TextGenerator, prompt: dict[str, Any], number: int
+) -> list[int]:
     if not options.chat:
-        return speaker.text_ids(prompt["prompt"])
+        return generator.text_ids(prompt["prompt"])
     try:
-        return speaker.message_ids(conversation(prompt, options.system), prompt.get("tools"))
+        return generator.message_ids(conversation(prompt, options.system), prompt.get("tools"))
     except ConversationError as error:
         raise DataError(f"{options.input}, prompt {number}: the chat template cannot render it: {error}") from None
 

@@ -3,8 +3,8 @@
 `parallel.tp: auto` and `parallel.pp: auto` follow one rule: the smallest tp × pp whose fullest rank fits in 90 % of its
 memory; of two equally small, the one with the larger tp; tp divides the ranks of a node. So the model is sharded no
 further than necessary, first over the fast links within a node, and data parallelism, which communicates once a step,
-takes all other ranks
-(Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). An explicit value is kept, and the rule chooses the other.
+takes all other ranks (Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). An explicit value is kept, and the
+rule chooses the other.
 Alternatives considered: a model of the step time, which would need the speed of every link; and choosing
 `parallel.recompute` too, a trade of time for memory that is the user's (but where nothing fits, the error says what
 recomputing would do).

@@ -1,27 +1,27 @@
-"""`python -m engine check`: everything that can be known about a run without starting it."""
+"""`python -m engine check`: validate a run and show its plan without starting it."""
 
 from pathlib import Path
 
 import torch
 
 from engine.checkpoint.huggingface.config import hf_config
+from engine.cli.arguments import require_at_least
 from engine.config.derived import with_steps
 from engine.config.schema import Config
 from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.pretrain import Split
 from engine.data.storage.indexed import dataset_file
 from engine.data.tokenizers.tokenizer import Tokenizer
-from engine.errors import ConfigError
-from engine.plan.describe import describe
+from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
 from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
 
 
-def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
-    """Validate `config` for `world_size` ranks and print layout, who holds what, memory, batch and steps.
+def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
+    """Validate `config` for `world_size` ranks and print layout, pipeline stages, memory, batch and steps.
 
-    Files that are not on this machine are named, and are no error: the check may run elsewhere than the run.
+    Files that are not on this machine are listed but are no error: the check may run on another machine than the run.
 
     Args:
         gpu_memory_gib: memory of each GPU of the run.
@@ -32,9 +32,7 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
         DataError: data that are here do not fit the run.
         OutOfMemoryError: the run does not fit in the GPUs' memory.
     """
-    for option, value in (("world-size", world_size), ("ranks-per-node", ranks_per_node)):
-        if value < 1:
-            raise ConfigError(f"--{option} {value}: expected at least 1")
+    require_at_least(1, world_size=world_size, ranks_per_node=ranks_per_node)
     ranks = _ranks(config, world_size, gpu_memory_gib, ranks_per_node)
     hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
     layout, reason = choose_layout(config, ranks)
@@ -42,7 +40,7 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     tokenizer = None if missing else open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     opened = [] if tokenizer is None else _open(config, tokenizer)
     config = with_steps(config, opened[0].num_rows if opened else None) if opened or config.train.steps else config
-    for line in describe(config, layout, reason, ranks.dtype, ranks.device_type):
+    for line in describe_run(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
     gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
     where = gpus if ranks.device_type == "cuda" else "this machine's memory"
@@ -60,11 +58,11 @@ def check(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node
     for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
         print(line)
     require_fit(config, layout, ranks)
-    print("ok, but for what is not on this machine" if missing else "ok")
+    print("ok, except for files that are not on this machine" if missing else "ok")
 
 
 def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> ClusterSpec:
-    """The ranks as the options and the configuration describe them; on a CPU they are on this machine."""
+    """The ranks of the run; CPU ranks are assumed to be on this machine."""
     on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
     per_node = min(world_size, ranks_per_node)
     capacity = available(torch.device("cpu"), per_node) if on_cpu else int(gpu_memory_gib * GIB)

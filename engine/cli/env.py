@@ -1,4 +1,4 @@
-"""`python -m engine env`: what this machine has, and which implementation each operator takes here."""
+"""`python -m engine env`: the machine, the installed packages, and the implementation of each operator here."""
 
 import ctypes
 import platform
@@ -13,8 +13,8 @@ from engine.ops.choice import installed
 _PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "te", "apex": "apex"}
 _KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
 _ON_CPU = {
-    "norm": "own RMSNorm of three passes, PyTorch's LayerNorm",
-    "linear": "oneDNN for large fp32 products, else PyTorch",
+    "norm": "custom RMSNorm in three passes, PyTorch's LayerNorm",
+    "linear": "oneDNN for large fp32 matmuls, else PyTorch",
     "attention": "PyTorch's scaled_dot_product_attention, documents of one length at a time",
     "swiglu": "PyTorch, keeping the input alone",
     "rope": "PyTorch, each half written in place",

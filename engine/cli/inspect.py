@@ -1,9 +1,8 @@
-"""Look into a token dataset: count it, check it, read documents and samples."""
+"""Inspect a token dataset: count it, verify it, read documents and samples."""
 
 import argparse
-import sys
-import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import orjson
 from rich.console import Console
 from rich.text import Text
 
+from engine.cli.arguments import program_parser, require_at_least
+from engine.cli.progress import ProgressDisplay
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
 from engine.data.inspection import Conversation, Piece, document_kind, printable
@@ -19,24 +20,24 @@ from engine.data.storage.indexed import IndexedDataset
 from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import ConfigError
 
-EXAMPLE = """
+EXAMPLES = """
 examples:
   python tools/inspect_data.py data/corpus_text_document
   python tools/inspect_data.py data/corpus_text_document --verify
   python tools/inspect_data.py data/corpus_text_document --tokenizer tok.model --sample 7 --seq-length 512
   python tools/inspect_data.py data/chats_sft --tokenizer models/base --sample 7
 
-A sample of a fine-tuning dataset is a conversation: what is learned is green, or in «» where there are no colours.
+A sample of a fine-tuning dataset is a conversation: target tokens are green, or in «» where there are no colors.
 """
-HEAD_TOKENS = 64  # of each document that --head shows
-DOCUMENT_TOKENS = 4096  # of the one that --document shows
+HEAD_TOKENS = 64  # shown of each document with --head
+DOCUMENT_TOKENS = 4096  # shown with --document
 IDS_SHOWN = 32
-SECONDS_BETWEEN_LINES = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    _check(options)
+    require_at_least(0, head=options.head, document=options.document, sample=options.sample)
+    require_at_least(1, seq_length=options.seq_length, vocab_size=options.vocab_size)
     report = _examine(options)
     if options.json:
         print(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
@@ -50,7 +51,8 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if options.verify:
         vocab_size = options.vocab_size or _vocab_size(data, tokenizer)
-        data.verify(vocab_size, _Progress())
+        with closing(VerifyProgress(data.num_bytes)) as progress:
+            data.verify(vocab_size, progress)
         report["verified"] = {"tokens": data.num_tokens, "vocab_size": vocab_size}
     report = inspection.summary(data) | report
     documents = inspection.conversations if data.has_mask else inspection.documents
@@ -74,36 +76,18 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _check(options: argparse.Namespace) -> None:
-    lowest = {"--head": (options.head, 0), "--document": (options.document, 0), "--sample": (options.sample, 0)}
-    lowest |= {"--seq-length": (options.seq_length, 1), "--vocab-size": (options.vocab_size, 1)}
-    for flag, (value, low) in lowest.items():
-        if value is not None and value < low:
-            raise ConfigError(f"{flag} = {value}; expected {low} or more")
-
-
 def _vocab_size(data: IndexedDataset, tokenizer: Tokenizer | None) -> int | None:
     if tokenizer is not None:
         return tokenizer.vocab_size
     return None if data.info is None else data.info.vocab_size
 
 
-class _Progress:
-    """A line with rate and time left: rewritten on a terminal, every few seconds in a log."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
+class VerifyProgress(ProgressDisplay):
+    """Progress of a verification: rate and time left, and a last line when it is complete."""
 
     def __call__(self, done: int, total: int) -> None:
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if done < total and now - self._last < (0.2 if terminal else SECONDS_BETWEEN_LINES):
-            return
-        self._last = now
-        rate = done / max(now - self._start, 1e-9)
-        minutes, seconds = divmod(round((total - done) / max(rate, 1)), 60)
-        line = f"verify  {done / max(total, 1):6.1%}  {rate / 1e6:,.0f} MB/s  ETA {minutes}:{seconds:02d}"
-        end = "\r" if terminal and done < total else "\n"
-        print(line, end=end, file=sys.stderr, flush=True)
+        """`done` of `total` bytes are verified."""
+        self.update(done, f"verified  {done / self.seconds / 1e6:,.0f} MB/s", due=done >= total or None)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -129,7 +113,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("size", f"{report['bytes']:,} bytes"),
     ]
     if (learned := report.get("learned")) is not None:
-        rows.append(("learned tokens", f"{learned:,}, {learned / max(report['tokens'], 1):.1%}"))
+        rows.append(("target tokens", f"{learned:,}, {learned / max(report['tokens'], 1):.1%}"))
     if (lengths := report["document_tokens"]) is not None:
         text = (
             f"min {lengths['min']:,}, median {lengths['median']:,}, mean {lengths['mean']:,.1f}, max {lengths['max']:,}"
@@ -147,7 +131,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     if (verified := report.get("verified")) is not None:
         size = verified["vocab_size"]
         against = (
-            f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check them against it"
+            f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check an upper bound"
         )
         mask = "; the mask has one of 0 and 1 for each" if learned is not None else ""
         rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
@@ -168,13 +152,13 @@ def _print_sample(console: Console, sample: dict[str, Any]) -> None:
 def _print_conversation(console: Console, conversation: Conversation) -> None:
     count, learned = conversation.num_tokens, conversation.learned
     shown = _shown(sum(len(run.ids) for run in conversation.runs), count)
-    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {learned:,} learned{shown}"
+    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {learned:,} target tokens{shown}"
     console.print(Text(title, "bold cyan"))
-    coloured = console.color_system is not None and not console.no_color
+    colored = console.color_system is not None and not console.no_color
     text = Text()
     for run in conversation.runs:
         said = printable(run.text) if run.text is not None else " ".join(map(str, run.ids))
-        if coloured or not run.learned:
+        if colored or not run.learned:
             text.append(said, "bold green" if run.learned else None)
         else:
             text.append(f"«{said}»")
@@ -196,22 +180,20 @@ def _print_piece(console: Console, piece: Piece, title: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("prefix", type=Path, help="the dataset, without .bin or .idx")
     add("--tokenizer", metavar="SPEC", help="shows text: a .model, a tokenizer.json, a directory, or `byte`")
     add("--verify", action="store_true", help="check every pointer and every token id")
-    add("--vocab-size", type=int, metavar="V", help="ids must be below (default: of the tokenizer, or as recorded)")
+    add("--vocab-size", type=int, metavar="V", help="upper bound of ids (default: from the tokenizer, or as recorded)")
     add("--head", type=int, default=0, metavar="N", help="show the beginnings of the first N documents")
     add("--document", type=int, metavar="J", help="show document (or conversation) J, counted from 0")
-    add("--sample", type=int, metavar="I", help="show training sample I of this dataset alone (needs "
+    add("--sample", type=int, metavar="I", help="show training sample I of only this dataset (needs "
         "--seq-length), or conversation I of a fine-tuning dataset")  # fmt: skip
     add("--seq-length", type=int, metavar="S", help="data.seq_length of the run")
     add("--seed", type=int, default=1234, help="run.seed (default %(default)s)")
     add("--split", type=_split, default=(98.0, 1.0, 1.0), help="data.split (default 98,1,1)")
-    add("--part", choices=SPLITS, default="train", help="of the split (default train)")
+    add("--part", choices=SPLITS, default="train", help="which split (default train)")
     add("--json", action="store_true", help="print JSON")
     return parser
 

@@ -1,4 +1,4 @@
-"""`python -m engine`: train, check, config and env."""
+"""The `python -m engine` command: train, check, config and env."""
 
 import argparse
 import json
@@ -13,13 +13,28 @@ from engine.errors import ConfigError
 from engine.model.families import PRESETS
 
 EPILOG = (
-    "Any setting can be overridden behind the file: --section.key VALUE, where VALUE is YAML; "
+    "Any setting can be overridden after the file: --section.key VALUE, where VALUE is YAML; "
     "`python -m engine config --schema` lists them all."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; see `python -m engine --help`."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if options.command == "env":
+        if overrides:
+            parser.error(f"env takes no arguments, not {' '.join(overrides)}")
+        _show_environment()
+    elif options.command == "config" and options.schema:
+        print(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
+    elif options.config is None:
+        parser.error("config needs a YAML file, or --schema")
+    else:
+        _run(options, _load(options.config, overrides))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m engine",
         description="Pretrain and fine-tune language models; see README.md.",
@@ -30,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train = commands.add_parser(
         "train", help="pretrain or fine-tune: torchrun --nproc-per-node N -m engine train CONFIG"
     )
-    check = commands.add_parser("check", help="validate a configuration and show what follows from it")
+    check = commands.add_parser("check", help="validate a configuration and show its layout, memory and steps")
     show = commands.add_parser("config", help="print the resolved configuration")
-    commands.add_parser("env", help="show what this machine has and which implementations run on it")
+    commands.add_parser("env", help="show the machine, its packages and the implementation of each operator")
     for command in (train, check, show):
         command.epilog, command.allow_abbrev = EPILOG, False
         command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
@@ -40,35 +55,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check.add_argument("--gpu-memory-gib", type=float, default=80, metavar="N", help="of each GPU (default 80)")
     check.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
     show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
-    options, overrides = parser.parse_known_args(arguments)
+    return parser
 
-    if options.command == "env":
-        from engine.cli.env import environment
 
-        if overrides:
-            parser.error(f"env takes no arguments, not {' '.join(overrides)}")
-        print("\n".join(environment()))
-        return
-    if options.command == "config" and options.schema:
-        print(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
-        return
-    if options.config is None:
-        parser.error("config needs a YAML file, or --schema")
-    config = _load(options.config, overrides)
+# Commands import what they need when they run: torch takes seconds, and `config` needs none of it.
+
+
+def _run(options: argparse.Namespace, config: Config) -> None:
     if options.command == "config":
         print(config.to_yaml(), end="")
     elif options.command == "check":
-        from engine.cli.check import check as check_config
+        from engine.cli.check import check_run
 
-        check_config(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
+        check_run(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
     else:
-        from engine.train.run import train as train_config
+        from engine.train.run import train
 
-        train_config(config)
+        train(config)
+
+
+def _show_environment() -> None:
+    from engine.cli.env import environment
+
+    print("\n".join(environment()))
 
 
 def _load(path: str, overrides: list[str]) -> Config:
-    """The configuration; where ranks share a machine, only the first one reports its errors."""
+    """The configuration; of the ranks on a machine, only the first one reports its errors."""
     try:
         return load(path, overrides, presets=PRESETS, trained=_trained)
     except ConfigError as error:
@@ -77,6 +90,6 @@ def _load(path: str, overrides: list[str]) -> Config:
 
 
 def _trained(kind: str, path: Path) -> tuple[Mapping[str, Any], str | None]:
-    from engine.checkpoint.opening import trained  # imports torch, which takes seconds
+    from engine.checkpoint.opening import trained
 
     return trained(kind, path)

@@ -1,15 +1,16 @@
-"""Look at a pipeline schedule before a run has it: proof, timeline, bubble, activations in flight."""
+"""Show a pipeline schedule before a run uses it: its check, timeline, bubble and activations in flight."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.cli.arguments import program_parser
 from engine.errors import ConfigError
 from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check_schedule, peak_activations, simulate
 from engine.parallel.pipeline.schedules import FORWARD_ONLY, INTERLEAVED, SCHEDULES, Schedule, build_schedule
 from engine.plan import timeline
 
-EXAMPLE = """
+EXAMPLES = """
 examples:
   python tools/plan.py --schedule 1f1b --stages 4 --microbatches 8
   python tools/plan.py --schedule all --stages 4 --microbatches 8 --output schedules.png
@@ -38,7 +39,7 @@ def _costs(options: argparse.Namespace) -> Costs:
 
 
 def _num_chunks(name: str, options: argparse.Namespace) -> int:
-    """--chunks; with `all` for the interleaved schedule alone."""
+    """--chunks; with `all` it applies only to the interleaved schedule."""
     default = 2 if name == INTERLEAVED else 1
     if options.chunks is None or (options.schedule == "all" and name != INTERLEAVED):
         return default
@@ -59,9 +60,7 @@ def _print(schedule: Schedule, times: Timeline) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     names = (*SCHEDULES, FORWARD_ONLY, "all")
     add("--schedule", choices=names, required=True, help=f"parallel.schedule, {FORWARD_ONLY} (evaluation), or all")

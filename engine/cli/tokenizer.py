@@ -1,9 +1,7 @@
 """Train a SentencePiece tokenizer on JSONL or text files.
 
-    python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 4000 --output data/tokenizer
-
-writes data/tokenizer.model. Text is kept as it is (no normalisation; runs of spaces are pieces), and what the
-vocabulary lacks is spelt in bytes, so that every text survives a round trip.
+Text is not normalized, runs of spaces are pieces, and characters outside the vocabulary fall back to bytes, so that
+every text survives a round trip.
 """
 
 import argparse
@@ -12,55 +10,61 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from engine.cli.arguments import program_parser
 from engine.data.preprocess.documents import find_sources, parse_block, read_blocks
 from engine.errors import ConfigError, DataError, StorageError
 
-LONGEST_SENTENCE = 4000  # bytes; the trainer leaves out longer ones
-FEWEST_LINES = 101  # that the trainer can be limited to
-LARGEST_VOCABULARY = 1_000_000
+EXAMPLES = """
+example:
+  python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 4000 --output data/tokenizer
+"""
+MAX_SENTENCE_BYTES = 4000  # the trainer leaves out longer ones
+MIN_LINES = 101  # the smallest limit that the trainer accepts
+MAX_VOCABULARY = 1_000_000
 QUOTED_REJECTS = 5
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a SentencePiece tokenizer.")
-    parser.add_argument("--input", nargs="+", required=True, help=".jsonl or .txt files, or directories of them")
-    parser.add_argument("--json-key", default="text", help="key of the text in a JSON line (default: text)")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.model; may end in it"
-    )
-    parser.add_argument("--vocab-size", type=int, required=True, help="entries, 256 of them for single bytes")
-    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="(default: bpe)")
-    parser.add_argument(
-        "--max-lines",
-        type=int,
-        default=1_000_000,
-        help="lines to learn from, drawn at random from all (default: a million)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
     target = options.output.with_name(options.output.name.removesuffix(".model") + ".model")
     _check(options, target)
-    model = train(lines(options.input, options.json_key), options.vocab_size, options.model_type, options.max_lines)
+    model = train_model(
+        training_lines(options.input, options.json_key), options.vocab_size, options.model_type, options.max_lines
+    )
     _write(target, model)
     print(f"{target}: {options.vocab_size:,} pieces ({options.model_type})")
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = program_parser(__doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help=".jsonl or .txt files, or directories of them")
+    add("--json-key", default="text", help="key of the text in a JSON line (default: text)")
+    add("--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.model; may end in it")
+    add("--vocab-size", type=int, required=True, help="entries, 256 of them for single bytes")
+    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="(default: bpe)")
+    add("--max-lines", type=int, default=1_000_000,
+        help="lines to learn from, drawn at random from all (default: a million)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace an existing model")
+    return parser
+
+
 def _check(options: argparse.Namespace, target: Path) -> None:
-    if not 1 <= options.vocab_size <= LARGEST_VOCABULARY:
-        raise ConfigError(f"--vocab-size {options.vocab_size}: expected 1 .. {LARGEST_VOCABULARY:,}")
-    if not FEWEST_LINES <= options.max_lines < 1 << 31:
-        raise ConfigError(f"--max-lines {options.max_lines}: expected {FEWEST_LINES} .. {(1 << 31) - 1:,}")
+    if not 1 <= options.vocab_size <= MAX_VOCABULARY:
+        raise ConfigError(f"--vocab-size {options.vocab_size}: expected 1 .. {MAX_VOCABULARY:,}")
+    if not MIN_LINES <= options.max_lines < 1 << 31:
+        raise ConfigError(f"--max-lines {options.max_lines}: expected {MIN_LINES} .. {(1 << 31) - 1:,}")
     if target.exists() and not options.overwrite:
         raise ConfigError(f"{target} exists; choose another --output, or replace it with --overwrite")
 
 
 def _write(target: Path, model: bytes) -> None:
-    """All of it or nothing."""
+    """Write `model` atomically."""
     partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +81,8 @@ def _write(target: Path, model: bytes) -> None:
         raise StorageError(f"cannot write {target}: {error.strerror}; free space or choose another --output") from error
 
 
-def train(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines: int) -> bytes:
-    """A serialised SentencePiece model with ids 0 unknown, 1 beginning, 2 end of a document.
+def train_model(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines: int) -> bytes:
+    """Train a serialized SentencePiece model with ids 0 unknown, 1 beginning, 2 end of a document.
 
     Raises:
         ConfigError: the trainer cannot make such a vocabulary from this text.
@@ -100,7 +104,7 @@ def train(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines:
             allow_whitespace_only_pieces=True,
             split_digits=True,
             character_coverage=0.9999,
-            max_sentence_length=LONGEST_SENTENCE,
+            max_sentence_length=MAX_SENTENCE_BYTES,
             input_sentence_size=max_lines,
             minloglevel=2,
         )
@@ -110,18 +114,18 @@ def train(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines:
 
 
 def _reason(error: str) -> str:
-    """What the trainer's message means for a person."""
+    """The trainer's message in words for a person."""
     if found := re.search(r"too high.* <= (\d+)", error):
         return f"is too large for this text; lower it to {found[1]} or less, or give more text"
     if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return f"is too small for the bytes and characters of this text; raise it to {found[1]} or more"
     if "sentences_.empty()" in error:
-        return f"cannot be learnt: every line is longer than {LONGEST_SENTENCE} bytes; break the lines of --input"
+        return f"cannot be learned: every line is longer than {MAX_SENTENCE_BYTES} bytes; break the lines of --input"
     return f"does not work with this text: {error}"
 
 
-def lines(inputs: list[str], json_key: str) -> Iterator[str]:
-    """Every non-empty line of every document. Input lines that are no document are counted, the first quoted."""
+def training_lines(inputs: list[str], json_key: str) -> Iterator[str]:
+    """Every non-empty line of every document. Invalid input lines are counted, and the first ones quoted."""
     skipped = 0
     for block in read_blocks(find_sources(inputs)):
         documents, rejects = parse_block(block, [json_key])

@@ -1,4 +1,4 @@
-"""Problems that concern more than one setting, each with the values and the setting to change."""
+"""Checks across settings; each problem names the values and the setting to change."""
 
 from collections.abc import Iterator
 

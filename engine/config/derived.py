@@ -1,16 +1,16 @@
-"""Numbers that follow from several settings."""
+"""Values computed from several settings."""
 
 import math
 
-from engine.config.schema import Config
+from engine.config.schema import BatchConfig, Config
 from engine.errors import ConfigError
 
 
 def with_steps(config: Config, rows: int | None = None) -> Config:
-    """`config` with the steps of the run and of its warm-up as numbers.
+    """`config` with `train.steps` and `lr_schedule.warmup_steps` computed from epochs and ratios.
 
     Args:
-        rows: sequences of an epoch, in fine-tuning.
+        rows: sequences in an epoch of fine-tuning.
 
     Raises:
         ConfigError: the warm-up and the decay take longer than the run.
@@ -21,10 +21,10 @@ def with_steps(config: Config, rows: int | None = None) -> Config:
         needed = math.ceil(train.epochs * rows / config.batch.global_)
         steps = min(steps, needed) if steps else needed
     warmup = schedule.warmup_steps or math.ceil(schedule.warmup_ratio * steps)
-    behind = warmup + (schedule.decay_steps or 0)
-    if behind > steps:
+    warmup_and_decay = warmup + (schedule.decay_steps or 0)
+    if warmup_and_decay > steps:
         raise ConfigError(
-            f"lr_schedule.warmup_steps + decay_steps = {behind} is more than the {steps} steps of the run"
+            f"lr_schedule.warmup_steps + decay_steps = {warmup_and_decay} is more than the {steps} steps of the run"
         )
     return config.model_copy(
         update={
@@ -34,13 +34,13 @@ def with_steps(config: Config, rows: int | None = None) -> Config:
     )
 
 
-def microbatches(config: Config, dp: int) -> int:
-    """Forward passes per rank and optimizer step, for `dp` data-parallel ranks.
+def microbatches(batch: BatchConfig, dp: int) -> int:
+    """Microbatches per rank and optimizer step, for `dp` data-parallel ranks.
 
     Raises:
-        ConfigError: the global batch cannot be cut so.
+        ConfigError: the global batch is not divisible so; names the nearest sizes that are.
     """
-    micro, total = config.batch.micro, config.batch.global_
+    micro, total = batch.micro, batch.global_
     if total % (micro * dp):
         step = micro * dp
         near = sorted({max(step, total // step * step), (total // step + 1) * step})

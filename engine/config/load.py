@@ -1,7 +1,7 @@
-"""From a YAML file and dotted overrides to a `Config`, or to all problems at once.
+"""Loading: a YAML file and dotted overrides become a `Config`, or an error with all problems at once.
 
 Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion, and all problems
-are reported together, because a cluster job that dies on its second typo has waited in a queue twice.
+are reported together, because a cluster job that fails on its second typo has waited in the queue twice.
 """
 
 import difflib
@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from engine.config.checks import cross_checks
 from engine.config.schema import SOURCES, Config, Section
 from engine.errors import ConfigError, TriaxisError
+from engine.formatting import counted
 
 Presets = Mapping[str, Mapping[str, Any]]
 Trained = Callable[[str, Path], tuple[Mapping[str, Any], str | None]]
-"""Given `from_hf` or `from_checkpoint` and its directory: the fields of the model there, and its tokenizer."""
+"""Called with `from_hf` or `from_checkpoint` and its directory; returns the model's fields and its tokenizer."""
 
 
 def load(
@@ -30,10 +31,10 @@ def load(
         path: the YAML file.
         overrides: `["--batch.micro", "2", "--run.dir=runs/a"]`; values are YAML.
         presets: model fields by preset name.
-        trained: looks into the directory of a trained model; without it there are only presets.
+        trained: reads the directory of a trained model; without it only presets are known.
 
     Raises:
-        ConfigError: with every problem found, one a line.
+        ConfigError: with every problem found, one per line.
     """
     return resolve(read_yaml(Path(path)), overrides, presets=presets, source=str(path), trained=trained)
 
@@ -68,7 +69,7 @@ def resolve(
         merged["model"] = {}  # a preset or a trained model on the command line replaces the file's model
     problems = [_apply_override(merged, key, value) for key, value in pairs]
     problems += [_apply_source(merged, presets, trained)]
-    filled = {"model"} if problems[-1] is not None else set()  # what the source would have filled is not missing
+    filled = {"model"} if problems[-1] is not None else set()  # fields of a source that failed are not reported missing
     problems += [_family_problem(merged, presets)]
     filled |= {"data.tokenizer"} if filled and not _named(merged, "preset") else set()
     config: Config | None = None
@@ -82,12 +83,12 @@ def resolve(
         problems += cross_checks(config)
     found = [problem for problem in problems if problem]
     if found or config is None:
-        raise ConfigError("\n  ".join([f"{len(found)} problem{'s' * (len(found) > 1)} in {source}:", *found]))
+        raise ConfigError("\n  ".join([f"{counted(len(found), 'problem')} in {source}:", *found]))
     return config
 
 
 def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
-    """What differs between the mapping of an earlier configuration and `config`, where both say something."""
+    """Settings in both the mapping of an earlier configuration and `config` whose values differ."""
     old, new = _flat(before), _flat(yaml.safe_load(config.to_yaml()))
     expected = {"run.dir", "run.resume", *(f"model.{name}" for name in SOURCES)}
     keys = [key for key in old if key in new and old[key] != new[key] and key not in expected]
@@ -129,18 +130,18 @@ def _apply_override(raw: dict[str, Any], key: str, text: str) -> str | None:
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        return f"--{key} {text}: not valid YAML ({error.__class__.__name__})"
+        return f"{key} = {text}: not valid YAML ({error.__class__.__name__})"
     return None
 
 
 def _named(raw: Mapping[str, Any], source: str) -> bool:
-    """Whether the model names this source."""
+    """Whether the model section sets this source."""
     model = raw.get("model")
     return isinstance(model, dict) and model.get(source) is not None
 
 
 def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None) -> str | None:
-    """Fill the model's fields from where the model says, and the tokenizer where a trained model brings one."""
+    """Fill the model's fields from its source, and the tokenizer where a trained model has one."""
     given = [name for name in SOURCES if _named(raw, name)]
     if not given:
         return None

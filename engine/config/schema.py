@@ -1,8 +1,8 @@
-"""Every setting of a run, as pydantic models; one YAML file plus dotted overrides.
+"""Every setting of a run: one frozen pydantic model for each section, with types, defaults, ranges and descriptions.
 
-Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion and all
-problems are reported at once, because a cluster job that dies on its second typo has waited in a queue twice.
-Rejected: argparse flags (two hundred of them and no structure) and Python config files (code, not data).
+`load.py` fills them from a YAML file and overrides, `checks.py` holds settings against each other, and `derived.py`
+computes what follows from several. Functions take the section they need.
+Alternatives considered: argparse flags (two hundred of them and no structure) and Python config files (code, not data).
 """
 
 from pathlib import Path
@@ -23,6 +23,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 SOURCES = ("preset", "from_hf", "from_checkpoint")  # of the architecture
+NormImpl = Literal["auto", "triaxis", "torch", "apex", "te"]
+AttentionImpl = Literal["auto", "sdpa", "varlen", "flash_attn", "te"]
+Fp8MatmulImpl = Literal["auto", "cublaslt", "triaxis", "torch"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
 class Section(BaseModel):
@@ -51,12 +55,12 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """Architecture of a dense decoder. A preset or a trained model fills the fields; those given beside it win."""
+    """Architecture of a dense decoder. A preset or a trained model fills the fields; explicit ones take precedence."""
 
     preset: str | None = Field(None, description="a named size; see `engine/model/families.py`")
     from_hf: Path | None = Field(None, description="a Hugging Face directory: its architecture and initial weights")
     from_checkpoint: Path | None = Field(
-        None, description="a run or a checkpoint, of any layout: its architecture and initial weights, and nothing else"
+        None, description="a run or a checkpoint, of any layout: only its architecture and initial weights"
     )
     family: str = Field("llama", description="parameter names and config.json; a row of `engine/model/families.py`")
     num_layers: PositiveInt
@@ -66,7 +70,7 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     vocab_size: PositiveInt
-    max_position: PositiveInt = Field(description="longest sequence the model is made for")
+    max_position: PositiveInt = Field(description="longest sequence that the model supports")
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
     activation: Literal["swiglu", "gelu"] = "swiglu"
@@ -81,34 +85,34 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is cut. Data parallelism takes the ranks that tp and pp leave: dp = ranks / (tp · pp)."""
+    """How the model is sharded. Data parallelism takes the remaining ranks: dp = ranks / (tp · pp)."""
 
     tp: PositiveInt | Literal["auto"] = Field(
         1,
-        description="ranks that share each layer, best within a node; auto: with pp the smallest tp × pp that fits in "
-        "90 % of the memory, of two as small the one with the larger tp, which divides the ranks of a node",
+        description="ranks that share each layer, best within a node; auto: with pp, the smallest tp × pp that fits in "
+        "90 % of the memory (of two equally small, the one with the larger tp); tp divides the ranks of a node",
     )
     pp: PositiveInt | Literal["auto"] = Field(1, description="stages that share the layers; auto: see tp")
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field("1f1b", description="order of a pipeline")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field("1f1b", description="pipeline schedule")
     virtual_stages: PositiveInt = Field(1, description="parts of the model on each stage, for the interleaved schedule")
     layers_per_stage: tuple[NonNegativeInt, ...] | None = Field(
         None, description="layers of each stage (each part, in model order, with virtual stages); null: by cost"
     )
-    sharded_optimizer: bool = Field(True, description="optimizer state is divided among the data-parallel ranks")
+    sharded_optimizer: bool = Field(True, description="shard the optimizer state over the data-parallel ranks")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="activations computed again in the backward pass: none; selective (attention, the outputs of norms "
+        description="activations recomputed in the backward pass: none; selective (attention, the outputs of norms "
         "and activation functions); full (all but the input of each layer)",
     )
     recompute_layers: PositiveInt | None = Field(
-        None, description="recompute only in so many layers of each stage (each part); null: in all"
+        None, description="layers of each stage (each part) that recompute; null: all"
     )
     compile: bool = Field(False, description="torch.compile each layer: saves time on GPUs, costs it on CPUs")
 
     @field_validator("tp", "pp", mode="wrap")
     @classmethod
     def _one_problem(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        """Not one for each type that it could have been."""
+        """One error, instead of one for each type in the union."""
         try:
             return validate(value)
         except ValidationError:
@@ -117,21 +121,21 @@ class ParallelConfig(Section):
 
 class PrecisionConfig(Section):
     mode: Literal["auto", "fp32", "bf16", "fp8"] = Field(
-        "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, but the layers' products in FP8"
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, but the layers' matmuls in FP8"
     )
-    recipe: Literal["delayed", "tensorwise", "blockwise"] = Field("tensorwise", description="how FP8 finds its scales")
-    amax_history: PositiveInt = Field(1024, description="steps that the scales of `delayed` look back")
-    bf16_first_layers: int = Field(0, ge=0, description="layers at the start that FP8 leaves in bf16")
-    bf16_last_layers: int = Field(0, ge=0, description="layers at the end that FP8 leaves in bf16")
+    recipe: Fp8Recipe = Field("tensorwise", description="how FP8 scales are computed")
+    amax_history: PositiveInt = Field(1024, description="steps in the amax history of `delayed`")
+    bf16_first_layers: int = Field(0, ge=0, description="layers at the start that stay in bf16")
+    bf16_last_layers: int = Field(0, ge=0, description="layers at the end that stay in bf16")
 
 
 class OpsConfig(Section):
-    norm: Literal["auto", "triaxis", "torch", "apex", "te"] = Field("auto", description="auto: csrc's, else PyTorch's")
-    attention: Literal["auto", "sdpa", "varlen", "flash_attn", "te"] = Field(
+    norm: NormImpl = Field("auto", description="auto: csrc's, else PyTorch's")
+    attention: AttentionImpl = Field(
         "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
     )
-    fp8_matmul: Literal["auto", "cublaslt", "triaxis", "torch"] = Field(
-        "auto", description="auto: cuBLASLt through csrc, else PyTorch; triaxis: own kernel, for scales of blocks"
+    fp8_matmul: Fp8MatmulImpl = Field(
+        "auto", description="auto: cuBLASLt through csrc, else PyTorch; triaxis: custom kernel, for blockwise scales"
     )
 
 
@@ -145,16 +149,18 @@ class DataConfig(Section):
         description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
     )
     train: list[DatasetConfig] = Field(
-        min_length=1, description="sft: a weight, whole, is how often an epoch reads a dataset"
+        min_length=1, description="sft: the weight, a whole number, is how often an epoch reads the dataset"
     )
-    valid: list[DatasetConfig] = Field([], description="evaluate on these instead of a part of `train`")
+    valid: list[DatasetConfig] = Field([], description="evaluate on these instead of a split of `train`")
     split: tuple[float, float, float] = Field(
-        (98, 1, 1), description="train, validation, test; by documents: contiguous, or dealt out at random (sft)"
+        (98, 1, 1), description="shares of train, validation, test; by documents: contiguous, or at random (sft)"
     )
     seq_length: PositiveInt
-    packing: bool = Field(True, description="sft: several conversations in a sequence, which do not see each other")
+    packing: bool = Field(
+        True, description="sft: several conversations per sequence, which do not attend to each other"
+    )
     document_mask: bool = Field(True, description="tokens do not attend across documents")
-    num_workers: int = Field(1, ge=0, description="processes that read ahead, per rank")
+    num_workers: int = Field(1, ge=0, description="prefetching processes per rank")
 
 
 class BatchConfig(Section):
@@ -167,14 +173,14 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
-    moments: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the two moments are kept")
+    clip_grad: float = Field(1.0, ge=0, description="maximum global gradient norm; 0 disables clipping")
+    moments: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the two moments")
 
 
 class LrScheduleConfig(Section):
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps, where warmup_steps is 0")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps, if warmup_steps is 0")
     decay_steps: int | None = Field(None, ge=1, description="wsd only: steps of the final decay (default 10 %)")
     min_lr: float = Field(0.0, ge=0)
 
@@ -182,25 +188,25 @@ class LrScheduleConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as train.epochs take")
     epochs: int = Field(
-        0, ge=0, description="sft: passes over the data, if train.steps is not reached before; 0: endless"
+        0, ge=0, description="sft: passes over the data, unless train.steps ends the run before; 0: no limit"
     )
-    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0 evaluates only at the end")
+    eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_steps: int = Field(
-        0, ge=0, description="global batches per evaluation; 0 never evaluates; sft: at most all there are"
+        0, ge=0, description="global batches per evaluation; 0: no evaluation; sft: at most all there are"
     )
-    early_stopping: int = Field(0, ge=0, description="end after so many evaluations without a new best; 0 never does")
+    early_stopping: int = Field(0, ge=0, description="stop after this many evaluations without a new best; 0: never")
     neftune_alpha: float = Field(
         0.0, ge=0, description="sft: strength of the noise on embeddings (NEFTune); 5 is usual"
     )
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits in the training loss")
     max_nonfinite_steps: PositiveInt = Field(
         3,
-        description="give up after so many consecutive steps with NaN or infinite gradients (each is skipped)",
+        description="abort after this many consecutive steps with NaN or infinite gradients (each is skipped)",
     )
 
 
 class CheckpointConfig(Section):
-    interval: int = Field(1000, ge=0, description="steps between checkpoints; 0 saves only at the end")
+    interval: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: PositiveInt = 3
     keep_best: bool = Field(
         False, description="save at every evaluation with a new best loss, and keep that checkpoint"

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engine.config.schema import ModelConfig, OpsConfig
+from engine.config.schema import AttentionImpl, ModelConfig, OpsConfig
 from engine.model.layers import Norm, NormLinear, Parameters, RowLinear
 from engine.model.parameters import kv_share
-from engine.ops.attention import AttentionImpl, attention
+from engine.ops.attention import attention
 from engine.ops.rope import apply_rope, apply_rope_qkv
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import checkpoint

@@ -11,12 +11,14 @@ from functools import cache, lru_cache
 from importlib import import_module
 from inspect import signature
 from itertools import groupby, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.config.schema import AttentionImpl
 
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -24,9 +26,6 @@ _FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-
-AttentionImpl = Literal["auto", "sdpa", "varlen", "flash_attn", "te"]
 
 
 def attention(

@@ -5,11 +5,10 @@ operands are dequantized and multiplied in fp32: every rounding of the FP8 matmu
 GPU would refuse is refused everywhere.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from engine.config.schema import Fp8MatmulImpl
 from engine.ops import native
 from engine.ops.linear import matmul_transposed
 from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, BLOCK_SIZE, TENSORWISE, QuantizedTensor, quantize
@@ -21,8 +20,6 @@ _SCALINGS = {
     (BLOCK_128X128, BLOCK_1X128),
     (BLOCK_1X128, BLOCK_1X128),
 }
-
-Fp8MatmulImpl = Literal["auto", "cublaslt", "triaxis", "torch"]
 
 
 def scaled_matmul(

@@ -6,17 +6,17 @@ once, after the weight.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.config.schema import NormImpl
 from engine.ops import native
 from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
 
-NormImpl = Literal["auto", "triaxis", "torch", "apex", "te"]
 AddGradient = Callable[[Tensor], None]
 Sinks = tuple[AddGradient | None, AddGradient | None]
 """Of weight and bias: what takes the fp32 gradient that a kernel sums, which autograd would round to the parameter's

@@ -10,20 +10,17 @@ Ranks that share a layer agree on the scale of every tensor, so a layer's number
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.config.schema import PrecisionConfig
-from engine.ops.fp8 import Fp8MatmulImpl
+from engine.config.schema import Fp8MatmulImpl, Fp8Recipe, PrecisionConfig
 from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, TENSORWISE, Fp8Output, QuantizedTensor, quantize
 from engine.parallel.collectives import all_gather, all_max
 from engine.parallel.layout import TensorParallel, World
 from engine.parallel.table import LocalParameter
 
-Recipe = Literal["delayed", "tensorwise", "blockwise"]
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 _INPUT, _GRAD = 0, 1
 
@@ -41,7 +38,7 @@ class Fp8Layer:
         kept: the quantized weight, row-major and transposed, until the weight changes.
     """
 
-    recipe: Recipe
+    recipe: Fp8Recipe
     weight: Tensor
     tp: TensorParallel
     scales: Tensor
@@ -120,7 +117,7 @@ class Fp8State:
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        recipe: Recipe,
+        recipe: Fp8Recipe,
         world: World,
         *,
         amax_history: int,

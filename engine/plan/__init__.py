@@ -1,1 +1,1 @@
-"""What a run will need, before it has it: pure arithmetic on the configuration and the parameter table."""
+"""What a run will need: pure arithmetic on the configuration and the parameter table, before anything is allocated."""

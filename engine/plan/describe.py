@@ -1,4 +1,4 @@
-"""What follows from a configuration and a layout, for people."""
+"""The plan of a run in words: model, layout, batch, steps, and the pipeline stages with their memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -8,35 +8,37 @@ import torch
 
 from engine.config.derived import microbatches
 from engine.config.schema import Config
+from engine.formatting import counted
 from engine.model.parameters import parameter_table
-from engine.parallel.layout import Coordinates, Layout
+from engine.parallel.layout import Coordinates, Layout, TensorParallel
 from engine.parallel.pipeline.check import bubble_fraction, simulate
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import build_schedule
 from engine.plan.memory import estimate, unit_of
-from engine.plan.stages import stage_parts, stage_table
+from engine.plan.stages import stage_parts
 from engine.plan.throughput import FLOPS_FORMULA, flops_per_token
 
 _LABEL = 12  # width of the first column
 
 
-def describe(config: Config, layout: Layout, reason: str, dtype: torch.dtype, device_type: str) -> Iterator[str]:
-    """Model, layout, batch, steps, and a table of the pipeline stages: who holds what, and in how much memory.
+def describe_run(config: Config, layout: Layout, reason: str, dtype: torch.dtype, device_type: str) -> Iterator[str]:
+    """Lines on model, layout, batch and steps, and a table of the pipeline stages: contents and memory of each.
 
     Args:
-        reason: why it is this layout.
+        reason: why this layout was chosen.
+        dtype: of the weights.
     """
-    batch, count, table = config.batch, microbatches(config, layout.dp), parameter_table(config.model)
+    batch, count, table = config.batch, microbatches(config.batch, layout.dp), parameter_table(config.model)
     per_step = batch.global_ * config.data.seq_length
-    flops = flops_per_token(config, table)
+    flops = flops_per_token(config.model, table, config.data.seq_length)
     yield f"model       {table.num_parameters:,} parameters, {flops / 1e9:.4g} GFLOP per token"
     yield f"flops       {FLOPS_FORMULA}"
-    yield f"layout      {_counted(layout.world_size, 'rank')} = {_grid(layout)}"
+    yield f"layout      {counted(layout.world_size, 'rank')} = {_grid(layout)}"
     yield from (f"{'':{_LABEL}}{line}" for line in wrap(reason, 120 - _LABEL))
-    cut = f"dp {layout.dp} × {_counted(count, 'microbatch', 'es')} of {batch.micro}"
+    cut = f"dp {layout.dp} × {counted(count, 'microbatch', 'es')} of {batch.micro}"
     yield f"batch       {batch.global_} sequences = {cut}; {per_step:,} tokens per step"
     steps, epochs = config.train.steps, config.train.epochs
-    yield f"run         {f'{steps:,} steps = {steps * per_step:,} tokens' if steps else _counted(epochs, 'epoch')}"
+    yield f"run         {f'{steps:,} steps = {steps * per_step:,} tokens' if steps else counted(epochs, 'epoch')}"
     if layout.pp > 1:
         schedule = build_schedule(config.parallel.schedule, layout.pp, count, config.parallel.virtual_stages)
         bubble = bubble_fraction(simulate(schedule))
@@ -46,7 +48,7 @@ def describe(config: Config, layout: Layout, reason: str, dtype: torch.dtype, de
 
 
 def _grid(layout: Layout) -> str:
-    """The sizes of the axes and, where there are several, in which order the ranks lie on them."""
+    """The sizes of the axes and, where there are several, the order of the ranks on them."""
     cut = [axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) > 1]
     order = f"; neighbors differ in {', then in '.join(cut)}" if len(cut) > 1 else ""
     return f"tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{order}"
@@ -60,13 +62,15 @@ def _stages(config: Config, layout: Layout, dtype: torch.dtype, device_type: str
     for stage, needed in enumerate(estimates):
         first = layout.rank_at(Coordinates(stage, 0, 0, 0))
         last = layout.rank_at(Coordinates(stage, layout.dp - 1, 0, layout.tp - 1))
+        parts = stage_parts(config.model, config.parallel, config.data.seq_length, layout.pp, stage)
+        table = parameter_table(config.model, parts, TensorParallel(0, layout.tp))
         sizes = (*asdict(needed).values(), needed.total)
         rows.append(
             [
                 f"stage {stage}",
                 f"{first}" if first == last else f"{first}–{last}",
-                _holds(stage_parts(config, layout, stage)),
-                f"{stage_table(config, layout, first).local_size:,}",
+                _holds(parts),
+                f"{table.local_size:,}",
                 *(f"{size / unit:.1f}" for size in sizes),
             ]
         )
@@ -86,7 +90,3 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for label, ranks, layers, *numbers in rows:
         words = f"{label:{_LABEL}}{ranks:{widths[1]}}  {layers:{widths[2]}}"
         yield "  ".join([words, *(cell.rjust(width) for cell, width in zip(numbers, widths[3:], strict=True))])
-
-
-def _counted(count: int, noun: str, plural: str = "s") -> str:
-    return f"{count} {noun}{plural if count != 1 else ''}"

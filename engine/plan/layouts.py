@@ -1,11 +1,13 @@
-"""From a configuration and a number of ranks to the layout.
+"""The layout of a run, from its configuration and its ranks.
 
 `parallel.tp: auto` and `parallel.pp: auto` follow one rule: the smallest tp × pp whose fullest rank fits in 90 % of its
-memory; of two as small the larger tp; tp divides the ranks of a node. So the model is cut no further than it must be,
-first along the fast links within a node, and data parallelism, which communicates once a step, takes all other ranks
-(Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). An explicit value is kept, and the rule chooses the other.
-Rejected: a model of the step time, which would need the speed of every link; and choosing `parallel.recompute` too,
-which trades time that only the user can weigh (but where nothing fits, the error says what recomputing would do).
+memory; of two equally small, the one with the larger tp; tp divides the ranks of a node. So the model is sharded no
+further than necessary, first over the fast links within a node, and data parallelism, which communicates once a step,
+takes all other ranks (Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). An explicit value is kept, and the
+rule chooses the other.
+Alternatives considered: a model of the step time, which would need the speed of every link; and choosing
+`parallel.recompute` too, a trade of time for memory that is the user's (but where nothing fits, the error says what
+recomputing would do).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,22 +15,22 @@ from dataclasses import replace
 from itertools import product
 
 from engine.config.derived import microbatches
-from engine.config.schema import Config
+from engine.config.schema import Config, ModelConfig
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.model.parameters import tp_problem
 from engine.parallel.layout import Layout
 from engine.plan.memory import GIB, ClusterSpec, estimate, estimate_fullest
-from engine.plan.stages import parts
+from engine.plan.stages import model_parts
 
-_USABLE = 0.9  # of a rank's memory; what is left is for fragmentation and for what the estimate does not know
-_NODE = 8  # ranks of a node, where one that has fewer is thought of with more
+_USABLE = 0.9  # of a rank's memory; the rest is for fragmentation and for what the estimate leaves out
+_NODE = 8  # ranks of a full node, when a remedy adds ranks to a single node that has fewer
 
 
 def choose_layout(config: Config, ranks: ClusterSpec) -> tuple[Layout, str]:
-    """The layout of `ranks`, and why it is this one. It may not fit in their memory: see `require_fit`.
+    """The layout of `ranks` and the reason for it. It may not fit in their memory: see `require_fit`.
 
     Raises:
-        ConfigError: with everything that stands against what the configuration asks for, and what would work.
+        ConfigError: with every problem of the layouts that the configuration allows, and what would work.
     """
     layouts = _possible(config, ranks)
     automatic = [axis for axis in ("tp", "pp") if getattr(config.parallel, axis) == "auto"]
@@ -60,7 +62,7 @@ def require_fit(config: Config, layout: Layout, ranks: ClusterSpec) -> None:
     problem = f"{_grid(layout)} needs {needed} on its fullest stage, and {has} {ranks.capacity / GIB:.1f} GiB"
     remedies = list(_remedies(config, ranks)) or ["a smaller model; neither recomputing nor 16 times the ranks does"]
     if ranks.device_type == "cpu":
-        remedies.append("--model.preset tiny, to look at the engine on a small machine")
+        remedies.append("model.preset = tiny, to try the engine on a small machine")
     raise OutOfMemoryError("\n  ".join([f"{problem}. What would fit:", *remedies]))
 
 
@@ -69,7 +71,7 @@ def _grid(layout: Layout) -> str:
 
 
 def _possible(config: Config, ranks: ClusterSpec) -> list[Layout]:
-    """Layouts that suit the configuration, the least cut first."""
+    """Layouts that suit the configuration, in order of tp × pp."""
     tp, pp = config.parallel.tp, config.parallel.pp
     tps = _divisors(ranks.per_node) if tp == "auto" else [tp]
     pps = [n for n in _divisors(ranks.count) if n <= config.model.num_layers] if pp == "auto" else [pp]
@@ -88,7 +90,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str]:
-    """Everything that stands against a layout, each with what would work."""
+    """Every problem of a layout, each with what would work."""
     parallel = config.parallel
     if rest := world_size % (tp * pp):
         counts = [n for n in (world_size - rest, world_size - rest + tp * pp) if n]
@@ -97,9 +99,10 @@ def _problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str
             f"start {' or '.join(map(str, counts))} ranks, or change parallel.tp or parallel.pp"
         )
     else:
-        yield from _problem(lambda: microbatches(config, world_size // (tp * pp)))
-    if reason := _tp_problem(config, tp):
-        works = [n for n in range(1, config.model.num_heads + 1) if not _tp_problem(config, n)]
+        yield from _problem(lambda: microbatches(config.batch, world_size // (tp * pp)))
+    tokens, fp8 = config.batch.micro * config.data.seq_length, config.precision.mode == "fp8"
+    if reason := _tp_problem(config.model, tokens, tp, fp8=fp8):
+        works = [n for n in range(1, config.model.num_heads + 1) if not _tp_problem(config.model, tokens, n, fp8=fp8)]
         can = (
             f"parallel.tp can be {', '.join(map(str, works))}"
             if works
@@ -112,7 +115,7 @@ def _problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str
             "more, or choose parallel.schedule = 1f1b and parallel.virtual_stages = 1"
         )
     else:
-        yield from _problem(lambda: parts(config, pp))
+        yield from _problem(lambda: model_parts(config.model, parallel, config.data.seq_length, pp))
 
 
 def _problem(attempt: Callable[[], object]) -> Iterator[str]:
@@ -122,22 +125,20 @@ def _problem(attempt: Callable[[], object]) -> Iterator[str]:
         yield str(error)
 
 
-def _tp_problem(config: Config, tp: int) -> str:
-    """Why the layers cannot be cut for `tp` ranks; empty where they can."""
-    tokens = {"batch.micro × data.seq_length": config.batch.micro * config.data.seq_length}
-    if problem := tp_problem(config.model, tp, **tokens):
+def _tp_problem(model: ModelConfig, tokens: int, tp: int, *, fp8: bool) -> str:
+    """Why `tp` ranks cannot share the layers of a microbatch of `tokens`; empty where they can."""
+    if problem := tp_problem(model, tp, **{"batch.micro × data.seq_length": tokens}):
         return problem
-    if config.precision.mode == "fp8" and (odd := _no_fp8_sizes(config, tp)):
-        return f"gives products of {' and '.join(odd)}, and FP8 takes multiples of 16"
+    if fp8 and (odd := _no_fp8_sizes(model, tokens, tp)):
+        return f"gives matmuls of {' and '.join(odd)}, and FP8 takes multiples of 16"
     return ""
 
 
-def _no_fp8_sizes(config: Config, tp: int) -> list[str]:
-    """Sizes of a rank's linear layers that FP8 cannot multiply."""
-    model = config.model
+def _no_fp8_sizes(model: ModelConfig, tokens: int, tp: int) -> list[str]:
+    """Dimensions of a rank's linear layers that FP8 matmuls do not support."""
     queries, kv = model.num_heads // tp, max(1, model.num_kv_heads // tp)
     sizes = {
-        "tokens (batch.micro × data.seq_length)": config.batch.micro * config.data.seq_length,
+        "tokens (batch.micro × data.seq_length)": tokens,
         "model.hidden_size": model.hidden_size,
         "model.intermediate_size / tp": model.intermediate_size // tp,
         "heads / tp × model.head_dim": queries * model.head_dim,
@@ -181,7 +182,7 @@ def _remedies(config: Config, ranks: ClusterSpec) -> Iterator[str]:
 
 
 def _changes(config: Config, ranks: ClusterSpec) -> Iterator[list[tuple[str, Config, ClusterSpec]]]:
-    """What may be changed, in groups of one kind, the least change first."""
+    """Possible changes, in groups of one kind, the smallest change first."""
     parallel = config.parallel
     if "auto" not in (parallel.tp, parallel.pp):
         name = "parallel.tp = auto and parallel.pp = auto"
@@ -202,6 +203,6 @@ def _with(config: Config, section: str, **changes: object) -> Config:
 
 
 def _grown(ranks: ClusterSpec, count: int) -> ClusterSpec:
-    """So many ranks; a node that is the only one may have been given less than it has."""
+    """`ranks` with `count` of them; a single node is assumed to be full before there are more nodes."""
     one_node = ranks.count <= ranks.per_node
     return replace(ranks, count=count, per_node=min(count, max(_NODE, ranks.per_node)) if one_node else ranks.per_node)

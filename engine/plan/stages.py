@@ -1,34 +1,28 @@
 """What each pipeline stage of a layout holds."""
 
-from engine.config.schema import Config
+from engine.config.schema import ModelConfig, ParallelConfig
 from engine.model.parameters import parameter_table
-from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part, partition
-from engine.parallel.table import ParameterTable
 
 
-def parts(config: Config, pp: int) -> list[Part]:
-    """The parts of the model in order; part k is on stage k mod pp."""
-    parallel = config.parallel
+def model_parts(model: ModelConfig, parallel: ParallelConfig, seq_length: int, pp: int) -> list[Part]:
+    """The parts of the model in order, for `pp` stages; part k is on stage k mod pp.
+
+    Raises:
+        ConfigError: the layers cannot be divided so.
+    """
     num_parts = pp * parallel.virtual_stages
-    return partition(config.model.num_layers, num_parts, head_cost(config), parallel.layers_per_stage)
+    return partition(model.num_layers, num_parts, head_cost(model, seq_length), parallel.layers_per_stage)
 
 
-def stage_parts(config: Config, layout: Layout, stage: int) -> list[Part]:
-    """The parts that one pipeline stage holds, one for each of its chunks."""
-    return parts(config, layout.pp)[stage :: layout.pp]
+def stage_parts(model: ModelConfig, parallel: ParallelConfig, seq_length: int, pp: int, stage: int) -> list[Part]:
+    """The parts that stage `stage` of `pp` holds, one for each of its chunks."""
+    return model_parts(model, parallel, seq_length, pp)[stage::pp]
 
 
-def stage_table(config: Config, layout: Layout, rank: int) -> ParameterTable:
-    """The table of what `rank` holds."""
-    at = layout.coordinates(rank)
-    return parameter_table(config.model, stage_parts(config, layout, at.pp), TensorParallel(at.tp, layout.tp))
-
-
-def head_cost(config: Config) -> float:
+def head_cost(model: ModelConfig, seq_length: int) -> float:
     """FLOPs of the head per token, in layers."""
-    model = config.model
     one_layer = model.model_copy(update={"num_layers": 1})
-    multiplying = parameter_table(one_layer).num_parameters_in_flops - model.vocab_size * model.hidden_size
-    attention = config.data.seq_length * model.num_heads * model.head_dim
-    return model.vocab_size * model.hidden_size / (multiplying + attention)
+    head = model.vocab_size * model.hidden_size
+    attention = seq_length * model.num_heads * model.head_dim
+    return head / (parameter_table(one_layer).num_parameters_in_flops - head + attention)

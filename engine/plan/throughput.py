@@ -1,8 +1,8 @@
-"""Model FLOPs and the peaks they are held against."""
+"""Model FLOPs, and the peak FLOP/s of GPUs, which MFU compares them with."""
 
 import torch
 
-from engine.config.schema import Config
+from engine.config.schema import ModelConfig
 from engine.parallel.table import ParameterTable
 
 FLOPS_FORMULA = "6 · multiplying parameters + 6 · layers · sequence · heads · head size (causal attention)"
@@ -19,17 +19,15 @@ _PEAK_BF16_TFLOPS = {  # dense, by datasheet
 }
 
 
-def flops_per_token(config: Config, table: ParameterTable, length: float | None = None) -> float:
-    """FLOPs of a forward and backward pass per token; see `FLOPS_FORMULA`. `length`: of the sequence it belongs to."""
-    model = config.model
-    sequence = config.data.seq_length if length is None else length
-    attention = 6 * model.num_layers * sequence * model.num_heads * model.head_dim
+def flops_per_token(model: ModelConfig, table: ParameterTable, seq_length: float) -> float:
+    """FLOPs of a forward and backward pass per token of a sequence of `seq_length`; see `FLOPS_FORMULA`."""
+    attention = 6 * model.num_layers * seq_length * model.num_heads * model.head_dim
     return 6 * table.num_parameters_in_flops + attention
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """bf16 peak of a GPU in TFLOP/s; None where it is not known (every CPU)."""
+    """bf16 peak of a GPU in TFLOP/s; None where it is not known, as on every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_BF16_TFLOPS.items() if part in name), None)
+    return next((peak for model, peak in _PEAK_BF16_TFLOPS.items() if model in name), None)

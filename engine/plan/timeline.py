@@ -1,7 +1,8 @@
 """Pictures of pipeline timelines, simulated or measured: as an image, and as text for a terminal.
 
-A timeline says for each stage when which action runs (`engine.parallel.pipeline.check`). Rejected: a trace file for a
-browser's viewer, which cannot put schedules below each other on one time axis.
+A timeline says for each stage when which action runs (`engine.parallel.pipeline.check`).
+Alternative considered: a trace file for a browser's viewer, which cannot put schedules below each other on one time
+axis.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ from engine.errors import ConfigError
 from engine.parallel.pipeline.check import TimedAction, Timeline, bubble_fraction
 from engine.parallel.pipeline.schedules import Action, ActionKind
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
-_COLOURS: dict[ActionKind, Colour] = {
+_COLORS: dict[ActionKind, Color] = {
     ActionKind.FORWARD: (0.38, 0.58, 0.84),
     ActionKind.BACKWARD: (0.42, 0.70, 0.42),
     ActionKind.BACKWARD_INPUT: (0.22, 0.70, 0.68),
@@ -26,10 +27,10 @@ _NAMES = {
     ActionKind.BACKWARD_INPUT: "backward, inputs",
     ActionKind.BACKWARD_WEIGHT: "backward, weights",
 }
-_LIGHTEST = 0.6  # share of white in the last chunk's colour
+_LIGHTEST = 0.6  # share of white in the last chunk's color
 _BOX_INCHES, _ROW_INCHES = 0.2, 0.3
-_MOST_INCHES = 24.0
-_SMALLEST_FONT, _LARGEST_FONT = 3.5, 9.0  # points; boxes too narrow for their number stay empty
+_MAX_INCHES = 24.0
+_MIN_FONT, _MAX_FONT = 3.5, 9.0  # points; boxes too narrow for their number stay empty
 _DIGIT = 0.6  # width of a digit in parts of the font's size
 
 
@@ -114,20 +115,20 @@ def _short(timeline: Timeline) -> float:
 
 def _inches(timeline: Timeline) -> float:
     """Width of a picture in which the numbers in short boxes can be read."""
-    return min(max(8.0, 0.8 + _BOX_INCHES * _end(timeline) / _short(timeline)), _MOST_INCHES)
+    return min(max(8.0, 0.8 + _BOX_INCHES * _end(timeline) / _short(timeline)), _MAX_INCHES)
 
 
 def _draw_boxes(panel: Any, timeline: Timeline) -> None:
     from matplotlib.collections import PolyCollection
 
     last_chunk = max(span.action.chunk for span in _spans(timeline))
-    boxes, colours = [], []
+    boxes, colors = [], []
     for stage, spans in enumerate(timeline):
         top, bottom = stage - 0.42, stage + 0.42
         for span in spans:
             boxes.append([(span.start, top), (span.end, top), (span.end, bottom), (span.start, bottom)])
-            colours.append(_lighter(_COLOURS[span.action.kind], _LIGHTEST * span.action.chunk / max(last_chunk, 1)))
-    panel.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="white", linewidths=0.4))
+            colors.append(_lighter(_COLORS[span.action.kind], _LIGHTEST * span.action.chunk / max(last_chunk, 1)))
+    panel.add_collection(PolyCollection(boxes, facecolors=colors, edgecolors="white", linewidths=0.4))
     panel.set(ylim=(len(timeline) - 0.5, -0.5), facecolor="0.94")
     panel.set_yticks(range(len(timeline)), [f"stage {stage}" for stage in range(len(timeline))], fontsize=8)
     panel.tick_params(axis="y", length=0)
@@ -137,16 +138,16 @@ def _draw_boxes(panel: Any, timeline: Timeline) -> None:
 def _number_boxes(panel: Any, timeline: Timeline, points: float) -> None:
     """Write microbatch numbers in one size; `points` is the width of a unit of time."""
     digits = max(len(str(span.action.microbatch)) for span in _spans(timeline))
-    size = min(points * _short(timeline) / (digits * _DIGIT + 0.2), _LARGEST_FONT)
-    for stage, stage_spans in enumerate(timeline if size >= _SMALLEST_FONT else ()):
+    size = min(points * _short(timeline) / (digits * _DIGIT + 0.2), _MAX_FONT)
+    for stage, stage_spans in enumerate(timeline if size >= _MIN_FONT else ()):
         for span in stage_spans:
             number = str(span.action.microbatch)
             if len(number) * _DIGIT * size <= points * (span.end - span.start):
                 panel.text((span.start + span.end) / 2, stage, number, fontsize=size, ha="center", va="center_baseline")
 
 
-def _lighter(colour: Colour, white: float) -> Colour:
-    red, green, blue = (white + (1 - white) * part for part in colour)
+def _lighter(color: Color, white: float) -> Color:
+    red, green, blue = (white + (1 - white) * part for part in color)
     return red, green, blue
 
 
@@ -154,7 +155,7 @@ def _add_legend(figure: Any, actions: list[Action]) -> None:
     from matplotlib.patches import Patch
 
     kinds = {action.kind for action in actions}
-    patches = [Patch(color=_COLOURS[kind], label=_NAMES[kind]) for kind in ActionKind if kind in kinds]
+    patches = [Patch(color=_COLORS[kind], label=_NAMES[kind]) for kind in ActionKind if kind in kinds]
     if any(action.chunk for action in actions):
-        patches.append(Patch(color=_lighter(_COLOURS[ActionKind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
+        patches.append(Patch(color=_lighter(_COLORS[ActionKind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)

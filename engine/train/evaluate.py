@@ -11,11 +11,11 @@ from engine.config.schema import Config
 from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.loader import batches
 from engine.errors import DataError
+from engine.formatting import duration
 from engine.parallel.agreement import sum_ints
 from engine.parallel.layout import World
 from engine.train.hooks import Hook
 from engine.train.log import RunLog
-from engine.train.metrics import duration
 from engine.train.saving import Saving
 from engine.train.step import DistributedModel, StepResult
 from engine.train.trainer import Trainer

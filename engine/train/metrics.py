@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine.errors import NonFiniteError
+from engine.formatting import duration
 from engine.parallel.agreement import on_all_ranks
 from engine.plan.memory import GIB
 from engine.plan.throughput import peak_tflops
@@ -118,16 +119,6 @@ class StepReporter(Hook):
         if record["skipped"]:
             parts.append(f"{record['skipped']} skipped: NaN or infinite gradients")
         return " | ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """`1d 02:03:04`, `2:03:04` or `3:04`."""
-    days, rest = divmod(round(seconds), 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, second = divmod(rest, 60)
-    if days:
-        return f"{days}d {hours:02}:{minutes:02}:{second:02}"
-    return f"{hours}:{minutes:02}:{second:02}" if hours else f"{minutes}:{second:02}"
 
 
 def _memory_gib(device: torch.device) -> float:

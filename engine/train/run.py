@@ -86,7 +86,8 @@ def _hooks(trainer: Trainer, inputs: Inputs, log: RunLog) -> list[tuple[int, Hoo
 def _flops_per_step(config: Config, inputs: Inputs) -> float:
     """FLOPs of a global batch, counting the places that hold tokens."""
     data, places = inputs.train_data, config.batch.global_ * config.data.seq_length
-    return data.efficiency * places * flops_per_token(config, inputs.table, data.mean_length)
+    length = data.mean_length or config.data.seq_length
+    return data.efficiency * places * flops_per_token(config.model, inputs.table, length)
 
 
 def _say_best(trainer: Trainer, log: RunLog) -> None:

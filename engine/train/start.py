@@ -17,7 +17,7 @@ from engine.model.parameters import kv_replicas
 from engine.ops.choice import describe_ops
 from engine.parallel.agreement import gather_ints, run_on_all_ranks
 from engine.parallel.layout import World, build_process_groups
-from engine.plan.describe import describe
+from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import ClusterSpec, available
 from engine.plan.throughput import peak_tflops
@@ -78,7 +78,7 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
     backend = "" if world.group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
     log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {ranks}{backend}")
     log.say(config.to_yaml().rstrip())
-    for line in describe(config, layout, reason, inputs.dtype, world.device.type):
+    for line in describe_run(config, layout, reason, inputs.dtype, world.device.type):
         log.say(line)
     log.say(f"operators   {describe_ops(config.ops, world.device)}")
     peak = peak_tflops(world.device)

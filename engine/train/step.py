@@ -10,6 +10,7 @@ from engine.data.samples.loader import Batch
 from engine.data.samples.permutation import keyed_below
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
+from engine.model.parameters import parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
 from engine.parallel.fp8 import Fp8State, runs_in_fp8
@@ -18,7 +19,7 @@ from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.executor import Pipeline
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import FORWARD_ONLY, Schedule, build_schedule
-from engine.plan.stages import stage_parts, stage_table
+from engine.plan.stages import stage_parts
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,12 @@ def build_model(
     config: Config, world: World, dtype: torch.dtype, *, seed: int | None
 ) -> tuple[DistributedModel, ShardedAdamW]:
     """This rank's parts of the model and their optimizer; initial weights where there is a `seed`, else zeros."""
-    table = stage_table(config, world.layout, world.rank)
+    parts = stage_parts(config.model, config.parallel, config.data.seq_length, world.layout.pp, world.coords.pp)
+    table = parameter_table(config.model, parts, world.tp)
     parameters = ShardedParameters(table, dtype, world, sharded=config.parallel.sharded_optimizer)
     if seed is not None:
         parameters.initialize(seed)
-    model = DistributedModel(config, world, stage_parts(config, world.layout, world.coords.pp), parameters)
+    model = DistributedModel(config, world, parts, parameters)
     return model, ShardedAdamW(parameters, config.optimizer)
 
 

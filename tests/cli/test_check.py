@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from engine.cli.check import check
+from engine.cli.check import check_run
 from engine.errors import ConfigError, DataError, OutOfMemoryError
 from engine.testing.runs import run_config
 
 
 def printed(capsys, config, world_size: int = 1, gpu_memory_gib: float = 80, ranks_per_node: int = 8) -> list[str]:
-    check(config, world_size, gpu_memory_gib, ranks_per_node)
+    check_run(config, world_size, gpu_memory_gib, ranks_per_node)
     return capsys.readouterr().out.splitlines()
 
 
@@ -36,22 +36,22 @@ def test_gpus_that_are_not_here(workspace, capsys):
 def test_files_that_are_not_here_are_named(tmp_path, capsys):
     lines = printed(capsys, run_config(tmp_path))
     assert f"data        {tmp_path / 'corpus.idx'} is not on this machine and not checked" in lines
-    assert lines[-1] == "ok, but for what is not on this machine"
+    assert lines[-1] == "ok, except for files that are not on this machine"
 
 
 def test_what_does_not_fit_is_shown_and_refused(tmp_path, capsys):
     config = run_config(tmp_path, "--precision.mode", "bf16", "--run.device", "auto")
     with pytest.raises(OutOfMemoryError, match=r"a GPU has 1\.0 GiB"):
-        check(config, 1, 1, 8)
+        check_run(config, 1, 1, 8)
     assert "stage 0     0      embedding, 0–3, head" in capsys.readouterr().out
 
 
 def test_data_that_do_not_fit_the_run(workspace):
     with pytest.raises(DataError, match="and needs"):
-        check(run_config(workspace, "--data.seq_length", "4096", "--data.split", "[1, 9, 0]"), 1, 80, 8)
+        check_run(run_config(workspace, "--data.seq_length", "4096", "--data.split", "[1, 9, 0]"), 1, 80, 8)
 
 
 @pytest.mark.parametrize(("options", "name"), [((0, 80, 8), "world-size 0"), ((1, 80, 0), "ranks-per-node 0")])
 def test_options_out_of_range(tmp_path, options, name):
     with pytest.raises(ConfigError, match=f"--{name}: expected at least 1"):
-        check(run_config(tmp_path), *options)
+        check_run(run_config(tmp_path), *options)

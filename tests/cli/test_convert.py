@@ -1,12 +1,9 @@
 """The program that converts checkpoints: both ways, seen from the input; messages and exit codes."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from engine.checkpoint.manager import save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.run_directory import open_checkpoint
 from engine.checkpoint.shares import StateSlice
+from engine.cli.convert import TensorProgress, main
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
@@ -26,18 +24,9 @@ PROGRAM = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 MODEL = ModelConfig(**{**PRESETS["tiny"], "num_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8})
 
 
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", PROGRAM)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def convert(program: ModuleType) -> Callable[..., None]:
-    return lambda *arguments: program.main([str(argument) for argument in arguments])
+def convert(*arguments: object) -> None:
+    """The program in this process."""
+    main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -56,9 +45,7 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_both_ways_and_the_next_command(
-    convert: Callable[..., None], run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_ways_and_the_next_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert("--from", run_dir / "checkpoints", "--to", tmp_path / "hf", "--dtype", "fp32")
     said = capsys.readouterr().out
     assert "exported 12 tensors" in said
@@ -76,25 +63,23 @@ def test_both_ways_and_the_next_command(
         assert torch.equal(before.read(name), after.read(name))
 
 
-def test_a_checkpoint_directory_is_exported_as_bf16_unless_told(
-    convert: Callable[..., None], run_dir: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_directory_is_exported_as_bf16_unless_told(run_dir: Path, tmp_path: Path) -> None:
     convert("--from", run_dir / "checkpoints" / "step_00000005", "--to", tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert (tmp_path / "hf" / "tokenizer.json").exists()
 
 
-def test_progress_shows_speed_and_time_left(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = program.ProgressLines({"a": (10,), "b": (30,)})
-    progress._last -= 10
+def test_progress_shows_speed_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = TensorProgress({"a": (10,), "b": (30,)})
+    progress._shown_at -= 10
     progress("a", 10)
     progress("b", 30)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "1/2 tensors" in err and "GB/s" in err and "ETA" in err
+    assert "25.0%" in err and "1/2 tensors" in err and "GB/s" in err and "ETA 0:00" in err
 
 
-def test_what_cannot_be_converted(convert: Callable[..., None], run_dir: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_converted(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such directory: --from .*misspelt"):
         convert("--from", tmp_path / "misspelt", "--to", tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -1,11 +1,9 @@
-import importlib.util
 import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from random import Random
@@ -18,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.load import load_decoder
-from engine.cli.generate import _print
+from engine.cli.generate import _print, main
 from engine.data.chat.template import ChatEncoder, find_template
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError
@@ -119,7 +117,6 @@ def chatty(tmp_path_factory):
 @pytest.fixture
 def program(capsys, monkeypatch):
     """Runs the program in this process: what it wrote to stdout and stderr."""
-    main = load_program()
 
     def run(*arguments: object, stdin: str = "") -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -127,13 +124,6 @@ def program(capsys, monkeypatch):
         return capsys.readouterr()
 
     return run
-
-
-def load_program() -> Callable[[list[str]], None]:
-    spec = importlib.util.spec_from_file_location("generate", TOOLS / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def test_an_answer_ends_with_the_turn(program, chatty):
@@ -226,7 +216,7 @@ def test_a_file_of_prompts(program, chatty):
     whole = options[-1].read_bytes()
     options[-1].write_bytes(whole[:-20])  # interrupted in the last line
     _, err = program(chatty, "--chat", *options, "--max-new-tokens", 60)
-    assert "has 8 of 9 answers; going on from there" in err
+    assert "has 8 of 9 answers; resuming" in err
     assert ": 1 prompt answered, " in err
     assert options[-1].read_bytes() == whole
     with pytest.raises(DataError, match="line 1 is not the answer to prompt 1"):
@@ -272,7 +262,7 @@ def run_on_rank(arguments: list[str], stdin: str) -> str:
     """What this rank writes."""
     sys.stdin = io.StringIO(stdin)
     with redirect_stdout(io.StringIO()) as out:
-        load_program()(arguments)
+        main(arguments)
     return out.getvalue()
 
 
@@ -298,7 +288,7 @@ def refusing(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", "nothing to write"),
+        ("", "nothing to generate"),
         ("--prompt x --max-new-tokens 0", "--max-new-tokens 0: expected at least 1"),
         ("--input x --output y --batch-size 0", "--batch-size 0: expected at least 1"),
         ("--input x", "--input and --output belong together"),

@@ -1,6 +1,5 @@
 """The program that looks into a dataset: counts, text, samples, verification and its exit code."""
 
-import importlib.util
 import os
 import struct
 import subprocess
@@ -11,6 +10,7 @@ import numpy as np
 import orjson
 import pytest
 
+from engine.cli import inspect
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
 from engine.data.samples.pretrain import PretrainDataset
@@ -24,13 +24,9 @@ PROGRAM = Path(__file__).parents[2] / "tools" / "inspect_data.py"
 TEXTS = ["first document", "zwölf", "", "the last one\x1b[31m"]
 
 
-@pytest.fixture
-def main():
-    """The program's `main`, to be called in this process."""
-    spec = importlib.util.spec_from_file_location("inspect_data", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
+def main(*arguments: object) -> None:
+    """The program in this process."""
+    inspect.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def prefix(tmp_path):
     return tmp_path / "set"
 
 
-def test_counts_and_verification(main, prefix, capsys):
+def test_counts_and_verification(prefix, capsys):
     main(prefix, "--verify")
     out, err = capsys.readouterr()
     assert "4 in 4 sequences" in out
@@ -54,7 +50,7 @@ def test_counts_and_verification(main, prefix, capsys):
     assert "100.0%" in err and "MB/s" in err and "ETA" in err
 
 
-def test_text_is_shown_and_cannot_command_the_terminal(main, prefix, capsys):
+def test_text_is_shown_and_cannot_command_the_terminal(prefix, capsys):
     main(prefix, "--head", 2, "--document", 3)
     out, _ = capsys.readouterr()
     assert "document 0: 15 tokens\nfirst document\n" in out
@@ -62,7 +58,7 @@ def test_text_is_shown_and_cannot_command_the_terminal(main, prefix, capsys):
     assert "document 3: 18 tokens\nthe last one\\x1b[31m\n" in out
 
 
-def test_without_a_tokenizer_ids_are_shown(main, prefix, capsys):
+def test_without_a_tokenizer_ids_are_shown(prefix, capsys):
     prefix.with_suffix(".json").unlink()
     main(prefix, "--document", 1, "--verify")
     out, _ = capsys.readouterr()
@@ -73,7 +69,7 @@ def test_without_a_tokenizer_ids_are_shown(main, prefix, capsys):
     assert "zwölf" in capsys.readouterr().out
 
 
-def test_a_sample_is_the_one_that_a_run_reads(main, prefix, capsys):
+def test_a_sample_is_the_one_that_a_run_reads(prefix, capsys):
     main(prefix, "--sample", 9, "--seq-length", 12, "--seed", 5, "--split", "1,0,0", "--json")
     shown = orjson.loads(capsys.readouterr().out)["sample"]
     data = PretrainDataset([DatasetConfig(path=prefix)], (1, 0, 0), "train", 12, 5)
@@ -91,7 +87,7 @@ def test_a_sample_is_the_one_that_a_run_reads(main, prefix, capsys):
     assert all(piece["offset"] == 0 for piece in shown["pieces"][1:])
 
 
-def test_a_sample_in_words(main, prefix, capsys):
+def test_a_sample_in_words(prefix, capsys):
     main(prefix, "--sample", 0, "--seq-length", 20, "--split", "1,0,0")
     out, _ = capsys.readouterr()
     assert "sample 0" in out and "epoch 0, number 0 of it" in out and "documents start inside at: " in out
@@ -101,21 +97,21 @@ def test_a_sample_in_words(main, prefix, capsys):
     "arguments, error, message",
     [
         (["--sample", 1], ConfigError, "--sample needs --seq-length"),
-        (["--sample", -1, "--seq-length", 4], ConfigError, "--sample = -1; expected 0 or more"),
-        (["--head", -1], ConfigError, "--head = -1; expected 0 or more"),
-        (["--seq-length", 0, "--sample", 1], ConfigError, "--seq-length = 0; expected 1 or more"),
-        (["--vocab-size", 0, "--verify"], ConfigError, "--vocab-size = 0; expected 1 or more"),
+        (["--sample", -1, "--seq-length", 4], ConfigError, "--sample -1: expected at least 0"),
+        (["--head", -1], ConfigError, "--head -1: expected at least 0"),
+        (["--seq-length", 0, "--sample", 1], ConfigError, "--seq-length 0: expected at least 1"),
+        (["--vocab-size", 0, "--verify"], ConfigError, "--vocab-size 0: expected at least 1"),
         (["--document", 4], ConfigError, "^no document 4 in .*: it has 4 documents, counted from 0$"),
         (["--verify", "--vocab-size", 120], DataFormatError, r"set\.bin: tokens\[14\] = 256; expected 0 \.\. 119"),
         (["--sample", 1, "--seq-length", 99], DataError, "seq_length = 99"),
     ],
 )
-def test_bad_input(main, prefix, arguments, error, message):
+def test_bad_input(prefix, arguments, error, message):
     with pytest.raises(error, match=message):
         main(prefix, *arguments)
 
 
-def test_the_tokenizer_of_other_data_is_refused(main, prefix):
+def test_the_tokenizer_of_other_data_is_refused(prefix):
     text = prefix.with_suffix(".json").read_text()
     prefix.with_suffix(".json").write_text(text.replace(load_tokenizer("byte").hash, "another"))
     with pytest.raises(DataError, match=r"hash another; --tokenizer byte has"):
@@ -132,7 +128,7 @@ def test_the_exit_code_says_bad_data_and_works_from_anywhere(prefix, tmp_path):
     assert "Traceback" not in ran.stderr
 
 
-def test_an_empty_dataset(main, tmp_path, capsys):
+def test_an_empty_dataset(tmp_path, capsys):
     with IndexedDatasetWriter(tmp_path / "empty", np.uint16):
         pass
     main(tmp_path / "empty", "--verify", "--head", 3)
@@ -162,7 +158,7 @@ def test_ids_outside_the_vocabulary_are_shown_as_numbers():
     assert inspection.decode([], tokenizer) == ""
 
 
-def test_a_sparse_file_is_counted_without_reading_it(tmp_path, main, capsys):
+def test_a_sparse_file_is_counted_without_reading_it(tmp_path, capsys):
     with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
         writer.add_document([0])
     length = 2**31 - 1
@@ -191,19 +187,19 @@ def chats(tmp_path):
 ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_conversation_with_what_is_learned(main, chats, capsys):
+def test_a_conversation_with_what_is_learned(chats, capsys):
     for flag in ("--sample", "--document"):
         main(chats, "--tokenizer", chats.parent / "tok", flag, 0)
         out, _ = capsys.readouterr()
-        assert f"conversation 0: 33 tokens, 12 learned\n{ASKED}«höllo\\x1b[31m<|im_end|>»\n" in out
-        assert "learned tokens          17, 27.4%" in out
+        assert f"conversation 0: 33 tokens, 12 target tokens\n{ASKED}«höllo\\x1b[31m<|im_end|>»\n" in out
+        assert "target tokens           17, 27.4%" in out
     main(chats, "--tokenizer", chats.parent / "tok", "--head", 3)
     out, _ = capsys.readouterr()
     assert "«me<|im_end|>»" in out
-    assert "conversation 2: 3 tokens, 2 learned\n<id 299>«" in out and "<|endoftext|>»" in out
+    assert "conversation 2: 3 tokens, 2 target tokens\n<id 299>«" in out and "<|endoftext|>»" in out
 
 
-def test_a_conversation_in_colours(main, chats, capsys, monkeypatch):
+def test_a_conversation_in_colors(chats, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -217,12 +213,12 @@ def test_a_conversation_in_colours(main, chats, capsys, monkeypatch):
     assert "«me<|im_end|>»" in out and "32m" not in out
 
 
-def test_a_conversation_without_a_tokenizer(main, chats, capsys):
+def test_a_conversation_without_a_tokenizer(chats, capsys):
     main(chats, "--document", 2)
     assert "\n299 «5 0»" in capsys.readouterr().out
 
 
-def test_a_conversation_as_json(main, chats, capsys):
+def test_a_conversation_as_json(chats, capsys):
     main(chats, "--tokenizer", chats.parent / "tok", "--sample", 0, "--json")
     report = orjson.loads(capsys.readouterr().out)
     (shown,) = report["document"]
@@ -235,15 +231,15 @@ def test_a_conversation_as_json(main, chats, capsys):
     assert [len(run["ids"]) for run in shown["runs"]] == [21, 12]
 
 
-def test_long_conversations_are_cut_for_reading(main, tmp_path, capsys):
+def test_long_conversations_are_cut_for_reading(tmp_path, capsys):
     with IndexedDatasetWriter(tmp_path / "long", np.uint16, masked=True) as writer:
         writer.add_document([65] * 5000, [0, 1] * 2500)
     main(tmp_path / "long", "--tokenizer", "byte", "--sample", 0)
     out, _ = capsys.readouterr()
-    assert "conversation 0: 5,000 tokens, 2,500 learned, the first 4,096\n" + "A«A»" * 2048 + "\n" in out
+    assert "conversation 0: 5,000 tokens, 2,500 target tokens, the first 4,096\n" + "A«A»" * 2048 + "\n" in out
 
 
-def test_masks_are_verified(main, chats, capsys):
+def test_masks_are_verified(chats, capsys):
     main(chats, "--verify")
     assert "the mask has one of 0 and 1 for each" in capsys.readouterr().out
     mask = chats.with_name("chats.mask.bin")
@@ -256,14 +252,14 @@ def test_masks_are_verified(main, chats, capsys):
         main(chats, "--verify")
 
 
-def test_samples_that_are_conversations_need_no_length(main, chats):
+def test_samples_that_are_conversations_need_no_length(chats):
     with pytest.raises(ConfigError, match=r"--seq-length has no meaning for .*chats"):
         main(chats, "--sample", 0, "--seq-length", 8)
     with pytest.raises(ConfigError, match=r"^no conversation 3 in .*chats: it has 3 conversations, counted from 0$"):
         main(chats, "--sample", 3)
 
 
-def test_a_fine_tuning_dataset_has_conversations(main, chats, capsys):
+def test_a_fine_tuning_dataset_has_conversations(chats, capsys):
     main(chats, "--tokenizer", chats.parent / "tok")
     out = capsys.readouterr().out
     assert "conversations           3 in 3 sequences\n" in out and "tokens per conversation min 3, " in out

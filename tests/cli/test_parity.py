@@ -1,12 +1,12 @@
 """The campaign: what it runs, what it writes, and that it fails. The runs themselves are in tests/parallel."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from engine.cli import parity
+from engine.cli.parity_cases import PROBLEMS, plan_cases
 from engine.config.derived import microbatches
 from engine.errors import ConfigError, TriaxisError
 from engine.plan.layouts import choose_layout
@@ -14,21 +14,10 @@ from engine.plan.memory import ClusterSpec
 from engine.testing.parity import Outcome
 from engine.testing.runs import run_config
 
-PROGRAM = Path(__file__).parents[2] / "tools" / "parity.py"
 
-
-@pytest.fixture
-def parity():
-    """The program as a module."""
-    spec = importlib.util.spec_from_file_location("parity", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_plan_meets_every_grid_schedule_and_sharding_with_every_recomputation(parity, tmp_path):
+def test_the_plan_meets_every_grid_schedule_and_sharding_with_every_recomputation(tmp_path):
     met = set()
-    for problem, cases in parity.plan(list(parity.PROBLEMS), 8):
+    for problem, cases in plan_cases(list(PROBLEMS), 8):
         for case in cases:
             given = case.parallel
             config = run_config(tmp_path, preset=problem.preset)
@@ -43,7 +32,7 @@ def test_the_plan_meets_every_grid_schedule_and_sharding_with_every_recomputatio
             )
             ranks = ClusterSpec(case.ranks, case.ranks, 1 << 40, "cpu", torch.float32)
             assert choose_layout(config, ranks)[0].dp == case.dp  # raises where it cannot be
-            assert microbatches(config, case.dp) >= 2
+            assert microbatches(config.batch, case.dp) >= 2
             assert case.ranks <= 8
             met.add((given.tp, given.pp, case.dp, given.schedule, given.sharded_optimizer, given.recompute))
     for tp, pp, dp in ((1, 1, 4), (4, 2, 1), (2, 2, 2), (1, 4, 2)):
@@ -53,8 +42,8 @@ def test_the_plan_meets_every_grid_schedule_and_sharding_with_every_recomputatio
                     assert (tp, pp, dp, schedule, sharded, recompute) in met
 
 
-def test_a_small_world_gets_what_it_admits(parity):
-    cases = [case for _, cases in parity.plan(["tiny"], 2) for case in cases]
+def test_a_small_world_gets_what_it_admits():
+    cases = [case for _, cases in plan_cases(["tiny"], 2) for case in cases]
     assert {case.ranks for case in cases} == {2}
     assert all(case.after is None for case in cases)
     with pytest.raises(ConfigError, match="--ranks 1"):
@@ -65,7 +54,7 @@ def outcome(loss: float = 1.0) -> Outcome:
     return Outcome([loss], [1.0], {"model.norm.weight": torch.ones(2)}, [])
 
 
-def test_what_is_out_of_tolerance_is_named_and_not_written(parity, tmp_path, monkeypatch, capsys):
+def test_what_is_out_of_tolerance_is_named_and_not_written(tmp_path, monkeypatch, capsys):
     def measure(directory, problem, cases, **_):
         return [replace(outcome(), torn=["x"]) if case.parallel.tp == 2 else outcome() for case in cases]
 
@@ -77,7 +66,7 @@ def test_what_is_out_of_tolerance_is_named_and_not_written(parity, tmp_path, mon
     assert "OUT OF TOLERANCE" in capsys.readouterr().out
 
 
-def test_the_page_has_a_row_for_every_run(parity, tmp_path, monkeypatch, capsys):
+def test_the_page_has_a_row_for_every_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parity, "measure", lambda directory, problem, cases, **_: [outcome(1 + 1e-6)] * len(cases))
     page = tmp_path / "parity.md"
     parity.main(["--ranks", "2", "--presets", "tiny", "--output", str(page)])

@@ -1,6 +1,5 @@
 """The program that shows a schedule: its text, its picture, its errors."""
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.cli import plan
 from engine.errors import ConfigError
 from engine.parallel.pipeline.check import ScheduleError
 from engine.parallel.pipeline.schedules import Schedule, build_schedule
@@ -15,22 +15,12 @@ from engine.parallel.pipeline.schedules import Schedule, build_schedule
 PROGRAM = Path(__file__).parents[2] / "tools" / "plan.py"
 
 
-@pytest.fixture
-def plan():
-    """The program as a module."""
-    spec = importlib.util.spec_from_file_location("plan", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def main(line: str) -> None:
+    """The program in this process."""
+    plan.main(line.split())
 
 
-@pytest.fixture
-def main(plan):
-    """The program's `main`, to be called in this process."""
-    return lambda line: plan.main(line.split())
-
-
-def test_one_schedule(main, capsys):
+def test_one_schedule(capsys):
     main("--schedule 1f1b --stages 2 --microbatches 3")
     assert capsys.readouterr().out == (
         "1f1b: proven for 2 stages and 3 microbatches\n"
@@ -41,7 +31,7 @@ def test_one_schedule(main, capsys):
     )
 
 
-def test_all_schedules_in_one_picture(main, capsys, tmp_path):
+def test_all_schedules_in_one_picture(capsys, tmp_path):
     main(f"--schedule all --stages 4 --microbatches 8 --output {tmp_path / 'all.png'}")
     out = capsys.readouterr().out
     titles = ["gpipe", "1f1b", "interleaved, 2 chunks a stage", "zero_bubble"]
@@ -57,7 +47,7 @@ def test_all_schedules_in_one_picture(main, capsys, tmp_path):
     assert (tmp_path / "all.png").stat().st_size > 0
 
 
-def test_costs_and_chunks(main, capsys):
+def test_costs_and_chunks(capsys):
     main("--schedule interleaved --chunks 3 --stages 1 --microbatches 1 --costs 3 6 9 --send 1")
     assert "stage 0  F0   F0.1 F0.2 B0.2-------------------- B0.1" in capsys.readouterr().out
     main("--schedule zero_bubble --stages 2 --microbatches 2 --costs 3 2 1")
@@ -66,17 +56,17 @@ def test_costs_and_chunks(main, capsys):
     assert "bubble  6.2% of" in capsys.readouterr().out  # (2 − 1) / (4 · 4)
 
 
-def test_a_send_takes_its_time(main, capsys):
+def test_a_send_takes_its_time(capsys):
     main("--schedule forward_only --stages 2 --microbatches 2 --send 1")
     assert "stage 1  .  .  F0 F1" in capsys.readouterr().out
 
 
-def test_what_is_shown_is_proven(plan, main, monkeypatch):
+def test_what_is_shown_is_proven(monkeypatch):
     def without_last_action(*arguments) -> Schedule:
         good = build_schedule(*arguments)
         return replace(good, actions=(good.actions[0][:-1], *good.actions[1:]))
 
-    monkeypatch.setattr(plan, "build", without_last_action)
+    monkeypatch.setattr(plan, "build_schedule", without_last_action)
     with pytest.raises(ScheduleError, match="stage 0, B2: missing"):
         main("--schedule 1f1b --stages 2 --microbatches 3")
 
@@ -91,7 +81,7 @@ def test_what_is_shown_is_proven(plan, main, monkeypatch):
         ("--schedule 1f1b --stages 2 --microbatches 2 --output a.doc", "a.doc"),
     ],
 )
-def test_what_does_not_work(main, line, message):
+def test_what_does_not_work(line, message):
     with pytest.raises(ConfigError, match=message):
         main(line)
 

@@ -1,7 +1,6 @@
 """The program: its flags, what it prints, its exit codes, and that it never leaves half a dataset."""
 
 import gzip
-import importlib.util
 import os
 import re
 import resource
@@ -16,6 +15,7 @@ import orjson
 import pytest
 import yaml
 
+from engine.cli import preprocess
 from engine.config.schema import DatasetConfig
 from engine.data.samples.pretrain import PretrainDataset
 from engine.data.storage.indexed import IndexedDataset
@@ -30,11 +30,8 @@ PROGRAM = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 @pytest.fixture
 def main():
     """The program's `main`, to be called in this process."""
-    spec = importlib.util.spec_from_file_location("preprocess_data", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     before = signal.getsignal(signal.SIGTERM)
-    yield lambda *arguments: module.main([str(argument) for argument in arguments])
+    yield lambda *arguments: preprocess.main([str(argument) for argument in arguments])
     signal.signal(signal.SIGTERM, before)
 
 
@@ -204,7 +201,7 @@ def test_existing_output_is_not_replaced_unasked(folder, main):
         ),
         (("--input", "a.jsonl", "--tokenizer-model", "gone.model"), 64, "'gone.model': no such file"),
         (("--input", "a.jsonl", "--tokenizer-type", "GPT2BPETokenizer"), 64, "GPT2BPETokenizer is unknown; expected"),
-        (("--input", "a.jsonl", *BYTE, "--workers", "0"), 64, "--workers = 0; expected 1 or more"),
+        (("--input", "a.jsonl", *BYTE, "--workers", "0"), 64, "--workers 0: expected at least 1"),
         (("--input", "a.jsonl", *BYTE, "--json-keys", "a", "a"), 64, "names a key twice: a, a"),
         (("--input", "a.jsonl", *BYTE, "--json-keys", "body"), 65, "error: not a single token for key 'body'"),
         (("--input", "empty.jsonl", *BYTE), 65, "error: not a single token for key 'text' in empty.jsonl"),
@@ -312,9 +309,9 @@ def test_conversations_from_a_clean_process(chats):
     for line in (
         "template   chatml",
         "formats    messages 1, sharegpt 1, text 1",
-        "turn end   '<|im_end|>' (id 2), which is learned",
+        "turn end   '<|im_end|>' (id 2), a target token",
         f"done       3 conversations, {data.num_tokens} tokens in 0:0",
-        f"{learned} tokens are learned, {learned / data.num_tokens:.1%}",
+        f"{learned} target tokens, {learned / data.num_tokens:.1%}",
         "tokens a document: median 29, longest 100",
         "1 rejected: unknown role",
         "1 too long, cut to the first tokens",
@@ -386,7 +383,7 @@ def test_texts_need_no_template(chats, main, capsys):
         (["--append-eod"], ConfigError, "--append-eod has no meaning with --task sft, only with --task pretrain"),
         (["--json-keys", "text"], ConfigError, "--json-keys has no meaning with --task sft"),
         (["--encoder", "auto"], ConfigError, "--encoder has no meaning with --task sft"),
-        (["--max-length", 1], ConfigError, "--max-length = 1; expected 2 or more"),
+        (["--max-length", 1], ConfigError, "--max-length 1: expected at least 2"),
         (["--on-too-long", "drop"], ConfigError, "--on-too-long drop needs --max-length"),
         (["--chat-template", "gone.jinja"], ConfigError, r"chat template 'gone\.jinja': No such file"),
         (["--chat-template", "llama3"], ConfigError, "those that work with it: chatml"),

@@ -1,33 +1,11 @@
-import json
-
 import pytest
 import yaml
 
-from engine.config.derived import microbatches, with_steps
 from engine.config.load import load, resolve
 from engine.config.schema import Config
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
-
-MINIMAL = {
-    "model": {"preset": "tiny"},
-    "data": {"tokenizer": "byte", "train": [{"path": "corpus"}], "seq_length": 128},
-    "batch": {"global": 8},
-    "train": {"steps": 10},
-}
-
-
-def build(changes: dict | None = None, *overrides: str) -> Config:
-    raw = json.loads(json.dumps(MINIMAL))
-    for section, values in (changes or {}).items():
-        raw[section] = raw.get(section, {}) | values if isinstance(values, dict) else values
-    return resolve(raw, overrides, presets=PRESETS, source="test.yaml")
-
-
-def message(changes: dict | None = None, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        build(changes, *overrides)
-    return str(caught.value)
+from tests.config.minimal import MINIMAL, build, message
 
 
 def test_precedence_is_defaults_preset_file_command_line():
@@ -83,30 +61,6 @@ def test_all_problems_are_reported_at_once():
     assert "problems in test.yaml" in text
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads = 3 does not divide model.num_heads = 4"),
-        ({"model": {"head_dim": 15}}, "model.head_dim = 15 is odd"),
-        ({"data": {"seq_length": 99999}}, "longer than model.max_position = 4096"),
-        ({"lr_schedule": {"min_lr": 1.0}}, "lr_schedule.min_lr = 1.0 is above optimizer.lr"),
-        ({"lr_schedule": {"warmup_steps": 11}}, "= 11 is more than train.steps = 10"),
-        ({"lr_schedule": {"decay_steps": 5}}, "only applies to kind wsd"),
-        ({"data": {"split": [0, 1, 1]}}, "the first > 0"),
-        ({"data": {"split": [1, 0, 0]}, "train": {"eval_steps": 1}}, "needs a validation share"),
-        ({"optimizer": {"betas": [0.9, 1.0]}}, "both must be in [0, 1)"),
-        ({"optimizer": {"betas": [0.9, 0.999], "moments": "bf16"}}, "use betas[1] <= 0.99 or moments = fp32"),
-        ({"parallel": {"virtual_stages": 2}}, "virtual_stages = 2 and parallel.schedule = 1f1b: the interleaved"),
-        ({"parallel": {"schedule": "interleaved"}}, "virtual_stages = 1 and parallel.schedule = interleaved"),
-        ({"parallel": {"recompute_layers": 1}}, "recompute_layers = 1 needs parallel.recompute = selective or full"),
-        ({"parallel": {"compile": True, "schedule": "zero_bubble"}}, "choose one of the two"),
-        ({"parallel": {"layers_per_stage": [2, -1]}}, "parallel.layers_per_stage.1 = -1"),
-    ],
-)
-def test_settings_that_do_not_fit_together(changes, expected):
-    assert expected in message(changes)
-
-
 def test_tp_and_pp_are_numbers_or_auto():
     parallel = build({"parallel": {"tp": "auto"}}, "--parallel.pp", "4").parallel
     assert (parallel.tp, parallel.pp) == ("auto", 4)
@@ -147,48 +101,12 @@ def test_a_missing_file_is_named(tmp_path):
         load(tmp_path / "none.yaml", presets=PRESETS)
 
 
-def test_an_indivisible_batch_names_the_nearest_that_work():
-    config = build({"batch": {"micro": 2, "global": 10}})
-    assert microbatches(config, 5) == 1
-    with pytest.raises(ConfigError, match=r"batch.global = 6 or 12"):
-        microbatches(config, 3)
-
-
 def test_the_schema_covers_every_section():
     schema = Config.model_json_schema(by_alias=True)
     assert set(schema["properties"]) == set(yaml.safe_load(build().to_yaml()))
 
 
-FINE_TUNING = {"task": "sft", "data": MINIMAL["data"]}
 TRAINED = {**PRESETS["tiny"], "hidden_size": 48}
-
-
-def test_steps_follow_from_epochs():
-    config = build({**FINE_TUNING, "train": {"steps": 0, "epochs": 3}, "lr_schedule": {"warmup_ratio": 0.1}})
-    assert with_steps(config, rows=21).train.steps == 8  # 63 rows, 8 to a step
-    assert with_steps(config, rows=21).lr_schedule.warmup_steps == 1
-    assert with_steps(build({**FINE_TUNING, "train": {"steps": 5, "epochs": 3}}), rows=21).train.steps == 5
-    assert with_steps(build({**FINE_TUNING, "train": {"steps": 50, "epochs": 3}}), rows=21).train.steps == 8
-    assert with_steps(build()).train.steps == 10
-    late = build({**FINE_TUNING, "train": {"steps": 0, "epochs": 3}, "lr_schedule": {"warmup_steps": 9}})
-    with pytest.raises(ConfigError, match=r"warmup_steps \+ decay_steps = 9 is more than the 8 steps"):
-        with_steps(late, rows=21)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"train": {"steps": 0}}, "train.steps: is required and not given"),
-        ({**FINE_TUNING, "train": {"steps": 0}}, "train.steps or train.epochs: is required and not given"),
-        ({"train": {"steps": 5, "epochs": 2}}, "train.epochs, train.neftune_alpha and data.packing are for task = sft"),
-        ({"data": {"packing": False}}, "are for task = sft"),
-        ({"task": "sft", "data": {"document_mask": False}}, "data.document_mask = false would let conversations see"),
-        ({"train": {"early_stopping": 2}}, "train.early_stopping and checkpoint.keep_best compare evaluations"),
-        ({"model": {"preset": "tiny", "from_hf": "a"}}, "model.preset and model.from_hf exclude each other"),
-    ],
-)
-def test_settings_of_fine_tuning_that_do_not_fit_together(changes, expected):
-    assert expected in message(changes)
 
 
 def test_a_trained_model_fills_the_fields_and_names_its_tokenizer():

@@ -55,7 +55,7 @@ def test_the_7b_example_says_with_numbers_that_a_laptop_is_too_small(tmp_path):
     assert "tp 2 × pp 1 × dp 1 needs" in done.stderr
     assert "GiB per rank (parameters 6.3, gradients 12.6, optimizer 37.7, activations 9." in done.stderr
     assert "What would fit:" in done.stderr
-    assert "--model.preset tiny" in done.stderr
+    assert "model.preset = tiny" in done.stderr
     assert "exit 72:" in done.stderr
     assert not any(tmp_path.iterdir())
 

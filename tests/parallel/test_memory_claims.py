@@ -9,9 +9,9 @@ from engine.config.schema import Config
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
+from engine.model.parameters import parameter_table
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout
-from engine.plan.stages import stage_table
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, run_config
 from engine.train.step import build_model
@@ -51,7 +51,7 @@ def test_the_optimizer_is_divided_among_the_data_parallel_ranks(dp):
 def between_blocks(config: Config, layout: Layout) -> tuple[set[torch.Size], int]:
     """Shapes of the hidden states that blocks are given and give, and the bytes that a forward pass keeps."""
     world = world_of(layout)
-    parameters = ShardedParameters(stage_table(config, layout, world.rank), torch.float32, world)
+    parameters = ShardedParameters(parameter_table(config.model, tp=world.tp), torch.float32, world)
     decoder = Decoder(
         config.model, Parameters(parameters.by_path, parameters.sinks), tp=world.tp, parallel=config.parallel
     )

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from engine.parallel.layout import Layout
-from engine.plan.describe import describe
+from engine.plan.describe import describe_run
 from engine.testing.runs import run_config
 
 
 def lines(config, layout: Layout, dtype=torch.bfloat16, device_type: str = "cuda", reason: str = "why") -> list[str]:
-    return list(describe(config, layout, reason, dtype, device_type))
+    return list(describe_run(config, layout, reason, dtype, device_type))
 
 
 def llama(tmp_path, *overrides: str):

@@ -257,4 +257,4 @@ def test_a_laptop_is_told_of_smaller_models():
     text = refusal(ClusterSpec(2, 2, 4 * GIB, "cpu", torch.float32))
     assert "each of 2 rank(s) on this machine has 4.0 GiB" in text
     assert "  a smaller model; neither recomputing nor 16 times the ranks does" in text
-    assert "  --model.preset tiny, to look at the engine on a small machine" in text
+    assert "  model.preset = tiny, to try the engine on a small machine" in text

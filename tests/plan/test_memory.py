@@ -6,28 +6,29 @@ import pytest
 import torch
 
 from engine.config.schema import Config, OptimizerConfig, ParallelConfig
-from engine.model.attention import attend_within
-from engine.model.decoder import Decoder
-from engine.model.layers import Parameters
-from engine.model.parameters import kv_replicas, parameter_table
+from engine.model.parameters import parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
-from engine.parallel.layout import Layout
+from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.pipeline.check import peak_activations
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import build_schedule
-from engine.plan import memory
+from engine.plan.activations import ActivationSizes
 from engine.plan.memory import GIB, MemoryEstimate, estimate, estimate_fullest
-from engine.plan.stages import stage_table
-from engine.testing.distributed import run_ranks, world_of
+from engine.plan.stages import stage_parts
+from engine.testing.distributed import world_of
 from engine.testing.runs import random_batches, run_config
 from engine.train.step import build_model
-from tests.parallel.live_memory import LiveMemory, settled
+from tests.parallel.live_memory import LiveMemory
 
 TOKENS = 256
 BF16 = torch.bfloat16
 WIDE = ("--model.hidden_size", "256", "--model.intermediate_size", "512", "--data.seq_length", str(TOKENS))
 INTERLEAVED = ("--parallel.schedule", "interleaved", "--parallel.virtual_stages")
+
+
+def sizes_of(config: Config, tp: int = 1, itemsize: int = 2) -> ActivationSizes:
+    return ActivationSizes.of(config.model, config.batch, config.data, tp, itemsize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -63,99 +64,9 @@ def test_more_ranks_shard_the_optimizer(tmp_path):
 def test_a_stage_has_the_parameters_of_its_table(tmp_path):
     config, layout = run_config(tmp_path, preset="tiny-starcoder2"), Layout(tp=2, pp=2)
     for stage in range(2):
-        size = stage_table(config, layout, 2 * stage).local_size
+        parts = stage_parts(config.model, config.parallel, config.data.seq_length, 2, stage)
+        size = parameter_table(config.model, parts, TensorParallel(0, 2)).local_size
         assert estimate(config, layout, stage, BF16, "cpu").parameters == 2 * size
-
-
-def live(config: Config, part: Part, layout: Layout) -> dict[str, tuple[int, int]]:
-    """By kind of recompute, bytes that a part of the model keeps for its backward pass, and that wait for the weight
-    gradients behind it."""
-    world, found = world_of(layout, kv_replicas=kv_replicas(config.model, layout.tp)), {}
-    parameters = ShardedParameters(parameter_table(config.model, [part], world.tp), torch.float32, world)
-    attend = attend_within((0, 16, TOKENS), config.model.sliding_window)
-    for recompute in ("none", "selective", "full"):
-        decoder = Decoder(
-            config.model,
-            Parameters(parameters.by_path, parameters.sinks),
-            part,
-            world.tp,
-            ParallelConfig(recompute=recompute),
-        )
-        parameters.flow.postponed = []
-        with LiveMemory() as alive:
-            x = torch.ones(TOKENS // layout.tp, config.model.hidden_size).requires_grad_()
-            out = decoder(x, torch.arange(TOKENS), attend)
-            kept = settled(alive) - out.nbytes
-            out.backward(torch.ones_like(out))
-            del out
-            waiting = settled(alive) - x.nbytes - x.grad.nbytes
-        found[recompute] = kept, waiting
-    return found
-
-
-def hold_against_estimate(config: Config, part: Part, tp: int, found: dict[str, tuple[int, int]]) -> None:
-    """Beside what is counted, layers keep the rotary tables, and a number or two of each row and head."""
-    for recompute, (kept, waiting) in found.items():
-        config = config.model_copy(update={"parallel": ParallelConfig(recompute=recompute)})
-        tables = 4 * TOKENS * config.model.head_dim
-        assert kept - tables == pytest.approx(memory._kept(config, tp, part, 4), rel=0.04)
-        assert waiting == memory._waiting(config, tp, part, 4)
-
-
-MIDDLE = Part(range(1, 4), has_embedding=False, has_head=False)
-
-
-@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3", "tiny-starcoder2"])
-def test_layers_keep_what_is_said(tmp_path, preset):
-    config = run_config(tmp_path, *WIDE, preset=preset)
-    hold_against_estimate(config, MIDDLE, 1, live(config, MIDDLE, Layout()))
-
-
-def test_layers_of_tensor_parallel_ranks_keep_what_is_said(tmp_path):
-    """With more ranks than key and value heads."""
-    config = run_config(tmp_path, *WIDE, "--model.num_kv_heads", "1")
-    for found in run_ranks(2, live, config, MIDDLE, Layout(tp=2)):
-        hold_against_estimate(config, MIDDLE, 2, found)
-
-
-def test_layers_that_are_not_recomputed_keep_all(tmp_path):
-    part = Part(range(4), has_embedding=True, has_head=False)
-    full = ("--parallel.recompute", "full")
-    none, one, all_ = (
-        memory._kept(run_config(tmp_path, *overrides), 1, part, 2)
-        for overrides in ((), (*full, "--parallel.recompute_layers", "1"), full)
-    )
-    assert one == (3 * none + all_) // 4
-    assert memory._kept(run_config(tmp_path, *full, "--parallel.recompute_layers", "9"), 1, part, 2) == all_
-
-
-def test_the_loss_keeps_its_gradients(tmp_path):
-    """fp32 [t, h] and [v, h], until its backward pass; as each microbatch of GPipe does."""
-    config = run_config(tmp_path, *WIDE)
-    parameters = ShardedParameters(parameter_table(config.model), BF16, world_of())
-    decoder = Decoder(
-        config.model,
-        Parameters(parameters.by_path, parameters.sinks),
-        Part(range(0), has_embedding=False, has_head=True),
-    )
-    tokens = torch.zeros(TOKENS, dtype=torch.long)
-    with LiveMemory() as alive:
-        x = torch.ones(TOKENS, 256, dtype=BF16).requires_grad_()
-        loss = decoder.loss(x, tokens, tokens, torch.ones(TOKENS), (0, TOKENS))
-        kept = alive.bytes() - 4 * TOKENS
-    assert loss.isfinite()
-    assert kept == pytest.approx(
-        memory._kept(config, 1, Part(range(0), has_embedding=False, has_head=True), 2), rel=0.03
-    )
-
-
-def test_a_layer_of_gpt_keeps_what_korthikanti_et_al_count(tmp_path):
-    """34·h bytes a token in 16 bits without attention's matrix (arXiv 2205.05198, section 4.1); ours has no dropout,
-    whose masks take 2·h, and keeps queries and keys before and after the rotation, 4·h."""
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16}
-    overrides = [item for key, value in sizes.items() for item in (f"--model.{key}", str(value))]
-    config = run_config(tmp_path, *overrides, "--data.document_mask", "false", preset="tiny-starcoder2")
-    assert 2 * memory._layer_keeps(config, 1, "none") == (34 - 2 + 4) * 64
 
 
 def middle_stages(tmp_path, schedule: str, chunks: int, count: int) -> tuple[Config, list[int]]:
@@ -172,7 +83,7 @@ def middle_stages(tmp_path, schedule: str, chunks: int, count: int) -> tuple[Con
 @pytest.mark.parametrize("count", [1, 3, 5, 16, 61])
 def test_a_stage_holds_what_its_schedule_has_in_flight(tmp_path, schedule, chunks, count):
     config, found = middle_stages(tmp_path, schedule, chunks, count)
-    one = memory._kept(config, 1, Part(range(2), has_embedding=False, has_head=False), 2)
+    one = sizes_of(config).kept(Part(range(2), has_embedding=False, has_head=False), config.parallel)
     peaks = peak_activations(build_schedule(schedule, 4, count, chunks))
     assert found == [peaks[1] * one, peaks[2] * one]
 
@@ -182,7 +93,7 @@ def test_zero_bubble_also_holds_what_waits_for_the_weight_gradients(tmp_path, co
     """Stage s has 4 − s forwards in flight, and the weights of s backwards wait; the next backward adds its own."""
     config, found = middle_stages(tmp_path, "zero_bubble", 1, count)
     part = Part(range(2), has_embedding=False, has_head=False)
-    kept, waiting = memory._kept(config, 1, part, 2), memory._waiting(config, 1, part, 2)
+    kept, waiting = sizes_of(config).kept(part, config.parallel), sizes_of(config).waiting(part)
     if count >= 5:
         assert found == [max(n * kept + k * waiting for n, k in ((4 - s, s), (3 - s, s + 1))) for s in (1, 2)]
     actions = build_schedule("zero_bubble", 4, count).actions
@@ -196,15 +107,10 @@ def test_parts_of_a_stage_count_by_their_own_layers(tmp_path):
     sizes = ("--model.num_layers", "8", "--parallel.layers_per_stage", "[1, 1, 5, 1]", "--batch.global", "8")
     config = run_config(tmp_path, *sizes, *INTERLEAVED, "2")
     found = estimate(config, Layout(pp=2), 1, BF16, "cpu").activations
-    first, last = (memory._kept(config, 1, Part(range(1), False, has_head), 2) for has_head in (False, True))
+    first, last = (
+        sizes_of(config).kept(Part(range(1), False, has_head), config.parallel) for has_head in (False, True)
+    )
     assert found == 2 * first + last
-
-
-def test_tensor_parallel_ranks_divide_the_activations(tmp_path):
-    """All that a layer keeps is divided, with sequence parallelism; key and value heads as long as there are enough."""
-    config = run_config(tmp_path, "--model.num_kv_heads", "4")
-    one, four = (memory._layer_keeps(config, tp, "none") for tp in (1, 4))
-    assert one == 4 * four
 
 
 def test_the_workspace_is_of_a_layer_or_of_the_loss(tmp_path):
@@ -213,7 +119,7 @@ def test_the_workspace_is_of_a_layer_or_of_the_loss(tmp_path):
     assert first - 2 * GIB == 2 * 4096 * 3 * 11008  # gradients within the feed-forward
     assert last - 2 * GIB == 32000 * (4096 * 6 + 4096 * 4)  # logits in fp32 and bf16, and the head's gradient
     full = config.model_copy(update={"parallel": ParallelConfig(recompute="full")})
-    again = 2 * 4096 * (memory._layer_keeps(config, 1, "none") - 4096)
+    again = 2 * 4096 * (sizes_of(config).layer("none") - 4096)
     assert estimate(full, Layout(pp=2), 0, BF16, "cuda").workspace == first + again
     assert estimate(config, Layout(pp=2), 0, BF16, "cpu").workspace == first - 2 * GIB
 

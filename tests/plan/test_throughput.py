@@ -13,8 +13,8 @@ from engine.testing.runs import run_config
 )
 def test_flops_per_token(tmp_path, preset, seq_length, gflop):
     assert preset in PRESETS
-    config = run_config(tmp_path, "--data.seq_length", str(seq_length), preset=preset)
-    assert flops_per_token(config, parameter_table(config.model)) / 1e9 == pytest.approx(gflop, abs=0.005)
+    model = run_config(tmp_path, preset=preset).model
+    assert flops_per_token(model, parameter_table(model), seq_length) / 1e9 == pytest.approx(gflop, abs=0.005)
 
 
 def test_the_peak_of_a_cpu_is_not_known():

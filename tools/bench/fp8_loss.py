@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError, TriaxisError, run_program
+from engine.formatting import duration
 from engine.testing.runs import read_records
-from engine.train.metrics import duration
 
 TOLERANCE = 0.005
 RECIPES = ("tensorwise", "delayed", "blockwise")

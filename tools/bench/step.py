@@ -190,7 +190,7 @@ def summary(config: Config, seconds: list[float], peak_bytes: int, peak: float |
     """A row of kernel_table.py: tokens/s (median, slowest, fastest), MFU by causal FLOPs, GiB."""
     tokens = config.batch.global_ * config.data.seq_length
     speed = tokens / statistics.median(seconds)
-    flops = flops_per_token(config, parameter_table(config.model))
+    flops = flops_per_token(config.model, parameter_table(config.model), config.data.seq_length)
     return {
         "value": speed,
         "range": [tokens / max(seconds), tokens / min(seconds)],

@@ -1,0 +1,82 @@
+"""Progress of long work: a bar on a terminal, a line every few seconds in a file or a pipe.
+
+Both show the share that is done, a text of the program, and the time left. The bar is redrawn when the work reports,
+not by a thread, because worker processes may be forked meanwhile.
+"""
+
+import sys
+import time
+from typing import TextIO
+
+from rich import progress
+from rich.console import Console
+
+from engine.formatting import duration
+
+_REDRAW_S = 0.1  # between two states of the bar
+
+
+class ProgressDisplay:
+    """Progress towards `total`, in any unit. Close it to remove the bar (`contextlib.closing`).
+
+    Args:
+        done: the part done by an earlier run, which does not count for the speed.
+        file: where to show it; by default stderr.
+        interval_s: seconds between lines.
+    """
+
+    def __init__(self, total: float, *, done: float = 0, file: TextIO | None = None, interval_s: float = 5.0) -> None:
+        self._total, self._before = max(total, 1), done
+        self._interval_s = interval_s
+        self._file = file or sys.stderr
+        self._start = self._shown_at = time.monotonic()
+        console = Console(file=self._file)
+        self._bar: progress.Progress | None = None
+        if self._file.isatty() and not console.is_dumb_terminal:
+            columns = (progress.BarColumn(bar_width=20), progress.TextColumn("{task.description}", markup=False))
+            self._bar = progress.Progress(
+                *columns,
+                console=console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # printed lines go above the bar, but stay out of the terminal
+                redirect_stderr=sys.stderr.isatty(),  # where the stream is a file
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since the start; never 0."""
+        return max(time.monotonic() - self._start, 1e-9)
+
+    def update(self, done: float, text: str, *, due: bool | None = None) -> None:
+        """Show that `done` of the total is done, and `text`; by default only when enough time has passed.
+
+        Args:
+            due: whether to print a line now, instead of by time; the bar always goes by time.
+        """
+        passed = time.monotonic() - self._shown_at
+        if self._bar is not None:
+            due = passed >= _REDRAW_S
+        elif due is None:
+            due = passed >= self._interval_s
+        if not due:
+            return
+        self._shown_at = time.monotonic()
+        new = done - self._before
+        left = duration(self.seconds / new * (self._total - done)) if new > 0 else "unknown"
+        line = f"{done / self._total:6.1%}  {text}  ETA {left}"
+        if self._bar is None:
+            print(line, file=self._file, flush=True)
+        else:
+            self._draw(self._bar, done, line)
+
+    def _draw(self, bar: progress.Progress, done: float, line: str) -> None:
+        if not bar.tasks:
+            bar.add_task(line, total=self._total)
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=done, description=line, refresh=True)
+
+    def close(self) -> None:
+        """Remove the bar from the terminal."""
+        if self._bar is not None:
+            self._bar.stop()

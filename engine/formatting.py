@@ -1,0 +1,21 @@
+"""How numbers are written for people: durations, counts and sizes."""
+
+
+def duration(seconds: float) -> str:
+    """`1d 02:03:04`, `2:03:04` or `3:04`."""
+    days, rest = divmod(round(seconds), 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, second = divmod(rest, 60)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}:{second:02}"
+    return f"{hours}:{minutes:02}:{second:02}" if hours else f"{minutes}:{second:02}"
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """`1 file`, `1,024 files`; `plural` is what the noun's plural adds."""
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
+
+
+def megabytes(num_bytes: float) -> str:
+    """`1,234.5 MB`, in units of 10^6 bytes."""
+    return f"{num_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,15 @@
+import pytest
+
+from engine.cli.arguments import program_parser, require_at_least
+from engine.errors import ConfigError
+
+
+def test_the_help_keeps_its_line_breaks():
+    shown = program_parser("First.\n\nSecond.", "examples:\n  one\n  two").format_help()
+    assert "First.\n\nSecond.\n" in shown and shown.endswith("examples:\n  one\n  two\n")
+
+
+def test_options_below_their_lowest_value_are_named():
+    require_at_least(1, workers=1, log_interval=None)
+    with pytest.raises(ConfigError, match=r"^--log-interval 0: expected at least 1$"):
+        require_at_least(1, workers=1, log_interval=0)

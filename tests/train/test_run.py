@@ -233,7 +233,7 @@ def test_a_misspelt_checkpoint_is_never_a_random_start(workspace):
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_allocated(workspace):
-    match = "(?s)GiB per rank.*model.preset tiny"
+    match = "(?s)GiB per rank.*model.preset = tiny"
     refused(workspace, OutOfMemoryError, match, "--model.num_layers", "100", "--model.hidden_size", "65536")
 
 

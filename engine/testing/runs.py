@@ -15,8 +15,8 @@ import torch
 from engine.checkpoint.opening import trained
 from engine.config.load import resolve
 from engine.config.schema import Config
-from engine.data.samples.loader import Batch, collate
-from engine.data.samples.pretrain import Sample
+from engine.data.samples.batch import Batch, collate
+from engine.data.samples.sample import Sample
 from engine.data.storage.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import Interrupted

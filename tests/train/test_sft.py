@@ -17,8 +17,8 @@ from engine.checkpoint.opening import open_model
 from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.schema import DatasetConfig
 from engine.config.schema import ParallelConfig as Parallel
-from engine.data.samples.loader import Batch, collate
-from engine.data.samples.pretrain import Sample
+from engine.data.samples.batch import Batch, collate
+from engine.data.samples.sample import Sample
 from engine.data.samples.sft import SftDataset
 from engine.data.storage.indexed import IndexedDatasetWriter
 from engine.data.tokenizers.tokenizer import load_tokenizer

@@ -39,7 +39,8 @@ from engine.checkpoint.opening import initial_weights, trained
 from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.load import resolve
 from engine.config.schema import Config, DatasetConfig, OptimizerConfig
-from engine.data.samples.loader import Batch, batches
+from engine.data.samples.batch import Batch
+from engine.data.samples.loader import batches
 from engine.data.samples.sft import SftDataset
 from engine.data.storage.files import Array
 from engine.data.storage.indexed import IndexedDatasetWriter, token_dtype

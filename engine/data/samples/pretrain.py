@@ -13,59 +13,21 @@ Legend: T tokens of a dataset's part, S sequence length.
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.config.schema import DatasetConfig
 from engine.data.samples.mixture import Mixture
 from engine.data.samples.permutation import Permutation, keyed_below
-from engine.data.storage.files import Ints
+from engine.data.samples.sample import Location, Sample, Split, part_documents
 from engine.data.storage.indexed import IndexedDataset
-from engine.errors import ConfigError, DataError
+from engine.errors import DataError
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 IDENTITY_TOKENS = 4096  # at each end of a dataset, in its fingerprint
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One row of a batch.
-
-    Attributes:
-        tokens: int64 [S].
-        labels: int64 [S], what follows each of them.
-        boundaries: offsets in (0, S) at which a document starts.
-        target_mask: bool [S], which labels count; None: all.
-    """
-
-    tokens: Ints
-    labels: Ints
-    boundaries: Ints
-    target_mask: npt.NDArray[np.bool_] | None = None
-
-    @classmethod
-    def following(cls, tokens: Ints, boundaries: Ints) -> "Sample":
-        """Of consecutive tokens [S + 1], of which the last is only a label."""
-        return cls(tokens[:-1], tokens[1:], boundaries)
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a sample lies: sample `number` of an epoch of a dataset, from token `start` of its `.bin` on."""
-
-    dataset: int
-    name: str
-    epoch: int
-    number: int
-    start: int
 
 
 class PretrainDataset:
@@ -179,16 +141,3 @@ class _Source:
         content = hashlib.blake2b(b"".join(ends), digest_size=16).hexdigest()
         numbers = [self.occurrence, self.begin, self.end, self.num_samples, self.seq_length, self.seed]
         return [self.name, *numbers, content]
-
-
-def part_documents(num_documents: int, split: Sequence[float], part: Split) -> tuple[int, int]:
-    """The documents [begin, end) of a part: its share of them, counted cumulatively and rounded.
-
-    Raises:
-        ConfigError: shares that are negative, not finite or all zero.
-    """
-    if not all(math.isfinite(share) and share >= 0 for share in split) or sum(split) <= 0:
-        raise ConfigError(f"data.split = {list(split)}: shares must be finite, >= 0 and not all zero")
-    total, at = sum(map(Fraction, split)), SPLITS.index(part)
-    begin, end = (sum(map(Fraction, split[:k])) * num_documents / total for k in (at, at + 1))
-    return int(begin + Fraction(1, 2)), int(end + Fraction(1, 2))

@@ -19,7 +19,7 @@ import numpy as np
 from engine.config.schema import DatasetConfig
 from engine.data.samples.packing import Packing, alone, best_fit
 from engine.data.samples.permutation import Permutation
-from engine.data.samples.pretrain import SPLITS, Sample, Split, part_documents
+from engine.data.samples.sample import SPLITS, Sample, Split, part_documents
 from engine.data.storage.files import Ints
 from engine.data.storage.indexed import IndexedDataset
 from engine.errors import ConfigError, DataError

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from engine.config.schema import DatasetConfig
-from engine.data.samples.pretrain import PretrainDataset, part_documents
+from engine.data.samples.pretrain import PretrainDataset
+from engine.data.samples.sample import part_documents
 from engine.data.storage.indexed import HEADER, MAGIC, DatasetInfo, IndexedDatasetWriter
 from engine.errors import ConfigError, DataError
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.data.samples.pretrain import PretrainDataset
 from engine.data.storage.files import CHUNK, Ints
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, stream_text
 from engine.errors import ConfigError, DataError
 

@@ -17,7 +17,9 @@ from engine.config.load import resolve
 from engine.config.schema import Config
 from engine.data.samples.batch import Batch, collate
 from engine.data.samples.sample import Sample
-from engine.data.storage.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
+from engine.data.storage.format import token_dtype
+from engine.data.storage.info import DatasetInfo
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import Interrupted
 from engine.model.families import PRESETS

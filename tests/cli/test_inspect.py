@@ -14,8 +14,10 @@ from engine.cli import inspect
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
 from engine.data.samples.pretrain import PretrainDataset
-from engine.data.storage import indexed
-from engine.data.storage.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWriter
+from engine.data.storage import format as storage_format
+from engine.data.storage.info import DatasetInfo
+from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError, DataFormatError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece, write_chatml_tokenizer
@@ -138,7 +140,7 @@ def test_an_empty_dataset(tmp_path, capsys):
 @pytest.mark.parametrize("bits", [2, 20])
 def test_length_statistics_are_exact(tmp_path, monkeypatch, bits):
     monkeypatch.setattr(inspection, "LOW_BITS", bits)  # lengths of up to 2 * bits bits are told apart
-    monkeypatch.setattr(indexed, "CHUNK", 7)
+    monkeypatch.setattr(storage_format, "CHUNK", 7)
     for count in (1, 2, 3, 30, 31):
         lengths = np.random.default_rng(count).integers(0, 16, count)
         with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:

@@ -18,7 +18,7 @@ import yaml
 from engine.cli import preprocess
 from engine.config.schema import DatasetConfig
 from engine.data.samples.pretrain import PretrainDataset
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers import fast_sentencepiece
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError, DataError, StorageError

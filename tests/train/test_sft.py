@@ -20,7 +20,7 @@ from engine.config.schema import ParallelConfig as Parallel
 from engine.data.samples.batch import Batch, collate
 from engine.data.samples.sample import Sample
 from engine.data.samples.sft import SftDataset
-from engine.data.storage.indexed import IndexedDatasetWriter
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.model.attention import attend_within

@@ -43,7 +43,8 @@ from engine.data.samples.batch import Batch
 from engine.data.samples.loader import batches
 from engine.data.samples.sft import SftDataset
 from engine.data.storage.files import Array
-from engine.data.storage.indexed import IndexedDatasetWriter, token_dtype
+from engine.data.storage.format import token_dtype
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.tokenizer import load_tokenizer
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS

@@ -19,7 +19,9 @@ import orjson
 from engine import __version__
 from engine.data.preprocess.documents import REJECTS_SUFFIX, Block, Reject, Source, parse_block, read_blocks
 from engine.data.preprocess.workers import ordered_map
-from engine.data.storage.indexed import DatasetInfo, IndexedDatasetWriter, SourceFile, token_dtype
+from engine.data.storage.format import token_dtype
+from engine.data.storage.info import DatasetInfo, SourceFile
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError
 

@@ -21,7 +21,8 @@ from engine.data.chat.template import ChatEncoder, ChatTemplate, ConversationErr
 from engine.data.preprocess.documents import Block, Reject, Source, numbered_lines, reject
 from engine.data.preprocess.pretrain import Counts, EncodedBlock, dataset_info, filled, source_names
 from engine.data.preprocess.records import FORMATS, BadRecord, Conversation, Text, Tokens, parse_record
-from engine.data.storage.indexed import IndexedDatasetWriter, token_dtype
+from engine.data.storage.format import token_dtype
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import ConfigError, DataError
 

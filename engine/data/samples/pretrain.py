@@ -24,7 +24,7 @@ from engine.config.schema import DatasetConfig
 from engine.data.samples.mixture import Mixture
 from engine.data.samples.permutation import Permutation, keyed_below
 from engine.data.samples.sample import Location, Sample, Split, part_documents
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.errors import DataError
 
 IDENTITY_TOKENS = 4096  # at each end of a dataset, in its fingerprint

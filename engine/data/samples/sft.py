@@ -21,7 +21,7 @@ from engine.data.samples.packing import Packing, alone, best_fit
 from engine.data.samples.permutation import Permutation
 from engine.data.samples.sample import SPLITS, Sample, Split, part_documents
 from engine.data.storage.files import Ints
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.errors import ConfigError, DataError
 
 MOST_REPEATS = 1000  # of a conversation in an epoch

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.errors import DataError
 
 PROBES = 64  # places of a dataset at which its token ids are looked at

@@ -17,7 +17,7 @@ from engine.data.preprocess import documents
 from engine.data.preprocess.documents import find_sources
 from engine.data.preprocess.pretrain import Counts, dataset_prefix, preprocess
 from engine.data.preprocess.workers import WorkerFailed
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers.tokenizer import ByteTokenizer
 from engine.errors import ConfigError, DataError
 

@@ -7,7 +7,7 @@ import pytest
 
 from engine.config.schema import DatasetConfig
 from engine.data.samples.sft import SEGMENT, SftDataset
-from engine.data.storage.indexed import IndexedDatasetWriter
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.errors import ConfigError, DataError
 
 S = 32

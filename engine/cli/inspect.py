@@ -18,7 +18,7 @@ from engine.data.inspection import Conversation, Piece, document_kind, printable
 from engine.data.samples.pretrain import PretrainDataset
 from engine.data.samples.sample import SPLITS
 from engine.data.storage.reader import IndexedDataset
-from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
 
 EXAMPLES = """

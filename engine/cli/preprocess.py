@@ -24,7 +24,8 @@ from engine.data.preprocess.sft import (
 )
 from engine.data.storage.indexed import IndexedDataset
 from engine.data.tokenizers.fast_sentencepiece import EncoderMismatch
-from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError, DataError
 from engine.formatting import counted, duration, megabytes
 

@@ -13,7 +13,9 @@ import numpy as np
 from engine.data.samples.pretrain import PretrainDataset
 from engine.data.storage.files import CHUNK, Ints
 from engine.data.storage.reader import IndexedDataset
-from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, stream_text
+from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
+from engine.data.tokenizers.stream import stream_text
 from engine.errors import ConfigError, DataError
 
 LOW_BITS = 20  # the median is found in two passes: the high bits of a length, then these

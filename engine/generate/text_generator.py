@@ -10,7 +10,8 @@ from itertools import chain
 from typing import Any
 
 from engine.data.chat.template import ChatEncoder, Message
-from engine.data.tokenizers.tokenizer import Tokenizer, stream_text
+from engine.data.tokenizers.protocol import Tokenizer
+from engine.data.tokenizers.stream import stream_text
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling, generate_batch, require_room
 from engine.model.decoder import Decoder

@@ -20,7 +20,7 @@ from engine.data.samples.sample import Sample
 from engine.data.storage.format import token_dtype
 from engine.data.storage.info import DatasetInfo
 from engine.data.storage.writer import IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import Interrupted
 from engine.model.families import PRESETS
 from engine.testing.distributed import run_ranks

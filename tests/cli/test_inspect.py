@@ -18,7 +18,7 @@ from engine.data.storage import format as storage_format
 from engine.data.storage.info import DatasetInfo
 from engine.data.storage.reader import IndexedDataset
 from engine.data.storage.writer import IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, DataError, DataFormatError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece, write_chatml_tokenizer
 

@@ -21,7 +21,7 @@ from engine.data.samples.batch import Batch, collate
 from engine.data.samples.sample import Sample
 from engine.data.samples.sft import SftDataset
 from engine.data.storage.writer import IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder

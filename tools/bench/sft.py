@@ -45,7 +45,7 @@ from engine.data.samples.sft import SftDataset
 from engine.data.storage.files import Array
 from engine.data.storage.format import token_dtype
 from engine.data.storage.writer import IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from engine.data.chat.builtin import BUILTIN
 from engine.data.chat.compiled import SOURCE_LIMIT, CompiledTemplate, ConversationError, Message, Span, TemplateError
-from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE, Tokenizer
+from engine.data.tokenizers.files import CHAT_TEMPLATE
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
 
 __all__ = [

@@ -22,7 +22,7 @@ from engine.data.preprocess.workers import ordered_map
 from engine.data.storage.format import token_dtype
 from engine.data.storage.info import DatasetInfo, SourceFile
 from engine.data.storage.writer import IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError, DataError
 
 HOPELESS = 1000  # lines rejected before the first document: the input is not what it is taken for

@@ -23,7 +23,7 @@ from engine.data.preprocess.pretrain import Counts, EncodedBlock, dataset_info, 
 from engine.data.preprocess.records import FORMATS, BadRecord, Conversation, Text, Tokens, parse_record
 from engine.data.storage.format import token_dtype
 from engine.data.storage.writer import IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError, DataError
 
 OnTooLong = Literal["truncate", "drop", "split", "error"]

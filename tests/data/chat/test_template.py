@@ -10,7 +10,8 @@ from tokenizers import Tokenizer as Backend
 
 from engine.data.chat.builtin import BUILTIN
 from engine.data.chat.template import ChatEncoder, ChatTemplate, ConversationError, TemplateError, find_template
-from engine.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
+from engine.data.tokenizers.byte import ByteTokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
 

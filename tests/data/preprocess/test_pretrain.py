@@ -18,7 +18,7 @@ from engine.data.preprocess.documents import find_sources
 from engine.data.preprocess.pretrain import Counts, dataset_prefix, preprocess
 from engine.data.preprocess.workers import WorkerFailed
 from engine.data.storage.reader import IndexedDataset
-from engine.data.tokenizers.tokenizer import ByteTokenizer
+from engine.data.tokenizers.byte import ByteTokenizer
 from engine.errors import ConfigError, DataError
 
 
@@ -202,9 +202,9 @@ def test_no_orphans_when_the_parent_is_killed(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     program = (
         "import sys; from engine.data.preprocess import documents, pretrain as p;"
-        "from engine.data.tokenizers import tokenizer as t;"
+        "from engine.data.tokenizers.byte import ByteTokenizer;"
         "documents.read_blocks.__defaults__ = (10,);"
-        "p.preprocess(documents.find_sources(sys.argv[1:2]), t.ByteTokenizer(), sys.argv[2],"
+        "p.preprocess(documents.find_sources(sys.argv[1:2]), ByteTokenizer(), sys.argv[2],"
         " keys=['text'], append_eod=True, workers=3)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "out")])

@@ -15,7 +15,7 @@ from engine.data.preprocess import sft as supervised
 from engine.data.preprocess.documents import RECORDS, Block, Source, find_sources
 from engine.data.preprocess.sft import Rules, SupervisedEncoder, describe, preprocess_conversations, sft_prefix
 from engine.data.storage.reader import IndexedDataset
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, DataError
 from engine.testing.tokenizers import write_chatml_tokenizer
 

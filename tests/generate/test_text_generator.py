@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from engine.config.schema import ModelConfig
-from engine.data.chat.template import ChatEncoder, ChatTemplate, ConversationError
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.errors import ConversationError
+from engine.data.chat.template import ChatTemplate
 from engine.data.tokenizers.byte import ByteTokenizer
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling

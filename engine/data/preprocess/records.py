@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import orjson
 
-from engine.data.chat.template import Message
+from engine.data.chat.compiled import Message
 
 FORMATS: dict[str, tuple[str, ...]] = {  # the keys that tell, looked for in this order
     "tokens": ("input_ids",),

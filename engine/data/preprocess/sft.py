@@ -17,7 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.chat.template import ChatEncoder, ChatTemplate, ConversationError, Message, TemplateError, TrainOn
+from engine.data.chat.compiled import Message
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.errors import ConversationError, TemplateError
+from engine.data.chat.template import ChatTemplate, TrainOn
 from engine.data.preprocess.documents import Block, Reject, Source, numbered_lines, reject
 from engine.data.preprocess.pretrain import Counts, EncodedBlock, dataset_info, filled, source_names
 from engine.data.preprocess.records import FORMATS, BadRecord, Conversation, Text, Tokens, parse_record

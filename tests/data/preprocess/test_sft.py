@@ -9,7 +9,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from engine.data.chat.template import ChatEncoder, ChatTemplate, TemplateError, find_template
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.errors import TemplateError
+from engine.data.chat.find import find_template
+from engine.data.chat.template import ChatTemplate
 from engine.data.preprocess import documents
 from engine.data.preprocess import sft as supervised
 from engine.data.preprocess.documents import RECORDS, Block, Source, find_sources

@@ -193,7 +193,7 @@ def test_existing_output_is_not_replaced_unasked(folder, main):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--input", "gone.jsonl", *BYTE), 64, "error: --input: no such file or directory: gone.jsonl"),
+        (("--input", "gone.jsonl", *BYTE), 64, "error: input: no such file or directory: gone.jsonl"),
         (
             ("--input", "a.jsonl"),
             64,
@@ -389,7 +389,7 @@ def test_texts_need_no_template(chats, main, capsys):
         (["--chat-template", "llama3"], ConfigError, "those that work with it: chatml"),
         (["--on-bad-line", "fail"], DataError, r"chats\.jsonl:3: unknown role"),
         (["--max-length", 60, "--on-too-long", "error"], DataError, r"chats\.jsonl:2: 232 tokens, more than .* 60"),
-        (["--max-length", 4], DataError, "nothing to learn in .*: 3 rejected: nothing to learn when cut; 1 rejected"),
+        (["--max-length", 4], DataError, "no targets in .*: 3 rejected: no target when cut; 1 rejected"),
     ],
 )
 def test_errors_with_conversations(chats, main, arguments, error, message):

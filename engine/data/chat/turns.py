@@ -88,8 +88,8 @@ class TurnFinder:
         U Hi E A Hello! E U 1+1? E A <think>\nAdd.\n</think>\n\n2 E
 
     Message 1, rendered at the end of a conversation, has the head `U Hi E A` and the text
-    `<think>\nGreet.\n</think>\n\nHello! E`. The whole text does not begin with both. It does begin with the head, then has
-    `Hello! E` up to the next `E`, with which the turn's text ends as well: found after shortening. Message 3 keeps its
+    `<think>\nGreet.\n</think>\n\nHello! E`. The whole text does not begin with both. It does begin with the head, then
+    has `Hello! E` up to the next `E`, and the turn's text ends with that: found after shortening. Message 3 keeps its
     thought and is found by prefix.
 
     Args:

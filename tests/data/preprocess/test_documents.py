@@ -8,8 +8,10 @@ import orjson
 import pytest
 import zstandard
 
-from engine.data.preprocess import documents
-from engine.data.preprocess.documents import RECORDS, find_sources, parse_block, read_blocks
+from engine.data.preprocess import blocks, decompress
+from engine.data.preprocess.blocks import read_blocks
+from engine.data.preprocess.documents import parse_block
+from engine.data.preprocess.sources import RECORDS, find_sources
 from engine.errors import ConfigError, StorageError
 
 TEXTS = ["one", "two\nlines", "", "naïve 中文", "nul \x00 inside", "x" * 5000, " "]
@@ -17,7 +19,7 @@ LINES = b"".join(orjson.dumps({"id": i, "text": text}) + b"\n" for i, text in en
 SURROGATES = b'{"text": "\\ud83d\\ude00"}'
 
 
-def read(path, keys=("text",), block_bytes=documents.BLOCK_BYTES):
+def read(path, keys=("text",), block_bytes=blocks.BLOCK_BYTES):
     """Texts, and rejects as (line, reason)."""
     blocks = list(read_blocks(find_sources([str(path)]), block_bytes))
     parsed = [parse_block(block, keys) for block in blocks]
@@ -85,8 +87,8 @@ def test_line_numbers_do_not_depend_on_blocks(tmp_path, block_bytes):
         (b"{}", "no key 'text'; it has none"),
         (b'{"prompt": "a", "output": "b"}', "no key 'text'"),  # one key of two formats each
         (b'{"Text": "a", "url": 1}', "no key 'text'; it has 'Text', 'url'"),
-        (b'{"messages": []}', "it has 'messages'; for fine-tuning add --task sft"),
-        (b'{"instruction": "a", "output": "b"}', "'output'; for fine-tuning add --task sft"),
+        (b'{"messages": []}', "it has 'messages'; for fine-tuning preprocess it with task = sft"),
+        (b'{"instruction": "a", "output": "b"}', "'output'; for fine-tuning preprocess it with task = sft"),
         (b'{"text": null}', "holds a NoneType, expected text"),
         (b'{"text": 5}', "holds a int, expected text"),
         (b'{"text": ["a"]}', "holds a list, expected text"),
@@ -99,7 +101,7 @@ def test_bad_lines(tmp_path, line, reason):
     assert texts == ["before", "after"]
     assert [number for number, _ in rejects] == [2]
     assert reason in rejects[0][1]
-    assert ("--task sft" in rejects[0][1]) == ("--task sft" in reason)
+    assert ("task = sft" in rejects[0][1]) == ("task = sft" in reason)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +174,16 @@ def test_compressed_files_one_after_another(tmp_path, suffix):
     """As `cat a.gz b.gz` and parallel compressors make them; some pad with zeros."""
     path = tmp_path / f"a.jsonl{suffix}"
     one = compress(LINES, suffix)
-    for glue in (b"", b"\0" * documents.COMPRESSED_BYTES):
+    for glue in (b"", b"\0" * decompress.COMPRESSED_BYTES):
         path.write_bytes(one + glue + one + b"\0" * 512)
         assert read(path) == (TEXTS * 2, [])
-    padding = documents.COMPRESSED_BYTES - len(one)
+    padding = decompress.COMPRESSED_BYTES - len(one)
     path.write_bytes(one + b"\0" * padding + one)  # the second starts where a reading ends
     assert read(path) == (TEXTS * 2, [])
 
 
 def test_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1 << 22)
+    monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", 1 << 22)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' + b"x" * (1 << 23)))
     texts, ((line, reason),) = read(path)

@@ -116,7 +116,7 @@ def test_bad_input(prefix, arguments, error, message):
 def test_the_tokenizer_of_other_data_is_refused(prefix):
     text = prefix.with_suffix(".json").read_text()
     prefix.with_suffix(".json").write_text(text.replace(load_tokenizer("byte").hash, "another"))
-    with pytest.raises(DataError, match=r"hash another; --tokenizer byte has"):
+    with pytest.raises(DataError, match=r"hash another; tokenizer byte has"):
         main(prefix, "--tokenizer", "byte")
 
 
@@ -174,7 +174,7 @@ def test_a_sparse_file_is_counted_without_reading_it(tmp_path, capsys):
 
 @pytest.fixture
 def chats(tmp_path):
-    """Two conversations in ChatML, the answers learned, and ids that are nobody's text; beside the tokenizer `tok`."""
+    """Two conversations in ChatML, the answers targets, and ids that are nobody's text; beside the tokenizer `tok`."""
     tokenizer = load_tokenizer(write_chatml_tokenizer(tmp_path / "tok"))
     info = DatasetInfo(tokenizer_kind="huggingface", tokenizer_hash=tokenizer.hash, vocab_size=300, eod_id=0)
     with IndexedDatasetWriter(tmp_path / "chats", np.uint16, info, masked=True) as writer:
@@ -224,9 +224,9 @@ def test_a_conversation_as_json(chats, capsys):
     main(chats, "--tokenizer", chats.parent / "tok", "--sample", 0, "--json")
     report = orjson.loads(capsys.readouterr().out)
     (shown,) = report["document"]
-    assert report["learned"] == 17
-    assert (shown["document"], shown["num_tokens"], shown["learned"]) == (0, 33, 12)
-    assert [(run["learned"], run["text"]) for run in shown["runs"]] == [
+    assert report["target_tokens"] == 17
+    assert (shown["document"], shown["num_tokens"], shown["num_targets"]) == (0, 33, 12)
+    assert [(run["is_target"], run["text"]) for run in shown["runs"]] == [
         (False, ASKED),
         (True, "höllo\x1b[31m<|im_end|>"),
     ]

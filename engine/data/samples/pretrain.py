@@ -1,12 +1,12 @@
 """Pretraining samples: sample i is a pure function of its number.
 
-`sample(i)` computes dataset, epoch, place and document boundaries by arithmetic and a binary search in the mapped
-document table. So resuming is one integer, and the samples depend on neither the layout, the number of workers,
-a restart, nor how long the run is to be. Rejected: sample indices built before the first step and shared by a
-file or a broadcast.
+`sample(i)` computes dataset, epoch, location and document boundaries by arithmetic and a binary search in the document
+table. So resuming takes one integer, and the samples do not depend on the layout, the number of workers, a restart, or
+the length of the run. Alternative considered: sample indices built before the first step and shared by a file or a
+broadcast.
 
-The order is keyed by the last part of a dataset's path, so that moving a directory of datasets changes nothing;
-where two datasets of a mixture share that name, the later ones are told apart by a number.
+The order is keyed by the last part of a dataset's path, so moving a directory of datasets changes nothing; datasets of
+a mixture with the same name are distinguished by a number.
 
 Legend: T tokens of a dataset's part, S sequence length.
 """
@@ -34,9 +34,9 @@ class PretrainDataset:
     """An endless, ordered set of samples drawn from weighted datasets.
 
     Args:
-        datasets: prefixes and weights.
+        datasets: their prefixes and weights.
         split: shares of train, valid and test; each dataset is cut by contiguous documents.
-        part: which of the three to read.
+        part: the one to read.
         seq_length: S; a sample holds S + 1 tokens.
         seed: of the order.
 
@@ -45,7 +45,7 @@ class PretrainDataset:
 
     Raises:
         DataError: a file is missing or damaged, or a dataset has too few tokens for one sample.
-        ConfigError: shares or weights that make no sense.
+        ConfigError: invalid shares or weights.
     """
 
     num_rows = None
@@ -83,11 +83,11 @@ class PretrainDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the part, over all datasets."""
+        """Tokens of the split, over all datasets."""
         return sum(source.end - source.begin for source in self._sources)
 
     def sample(self, i: int) -> Sample:
-        """Sample `i >= 0`; there is no last one, as epochs follow one another."""
+        """Sample `i >= 0`; there is no last one, because epochs follow each other."""
         here, length = self.where(i), self.seq_length
         data = self._sources[here.dataset].data
         tokens = data.tokens(here.start, length + 1).astype(np.int64)
@@ -95,7 +95,7 @@ class PretrainDataset:
         return Sample.following(tokens, boundaries)
 
     def where(self, i: int) -> Location:
-        """Where sample `i` lies, without reading it."""
+        """The location of sample `i`, without reading it."""
         if i < 0:
             raise IndexError(f"sample {i}; samples count from 0")
         dataset, draw = self._mixture.draw(i)
@@ -103,7 +103,7 @@ class PretrainDataset:
         return Location(dataset, source.name, *source.locate(draw))
 
     def fingerprint(self) -> str:
-        """Identifies the data and their order; independent of the directory they lie in.
+        """Identifies the data and their order, independent of their directory.
 
         Covers seed, split, mixture, sizes and the first and last tokens of each dataset's part.
         """
@@ -128,7 +128,7 @@ class _Source:
     seed: int
 
     def locate(self, draw: int) -> tuple[int, int, int]:
-        """The epoch, the sample's number in the file's order, and its first token. Cut points move every epoch."""
+        """The epoch, the sample's number in file order, and its first token. Sample boundaries shift every epoch."""
         epoch, i = divmod(draw, self.num_samples)
         key = (self.seed, self.name, self.occurrence, epoch)
         number = Permutation(self.num_samples, *key)(i)

@@ -15,7 +15,8 @@ from jinja2 import nodes
 
 from engine.data.chat.budget import Budget
 from engine.data.chat.errors import ConversationError, TemplateError
-from engine.data.chat.sandbox import BUDGET, Environment, Metering, generation_in_buffer, is_generation
+from engine.data.chat.metering import Metering
+from engine.data.chat.sandbox import BUDGET, Environment, generation_in_buffer, is_generation
 from engine.data.tokenizers.protocol import Span
 
 Message = dict[str, Any]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from engine.data.chat.template import ChatEncoder, Message
+from engine.data.chat.compiled import Message
+from engine.data.chat.encoder import ChatEncoder
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.stream import stream_text
 from engine.errors import ConfigError

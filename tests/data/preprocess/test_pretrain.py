@@ -14,7 +14,8 @@ import orjson
 import pytest
 
 from engine.data.preprocess import blocks
-from engine.data.preprocess.pretrain import Counts, dataset_prefix, preprocess
+from engine.data.preprocess.build import Counts
+from engine.data.preprocess.pretrain import dataset_prefix, preprocess
 from engine.data.preprocess.sources import find_sources
 from engine.data.preprocess.workers import WorkerFailed
 from engine.data.storage.reader import IndexedDataset

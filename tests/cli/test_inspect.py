@@ -189,7 +189,7 @@ def chats(tmp_path):
 ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_conversation_with_what_is_learned(chats, capsys):
+def test_a_conversation_with_its_targets(chats, capsys):
     for flag in ("--sample", "--document"):
         main(chats, "--tokenizer", chats.parent / "tok", flag, 0)
         out, _ = capsys.readouterr()

@@ -305,13 +305,13 @@ def test_conversations_from_a_clean_process(chats):
         *(f"x_sft.{kind}" for kind in ("bin", "idx", "json", "mask.bin")),
     ]
     data = IndexedDataset("out/x_sft")
-    learned = int(data.mask(0, data.num_tokens).sum())
+    targets = int(data.mask(0, data.num_tokens).sum())
     for line in (
         "template   chatml",
         "formats    messages 1, sharegpt 1, text 1",
         "turn end   '<|im_end|>' (id 2), a target token",
         f"done       3 conversations, {data.num_tokens} tokens in 0:0",
-        f"{learned} target tokens, {learned / data.num_tokens:.1%}",
+        f"{targets} target tokens, {targets / data.num_tokens:.1%}",
         "tokens a document: median 29, longest 100",
         "1 rejected: unknown role",
         "1 too long, cut to the first tokens",

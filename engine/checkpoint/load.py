@@ -8,7 +8,8 @@ from torch import nn
 from engine.checkpoint.model_directory import ModelDirectory
 from engine.checkpoint.opening import open_model
 from engine.config.schema import ModelConfig
-from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters

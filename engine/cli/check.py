@@ -9,9 +9,9 @@ from engine.cli.arguments import require_at_least
 from engine.config.derived import with_steps
 from engine.config.schema import Config
 from engine.data.samples.dataset import SampleDataset
-from engine.data.samples.pretrain import Split
-from engine.data.storage.indexed import dataset_file
-from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.data.samples.sample import Split
+from engine.data.storage.format import dataset_file
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available

@@ -17,7 +17,8 @@ from engine.checkpoint.huggingface.importing import import_directory
 from engine.checkpoint.run_directory import BEST, open_checkpoint
 from engine.cli.arguments import program_parser
 from engine.cli.progress import ProgressDisplay
-from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE, load_tokenizer
+from engine.data.tokenizers.files import CHAT_TEMPLATE
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.formatting import counted
 from engine.model.parameters import logical_shapes

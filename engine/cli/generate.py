@@ -22,7 +22,10 @@ from engine.checkpoint.load import load_decoder
 from engine.checkpoint.opening import open_model
 from engine.cli.generate_options import COMMANDS, parse_options, utf8
 from engine.cli.progress import ProgressDisplay
-from engine.data.chat.template import ChatEncoder, ConversationError, Message, find_template
+from engine.data.chat.compiled import Message
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.errors import ConversationError
+from engine.data.chat.find import find_template
 from engine.data.inspection import printable
 from engine.errors import ConfigError, DataError, TriaxisError
 from engine.formatting import counted

@@ -14,10 +14,11 @@ from engine.cli.arguments import program_parser, require_at_least
 from engine.cli.progress import ProgressDisplay
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
-from engine.data.inspection import Conversation, Piece, document_kind, printable
-from engine.data.samples.pretrain import SPLITS, PretrainDataset
-from engine.data.storage.indexed import IndexedDataset
-from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.data.inspection import ConversationExcerpt, DocumentExcerpt, document_kind, printable
+from engine.data.samples.pretrain import PretrainDataset
+from engine.data.samples.sample import SPLITS
+from engine.data.storage.reader import IndexedDataset
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
 
 EXAMPLES = """
@@ -95,7 +96,7 @@ def _print(report: dict[str, Any]) -> None:
     for name, value in _rows(report):
         console.print(Text(f"{name:<23} ", "bold").append(value, "not bold"))
     for piece in [*report.get("head", []), *report.get("document", [])]:
-        if isinstance(piece, Conversation):
+        if isinstance(piece, ConversationExcerpt):
             _print_conversation(console, piece)
             continue
         title = f"document {piece.document:,}: {piece.num_tokens:,} tokens"
@@ -105,15 +106,15 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    kind = document_kind("learned" in report)
+    kind = document_kind("target_tokens" in report)
     rows = [
         ("dataset", report["prefix"]),
         (f"{kind}s", f"{report['documents']:,} in {report['sequences']:,} sequences"),
         ("tokens", f"{report['tokens']:,} as {report['dtype']}"),
         ("size", f"{report['bytes']:,} bytes"),
     ]
-    if (learned := report.get("learned")) is not None:
-        rows.append(("target tokens", f"{learned:,}, {learned / max(report['tokens'], 1):.1%}"))
+    if (targets := report.get("target_tokens")) is not None:
+        rows.append(("target tokens", f"{targets:,}, {targets / max(report['tokens'], 1):.1%}"))
     if (lengths := report["document_tokens"]) is not None:
         text = (
             f"min {lengths['min']:,}, median {lengths['median']:,}, mean {lengths['mean']:,.1f}, max {lengths['max']:,}"
@@ -133,7 +134,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         against = (
             f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check an upper bound"
         )
-        mask = "; the mask has one of 0 and 1 for each" if learned is not None else ""
+        mask = "; the mask has one of 0 and 1 for each" if targets is not None else ""
         rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
     return rows
 
@@ -149,17 +150,17 @@ def _print_sample(console: Console, sample: dict[str, Any]) -> None:
         _print_piece(console, piece, title)
 
 
-def _print_conversation(console: Console, conversation: Conversation) -> None:
-    count, learned = conversation.num_tokens, conversation.learned
+def _print_conversation(console: Console, conversation: ConversationExcerpt) -> None:
+    count, targets = conversation.num_tokens, conversation.num_targets
     shown = _shown(sum(len(run.ids) for run in conversation.runs), count)
-    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {learned:,} target tokens{shown}"
+    title = f"{document_kind(True)} {conversation.document:,}: {count:,} tokens, {targets:,} target tokens{shown}"
     console.print(Text(title, "bold cyan"))
     colored = console.color_system is not None and not console.no_color
     text = Text()
     for run in conversation.runs:
         said = printable(run.text) if run.text is not None else " ".join(map(str, run.ids))
-        if colored or not run.learned:
-            text.append(said, "bold green" if run.learned else None)
+        if colored or not run.is_target:
+            text.append(said, "bold green" if run.is_target else None)
         else:
             text.append(f"«{said}»")
         text.append(" " if run.text is None else "")
@@ -170,7 +171,7 @@ def _shown(count: int, of: int) -> str:
     return f", the first {count:,}" if count < of else ""
 
 
-def _print_piece(console: Console, piece: Piece, title: str) -> None:
+def _print_piece(console: Console, piece: DocumentExcerpt, title: str) -> None:
     console.print(Text(title, "bold cyan"))
     if piece.text is not None:
         console.print(Text(printable(piece.text)))

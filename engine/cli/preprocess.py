@@ -11,20 +11,19 @@ from typing import NoReturn
 
 from engine.cli.preprocess_options import KINDS, parse_options
 from engine.cli.progress import ProgressDisplay
-from engine.data.chat.template import ChatTemplate, find_template
+from engine.data.chat.find import find_template
+from engine.data.chat.template import ChatTemplate
 from engine.data.inspection import length_statistics
-from engine.data.preprocess.documents import RECORDS, TEXTS, Reject, Source, find_sources
-from engine.data.preprocess.pretrain import Counts, dataset_prefix, preprocess, rejects_path
-from engine.data.preprocess.sft import (
-    Rules,
-    SupervisedCounts,
-    describe,
-    preprocess_conversations,
-    sft_prefix,
-)
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.preprocess.build import Counts
+from engine.data.preprocess.pretrain import dataset_prefix, preprocess
+from engine.data.preprocess.record_encoder import Rules
+from engine.data.preprocess.rejects import Reject, rejects_path
+from engine.data.preprocess.sft import SftCounts, describe_outcomes, preprocess_sft, sft_prefix
+from engine.data.preprocess.sources import RECORDS, TEXTS, Source, find_sources
+from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers.fast_sentencepiece import EncoderMismatch
-from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError, DataError
 from engine.formatting import counted, duration, megabytes
 
@@ -75,7 +74,7 @@ def _run_sft(options: argparse.Namespace, sources: list[Source], tokenizer: Toke
     print(f"template   {name}\nworkers    {options.workers}", flush=True)
     rules = Rules(options.train_on or "assistant", options.max_length, options.on_too_long or "truncate")
     with closing(DocumentProgress(sources, options.log_interval)) as progress:
-        counts = preprocess_conversations(
+        counts = preprocess_sft(
             sources,
             tokenizer,
             template,
@@ -150,7 +149,7 @@ def _summarize(options: argparse.Namespace, counts: Counts, seconds: float) -> N
         print(f"           {prefix}.bin .idx .json\nnext       python tools/inspect_data.py {prefix}")
 
 
-def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokenizer: Tokenizer, seconds: float) -> None:
+def _summarize_sft(options: argparse.Namespace, counts: SftCounts, tokenizer: Tokenizer, seconds: float) -> None:
     data = IndexedDataset(sft_prefix(options.output_prefix))
     lengths = length_statistics(data)
     assert data.info is not None and lengths is not None
@@ -162,11 +161,11 @@ def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokeni
     print(
         f"done       {counted(kept, 'conversation')}, {counts.tokens:,} tokens in {duration(seconds)}, "
         f"{kept / max(seconds, 1e-9):,.0f} conversations/s\n"
-        f"           {counts.learned:,} target tokens, {counts.learned / counts.tokens:.1%}\n"
+        f"           {counts.num_targets:,} target tokens, {counts.num_targets / counts.tokens:.1%}\n"
         f"           tokens a document: median {lengths['median']:,}, longest {lengths['max']:,}"
     )
     _summarize_rejected(options, counts)
-    for sentence in describe(counts):
+    for sentence in describe_outcomes(counts):
         print(f"           {sentence}")
     if counts.outcome["spelled"]:
         spelled = f"{counts.outcome['spelled']:,}"
@@ -176,7 +175,7 @@ def _summarize_sft(options: argparse.Namespace, counts: SupervisedCounts, tokeni
     print(f"next       python tools/inspect_data.py {data.prefix}{tokenizer_flag} --sample 0")
 
 
-def _summarize_rejected(options: argparse.Namespace, counts: SupervisedCounts) -> None:
+def _summarize_rejected(options: argparse.Namespace, counts: SftCounts) -> None:
     """How many records were rejected, with a warning where it was most of them."""
     total = counts.conversations + counts.outcome["dropped"] + counts.rejected
     if counts.rejected:
@@ -186,7 +185,7 @@ def _summarize_rejected(options: argparse.Namespace, counts: SupervisedCounts) -
             print(f"warning: {rejected}, more than half", file=sys.stderr)
 
 
-def _formats(counts: SupervisedCounts) -> list[str]:
+def _formats(counts: SftCounts) -> list[str]:
     """A line for all files and, with several, one for each of the first."""
     total = sum(counts.formats.values(), Counter[str]())
     lines = [f"formats    {_format_counts(total)}"]

@@ -7,9 +7,11 @@ from typing import get_args
 
 from engine.cli.arguments import program_parser, require_at_least
 from engine.data.chat.template import TrainOn
-from engine.data.preprocess.pretrain import dataset_prefix, rejects_path
-from engine.data.preprocess.sft import OnTooLong, sft_prefix
-from engine.data.storage.indexed import dataset_file
+from engine.data.preprocess.pretrain import dataset_prefix
+from engine.data.preprocess.record_encoder import OnTooLong
+from engine.data.preprocess.rejects import rejects_path
+from engine.data.preprocess.sft import sft_prefix
+from engine.data.storage.format import dataset_file
 from engine.errors import ConfigError
 
 KINDS = {  # --tokenizer-type in lower case, and the kind of tokenizer

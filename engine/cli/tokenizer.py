@@ -16,7 +16,9 @@ from pathlib import Path
 import sentencepiece
 
 from engine.cli.arguments import program_parser
-from engine.data.preprocess.documents import find_sources, parse_block, read_blocks
+from engine.data.preprocess.blocks import read_blocks
+from engine.data.preprocess.documents import parse_block
+from engine.data.preprocess.sources import find_sources
 from engine.errors import ConfigError, DataError, StorageError
 
 EXAMPLES = """

@@ -1,1 +1,1 @@
-"""Token datasets on disk, which tokens are sample i, and the loader that reads ahead."""
+"""The data of a run: from text to token datasets on disk, and from these to batches."""

@@ -1,6 +1,6 @@
-"""What can be told about a token dataset, as plain values that a program prints or dumps as JSON.
+"""Statistics and excerpts of a token dataset, as plain values for a program to print or dump as JSON.
 
-Memory stays bounded whatever the size of the dataset.
+Memory does not grow with the size of the dataset.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,18 @@ import numpy as np
 
 from engine.data.samples.pretrain import PretrainDataset
 from engine.data.storage.files import CHUNK, Ints
-from engine.data.storage.indexed import IndexedDataset
-from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, stream_text
+from engine.data.storage.reader import IndexedDataset
+from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
+from engine.data.tokenizers.stream import stream_text
 from engine.errors import ConfigError, DataError
 
-LOW_BITS = 20  # the median is found in two passes: the high bits of a length, then these
+LOW_BITS = 20  # the median is found in two passes: first the high bits of a length, then these
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens of one document, from its token `offset` on. `text` is None without a tokenizer."""
+class DocumentExcerpt:
+    """Tokens of one document, starting at its token `offset`. `text` is None without a tokenizer."""
 
     document: int
     offset: int
@@ -31,28 +33,28 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive tokens that are all learned, or all not. `text` is None without a tokenizer."""
+class TokenRun:
+    """Consecutive tokens that are all targets, or none is. `text` is None without a tokenizer."""
 
-    learned: bool
+    is_target: bool
     ids: list[int]
     text: str | None
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """The beginning of a document with a mask; the counts are of all of it."""
+class ConversationExcerpt:
+    """The beginning of a conversation; the counts are of the whole conversation."""
 
     document: int
     num_tokens: int
-    learned: int
-    runs: list[Run]
+    num_targets: int
+    runs: list[TokenRun]
 
 
 def summary(data: IndexedDataset) -> dict[str, Any]:
     """Counts, type, size, document lengths and the description beside the dataset."""
-    learned = {"learned": count_learned(data)} if data.has_mask else {}
-    return learned | {
+    targets = {"target_tokens": count_targets(data)} if data.has_mask else {}
+    return targets | {
         "prefix": str(data.prefix),
         "documents": data.num_documents,
         "sequences": data.num_sequences,
@@ -64,14 +66,14 @@ def summary(data: IndexedDataset) -> dict[str, Any]:
     }
 
 
-def count_learned(data: IndexedDataset) -> int:
-    """How many tokens are targets."""
+def count_targets(data: IndexedDataset) -> int:
+    """The number of target tokens."""
     starts = range(0, data.num_tokens, CHUNK)
     return sum(int(data.mask(start, min(CHUNK, data.num_tokens - start)).sum(dtype=np.int64)) for start in starts)
 
 
 def length_statistics(data: IndexedDataset) -> dict[str, float] | None:
-    """Smallest, median (the lower of two), mean and largest document; None without documents."""
+    """Minimum, median (the lower of two), mean and maximum of document lengths in tokens; None without documents."""
     if data.num_documents == 0:
         return None
     low, high = 1 << 62, 0
@@ -89,10 +91,10 @@ def length_statistics(data: IndexedDataset) -> dict[str, float] | None:
 
 
 def find_tokenizer(data: IndexedDataset, spec: str | None) -> Tokenizer | None:
-    """The tokenizer named by `spec`, or the one that the description needs no file for.
+    """The tokenizer named by `spec`; without one, the byte tokenizer if the dataset was made with it, else None.
 
     Raises:
-        DataError: the dataset was made with another one.
+        DataError: the dataset was made with another tokenizer.
     """
     if spec is None:
         return load_tokenizer("byte") if data.info is not None and data.info.tokenizer_kind == "byte" else None
@@ -100,15 +102,15 @@ def find_tokenizer(data: IndexedDataset, spec: str | None) -> Tokenizer | None:
     if data.info is not None and data.info.tokenizer_hash != tokenizer.hash:
         raise DataError(
             f"{data.prefix}.json: made with a {data.info.tokenizer_kind} tokenizer of hash "
-            f"{data.info.tokenizer_hash}; --tokenizer {spec} has {tokenizer.hash}"
+            f"{data.info.tokenizer_hash}; tokenizer {spec} has {tokenizer.hash}"
         )
     return tokenizer
 
 
 def documents(
     data: IndexedDataset, numbers: Sequence[int], tokenizer: Tokenizer | None, max_tokens: int
-) -> list[Piece]:
-    """The beginnings of some documents, up to `max_tokens` of each.
+) -> list[DocumentExcerpt]:
+    """The first `max_tokens` tokens of some documents.
 
     Raises:
         ConfigError: there is no such document.
@@ -117,37 +119,39 @@ def documents(
         _check_document(data, j)
     ends = [(data.document_start(j), data.document_start(j + 1)) for j in numbers]
     return [
-        Piece(j, 0, stop - start, *_read(data, start, min(stop, start + max_tokens), tokenizer))
+        DocumentExcerpt(j, 0, stop - start, *_read(data, start, min(stop, start + max_tokens), tokenizer))
         for j, (start, stop) in zip(numbers, ends, strict=True)
     ]
 
 
 def conversations(
     data: IndexedDataset, numbers: Sequence[int], tokenizer: Tokenizer | None, max_tokens: int
-) -> list[Conversation]:
-    """As `documents`, for a dataset with a mask."""
+) -> list[ConversationExcerpt]:
+    """`documents` for a dataset with a mask."""
     found = []
     for j in numbers:
         _check_document(data, j)
         start, stop = data.document_start(j), data.document_start(j + 1)
         mask = data.mask(start, stop - start)
         ids = data.tokens(start, min(max_tokens, stop - start)).tolist()
-        found.append(Conversation(j, stop - start, int(mask.sum()), _runs(ids, mask.astype(bool).tolist(), tokenizer)))
+        found.append(
+            ConversationExcerpt(j, stop - start, int(mask.sum()), _runs(ids, mask.astype(bool).tolist(), tokenizer))
+        )
     return found
 
 
-def _runs(ids: list[int], mask: list[bool], tokenizer: Tokenizer | None) -> list[Run]:
+def _runs(ids: list[int], mask: list[bool], tokenizer: Tokenizer | None) -> list[TokenRun]:
     texts = [""] * len(ids) if tokenizer is None else token_texts(ids, tokenizer)
     runs = []
-    for learned, tokens in groupby(zip(mask, ids, texts, strict=False), key=lambda token: token[0]):
+    for is_target, tokens in groupby(zip(mask, ids, texts, strict=False), key=lambda token: token[0]):
         members = list(tokens)
         text = None if tokenizer is None else "".join(text for _, _, text in members)
-        runs.append(Run(learned, [i for _, i, _ in members], text))
+        runs.append(TokenRun(is_target, [i for _, i, _ in members], text))
     return runs
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """What each id adds to the text. Special tokens are shown by name, ids without a text of their own as numbers."""
+    """The text that each id adds. Special tokens are shown by name, ids without text as numbers."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
     texts: list[str] = []
     for plain, group in groupby(ids, key=lambda i: 0 <= i < tokenizer.vocab_size and i not in names):
@@ -162,12 +166,12 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _silent(i: int, tokenizer: Tokenizer) -> str:
-    """What to show for an id that adds nothing to a text: it may be a part of a character, or a space at its start."""
+    """The text shown for an id that adds none: it may be part of a character, or a leading space."""
     return "" if tokenizer.decode([i]) else tokenizer.decode([i, i]) or f"<id {i}>"
 
 
 def document_kind(masked: bool) -> str:
-    """What a person calls a document."""
+    """The word for a document in messages."""
     return "conversation" if masked else "document"
 
 
@@ -180,16 +184,16 @@ def _check_document(data: IndexedDataset, j: int) -> None:
 
 
 def sample(dataset: PretrainDataset, i: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Sample `i`: where it lies, where documents start inside it, and its pieces."""
+    """Sample `i`: its location, the document boundaries in it, and its excerpts of documents."""
     here, content = dataset.where(i), dataset.sample(i)
     data = dataset.datasets[here.dataset]
     cuts = [0, *content.boundaries.tolist(), dataset.seq_length]
-    pieces = []
+    excerpts = []
     for start, stop in pairwise(cuts):
         j = data.document_at(here.start + start)
         offset = here.start + start - data.document_start(j)
         text = _read(data, here.start + start, here.start + stop, tokenizer)
-        pieces.append(Piece(j, offset, stop - start, *text))
+        excerpts.append(DocumentExcerpt(j, offset, stop - start, *text))
     return {
         "number": i,
         "dataset": here.name,
@@ -198,7 +202,7 @@ def sample(dataset: PretrainDataset, i: int, tokenizer: Tokenizer | None) -> dic
         "first_token": here.start,
         "boundaries": content.boundaries.tolist(),
         "last_label": int(content.labels[-1]),
-        "pieces": pieces,
+        "pieces": excerpts,
     }
 
 
@@ -208,7 +212,7 @@ def _read(data: IndexedDataset, start: int, stop: int, tokenizer: Tokenizer | No
 
 
 def decode(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Text of `ids`; those outside the vocabulary are shown as numbers, as most tokenizers fail on them."""
+    """Text of `ids`; ids outside the vocabulary, on which most tokenizers fail, are shown as numbers."""
     text, known = "", []
     for i in [*ids, -1]:
         if 0 <= i < tokenizer.vocab_size:
@@ -220,17 +224,17 @@ def decode(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def printable(text: str) -> str:
-    """Control characters as escapes, so that data and models cannot command the terminal."""
+    """Text with control characters escaped, safe to write to a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _histogram(values: Ints) -> Ints:
-    """Counts of values below 2^LOW_BITS; larger ones count as the largest."""
+    """Counts of each value below 2^LOW_BITS; larger values count as the largest."""
     return np.bincount(np.minimum(values, (1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)
 
 
 def _at_rank(counts: Ints, rank: int) -> tuple[int, int]:
-    """The value of the entry with `rank` in order, and its rank among those of the same value."""
+    """The value at `rank` in sorted order, and its rank among equal values."""
     upto = np.cumsum(counts)
     value = int(np.searchsorted(upto, rank, side="right"))
     return value, rank - int(upto[value] - counts[value])

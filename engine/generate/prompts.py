@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from engine.data.chat.template import Message
+from engine.data.chat.compiled import Message
 from engine.errors import ConfigError, DataError
 
 SETTINGS_SUFFIX = ".settings.json"

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from engine.data.chat.template import ChatEncoder, Message
-from engine.data.tokenizers.tokenizer import Tokenizer, stream_text
+from engine.data.chat.compiled import Message
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.tokenizers.protocol import Tokenizer
+from engine.data.tokenizers.stream import stream_text
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling, generate_batch, require_room
 from engine.model.decoder import Decoder

@@ -15,10 +15,12 @@ import torch
 from engine.checkpoint.opening import trained
 from engine.config.load import resolve
 from engine.config.schema import Config
-from engine.data.samples.loader import Batch, collate
-from engine.data.samples.pretrain import Sample
-from engine.data.storage.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.samples.batch import Batch, collate
+from engine.data.samples.sample import Sample
+from engine.data.storage.format import token_dtype
+from engine.data.storage.info import DatasetInfo
+from engine.data.storage.writer import IndexedDatasetWriter
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import Interrupted
 from engine.model.families import PRESETS
 from engine.testing.distributed import run_ranks

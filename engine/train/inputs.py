@@ -13,12 +13,14 @@ from engine.checkpoint.opening import initial_weights
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import candidates, open_checkpoint
 from engine.config.schema import SOURCES, Config, ModelConfig, RunConfig
-from engine.data.chat.template import find_template
+from engine.data.chat.find import find_template
 from engine.data.samples.dataset import SampleDataset
-from engine.data.samples.pretrain import PretrainDataset, Split
+from engine.data.samples.pretrain import PretrainDataset
+from engine.data.samples.sample import Split
 from engine.data.samples.sft import SftDataset
 from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
-from engine.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model.parameters import parameter_table
 from engine.ops.choice import require_fp8, require_implementations

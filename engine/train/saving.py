@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.checkpoint.manager import save
 from engine.checkpoint.manifest import State
-from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE
+from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import StorageError
 from engine.parallel.agreement import first_problem, on_all_ranks
 from engine.train.hooks import Hook

@@ -11,7 +11,7 @@ from engine.checkpoint.model_directory import ModelDirectory
 from engine.checkpoint.reader import Checkpoint
 from engine.config.load import changed_settings, read_yaml
 from engine.config.schema import Config
-from engine.data.tokenizers.tokenizer import CHAT_TEMPLATE
+from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import CheckpointError, StorageError
 from engine.model.parameters import kv_replicas
 from engine.ops.choice import describe_ops

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config.schema import Config
-from engine.data.samples.loader import Batch
+from engine.data.samples.batch import Batch
 from engine.data.samples.permutation import keyed_below
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters

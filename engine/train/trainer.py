@@ -12,7 +12,8 @@ import torch
 
 from engine.checkpoint.manifest import Best
 from engine.config.schema import Config
-from engine.data.samples.loader import Batch, Samples, batches
+from engine.data.samples.batch import Batch
+from engine.data.samples.loader import Samples, batches
 from engine.errors import DataError
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate

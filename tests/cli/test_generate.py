@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.load import load_decoder
 from engine.cli.generate import _print, main
-from engine.data.chat.template import ChatEncoder, find_template
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.find import find_template
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, DataError
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters

@@ -14,9 +14,11 @@ from engine.cli import inspect
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
 from engine.data.samples.pretrain import PretrainDataset
-from engine.data.storage import indexed
-from engine.data.storage.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.storage import format as storage_format
+from engine.data.storage.info import DatasetInfo
+from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.writer import IndexedDatasetWriter
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, DataError, DataFormatError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece, write_chatml_tokenizer
 
@@ -114,7 +116,7 @@ def test_bad_input(prefix, arguments, error, message):
 def test_the_tokenizer_of_other_data_is_refused(prefix):
     text = prefix.with_suffix(".json").read_text()
     prefix.with_suffix(".json").write_text(text.replace(load_tokenizer("byte").hash, "another"))
-    with pytest.raises(DataError, match=r"hash another; --tokenizer byte has"):
+    with pytest.raises(DataError, match=r"hash another; tokenizer byte has"):
         main(prefix, "--tokenizer", "byte")
 
 
@@ -138,7 +140,7 @@ def test_an_empty_dataset(tmp_path, capsys):
 @pytest.mark.parametrize("bits", [2, 20])
 def test_length_statistics_are_exact(tmp_path, monkeypatch, bits):
     monkeypatch.setattr(inspection, "LOW_BITS", bits)  # lengths of up to 2 * bits bits are told apart
-    monkeypatch.setattr(indexed, "CHUNK", 7)
+    monkeypatch.setattr(storage_format, "CHUNK", 7)
     for count in (1, 2, 3, 30, 31):
         lengths = np.random.default_rng(count).integers(0, 16, count)
         with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
@@ -172,7 +174,7 @@ def test_a_sparse_file_is_counted_without_reading_it(tmp_path, capsys):
 
 @pytest.fixture
 def chats(tmp_path):
-    """Two conversations in ChatML, the answers learned, and ids that are nobody's text; beside the tokenizer `tok`."""
+    """Two conversations in ChatML, the answers targets, and ids that are nobody's text; beside the tokenizer `tok`."""
     tokenizer = load_tokenizer(write_chatml_tokenizer(tmp_path / "tok"))
     info = DatasetInfo(tokenizer_kind="huggingface", tokenizer_hash=tokenizer.hash, vocab_size=300, eod_id=0)
     with IndexedDatasetWriter(tmp_path / "chats", np.uint16, info, masked=True) as writer:
@@ -187,7 +189,7 @@ def chats(tmp_path):
 ASKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_conversation_with_what_is_learned(chats, capsys):
+def test_a_conversation_with_its_targets(chats, capsys):
     for flag in ("--sample", "--document"):
         main(chats, "--tokenizer", chats.parent / "tok", flag, 0)
         out, _ = capsys.readouterr()
@@ -222,9 +224,9 @@ def test_a_conversation_as_json(chats, capsys):
     main(chats, "--tokenizer", chats.parent / "tok", "--sample", 0, "--json")
     report = orjson.loads(capsys.readouterr().out)
     (shown,) = report["document"]
-    assert report["learned"] == 17
-    assert (shown["document"], shown["num_tokens"], shown["learned"]) == (0, 33, 12)
-    assert [(run["learned"], run["text"]) for run in shown["runs"]] == [
+    assert report["target_tokens"] == 17
+    assert (shown["document"], shown["num_tokens"], shown["num_targets"]) == (0, 33, 12)
+    assert [(run["is_target"], run["text"]) for run in shown["runs"]] == [
         (False, ASKED),
         (True, "höllo\x1b[31m<|im_end|>"),
     ]

@@ -18,9 +18,9 @@ import yaml
 from engine.cli import preprocess
 from engine.config.schema import DatasetConfig
 from engine.data.samples.pretrain import PretrainDataset
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers import fast_sentencepiece
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, DataError, StorageError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece, write_chatml_tokenizer
 
@@ -141,7 +141,7 @@ def test_a_wrong_encoder_is_replaced_before_anything_is_written(folder, main, mo
         arguments = ("--input", "a.jsonl", "--output-prefix", "x", "--tokenizer-model", "t.model", "--overwrite")
         main(*arguments, "--workers", workers)
         output = capsys.readouterr()
-        assert "gigatoken encodes otherwise than SentencePiece" in output.err
+        assert "gigatoken and SentencePiece give different ids" in output.err
         assert "encoder    sentencepiece" in output.out
         tokenizer = load_tokenizer("t.model", fast=False)
         expected = [i for text in texts for i in tokenizer.encode(text)]
@@ -193,7 +193,7 @@ def test_existing_output_is_not_replaced_unasked(folder, main):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--input", "gone.jsonl", *BYTE), 64, "error: --input: no such file or directory: gone.jsonl"),
+        (("--input", "gone.jsonl", *BYTE), 64, "error: input: no such file or directory: gone.jsonl"),
         (
             ("--input", "a.jsonl"),
             64,
@@ -305,13 +305,13 @@ def test_conversations_from_a_clean_process(chats):
         *(f"x_sft.{kind}" for kind in ("bin", "idx", "json", "mask.bin")),
     ]
     data = IndexedDataset("out/x_sft")
-    learned = int(data.mask(0, data.num_tokens).sum())
+    targets = int(data.mask(0, data.num_tokens).sum())
     for line in (
         "template   chatml",
         "formats    messages 1, sharegpt 1, text 1",
         "turn end   '<|im_end|>' (id 2), a target token",
         f"done       3 conversations, {data.num_tokens} tokens in 0:0",
-        f"{learned} target tokens, {learned / data.num_tokens:.1%}",
+        f"{targets} target tokens, {targets / data.num_tokens:.1%}",
         "tokens a document: median 29, longest 100",
         "1 rejected: unknown role",
         "1 too long, cut to the first tokens",
@@ -389,7 +389,7 @@ def test_texts_need_no_template(chats, main, capsys):
         (["--chat-template", "llama3"], ConfigError, "those that work with it: chatml"),
         (["--on-bad-line", "fail"], DataError, r"chats\.jsonl:3: unknown role"),
         (["--max-length", 60, "--on-too-long", "error"], DataError, r"chats\.jsonl:2: 232 tokens, more than .* 60"),
-        (["--max-length", 4], DataError, "nothing to learn in .*: 3 rejected: nothing to learn when cut; 1 rejected"),
+        (["--max-length", 4], DataError, "no targets in .*: 3 rejected: no target when cut; 1 rejected"),
     ],
 )
 def test_errors_with_conversations(chats, main, arguments, error, message):

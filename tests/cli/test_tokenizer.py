@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools/train_tokenizer.py"
 

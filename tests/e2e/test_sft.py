@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError
 from engine.testing.runs import read_records
 from engine.testing.tokenizers import write_chatml_tokenizer

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from engine.config.schema import ModelConfig
-from engine.data.chat.template import ChatEncoder, ChatTemplate, ConversationError
-from engine.data.tokenizers.tokenizer import ByteTokenizer
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.errors import ConversationError
+from engine.data.chat.template import ChatTemplate
+from engine.data.tokenizers.byte import ByteTokenizer
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling
 from engine.generate.text_generator import TextGenerator

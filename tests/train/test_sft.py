@@ -17,11 +17,11 @@ from engine.checkpoint.opening import open_model
 from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.schema import DatasetConfig
 from engine.config.schema import ParallelConfig as Parallel
-from engine.data.samples.loader import Batch, collate
-from engine.data.samples.pretrain import Sample
+from engine.data.samples.batch import Batch, collate
+from engine.data.samples.sample import Sample
 from engine.data.samples.sft import SftDataset
-from engine.data.storage.indexed import IndexedDatasetWriter
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.storage.writer import IndexedDatasetWriter
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError, DataError
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.config.schema import DatasetConfig
 from engine.data.samples.pretrain import PretrainDataset
-from engine.data.storage.indexed import HEADER, MAGIC, VERSION
+from engine.data.storage.format import HEADER, MAGIC, VERSION
 from engine.errors import run_program
 
 SEQ_LENGTH, BATCH = 4096, 1024

@@ -22,7 +22,7 @@ from typing import Any
 
 import orjson
 
-from engine.data.tokenizers.tokenizer import SentencePieceTokenizer
+from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.errors import ConfigError, DataError, run_program
 from engine.testing.tokenizers import NASTY_TEXTS, standard_library_texts, train_sentencepiece
 

@@ -39,11 +39,13 @@ from engine.checkpoint.opening import initial_weights, trained
 from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.load import resolve
 from engine.config.schema import Config, DatasetConfig, OptimizerConfig
-from engine.data.samples.loader import Batch, batches
+from engine.data.samples.batch import Batch
+from engine.data.samples.loader import batches
 from engine.data.samples.sft import SftDataset
 from engine.data.storage.files import Array
-from engine.data.storage.indexed import IndexedDatasetWriter, token_dtype
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.storage.format import token_dtype
+from engine.data.storage.writer import IndexedDatasetWriter
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes

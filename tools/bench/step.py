@@ -34,8 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from engine.checkpoint.huggingface.config import hf_config
 from engine.config.load import resolve
 from engine.config.schema import Config, ModelConfig, OptimizerConfig
-from engine.data.samples.loader import Batch, collate
-from engine.data.samples.pretrain import Sample
+from engine.data.samples.batch import Batch, collate
+from engine.data.samples.sample import Sample
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table

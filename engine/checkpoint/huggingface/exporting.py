@@ -18,7 +18,7 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
 from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
 from engine.config.schema import SOURCES, ModelConfig
-from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError
 
 SHARD_BYTES = 5 * 1000**3

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from engine.checkpoint.huggingface.files import GENERATION_CONFIG, read_json, write_json
 from engine.checkpoint.storage import Storage
-from engine.data.chat.template import ChatEncoder, find_template
-from engine.data.tokenizers.tokenizer import Tokenizer
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.find import find_template
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.checkpoint.huggingface.files import Json, write_json
 from engine.checkpoint.storage import Storage
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece_model import (
     BPE,
     CONTROL,
@@ -27,7 +28,6 @@ from engine.data.tokenizers.sentencepiece_model import (
     piece_of,
     submessage,
 )
-from engine.data.tokenizers.tokenizer import Tokenizer
 from engine.errors import CheckpointError
 
 Fields = Mapping[int, Any]  # of a protocol buffer message, by number

@@ -1,7 +1,7 @@
-"""What a chat template may spend, and what its operations cost.
+"""The budget of a chat template, and the cost of its operations.
 
-Steps stand for time and memory alike: some 200 ns, or 128 bytes, at most. What an operation reads and writes is worked
-out from its operands and paid before it happens, so that even one that would take all memory is refused in time.
+A step stands for at most about 200 ns, or 128 bytes. The cost of an operation is computed from its operands and charged
+before it runs, so an operation that would exhaust the memory is refused in time.
 """
 
 import re
@@ -11,48 +11,44 @@ from typing import Any
 from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
-from engine.errors import ConfigError
+from engine.data.chat.errors import TemplateError
 
 BASE_BUDGET = 1_000_000  # steps
 STEPS_PER_CHARACTER = 8  # of the conversation
 CHARACTERS_PER_STEP = 16  # or items of a list that is copied
 STEPS_PER_CALL = 8
-LARGEST_INTEGER = 1 << 60  # larger ones cost more than a step, and can be chosen to have the same hash
-ATTRIBUTE_AT = {  # filters that look up an attribute in each item, and which argument names it
+LARGEST_INTEGER = 1 << 60  # arithmetic on larger ones costs more than a step, and they can be made to collide
+ATTRIBUTE_AT = {  # filters that look up an attribute of each item, and the position of its name
     "groupby": 0, "join": 1, "map": 0, "max": 1, "min": 1, "rejectattr": 0, "selectattr": 0, "sort": 2, "unique": 1
 }  # fmt: skip
 CONTAINERS: Any = (list, tuple, range, type({}.keys()), type({}.values()), type({}.items()))
 
 
-class TemplateError(ConfigError):
-    """The template itself is unusable: it does not parse, tries to escape, loops for ever, grows without bound."""
-
-
 class Budget:
-    """What a rendering may still spend, and the two characters that mark what the assistant writes."""
+    """The steps that a rendering may still spend, and the two characters that mark generation blocks."""
 
     def __init__(self, characters: int, marks: tuple[str, str]) -> None:
         self.left = self.full = BASE_BUDGET + STEPS_PER_CHARACTER * characters
         self.marks = marks
 
     def draw(self, steps: int) -> None:
-        """Pay for something.
+        """Charge `steps`.
 
         Raises:
-            TemplateError: there is not enough left.
+            TemplateError: not enough steps are left.
         """
         self.left -= max(0, steps)
         if self.left < 0:
             raise TemplateError(
-                f"the chat template loops for ever or grows without bound: it needs more than the {self.full:,} steps "
-                f"that this conversation warrants; use another template"
+                f"the chat template loops forever or grows without bound: it needs more than the {self.full:,} steps "
+                f"allowed for this conversation; use another template"
             )
 
     def draw_characters(self, count: int) -> None:
         self.draw(1 + count // CHARACTERS_PER_STEP)
 
     def weigh(self, value: Any) -> None:
-        """Pay for reading a value and all that it holds."""
+        """Charge for reading a value and everything in it."""
         if isinstance(value, str):
             self.draw(1 + len(value) // CHARACTERS_PER_STEP)
         elif isinstance(value, dict):
@@ -61,28 +57,28 @@ class Budget:
             self.draw(1 + len(value))
             for item in value:
                 self.weigh(item)
-        elif isinstance(value, Namespace):  # attributes named to a filter lead into it
+        elif isinstance(value, Namespace):  # a filter's attribute name can lead into it
             self.weigh(value._Namespace__attrs)
         elif isinstance(value, LoopContext):
             raise TemplateError("the chat template computes with a loop itself; use another template")
 
     def counted(self, items: Iterable[Any], steps: int) -> Iterator[Any]:
-        """`items`, each of which costs `steps`."""
+        """Yields `items`, charging `steps` for each."""
         for item in items:
             self.draw(steps)
             yield item
 
     def listed(self, value: Any) -> Any:
-        """The items of an iterator as a list, which can be weighed; anything else as it is."""
+        """An iterator as a list, which can be weighed; other values unchanged."""
         return list(self.counted(value, 1)) if isinstance(value, (Iterator, range)) else value
 
     def draw_widths(self, text: str) -> None:
-        """Pay for the longest that a format string can make of little: `%999d`, `{:>999}`."""
+        """Charge for the widths in a format string: `%999d`, `{:>999}`."""
         self.draw_characters(sum(map(int, re.findall(r"\d{1,19}", text))))
 
 
 def draw_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pay for what grows faster than the operands."""
+    """Charge for a filter whose cost or result grows faster than its operands."""
     size = len(value) if hasattr(value, "__len__") else 1
     if name in ATTRIBUTE_AT:
         path = str(argument_of(args, kwargs, ATTRIBUTE_AT[name], "attribute", ""))
@@ -110,11 +106,11 @@ def draw_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kw
 
 
 def draw_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pay for reading the text and for what is made of it."""
+    """Charge for reading the text and for the result."""
     budget.weigh(text)
     if name in ("split", "rsplit", "splitlines"):
         budget.draw(len(text))
-    if name.startswith(("r", "strip", "lstrip")):  # searched from behind, or character by character
+    if name.startswith(("r", "strip", "lstrip")):  # searched from the end, or character by character
         budget.draw_characters(len(text) * size_of(argument_of(args, kwargs, 0, "sep", 0)))
     if name == "join" and args:
         budget.draw_characters(len(text) * len(args[0]))
@@ -127,11 +123,11 @@ def draw_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ..
 
 
 def draw_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
-    """Pay for the result of `left operator right`."""
+    """Charge for the result of `left operator right`."""
     if operator == "%" and isinstance(left, str):
         before = budget.left
         budget.weigh((left, right))
-        budget.draw((before - budget.left) * left.count("%("))  # a mapping can be written as often as it is named
+        budget.draw((before - budget.left) * left.count("%("))  # every `%(name)` can write the whole mapping
         budget.draw_widths(left)
         if "*" in left:
             budget.draw_characters(
@@ -150,10 +146,10 @@ def draw_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
 
 
 def checked(value: Any) -> Any:
-    """A result, unless it is a number that a template has no use for.
+    """`value` itself.
 
     Raises:
-        TemplateError: it is.
+        TemplateError: it is an integer of `LARGEST_INTEGER` or more.
     """
     if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
         raise TemplateError(f"the chat template computes a number of {value.bit_length()} bits; use another template")
@@ -161,7 +157,7 @@ def checked(value: Any) -> Any:
 
 
 def draw_layout(budget: Budget, value: Any, indent: int, separators: int, depth: int = 1) -> None:
-    """Pay for the white space and the separators that JSON puts around each item."""
+    """Charge for the white space and separators around each item in JSON."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for item in items:
         budget.draw_characters(depth * indent + separators)
@@ -169,10 +165,10 @@ def draw_layout(budget: Budget, value: Any, indent: int, separators: int, depth:
 
 
 def argument_of(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
-    """The argument at a position, or of a name."""
+    """A call's argument, given by position or by name."""
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 
 def size_of(value: Any) -> int:
-    """How many characters a width or a separator stands for."""
+    """The number of characters of a width or a separator."""
     return abs(value) if isinstance(value, int) else len(value) if isinstance(value, str) else 1

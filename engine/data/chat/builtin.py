@@ -1,15 +1,16 @@
 """Chat templates for base models, which come without one.
 
-Each follows the format of the family that it is named after, with `{% generation %}` around what the assistant writes.
-`llama2` and `mistral` need no special tokens but the end of a text, so they fit every tokenizer. Rejected: adding
-tokens to a vocabulary, which resizes embeddings and needs more data to learn than most fine-tuning sets hold.
+Each follows the format of the model family it is named after, with `{% generation %}` around the assistant's turns.
+`llama2` and `mistral` need no special token except the end of text, so they fit every tokenizer. Alternative
+considered: adding tokens to the vocabulary, which resizes embeddings and takes more data to learn than most fine-tuning
+datasets have.
 """
 
 from typing import NamedTuple
 
 
 class BuiltinTemplate(NamedTuple):
-    """A Jinja source, and the special tokens that it writes out beside `bos_token` and `eos_token`."""
+    """A Jinja source, and the special tokens it needs besides `bos_token` and `eos_token`."""
 
     source: str
     needs: tuple[str, ...]

@@ -1,9 +1,9 @@
-"""Chat templates are programs that come with a model: here they are compiled and run, in a sandbox and on a budget.
+"""Compiles and runs chat templates, which are untrusted programs that come with a model.
 
-The sandbox gives a template nothing to escape with, the budget ends it when it loops for ever or grows without bound.
-The budget grows with the conversation, so that only what grows faster than its input runs out of it. Rejected: a limit
-on time (signals reach only main threads, and neither they nor other threads interrupt a single long operation), a
-process per template (pipes cost more than the rendering).
+They run in a sandbox, from which they cannot escape, and on a budget, which stops infinite loops and unbounded growth.
+The budget grows with the conversation, so a template only exceeds it if its work grows faster than its input.
+Alternatives considered: a time limit (signals reach only main threads, and neither they nor other threads interrupt a
+single long operation); a process per template (pipes cost more than rendering).
 """
 
 import re
@@ -13,25 +13,23 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from engine.data.chat.budget import Budget, TemplateError
-from engine.data.chat.sandbox import BUDGET, Environment, Metering, generation_in_buffer, is_generation
+from engine.data.chat.budget import Budget
+from engine.data.chat.errors import ConversationError, TemplateError
+from engine.data.chat.metering import Metering
+from engine.data.chat.sandbox import BUDGET, Environment, generation_in_buffer, is_generation
+from engine.data.tokenizers.protocol import Span
 
 Message = dict[str, Any]
-Span = tuple[int, int]  # [start, end) in characters
 
-SOURCE_LIMIT = 1 << 16  # characters; the longest templates in use have two fifths of it
-NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # never text; two of them enclose what the assistant writes
-
-
-class ConversationError(ValueError):
-    """This conversation cannot be rendered by the template; the text says why, for a person."""
+SOURCE_LIMIT = 1 << 16  # characters; the longest templates in use are two fifths as long
+NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # never part of a text; two of them enclose generation blocks
 
 
 class CompiledTemplate:
-    """A template, ready to render any number of conversations, in any thread.
+    """A compiled template, which renders any number of conversations, in any thread.
 
     Raises:
-        TemplateError: it is not a template, or uses what a chat template has no business with.
+        TemplateError: the source is not a template, or uses features that a chat template may not use.
     """
 
     def __init__(self, source: str) -> None:
@@ -39,7 +37,7 @@ class CompiledTemplate:
             raise TemplateError(f"the chat template has {len(source):,} characters, more than {SOURCE_LIMIT:,}")
         environment = Environment()
         try:
-            source.encode()  # no half of a surrogate pair
+            source.encode()  # raises for half of a surrogate pair
             tree = environment.parse(source)
             self.marks_generation = any(map(is_generation, tree.find_all(nodes.CallBlock)))
             self._in_buffer = generation_in_buffer(tree)
@@ -55,16 +53,16 @@ class CompiledTemplate:
         self._used = frozenset(NONCHARACTERS).intersection(source)
 
     def render(self, messages: Sequence[Message], *, tools: Any = None, **variables: Any) -> tuple[str, list[Span]]:
-        """The text, and what `{% generation %}` blocks wrote of it.
+        """The text, and the spans of it that `{% generation %}` blocks wrote.
 
         Args:
             messages: the conversation.
-            tools: belong to it, so that the budget grows with them too.
-            variables: what else the template sees, such as the texts of special tokens.
+            tools: part of the conversation, so the budget grows with them too.
+            variables: other variables of the template, such as the texts of special tokens.
 
         Raises:
             ConversationError: the template cannot render these messages.
-            TemplateError: it tries to escape, or spends more than its budget.
+            TemplateError: the template tries to escape, or exceeds its budget.
         """
         inputs = _PlainData()
         try:
@@ -81,7 +79,8 @@ class CompiledTemplate:
         text, spans = _without_marks(marked, marks) if self.marks_generation else (marked, [])
         if self._in_buffer and text != self._run(variables, Budget(characters, ("", ""))):
             raise TemplateError(
-                "the chat template computes with the text of a {% generation %} block; learn another way"
+                "the chat template computes with the text of a {% generation %} block; "
+                "remove the block's marks or use another template"
             )
         _check_unicode(text)
         return text, spans
@@ -93,26 +92,26 @@ class CompiledTemplate:
         except TemplateError:
             raise
         except jinja2.exceptions.SecurityError as error:
-            raise TemplateError(f"the chat template tries what it must not: {_short(error)}") from None
+            raise TemplateError(f"the chat template does what it must not: {_short(error)}") from None
         except (RecursionError, MemoryError) as error:
             raise TemplateError(f"the chat template recurses or grows without bound: {type(error).__name__}") from None
         except jinja2.UndefinedError as error:
             raise ConversationError(f"the template misses something in the conversation: {_short(error)}") from None
-        except jinja2.TemplateError as error:  # of raise_exception
+        except jinja2.TemplateError as error:  # raised by the template's raise_exception
             raise ConversationError(_short(error)) from None
-        except Exception as error:  # whatever an expression can raise
+        except Exception as error:  # an expression can raise anything
             raise ConversationError(f"the template fails with {type(error).__name__}: {_short(error)}") from None
 
 
 class _PlainData:
-    """Copies of what a template gets to see, of JSON's types only, and their size."""
+    """Copies the variables of a template, allowing only JSON types, and measures their size."""
 
     def __init__(self) -> None:
         self.characters = 0
         self.noncharacters: set[str] = set()
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """A key whose value is None counts as absent, as in transformers."""
+        """Copies of messages without keys whose value is None, as in transformers."""
         if not messages or not all(isinstance(message, dict) for message in messages):
             raise ConversationError(
                 "a conversation is a list of messages, one at least, each with `role` and `content`"
@@ -132,11 +131,11 @@ class _PlainData:
             return {self.of(key): self.of(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.of(item) for item in value]
-        raise ConversationError(f"a {type(value).__name__} in a message, expected what JSON has")
+        raise ConversationError(f"a {type(value).__name__} in a message, expected a JSON type")
 
 
 def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
-    """The text between marks, and where it stands once they are gone; marks inside others add nothing."""
+    """The text without marks, and the spans that they enclosed; nested marks are ignored."""
     start, end = marks
     parts: list[str] = []
     spans: list[Span] = []
@@ -156,7 +155,7 @@ def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
 
 
 def _check_unicode(text: str) -> None:
-    """Whether a text can be stored and given to a tokenizer."""
+    """Check that a text can be stored and tokenized."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -166,7 +165,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _short(error: Exception) -> str:
-    """What an error says, without characters that do something to a terminal."""
+    """An error's message with control characters escaped, at most 300 characters long."""
     text = str(error) or type(error).__name__
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:300])
     return shown if len(text) <= 300 else shown + " ..."

@@ -1,13 +1,13 @@
-"""The sandbox that chat templates run in: what they can call, and where they pay for it.
+"""The sandbox that chat templates run in: what they can call, and what each call costs.
 
-The environment is the one that `transformers` gives chat templates, with two things added. Only what is listed here
-can be called: methods of strings, lists and dicts, the template's own macros, a few functions; so there is nothing to
-escape with. And a parsed template is changed so that what it does is paid from a budget: iterations, comparisons,
-slices, joined texts. The costs of a loop's body are counted once, when the template is compiled.
+The environment is the one that `transformers` gives chat templates, with two additions. Only the names listed here can
+be called (methods of strings, lists and dicts, the template's own macros, a few functions), so there is nothing to
+escape with. And calls, filters, tests and operators are charged to the budget; `metering.py` adds the charges that need
+a change of the template.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from types import BuiltinMethodType, MethodType
 from typing import Any
@@ -22,15 +22,12 @@ from jinja2.runtime import Context, LoopContext, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.tests import TESTS
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
 from engine.data.chat.budget import (
     BASE_BUDGET,
-    CHARACTERS_PER_STEP,
     CONTAINERS,
     STEPS_PER_CALL,
     Budget,
-    TemplateError,
     argument_of,
     checked,
     draw_filter,
@@ -39,16 +36,17 @@ from engine.data.chat.budget import (
     draw_string_method,
     size_of,
 )
+from engine.data.chat.errors import TemplateError
 
-BUDGET = "\0budget"  # the variable that holds it, which no template can spell
-LONGEST_KEY = 1000  # characters; looking a longer one up as an attribute costs more than a step
+BUDGET = "\0budget"  # the variable that holds the budget; no template can spell its name
+LONGEST_KEY = 1000  # characters; looking up a longer attribute name costs more than a step
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_LIGHT_FILTERS = _words("count d default first last length")  # these look at their operand, not at what is in it
+_LIGHT_FILTERS = _words("count d default first last length")  # these look at their operand, not at its items
 _FILTERS = _words("""
     abs capitalize dictsort e escape float groupby indent int items join list lower map max min reject rejectattr
     replace reverse round safe select selectattr sort string title trim unique upper wordcount
@@ -63,7 +61,7 @@ _STRING_METHODS = _words("""
     removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title
     upper zfill
 """)
-_REFUSED_TESTS = _words("filter test")  # these look their operand up, which may be a tuple whose hash takes for ever
+_REFUSED_TESTS = _words("filter test")  # these hash their operand, which may be a tuple whose hash takes forever
 _METHODS: dict[type, frozenset[str]] = {
     list: _words("copy count index"),
     tuple: _words("count index"),
@@ -74,14 +72,13 @@ _LIGHT_METHODS: dict[type, frozenset[str]] = {
     LoopContext: _words("changed cycle"),
 }
 _NO_KEYS = (*CONTAINERS, dict)
-_REFUSED_NODES = (nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport, nodes.EvalContextModifier)
 
 
 class _Guarded(ImmutableSandboxedEnvironment):
-    """Refuses at once what Jinja's sandbox refuses when it is used."""
+    """Refuses on access what Jinja's sandbox refuses on use."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Not with what may cost anything to hash, or to show in an error."""
+        """Refuses keys that may take arbitrary time to hash, or to show in an error."""
         if isinstance(argument, str):
             if len(argument) > LONGEST_KEY:
                 raise SecurityError(f"an index of {len(argument):,} characters")
@@ -90,16 +87,16 @@ class _Guarded(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """But for `mapping`, a view's dict in a wrapper that cannot be weighed."""
+        """As in Jinja, except `mapping`, a view's dict in a wrapper that cannot be weighed."""
         return attr != "mapping" and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """At once, and not only when the attribute is used."""
-        raise SecurityError(f"it takes {attribute!r} of a {type(obj).__name__}")
+        """Raises at once, not only when the attribute is used."""
+        raise SecurityError(f"it reads {attribute!r} of a {type(obj).__name__}")
 
 
 class Environment(_Guarded):
-    """As transformers sets it up, with what is listed above and no more."""
+    """The environment of transformers, restricted to the names listed above."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
@@ -108,7 +105,7 @@ class Environment(_Guarded):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
-            optimized=False,  # constants are computed at run time too, on the budget
+            optimized=False,  # constants are computed at run time too, charged to the budget
             finalize=_weigh,
         )
         self.globals = {
@@ -125,7 +122,7 @@ class Environment(_Guarded):
         self.tests = {name: test if name in _LIGHT_TESTS else _paid_test(name) for name, test in tests.items()}
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Instead of Jinja's own: called with the budget, in `call`."""
+        """Replaces Jinja's own: `call` formats with the budget."""
         is_method = isinstance(value, (BuiltinMethodType, MethodType)) and isinstance(value.__self__, str)
         return _FormatMethod(value.__self__) if is_method and value.__name__ == "format" else None
 
@@ -143,7 +140,7 @@ class Environment(_Guarded):
         budget.weigh((args, kwargs))
         if isinstance(__obj, _FormatMethod):
             budget.weigh(__obj.text)
-            budget.draw(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the steps of their paths
+            budget.draw(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the parts of their paths
             return _Formatter(__self, budget).vformat(__obj.text, args, kwargs)
         if isinstance(__obj, (BuiltinMethodType, MethodType)):
             _draw_method(budget, __obj, args, kwargs)
@@ -153,7 +150,7 @@ class Environment(_Guarded):
 
 
 def _draw_method(budget: Budget, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pay for a call of a method, if it may be called."""
+    """Charge for a method call, if the method may be called."""
     owner, name = method.__self__, method.__name__
     if isinstance(owner, str) and name in _STRING_METHODS:
         draw_string_method(budget, owner, name, args, kwargs)
@@ -166,7 +163,7 @@ def _draw_method(budget: Budget, method: Any, args: tuple[Any, ...], kwargs: dic
 
 
 class _Formatter(SandboxedFormatter):
-    """`str.format` whose fields cannot be wider than the budget."""
+    """`str.format` with field widths charged to the budget."""
 
     def __init__(self, environment: jinja2.Environment, budget: Budget) -> None:
         super().__init__(environment)
@@ -183,14 +180,14 @@ class _Formatter(SandboxedFormatter):
 
 
 class _FormatMethod:
-    """`format` of a string, taken from it and not called yet."""
+    """The bound method `format` of a string."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 class _Namespace(Namespace):
-    """Without names that Python or Jinja would look for on an object."""
+    """Jinja's namespace without names that Python or Jinja looks up on an object."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         attributes = _make_dict(*args, **kwargs)
@@ -207,7 +204,7 @@ class _Namespace(Namespace):
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: encloses what stands between in the budget's marks."""
+    """`{% generation %} ... {% endgeneration %}`: encloses its content in the budget's marks."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
@@ -222,102 +219,14 @@ class _Generation(Extension):
         return f"{start}{caller()}{end}"
 
 
-class Metering(NodeTransformer):
-    """Puts what has to be paid while it runs into a parsed template."""
-
-    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(node, _REFUSED_NODES):
-            raise TemplateError(
-                f"the chat template uses {type(node).__name__.lower()} (line {node.lineno}); it must stand alone"
-            )
-        return super().visit(node, *args, **kwargs)
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        steps = _steps([*node.body, *([node.test] if node.test else [])])
-        others = _steps(node.else_)
-        self.generic_visit(node)
-        node.iter = _filter(node.iter, "counted", steps)
-        if node.recursive:  # `loop(...)` runs it with items that nobody counts
-            paid = nodes.Not(_paid(steps, node), lineno=node.lineno)
-            node.test = nodes.And(paid, node.test, lineno=node.lineno) if node.test else paid
-            if node.else_:
-                node.else_.insert(0, nodes.ExprStmt(_paid(others, node), lineno=node.lineno))
-        return node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._charge_body(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        return self._charge_body(node)
-
-    def _charge_body(self, node: Any) -> nodes.Node:
-        steps = _steps([*node.body, *node.defaults])
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_paid(steps, node), lineno=node.lineno))
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        """Unless it is whether something equals a constant, which is over with the constant."""
-        self.generic_visit(node)
-        first = node.ops[0]
-        if not (first.op in ("eq", "ne") and isinstance(first.expr, nodes.Const) and len(node.ops) == 1):
-            node.expr = _filter(node.expr, "weigh")
-            for operand in node.ops:
-                operand.expr = _filter(operand.expr, "weigh")
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [_filter(part, "weigh") for part in node.nodes]
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            node.node = _filter(node.node, "sliced")
-        return node
-
-    def visit_Const(self, node: nodes.Const) -> nodes.Node:
-        checked(node.value)
-        return node
-
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
-        self.generic_visit(node)
-        node.key = _filter(node.key, "keyed")
-        return node
-
-
-def _filter(node: Any, name: str, *arguments: int) -> nodes.Filter:
-    constants: list[nodes.Expr] = [nodes.Const(argument, lineno=node.lineno) for argument in arguments]
-    return nodes.Filter(node, name, constants, [], None, None, lineno=node.lineno)
-
-
-def _paid(steps: int, node: nodes.Node) -> nodes.Filter:
-    """An expression that draws `steps`, and is none."""
-    return _filter(nodes.Const(steps, lineno=node.lineno), "draw")
-
-
-def _steps(body: Sequence[nodes.Node]) -> int:
-    """What one run through `body` costs at most, without the bodies in it that pay for themselves."""
-    steps, rest = 1, list(body)
-    while rest:
-        node = rest.pop()
-        steps += 1
-        if isinstance(node, nodes.TemplateData):
-            steps += len(node.data) // CHARACTERS_PER_STEP
-        pays_itself = isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock))
-        rest += node.iter_child_nodes(("body",) if pays_itself else None)
-    return steps
-
-
 def is_generation(node: nodes.Node) -> bool:
-    """Whether a node stands for a `{% generation %}` block."""
+    """Whether a node is a `{% generation %}` block."""
     called = node.call.node if isinstance(node, nodes.CallBlock) else None
     return isinstance(called, nodes.ExtensionAttribute) and called.identifier == _Generation.identifier
 
 
 def generation_in_buffer(tree: nodes.Template) -> bool:
-    """Whether the template can look at the text of a `{% generation %}` block before it is put out."""
+    """Whether the template can read the text of a `{% generation %}` block before it is written."""
     buffers = (nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Macro, nodes.For)
     return any(
         any(map(is_generation, node.find_all(nodes.CallBlock)))
@@ -352,14 +261,14 @@ def _keyed(context: Context, value: Any) -> Any:
 
 @pass_context
 def _sliced(context: Context, value: Any) -> Any:
-    if isinstance(value, dict):  # would be asked for the slice as a key
+    if isinstance(value, dict):  # it would look up the slice as a key
         raise SecurityError("a slice of a dict")
     context.parent[BUDGET].draw_characters(len(value))
     return value
 
 
 def _paid_filter(name: str) -> Callable[..., Any]:
-    """A filter of Jinja's that pays for its operands first, and for the items that it gives as they are asked for."""
+    """A filter of Jinja that is charged for its operands first, and for the items it yields one by one."""
 
     @pass_context
     def paid(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -394,7 +303,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: nothing is escaped for HTML."""
+    """As in transformers, without HTML escapes."""
     budget: Budget = context.parent[BUDGET]
     budget.weigh(value)
     budget.weigh(separators)
@@ -428,7 +337,7 @@ def _make_dict(items: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Tuples can be made to have the same hash, so that each key is compared with all others."""
+    """Refuses tuples, which can be made to collide, so that every lookup would compare all keys."""
     if any(isinstance(key, tuple) for key in keys):
         raise SecurityError("a tuple as a key")
 

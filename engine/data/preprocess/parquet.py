@@ -1,7 +1,7 @@
-"""Parquet files as JSON lines, one a row, after which nothing else needs to know where they came from.
+"""Parquet files as JSON lines, one per row, so that no other code handles Parquet.
 
-Rejected: passing Arrow's own batches on to the workers. Making the lines takes a small part of what reading the file
-takes, and a worker a hundred times as long to encode them.
+Alternative considered: passing Arrow's own batches to the workers. Making the lines takes a small part of the time of
+reading the file, and encoding them a hundred times as long.
 """
 
 from collections.abc import Iterator
@@ -9,14 +9,11 @@ from typing import Any
 
 import orjson
 
+from engine.data.preprocess.decompress import Unreadable
 from engine.errors import ConfigError
 
-INVALID = b"\xff"  # stands for a row that is no text: not valid UTF-8, and rejected for that as any such line
-MAX_ROWS = 1000  # read at a time, whatever the metadata say of their size
-
-
-class Damaged(Exception):
-    """The rest of a file cannot be read."""
+INVALID = b"\xff"  # stands for a row that is not text: not valid UTF-8, and rejected like any such line
+MAX_ROWS = 1000  # read at a time, whatever size the metadata state
 
 
 def require(path: str) -> None:
@@ -28,12 +25,12 @@ def require(path: str) -> None:
 
 
 def read_lines(path: str, batch_bytes: int) -> Iterator[tuple[list[bytes], float]]:
-    """Rows in order, about `batch_bytes` at a time, and the share of all rows that has been read with them.
+    """Rows in order, about `batch_bytes` at a time, and the share of all rows read so far.
 
-    What JSON has no word for (bytes, decimals) becomes null, which no text may be. Memory is a row group at most.
+    Types that JSON lacks (bytes, decimals) become null, which is rejected as a text. Takes the memory of a row group.
 
     Raises:
-        Damaged: with the reason; what came before has been yielded.
+        Unreadable: damaged; the rows before the damage have been yielded.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -48,9 +45,9 @@ def read_lines(path: str, batch_bytes: int) -> Iterator[tuple[list[bytes], float
                     done += batch.num_rows
                     yield _lines(batch), done / total
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # of the disk; pyarrow's own for damaged pages have none
+        if getattr(error, "errno", None) is not None:  # from the disk; pyarrow's errors for damaged pages have none
             raise
-        raise Damaged(f"damaged Parquet file, left out from here on: {error}") from None
+        raise Unreadable(f"damaged Parquet file, left out from here on: {error}") from None
 
 
 def _lines(batch: Any) -> list[bytes]:

@@ -1,11 +1,11 @@
-"""Records of instruction data, in any of the shapes they are published in, as what can be encoded.
+"""Records of instruction data, in any published format, as conversations, texts or tokens.
 
-Pure functions of one line of JSON. Each record says by its own keys which shape it has; nothing is guessed from
-values. What is wrong with a record is a `BadRecord`, whose `problem` is one of a few names to count by. Rejected: one
-format a run, named by a flag, with which a mixed collection loses whatever is not of that format.
+Pure functions of one line of JSON. The keys of a record determine its format; nothing is guessed from values. An
+invalid record is a `BadRecord` with one of a few `problem` names, by which rejects are counted. Alternative considered:
+one format per run, named by a setting; a mixed collection would lose every record of another format.
 
-`function_call` turns of ShareGPT are turns of the assistant with their text as it stands, so that they are learned
-under any template; `tool_calls` of OpenAI's messages go to the template, which may know how its model writes them.
+ShareGPT's `function_call` turns become turns of the assistant with their text unchanged, so they are targets under any
+template; OpenAI's `tool_calls` are passed to the template, which may have a format for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import orjson
 
-from engine.data.chat.template import Message
+from engine.data.chat.compiled import Message
 
-FORMATS: dict[str, tuple[str, ...]] = {  # the keys that tell, looked for in this order
+FORMATS: dict[str, tuple[str, ...]] = {  # the keys that identify each format, checked in this order
     "tokens": ("input_ids",),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -24,7 +24,7 @@ FORMATS: dict[str, tuple[str, ...]] = {  # the keys that tell, looked for in thi
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-ROLES = {  # as written in data: as templates have it
+ROLES = {  # name in the data: name in templates
     "system": "system", "developer": "developer",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -32,13 +32,13 @@ ROLES = {  # as written in data: as templates have it
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
     "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
-SPOKEN = ("user", "assistant")  # roles whose turns must not be empty; a tool may well answer nothing
+SPOKEN = ("user", "assistant")  # roles whose turns must not be empty; the answer of a tool may be
 MASKS = ("loss_mask", "assistant_masks", "completion_mask")
-NOT_LEARNED = -100  # in `labels`, as torch's cross_entropy has it
+IGNORE_INDEX = -100  # in `labels`: no target, as in torch's cross_entropy
 
 
 class BadRecord(ValueError):
-    """A record that nothing can be learned from as it stands. `problem` is its kind, the text is for a person."""
+    """A record that cannot be used. `problem` is the name it is counted by; the message has the details."""
 
     def __init__(self, problem: str, detail: str) -> None:
         super().__init__(f"{problem}: {detail}")
@@ -47,11 +47,11 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for a chat template. `learned` says less than all assistant turns where the record does."""
+    """Messages for a chat template. `train_on` is "last" if the record makes only the last assistant turn a target."""
 
     messages: list[Message]
     tools: list[Any] | None = None
-    learned: Literal["assistant", "last"] = "assistant"
+    train_on: Literal["assistant", "last"] = "assistant"
 
     @property
     def answers(self) -> int:
@@ -60,7 +60,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Text:
-    """`prompt` is read, `completion` is learned."""
+    """A text of which the `completion` is the target."""
 
     prompt: str
     completion: str
@@ -68,17 +68,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids that somebody else has made; `learned` has one entry each."""
+    """Ids from another tokenizer run, and whether each is a target."""
 
     ids: list[int]
-    learned: list[bool]
+    target_mask: list[bool]
 
 
 def parse_record(line: bytes) -> tuple[str, Conversation | Text | Tokens]:
     """The name of a record's format, a key of `FORMATS`, and its content.
 
     Raises:
-        BadRecord: it has none of them, or something in it is wrong.
+        BadRecord: it has no known format, or something in it is wrong.
     """
     try:
         record = orjson.loads(line)
@@ -117,7 +117,7 @@ def _messages(turns: Any, key: str) -> list[Message]:
 
 
 def _message(turn: Any, where: str) -> Message:
-    """One turn of OpenAI's or ShareGPT's kind; whatever else it has goes to the template, but for nulls."""
+    """One turn of OpenAI's or ShareGPT's format; other keys are passed to the template, except nulls."""
     if not isinstance(turn, dict):
         raise BadRecord("wrong type", f"{where} is {_kind(turn)}, expected an object with a role and a content")
     rest = {key: value for key, value in turn.items() if value is not None}
@@ -140,7 +140,7 @@ def _role(role: Any, where: str) -> str:
 
 
 def _content(content: Any, where: str) -> str:
-    """A text, or the texts of OpenAI's list of parts one after another."""
+    """A text, or the concatenated texts of OpenAI's list of parts."""
     if not isinstance(content, list):
         return _text(content, f"the content of {where}")
     for part in content:
@@ -152,14 +152,14 @@ def _content(content: Any, where: str) -> str:
 
 
 def _system(record: Mapping[str, Any]) -> list[Message]:
-    """A system prompt beside the turns, which an empty text is not."""
+    """The system prompt beside the turns, if it is not empty."""
     system = record.get("system")
     text = "" if system is None else _text(system, "system")
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
 def _tools(record: Mapping[str, Any]) -> list[Any] | None:
-    """A list of tools, or its JSON in a text, as datasets with one type a column have it."""
+    """A list of tools, or its JSON in a string, as in datasets whose columns have one type."""
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
@@ -172,7 +172,7 @@ def _tools(record: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
-    """Instruction and input are one turn of the user, a blank line between them."""
+    """Instruction and input are one turn of the user, separated by a blank line."""
     turns: list[Message] = []
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -197,18 +197,18 @@ def _completion(record: Mapping[str, Any]) -> Conversation | Text:
     before, after = _messages(prompt, "prompt"), _messages(completion, "completion")
     if _answers(before) and _answers(after) > 1:
         raise BadRecord("unclear target", "answers in the prompt and several in the completion; write it as messages")
-    learned: Literal["assistant", "last"] = "last" if _answers(before) else "assistant"
-    return Conversation(_system(record) + before + after, _tools(record), learned)
+    train_on: Literal["assistant", "last"] = "last" if _answers(before) else "assistant"
+    return Conversation(_system(record) + before + after, _tools(record), train_on)
 
 
 def _tokens(record: Mapping[str, Any]) -> Tokens:
-    ids = _whole_numbers(record["input_ids"], "input_ids")
+    ids = _integers(record["input_ids"], "input_ids")
     if not ids:
         raise BadRecord("empty conversation", "input_ids is empty")
     key = next((key for key in ("labels", *MASKS) if record.get(key) is not None), None)
     if key is None:
-        raise BadRecord("no mask", f"input_ids without labels, {', '.join(MASKS)}: nothing says what to learn")
-    marks = _whole_numbers(record[key], key)
+        raise BadRecord("no mask", f"input_ids without labels, {', '.join(MASKS)}: nothing marks the targets")
+    marks = _integers(record[key], key)
     if len(marks) != len(ids):
         raise BadRecord("different lengths", f"{len(ids)} input_ids, {len(marks)} entries in {key}")
     if key != "labels":
@@ -216,17 +216,17 @@ def _tokens(record: Mapping[str, Any]) -> Tokens:
             raise BadRecord("wrong type", f"{key} has {max(marks, key=abs)}, expected 0 and 1")
         return Tokens(ids, [mark == 1 for mark in marks])
     for i, (token, label) in enumerate(zip(ids, marks, strict=True)):
-        if label not in (token, NOT_LEARNED):
+        if label not in (token, IGNORE_INDEX):
             detail = f"labels[{i}] = {label} where input_ids has {token}; expected the same (not shifted), or -100"
             raise BadRecord("different labels", detail)
-    return Tokens(ids, [label != NOT_LEARNED for label in marks])
+    return Tokens(ids, [label != IGNORE_INDEX for label in marks])
 
 
-def _whole_numbers(values: Any, key: str) -> list[int]:
-    """Truth values count as 0 and 1 in masks, and as nothing in ids."""
+def _integers(values: Any, key: str) -> list[int]:
+    """A list of integers; Booleans are allowed in masks only."""
     kinds = (int, bool) if key in MASKS else (int,)
     if not isinstance(values, list) or not all(type(value) in kinds for value in values):
-        raise BadRecord("wrong type", f"{key} holds {_kind(values)}, expected a list of whole numbers")
+        raise BadRecord("wrong type", f"{key} holds {_kind(values)}, expected a list of integers")
     return values
 
 

@@ -1,8 +1,8 @@
-"""`map` over many processes: results in order, a bounded number on the way, and a dead worker is an error.
+"""`map` over several processes: results in order, a bounded number in flight, and a dead worker is an error.
 
-Each worker has a pipe of its own, which ends when either side does: the parent sees a killed worker, a worker
-sees a killed parent. Rejected: `ProcessPoolExecutor` and `multiprocessing.Pool`, whose workers share a queue. One
-that is killed while it writes a result leaves half a message and a held lock in there, and all wait for ever.
+Each worker has its own pipe, which closes when either side dies: the parent notices a killed worker, a worker a killed
+parent. Alternatives considered: `ProcessPoolExecutor` and `multiprocessing.Pool`, whose workers share a queue. A worker
+killed while it writes a result leaves half a message and a held lock there, and all others wait forever.
 """
 
 import multiprocessing
@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 from engine.errors import TriaxisError, as_triaxis_error
 
-AHEAD = 4  # items a worker, at most, that are read and not yet handed out; evens out items of unequal length
+AHEAD = 4  # items in flight per worker, at most; evens out items of unequal length
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class WorkerFailed(TriaxisError):
-    """A worker process was killed, or met an error that is nobody's input."""
+    """A worker process was killed, or raised an error that is not caused by the input."""
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
@@ -32,7 +32,7 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], workers: 
     `work` is inherited and may be anything; items and results are pickled. Close the iterator to stop early.
 
     Raises:
-        WorkerFailed: see there. Errors for people come through as they are.
+        WorkerFailed: see there. A `TriaxisError` of a worker is raised unchanged.
     """
     if workers == 1:
         yield from map(work, items)
@@ -42,12 +42,12 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], workers: 
 
 
 def _distribute(items: Iterator[Any], idle: list[Connection], limit: int) -> Iterator[Any]:
-    """Keeps all workers busy as long as no more than `limit` items are on the way."""
-    busy: dict[Connection, int] = {}  # the number of the item that each works on
+    """Results in order, keeping all workers busy with at most `limit` items in flight."""
+    busy: dict[Connection, int] = {}  # the number of the item that each is working on
     done: dict[int, Any] = {}
-    sent = handed_out = 0
+    sent = returned = 0
     while True:
-        while idle and sent - handed_out < limit:
+        while idle and sent - returned < limit:
             try:
                 item = next(items)
             except StopIteration:
@@ -56,9 +56,9 @@ def _distribute(items: Iterator[Any], idle: list[Connection], limit: int) -> Ite
             busy[idle[-1]] = sent
             _send(idle.pop(), item)
             sent += 1
-        if handed_out in done:
-            yield done.pop(handed_out)
-            handed_out += 1
+        if returned in done:
+            yield done.pop(returned)
+            returned += 1
         elif busy:
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
@@ -70,7 +70,7 @@ def _distribute(items: Iterator[Any], idle: list[Connection], limit: int) -> Ite
 
 @contextmanager
 def _worker_processes(work: Callable[[Any], Any], count: int) -> Iterator[list[Connection]]:
-    """Connections to `count` new processes, which are gone in the end, however that comes."""
+    """Connections to `count` new processes, which are killed on exit."""
     fork = multiprocessing.get_context("fork")
     processes, connections = [], []
     try:
@@ -84,18 +84,18 @@ def _worker_processes(work: Callable[[Any], Any], count: int) -> Iterator[list[C
         yield list(connections)
     finally:
         for process in processes:
-            process.kill()  # idle, or working for nobody
+            process.kill()  # idle, or its result is not needed
             process.join()
         for connection in connections:
             connection.close()
 
 
 def _serve(work: Callable[[Any], Any], connection: Connection, ends_of_parent: list[Connection]) -> None:
-    """What a worker does until either side is gone."""
+    """The loop of a worker, until either side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of tokenizers: these processes are the parallelism
-    for inherited in ends_of_parent:  # or this pipe would outlive the parent
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # for the package tokenizers: the parallelism is in these processes
+    for inherited in ends_of_parent:  # otherwise this pipe would outlive the parent
         inherited.close()
     with suppress(EOFError, OSError):  # of the pipe: the parent is gone
         while True:
@@ -127,4 +127,4 @@ def _receive(connection: Connection) -> Any:
 
 
 def _killed() -> WorkerFailed:
-    return WorkerFailed("a worker process was killed; if the machine ran out of memory, use fewer --workers")
+    return WorkerFailed("a worker process was killed; if the machine ran out of memory, use fewer workers")

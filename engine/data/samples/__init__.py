@@ -1,1 +1,1 @@
-"""Which tokens are sample i, and the loader that reads ahead."""
+"""Samples as pure functions of their number, and the loader that prefetches batches."""

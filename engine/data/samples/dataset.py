@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from engine.data.samples.loader import Samples
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 
 
 class SampleDataset(Samples, Protocol):

@@ -1,9 +1,9 @@
-"""Which draw of which dataset is sample i: pure arithmetic, no index.
+"""The mixture of datasets: which draw of which dataset is sample i, by pure arithmetic, without an index.
 
-A mixture runs in blocks of 2^20 samples, to which each dataset contributes a whole number. Inside a block the
-datasets are interleaved as evenly as whole numbers allow, each in its own order: every stretch of samples has
-the stated proportions, and one epoch of a dataset ends before its next begins. Alternative considered: shuffling the
-positions of a block; a dataset smaller than its share of a block is then drawn at random with repetition.
+A mixture consists of blocks of 2^20 samples, to which each dataset contributes a whole number. Inside a block the
+datasets are interleaved as evenly as whole numbers allow, each in its own order: every range of samples has the stated
+proportions, and an epoch of a dataset ends before its next one begins. Alternative considered: shuffling the positions
+of a block; a dataset smaller than its share of a block would then be drawn at random with repetition.
 """
 
 import math
@@ -20,13 +20,13 @@ BLOCK_SIZE = 1 << 20
 
 
 class Mixture:
-    """How the samples of a run are shared between datasets.
+    """The shares of datasets in the samples of a run.
 
     Args:
         weights: relative shares, any positive numbers.
 
     Raises:
-        ConfigError: a weight is not a positive number or too small to get a sample in a block.
+        ConfigError: a weight is not a positive number, or too small for one sample per block.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -35,8 +35,8 @@ class Mixture:
     def draw(self, i: int) -> tuple[int, int]:
         """Sample `i` as (dataset, number of the draw from that dataset over the whole run).
 
-        A block is a stream of positions. The first dataset takes those at which its proportional count goes
-        up; the others see the stream of what is left, and so on.
+        A block is a stream of positions. The first dataset takes the positions at which its proportional count
+        increases; the second one does the same with the remaining positions, and so on.
         """
         block, position = divmod(i, BLOCK_SIZE)
         left = BLOCK_SIZE
@@ -46,7 +46,7 @@ class Mixture:
                 return dataset, block * count + before
             position -= before
             left -= count
-        raise AssertionError("the last dataset takes every position that is left")
+        raise AssertionError("the last dataset takes every remaining position")
 
     def many(self, numbers: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], UInts]:
         """`draw` for each of `numbers`, as two vectors."""

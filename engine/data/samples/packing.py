@@ -1,10 +1,10 @@
-"""Packing conversations of many lengths into rows of one length: best fit, longest first.
+"""Packing conversations of different lengths into rows of one length: best fit, longest first.
 
-What goes together depends on lengths alone, so the plan is made for lengths and not for conversations: items are
-counted by length and those of one length are placed at once. It takes a second for ten million conversations and stays
-the same in every epoch; only which conversation of a length stands where is drawn anew. The result is that of best-fit
-decreasing over the single items, as equal items are interchangeable. Rejected: first fit in the order of the data,
-whose rows are less full, and cutting conversations to fill the gaps, which hides from a model what it is to answer.
+The packing depends only on lengths, so it is computed for lengths instead of conversations: items are counted by
+length, and those of one length are placed together. It takes a second for ten million conversations and stays the same
+in every epoch; only the choice of conversations of each length is new. The result is that of best-fit decreasing over
+single items, because equal items are interchangeable. Alternatives considered: first fit in the order of the data,
+whose rows are less full; cutting conversations to fill the gaps, which separates answers from their questions.
 """
 
 from bisect import bisect_left, insort
@@ -16,12 +16,12 @@ import numpy as np
 from engine.data.storage.files import Ints
 
 Pattern = tuple[tuple[int, int], ...]
-"""What a row holds: (length, how many of that length), longest first."""
+"""The contents of a row: (length, number of items of that length), longest first."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """`counts[i]` rows, each of which holds `patterns[i]`. `capacity` is the length of a row."""
+    """`counts[i]` rows with the contents `patterns[i]`. `capacity` is the length of a row in tokens."""
 
     capacity: int
     patterns: tuple[Pattern, ...]
@@ -33,20 +33,20 @@ class Packing:
 
     @property
     def efficiency(self) -> float:
-        """Share of the rows' places that hold something."""
+        """The share of the rows' tokens that are not padding."""
         sizes = (sum(length * many for length, many in pattern) for pattern in self.patterns)
         used = sum(size * count for size, count in zip(sizes, self.counts, strict=True))
         return used / (self.num_rows * self.capacity)
 
 
 def alone(lengths: Ints, capacity: int) -> Packing:
-    """Every item in a row of its own."""
+    """One item per row."""
     sizes, counts = np.unique(lengths, return_counts=True)
     return Packing(capacity, tuple(((size, 1),) for size in sizes.tolist()), tuple(counts.tolist()))
 
 
 def best_fit(lengths: Ints, capacity: int) -> Packing:
-    """Best-fit decreasing: each item goes into the fullest row that has room for it, the longest items first.
+    """Best-fit decreasing: from the longest item on, each goes into the fullest row with room for it.
 
     Args:
         lengths: of the items, each in [1, capacity].
@@ -65,16 +65,16 @@ def best_fit(lengths: Ints, capacity: int) -> Packing:
 
 
 class _OpenRows:
-    """Rows that are being filled; those of one pattern are counted and not kept apart."""
+    """Rows that are being filled, counted by pattern."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.by_room: dict[int, list[tuple[Pattern, int]]] = defaultdict(list)  # by what is left in the row
-        self.rooms: list[int] = []  # in which there are rows, rising
+        self.by_room: dict[int, list[tuple[Pattern, int]]] = defaultdict(list)  # by the room left in the row
+        self.rooms: list[int] = []  # the keys of `by_room`, increasing
 
     def place(self, size: int, count: int) -> None:
-        """Place `count` items. A row with the least room that is enough takes items until it has no room for one more:
-        it has the least room still."""
+        """Place `count` items. The row with the least sufficient room takes items until it is full: after each item it
+        still has the least room."""
         while count:
             at = bisect_left(self.rooms, size)
             if at == len(self.rooms):

@@ -1,8 +1,8 @@
-"""Keyed permutations: in which order an epoch is read, and the source of every random number of the data.
+"""Keyed permutations: the order of an epoch, and the source of all randomness of the data.
 
-An order is a keyed bijection of `[0, n)`: a Feistel network over the next power of two, walked until it falls below n.
-It needs no memory and costs the same for every number, so there is nothing to build, cache or send to other ranks. It
-works on single numbers and, by the same lines, on vectors of uint64. Alternative considered: shuffled index files,
+An order is a keyed bijection of `[0, n)`: a Feistel network over the next power of two, applied until the value is
+below n. It needs no memory and costs the same for every number, so there is nothing to build, cache or send to other
+ranks. The same code works on single numbers and on vectors of uint64. Alternative considered: shuffled index files,
 which take minutes and gigabytes for 10^12 tokens.
 """
 
@@ -20,12 +20,12 @@ UInts = npt.NDArray[np.uint64]
 
 
 def keyed_bytes(count: int, *parts: str | int) -> bytes:
-    """Bytes that depend on every part: the source of all randomness here."""
+    """`count` pseudorandom bytes that depend on every part."""
     return hashlib.shake_128(json.dumps(parts).encode()).digest(count)
 
 
 def keyed_below(limit: int, *parts: str | int) -> int:
-    """A number in `[0, limit)` drawn from the parts."""
+    """A pseudorandom number in `[0, limit)` that depends on every part."""
     return int.from_bytes(keyed_bytes(16, *parts), "little") % limit
 
 
@@ -42,7 +42,7 @@ class Permutation:
         self._round_keys = np.frombuffer(keyed_bytes(8 * ROUNDS, "permutation", *key), "<u8").tolist()
 
     def __call__(self, i: int) -> int:
-        """Where `i` goes. Under two steps on average, as the network spans less than `2 * size`."""
+        """The image of `i`. Takes fewer than two steps on average, because the network spans less than `2 * size`."""
         if not 0 <= i < self.size:
             raise IndexError(f"{i} is not in [0, {self.size})")
         i = self._network(i)
@@ -51,7 +51,7 @@ class Permutation:
         return i
 
     def many(self, numbers: npt.NDArray[np.integer]) -> UInts:
-        """Where each of `numbers` goes; equal to calling for each of them."""
+        """The images of `numbers`, as if called for each of them."""
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.size:
             raise IndexError(f"{numbers.min()} .. {numbers.max()} is not in [0, {self.size})")
         result = self._network(numbers.astype(np.uint64))
@@ -60,7 +60,7 @@ class Permutation:
         return result
 
     def _network(self, x: Any) -> Any:
-        """Each round changes one part of the bits by a function of the other, so each can be undone."""
+        """Each round changes one part of the bits by a function of the other, so it is invertible."""
         low_mask, high_mask = self._masks
         low, high = x & low_mask, x >> self._low_bits
         for even, odd in zip(self._round_keys[::2], self._round_keys[1::2], strict=True):
@@ -70,7 +70,7 @@ class Permutation:
 
 
 def _mix(x: Any) -> Any:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): an input bit changes half of the output's."""
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): each input bit changes half of the output bits."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)

@@ -1,80 +1,42 @@
 """Pretraining samples: sample i is a pure function of its number.
 
-`sample(i)` computes dataset, epoch, place and document boundaries by arithmetic and a binary search in the mapped
-document table. So resuming is one integer, and the samples depend on neither the layout, the number of workers,
-a restart, nor how long the run is to be. Rejected: sample indices built before the first step and shared by a
-file or a broadcast.
+`sample(i)` computes dataset, epoch, location and document boundaries by arithmetic and a binary search in the document
+table. So resuming takes one integer, and the samples do not depend on the layout, the number of workers, a restart, or
+the length of the run. Alternative considered: sample indices built before the first step and shared by a file or a
+broadcast.
 
-The order is keyed by the last part of a dataset's path, so that moving a directory of datasets changes nothing;
-where two datasets of a mixture share that name, the later ones are told apart by a number.
+The order is keyed by the last part of a dataset's path, so moving a directory of datasets changes nothing; datasets of
+a mixture with the same name are distinguished by a number.
 
 Legend: T tokens of a dataset's part, S sequence length.
 """
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.config.schema import DatasetConfig
 from engine.data.samples.mixture import Mixture
 from engine.data.samples.permutation import Permutation, keyed_below
-from engine.data.storage.files import Ints
-from engine.data.storage.indexed import IndexedDataset
-from engine.errors import ConfigError, DataError
+from engine.data.samples.sample import Location, Sample, Split, part_documents
+from engine.data.storage.reader import IndexedDataset
+from engine.errors import DataError
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 IDENTITY_TOKENS = 4096  # at each end of a dataset, in its fingerprint
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One row of a batch.
-
-    Attributes:
-        tokens: int64 [S].
-        labels: int64 [S], what follows each of them.
-        boundaries: offsets in (0, S) at which a document starts.
-        target_mask: bool [S], which labels count; None: all.
-    """
-
-    tokens: Ints
-    labels: Ints
-    boundaries: Ints
-    target_mask: npt.NDArray[np.bool_] | None = None
-
-    @classmethod
-    def following(cls, tokens: Ints, boundaries: Ints) -> "Sample":
-        """Of consecutive tokens [S + 1], of which the last is only a label."""
-        return cls(tokens[:-1], tokens[1:], boundaries)
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a sample lies: sample `number` of an epoch of a dataset, from token `start` of its `.bin` on."""
-
-    dataset: int
-    name: str
-    epoch: int
-    number: int
-    start: int
 
 
 class PretrainDataset:
     """An endless, ordered set of samples drawn from weighted datasets.
 
     Args:
-        datasets: prefixes and weights.
+        datasets: their prefixes and weights.
         split: shares of train, valid and test; each dataset is cut by contiguous documents.
-        part: which of the three to read.
+        part: the one to read.
         seq_length: S; a sample holds S + 1 tokens.
         seed: of the order.
 
@@ -83,7 +45,7 @@ class PretrainDataset:
 
     Raises:
         DataError: a file is missing or damaged, or a dataset has too few tokens for one sample.
-        ConfigError: shares or weights that make no sense.
+        ConfigError: invalid shares or weights.
     """
 
     num_rows = None
@@ -121,11 +83,11 @@ class PretrainDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the part, over all datasets."""
+        """Tokens of the split, over all datasets."""
         return sum(source.end - source.begin for source in self._sources)
 
     def sample(self, i: int) -> Sample:
-        """Sample `i >= 0`; there is no last one, as epochs follow one another."""
+        """Sample `i >= 0`; there is no last one, because epochs follow each other."""
         here, length = self.where(i), self.seq_length
         data = self._sources[here.dataset].data
         tokens = data.tokens(here.start, length + 1).astype(np.int64)
@@ -133,7 +95,7 @@ class PretrainDataset:
         return Sample.following(tokens, boundaries)
 
     def where(self, i: int) -> Location:
-        """Where sample `i` lies, without reading it."""
+        """The location of sample `i`, without reading it."""
         if i < 0:
             raise IndexError(f"sample {i}; samples count from 0")
         dataset, draw = self._mixture.draw(i)
@@ -141,7 +103,7 @@ class PretrainDataset:
         return Location(dataset, source.name, *source.locate(draw))
 
     def fingerprint(self) -> str:
-        """Identifies the data and their order; independent of the directory they lie in.
+        """Identifies the data and their order, independent of their directory.
 
         Covers seed, split, mixture, sizes and the first and last tokens of each dataset's part.
         """
@@ -166,7 +128,7 @@ class _Source:
     seed: int
 
     def locate(self, draw: int) -> tuple[int, int, int]:
-        """The epoch, the sample's number in the file's order, and its first token. Cut points move every epoch."""
+        """The epoch, the sample's number in file order, and its first token. Sample boundaries shift every epoch."""
         epoch, i = divmod(draw, self.num_samples)
         key = (self.seed, self.name, self.occurrence, epoch)
         number = Permutation(self.num_samples, *key)(i)
@@ -179,16 +141,3 @@ class _Source:
         content = hashlib.blake2b(b"".join(ends), digest_size=16).hexdigest()
         numbers = [self.occurrence, self.begin, self.end, self.num_samples, self.seq_length, self.seed]
         return [self.name, *numbers, content]
-
-
-def part_documents(num_documents: int, split: Sequence[float], part: Split) -> tuple[int, int]:
-    """The documents [begin, end) of a part: its share of them, counted cumulatively and rounded.
-
-    Raises:
-        ConfigError: shares that are negative, not finite or all zero.
-    """
-    if not all(math.isfinite(share) and share >= 0 for share in split) or sum(split) <= 0:
-        raise ConfigError(f"data.split = {list(split)}: shares must be finite, >= 0 and not all zero")
-    total, at = sum(map(Fraction, split)), SPLITS.index(part)
-    begin, end = (sum(map(Fraction, split[:k])) * num_documents / total for k in (at, at + 1))
-    return int(begin + Fraction(1, 2)), int(end + Fraction(1, 2))

@@ -1,11 +1,11 @@
 """Fine-tuning samples: rows of whole conversations, each a pure function of its number.
 
-A conversation of n tokens is n − 1 pairs of a token and the one to predict. Packing (see `packing.py`) says which
-lengths share a row; which conversation stands at a place, and the order of the rows, are keyed bijections drawn anew
-every epoch. So every epoch reads every conversation `weight` times and none of them is cut, and nothing has to be kept
-or sent when a run resumes. Rejected: packing as the data stream by, which depends on who reads and has emptier rows.
+A conversation of n tokens is n − 1 pairs of a token and the next one. Packing (see `packing.py`) determines which
+lengths share a row; the conversation at each place and the order of the rows are keyed bijections, new in every epoch.
+So every epoch reads every conversation `weight` times, none is cut, and resuming needs no state but a number.
+Alternative considered: packing on the fly, which depends on the number of readers and fills rows less.
 
-Legend: S places of a row.
+Legend: S tokens in a row.
 """
 
 import hashlib
@@ -19,34 +19,34 @@ import numpy as np
 from engine.config.schema import DatasetConfig
 from engine.data.samples.packing import Packing, alone, best_fit
 from engine.data.samples.permutation import Permutation
-from engine.data.samples.pretrain import SPLITS, Sample, Split, part_documents
+from engine.data.samples.sample import SPLITS, Sample, Split, part_documents
 from engine.data.storage.files import Ints
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.errors import ConfigError, DataError
 
-MOST_REPEATS = 1000  # of a conversation in an epoch
-SEGMENT = 64  # what is left over attends to itself in pieces of this size, which costs next to nothing
+MAX_WEIGHT = 1000  # reads of a conversation per epoch
+SEGMENT = 64  # padding attends to itself in segments of this size, which costs almost nothing
 
 
 class SftDataset:
     """Rows of conversations, epoch after epoch.
 
     Args:
-        datasets: prefixes of datasets with masks; the weight says how often an epoch reads each conversation.
-        split: shares of train, valid and test; conversations are dealt out at random, independent of `seed`.
-        part: which of the three to read.
+        datasets: prefixes of datasets with masks; the weight is the number of times an epoch reads each conversation.
+        split: shares of train, valid and test; conversations are assigned at random, independent of `seed`.
+        part: the one to read.
         seq_length: S.
         seed: of the order.
-        packed: several conversations to a row where they fit.
-        epochs: rows behind these are empty; None: never.
+        packed: put several conversations into a row if they fit.
+        epochs: rows after these are empty; None: endless.
 
     Attributes:
-        packing: what the rows of an epoch hold; there are `num_rows` of them, with `num_conversations`.
-        mean_length: of the conversation that a filled place belongs to, over all places.
+        packing: the contents of an epoch's `num_rows` rows, which hold `num_conversations`.
+        mean_length: of the conversation that a token belongs to, averaged over all tokens.
 
     Raises:
         DataError: a file is missing or damaged, has no mask, or a conversation is longer than S + 1 tokens.
-        ConfigError: weights that are not whole.
+        ConfigError: weights that are not whole numbers.
     """
 
     def __init__(
@@ -87,21 +87,21 @@ class SftDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Places that an epoch fills, over all datasets."""
+        """Tokens of an epoch without padding, over all datasets."""
         return round(self.efficiency * self.num_rows * self.seq_length)
 
     @property
     def efficiency(self) -> float:
-        """The share of the places of a row that hold tokens."""
+        """The share of the rows' tokens that are not padding."""
         return self.packing.efficiency
 
     def summary(self) -> str:
-        """How conversations are packed into sequences, for people."""
+        """How conversations are packed into rows, for a person to read."""
         rows = f"{self.num_conversations:,} conversations in {self.num_rows:,} sequences"
         return f"{rows}, {self.efficiency:.1%} full"
 
     def sample(self, i: int) -> Sample:
-        """Row `i >= 0`; what the conversations leave over is filled with tokens 0 that are no targets."""
+        """Row `i >= 0`, padded with tokens 0 that are no targets."""
         tokens, labels = np.zeros((2, self.seq_length), np.int64)
         target_mask, boundaries = np.zeros(self.seq_length, bool), []
         end = 0
@@ -117,7 +117,7 @@ class SftDataset:
         return Sample(tokens, labels, np.array([b for b in boundaries if b < self.seq_length], np.int64), target_mask)
 
     def conversations(self, i: int) -> list[tuple[int, int]]:
-        """What row `i` holds: (dataset, number of the conversation in it); nothing behind the last epoch."""
+        """The contents of row `i`: (dataset, number of the conversation in it); empty after the last epoch."""
         if i < 0:
             raise IndexError(f"row {i}; rows count from 0")
         epoch, row = divmod(i, self.num_rows)
@@ -131,17 +131,18 @@ class SftDataset:
         return [(int(self._owners[at]), int(self._conversations[at])) for at in found]
 
     def fingerprint(self) -> str:
-        """Identifies the data and their order; independent of the directory they lie in."""
+        """Identifies the data and their order, independent of their directory."""
         content = [self._seed, self.seq_length, [source.identity() for source in self._sources], self.num_rows]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The part of a dataset that is read.
+    """One split of a dataset.
 
     Attributes:
-        conversations: their numbers, each as often as an epoch reads it; `lengths`: pairs that each of them has.
+        conversations: their numbers, each repeated as often as an epoch reads it.
+        lengths: the number of (token, next token) pairs of each.
     """
 
     data: IndexedDataset
@@ -157,7 +158,7 @@ class _Source:
 
 
 class _Places:
-    """Where each length stands in the rows of a packing.
+    """The places of each length in the rows of a packing.
 
     Items of one length are numbered through all rows, in the order of patterns and of rows within a pattern.
     """
@@ -175,7 +176,7 @@ class _Places:
             seen.update({length: many * rows for length, many in pattern})
 
     def of_row(self, row: int) -> Iterator[tuple[int, int, int, int]]:
-        """Of each item: its length, where that length begins among all items, their count, and its own number."""
+        """For each item: its length, the first item of that length, their count, and its number among them."""
         at = int(np.searchsorted(self._ends, row, side="right"))
         within = row - (int(self._ends[at - 1]) if at else 0)
         for (length, many), before in zip(self._patterns[at], self._before[at], strict=True):
@@ -192,12 +193,12 @@ def _open(
         if not data.has_mask:
             raise DataError(
                 f"{dataset.path} has no .mask.bin, which says which tokens are targets; "
-                "make fine-tuning data with tools/preprocess_data.py --task sft, or set task = pretrain"
+                "preprocess conversations with task = sft (tools/preprocess_data.py), or train with task = pretrain"
             )
-        if dataset.weight not in range(1, MOST_REPEATS + 1):
+        if dataset.weight not in range(1, MAX_WEIGHT + 1):
             raise ConfigError(
                 f"{dataset.path}: weight = {dataset.weight}; fine-tuning reads every conversation weight times an "
-                f"epoch, so expected a whole number up to {MOST_REPEATS}"
+                f"epoch, so expected a whole number up to {MAX_WEIGHT}"
             )
         chosen = _deal(data.num_documents, (name, seen[name]), split, part)
         lengths = np.concatenate([np.empty(0, np.int64), *data.document_lengths()])[chosen]
@@ -205,7 +206,7 @@ def _open(
             raise DataError(
                 f"{dataset.path}: conversation {chosen[lengths.argmax()]} has {longest:,} tokens, too many for "
                 f"data.seq_length = {seq_length}; raise that to {longest - 1} or more, or preprocess again with "
-                f"--max-length {seq_length + 1} and an --on-too-long of your choice"
+                f"max_length = {seq_length + 1} and an on_too_long of your choice"
             )
         chosen = np.repeat(chosen[lengths > 1], int(dataset.weight))
         yield _Source(data, f"{name}/{seen[name]}", chosen, np.repeat(lengths[lengths > 1], int(dataset.weight)) - 1)
@@ -213,9 +214,9 @@ def _open(
 
 
 def _deal(count: int, key: tuple[str, int], split: tuple[float, float, float], part: Split) -> Ints:
-    """The conversations of a part, in the order of the file."""
+    """The conversations of a split, in file order."""
     cuts = [0, *(part_documents(count, split, each)[1] for each in SPLITS)]
-    for k in (2, 1):  # a small share of a few conversations is one of them, and not none
+    for k in (2, 1):  # a small share of a few conversations is at least one
         cuts[k] = max(min(1, count), min(cuts[k], cuts[k + 1] - (split[k] > 0)))
     begin, end = cuts[SPLITS.index(part)], cuts[SPLITS.index(part) + 1]
     if end - begin == count:

@@ -1,17 +1,17 @@
-"""Do a dataset, a tokenizer and a model belong together? Looked at before the first step."""
+"""Compatibility checks between dataset, tokenizer and model, run before the first step."""
 
 import numpy as np
 
-from engine.data.storage.indexed import IndexedDataset
+from engine.data.storage.reader import IndexedDataset
 from engine.errors import DataError
 
-PROBES = 64  # places of a dataset at which its token ids are looked at
+PROBES = 64  # places of a dataset at which its token ids are checked
 PROBE_TOKENS = 4096
 
 
 def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
-    """Look at token ids all over the dataset (some quarter of a million), so that a run with the wrong tokenizer ends
-    before its first step. `tools/inspect_data.py --verify` looks at every one.
+    """Check about a quarter of a million token ids, spread over the dataset, so that a run with the wrong tokenizer
+    ends before its first step. `IndexedDataset.verify` checks all of them.
 
     Raises:
         DataError: an id is not below `vocab_size`.
@@ -19,7 +19,7 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
     if data.info is not None and data.info.vocab_size > vocab_size:
         raise DataError(
             f"{data.prefix}.json: made with a vocabulary of {data.info.vocab_size}, larger than "
-            f"model.vocab_size = {vocab_size}; raise the latter or use the tokenizer that belongs to the model"
+            f"model.vocab_size = {vocab_size}; raise model.vocab_size or use the model's tokenizer"
         )
     count = min(PROBE_TOKENS, data.num_tokens)
     places = np.linspace(0, data.num_tokens - count, PROBES).astype(np.int64)  # the first and the last among them
@@ -35,7 +35,7 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
 
 
 def check_tokenizer(data: IndexedDataset, tokenizer_hash: str) -> None:
-    """Compare a tokenizer's hash with the one recorded beside the dataset, where there is a record.
+    """Compare a tokenizer's hash with the one in the dataset's description, if there is one.
 
     Raises:
         DataError: the dataset was made with another tokenizer.
@@ -44,5 +44,5 @@ def check_tokenizer(data: IndexedDataset, tokenizer_hash: str) -> None:
         raise DataError(
             f"{data.prefix}.json: made with a {data.info.tokenizer_kind} tokenizer of hash "
             f"{data.info.tokenizer_hash}; data.tokenizer has {tokenizer_hash}; "
-            "name the tokenizer of the data, or preprocess the text again"
+            "set it to the tokenizer of the data, or preprocess the text again"
         )

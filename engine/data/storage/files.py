@@ -1,10 +1,10 @@
-"""Files that are read by position and not believed; errors name file, field, value and what was expected.
+"""Untrusted binary files, read by position; errors name the file, the field, its value and the expected one.
 
-Tokens come from a memory map without read-around (`MADV_RANDOM`: samples lie at random places, and on a cold file
-of 2 TB the kernel's read-around made 4097 tokens cost 5,500 µs instead of 21). Every such read looks at the file's
-size first, because a file that has shrunk under its map would end the process with a bus error. Entries of the index,
-and the long sequential reads of complete checks, are read by position: a binary search that maps a page for each step
-would make the process grow by the whole index.
+Tokens are read from a memory map without read-ahead (`MADV_RANDOM`: samples are at random offsets, and on a cold file
+of 2 TB the kernel's read-ahead made 4097 tokens cost 5,500 µs instead of 21). Each of these reads checks the file size
+first, because accessing the map of a file that has shrunk kills the process with a bus error. Index entries, and the
+long sequential reads of complete checks, use `pread`: a binary search that maps a page at each step would let the
+process grow by the whole index.
 """
 
 import mmap
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.errors import DataError, DataFormatError
 
-CHUNK = 1 << 20  # entries of a table that are held in memory at a time
+CHUNK = 1 << 20  # table entries held in memory at a time
 LARGEST_MAPPED_READ = 1 << 20  # bytes
 
 Array = npt.NDArray[Any]
@@ -30,7 +30,7 @@ class CheckedFile:
     """A file opened for reading by position.
 
     Args:
-        mapped: read short pieces through a memory map.
+        mapped: use a memory map for short reads.
 
     Raises:
         DataError: there is no such file.
@@ -52,7 +52,7 @@ class CheckedFile:
             self._map.madvise(mmap.MADV_RANDOM)
 
     def read(self, position: int, count: int) -> bytes:
-        """Exactly `count` bytes at `position`, which the caller knows to lie inside the file as it was opened.
+        """Exactly `count` bytes at `position`; the caller has checked them against the size at opening.
 
         Raises:
             DataFormatError: the file has become shorter.
@@ -70,7 +70,7 @@ class CheckedFile:
         return data
 
     def check_size(self) -> None:
-        """Raises when the file has become shorter than it was when it was opened."""
+        """Raises DataFormatError if the file is now shorter than at opening."""
         size = os.fstat(self._descriptor).st_size
         if size < self.size:
             expected = f"{self.size} as when it was opened; it shrank while in use"
@@ -82,7 +82,7 @@ class CheckedFile:
 
 
 class Table:
-    """A named run of integers inside a file."""
+    """A named array of integers inside a file, read on demand."""
 
     def __init__(self, file: CheckedFile, name: str, dtype: npt.DTypeLike, offset: int, count: int) -> None:
         self.file, self.name, self.dtype, self.offset = file, name, np.dtype(dtype), offset
@@ -96,33 +96,33 @@ class Table:
         return int.from_bytes(data, "little", signed=self._signed)
 
     def span(self, start: int, stop: int) -> Array:
-        """Entries `[start, stop)`, read-only, in the table's type."""
+        """Entries `[start, stop)`, read-only, in the table's dtype."""
         data = self.file.read(self.offset + start * self._itemsize, (stop - start) * self._itemsize)
         return np.frombuffer(data, self.dtype)
 
     def gather(self, indices: Ints) -> Array:
-        """The entries at rising indices, in memory for at most a chunk of the entries between them."""
-        pieces = [np.empty(0, self.dtype)]
+        """The entries at increasing indices, reading at most a chunk of entries at a time."""
+        parts = [np.empty(0, self.dtype)]
         while indices.size:
             start = int(indices[0])
             count = int(np.searchsorted(indices, start + CHUNK))
-            pieces.append(self.span(start, int(indices[count - 1]) + 1)[indices[:count] - start])
+            parts.append(self.span(start, int(indices[count - 1]) + 1)[indices[:count] - start])
             indices = indices[count:]
-        return np.concatenate(pieces)
+        return np.concatenate(parts)
 
     def expect(self, holds: bool, i: int, value: int, expected: str) -> None:
         if not holds:
             raise format_error(self.file.path, f"{self.name}[{i}]", value, expected)
 
     def expect_all(self, holds: npt.NDArray[np.bool_], start: int, values: Array, expected: str) -> None:
-        """As `expect`, for a span from entry `start` on; names the first entry for which it does not hold."""
+        """`expect` for consecutive entries from `start` on; the error names the first bad one."""
         if not holds.all():
             first = int(holds.argmin())
             self.expect(False, start + first, int(values[first]), expected)
 
 
 def format_error(path: Path, field: str, value: object, expected: str) -> DataFormatError:
-    """Which file, which field, what it says, what was expected."""
+    """An error that names the file, the field, its value and the expected one."""
     return DataFormatError(f"{path}: {field} = {value}; expected {expected}")
 
 
@@ -131,5 +131,5 @@ def _missing(path: Path) -> str:
     hint = f" (give the prefix without {ending})" if ending in (".bin", ".idx") else ""
     return (
         f"no dataset file at {path}{hint}; a dataset is a PREFIX.bin and a PREFIX.idx, "
-        "which tools/preprocess_data.py makes from text"
+        "made from text by preprocessing (tools/preprocess_data.py)"
     )

@@ -1,13 +1,13 @@
-"""SentencePiece BPE models through `gigatoken`: the same ids, ten times as fast and more.
+"""SentencePiece BPE models through `gigatoken`: the same ids, more than ten times as fast.
 
-SentencePiece runs its merges over a whole document at once. gigatoken cuts the text where no piece of the
-vocabulary can lie across the cut, and remembers how each part was encoded: the same result, mostly by look-up.
-SentencePiece still normalises the text, so its many rules have one implementation. Because another program's
-ids are not believed, a model is taken only when its kind is one that both define alike, a self-test over the
-whole vocabulary passes, and one document in `CHECK_INTERVAL` is encoded by both.
+SentencePiece runs its merges over a whole document at once. gigatoken splits the text where no piece of the vocabulary
+can cross the boundary, and caches the ids of each part. SentencePiece still normalizes the text, so its many rules have
+one implementation. The ids of another program are not trusted: a model is accepted only if both programs define its
+kind in the same way and a self-test over the whole vocabulary passes, and one document in `CHECK_INTERVAL` is encoded
+by both.
 
-Rejected: `kitoken` (only twice as fast as SentencePiece; wrong ids with normalisation rules, and an abort of
-the whole process on some texts); gigatoken's own reading of the model (takes `</s>` in a text for its end).
+Alternatives considered: `kitoken` (only twice as fast as SentencePiece; wrong ids with normalization rules, and it
+aborts the whole process on some texts); gigatoken's own model reader (encodes `</s>` in a text as the end token).
 """
 
 import json
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from engine.data.tokenizers.protocol import Ids
 from engine.data.tokenizers.sentencepiece_model import (
     BPE,
     NORMAL,
@@ -37,26 +37,25 @@ from engine.data.tokenizers.sentencepiece_model import (
 from engine.errors import TriaxisError
 
 CHECK_INTERVAL = 512  # documents; SentencePiece is so slow that this costs a few percent
-REBUILD_CHARACTERS = 1 << 27  # gigatoken's memory of parts grows without bound, so it starts anew now and then
-Ids = npt.NDArray[np.integer[Any]]
+REBUILD_CHARACTERS = 1 << 27  # gigatoken's cache grows without bound, so it is rebuilt after so many
 
 
 class UnsupportedModel(Exception):
-    """This model cannot be encoded the fast way; the text says why."""
+    """The fast encoder does not support this model; the message says why."""
 
 
 class EncoderMismatch(TriaxisError):
-    """The fast encoder gave other ids than SentencePiece did."""
+    """The fast encoder gave different ids from SentencePiece."""
 
     advice = "start again with the plain encoder"
 
 
 class FastSentencePiece:
-    """Encodes as `processor` does.
+    """Encodes a text into the same ids as `processor`.
 
     Args:
         processor: a `SentencePieceProcessor`.
-        model: the bytes that it was made from.
+        model: the content of its model file.
 
     Raises:
         UnsupportedModel: gigatoken is absent, the model is of another kind, or the self-test failed.
@@ -82,7 +81,7 @@ class FastSentencePiece:
         """The ids of `text`.
 
         Raises:
-            EncoderMismatch: this text was sampled for the check, and SentencePiece gave other ids.
+            EncoderMismatch: this text was compared, and SentencePiece gave different ids.
         """
         ids = self._encode(text)
         self._count += 1
@@ -103,7 +102,7 @@ class FastSentencePiece:
     def _compare(self, text: str, ids: Ids) -> None:
         expected = self._processor.encode(text)
         if ids.tolist() != expected:
-            raise EncoderMismatch(f"gigatoken encodes otherwise than SentencePiece a text that starts {text[:60]!r}")
+            raise EncoderMismatch(f"gigatoken and SentencePiece give different ids for a text starting {text[:60]!r}")
 
     def _rebuild(self) -> None:
         self._engine: Any = self._make(self._definition).backend
@@ -118,7 +117,7 @@ class FastSentencePiece:
 
 
 def self_test_texts(pieces: Iterable[str]) -> Iterator[str]:
-    """Every piece in two orders, runs of every length, and what tokenizers stumble over."""
+    """Every piece in two orders, runs of every length, and known edge cases of tokenizers."""
     words = [piece.replace(SPACE, " ") for piece in pieces]
     yield "".join(words)
     random.Random(0).shuffle(words)
@@ -131,10 +130,10 @@ def self_test_texts(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _supported_pieces(fields: Fields) -> list[Piece]:
-    """The vocabulary, when the model is of a kind that both programs define alike.
+    """The vocabulary, if both programs define this kind of model in the same way.
 
     Raises:
-        UnsupportedModel: it is of another kind.
+        UnsupportedModel: they do not.
     """
     pieces = [piece_of(value) for number, value in fields if number == 1]
     trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
@@ -157,7 +156,7 @@ def _supported_pieces(fields: Fields) -> list[Piece]:
 
 
 def _normalization(fields: Fields) -> Callable[[str], str] | None:
-    """What SentencePiece's normalisation comes to where the model has no rules; it takes a third of the time."""
+    """SentencePiece's normalization for models without rules, in a third of the time; None if the model has rules."""
     normalizer = submessage(fields, 3)
     if normalizer.get(2) or normalizer.get(4, 1):  # character rules; removal of extra spaces
         return None
@@ -166,7 +165,7 @@ def _normalization(fields: Fields) -> Callable[[str], str] | None:
 
 
 def _definition(pieces: list[Piece]) -> dict[str, Any]:
-    """The model as a Hugging Face `tokenizer.json`, without normalisation and special tokens."""
+    """The model as a Hugging Face `tokenizer.json`, without normalization and special tokens."""
     model = {
         "type": "BPE",
         "unk_token": next(piece.text for piece in pieces if piece.type == UNKNOWN),

@@ -1,7 +1,7 @@
-"""What is in a SentencePiece model file: its pieces, its settings, and the merges that a BPE model stands for.
+"""The content of a SentencePiece model file: its pieces, its settings, and the merges of a BPE model.
 
-The file is a protobuf message; the few lines that read it stand here because the generated reader that comes with
-SentencePiece demands the newest protobuf package.
+The file is a protobuf message. It is read here, in a few lines, because the generated reader in SentencePiece requires
+the newest protobuf package.
 """
 
 import struct
@@ -17,7 +17,7 @@ Fields = list[tuple[int, Any]]  # of a protobuf message: (number, value)
 
 
 class Piece(NamedTuple):
-    """An entry of the vocabulary, as the model file has it."""
+    """An entry of the vocabulary in the model file."""
 
     text: str
     score: float
@@ -25,9 +25,9 @@ class Piece(NamedTuple):
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that together are a piece, in SentencePiece's order: best score of the result first.
+    """Every pair of pieces whose concatenation is a piece, in SentencePiece's order: best score of the result first.
 
-    Runs of spaces may share a score; SentencePiece then merges from the left, as longest left part first does.
+    Runs of spaces may share a score; SentencePiece then merges from the left, which is the longest left part first.
     """
     pairs = [
         (piece[:cut], piece[cut:])
@@ -50,7 +50,7 @@ def submessage(fields: Fields, number: int) -> dict[int, Any]:
 
 
 def fields_of(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the fields of a protobuf message that SentencePiece has already accepted.
+    """(number, value) of the fields of a protobuf message that SentencePiece has accepted.
 
     https://protobuf.dev/programming-guides/encoding
     """

@@ -12,7 +12,8 @@ from engine.checkpoint.huggingface import exporting
 from engine.checkpoint.huggingface.exporting import export
 from engine.checkpoint.safetensors_file import SafetensorsFile
 from engine.config.schema import ModelConfig
-from engine.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
+from engine.data.tokenizers.byte import ByteTokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes

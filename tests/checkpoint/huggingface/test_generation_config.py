@@ -6,7 +6,8 @@ import pytest
 
 from engine.checkpoint.huggingface.exporting import export
 from engine.checkpoint.huggingface.generation_config import stop_ids
-from engine.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
+from engine.data.tokenizers.byte import ByteTokenizer
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError
 from engine.model.parameters import logical_shapes
 from tests.checkpoint.huggingface.directory_cases import TINY, import_, tiny_checkpoint, write_word_tokenizer

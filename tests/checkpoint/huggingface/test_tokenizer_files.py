@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint.huggingface.tokenizer_files import bytes_tokenizer, sentencepiece_tokenizer
-from engine.data.tokenizers.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from engine.data.tokenizers.byte import ByteTokenizer
+from engine.data.tokenizers.protocol import Tokenizer
+from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.errors import CheckpointError
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}

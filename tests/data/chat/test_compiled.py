@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from engine.data.chat.compiled import SOURCE_LIMIT, CompiledTemplate, ConversationError, TemplateError
+from engine.data.chat.compiled import SOURCE_LIMIT, CompiledTemplate
+from engine.data.chat.errors import ConversationError, TemplateError
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
@@ -206,7 +207,7 @@ RUNAWAYS = [
 def test_what_runs_away_is_refused(source):
     with pytest.raises(
         TemplateError,
-        match=r"loops for ever or grows|recurses or grows|No (filter|test) named|a number|must not|numbers|loop itself",
+        match=r"loops forever or grows|recurses or grows|No (filter|test) named|a number|must not|numbers|loop itself",
     ):
         text_of(source)
 
@@ -214,7 +215,7 @@ def test_what_runs_away_is_refused(source):
 def test_only_the_conversation_adds_to_the_budget():
     source = "{% for i in range(999999) %}{% set x = i %}{% endfor %}"
     long = {"function": {"description": "x" * 500_000}}
-    with pytest.raises(TemplateError, match="loops for ever"):
+    with pytest.raises(TemplateError, match="loops forever"):
         text_of(source, x_token="x" * 500_000)
     assert text_of(source, tools=[long]) == ""
 

@@ -13,19 +13,20 @@ import numpy as np
 import orjson
 import pytest
 
-from engine.data.preprocess import documents
-from engine.data.preprocess.documents import find_sources
-from engine.data.preprocess.pretrain import Counts, dataset_prefix, preprocess
+from engine.data.preprocess import blocks
+from engine.data.preprocess.build import Counts
+from engine.data.preprocess.pretrain import dataset_prefix, preprocess
+from engine.data.preprocess.sources import find_sources
 from engine.data.preprocess.workers import WorkerFailed
-from engine.data.storage.indexed import IndexedDataset
-from engine.data.tokenizers.tokenizer import ByteTokenizer
+from engine.data.storage.reader import IndexedDataset
+from engine.data.tokenizers.byte import ByteTokenizer
 from engine.errors import ConfigError, DataError
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that a small corpus is many blocks."""
-    monkeypatch.setattr(documents.read_blocks, "__defaults__", (500,))
+    monkeypatch.setattr(blocks.read_blocks, "__defaults__", (500,))
 
 
 @pytest.fixture
@@ -201,10 +202,10 @@ def test_no_orphans_when_the_parent_is_killed(tmp_path):
     """The parent waits for more input when it is killed; its workers must end by themselves."""
     os.mkfifo(tmp_path / "a.jsonl")
     program = (
-        "import sys; from engine.data.preprocess import documents, pretrain as p;"
-        "from engine.data.tokenizers import tokenizer as t;"
-        "documents.read_blocks.__defaults__ = (10,);"
-        "p.preprocess(documents.find_sources(sys.argv[1:2]), t.ByteTokenizer(), sys.argv[2],"
+        "import sys; from engine.data.preprocess import blocks, pretrain as p, sources;"
+        "from engine.data.tokenizers.byte import ByteTokenizer;"
+        "blocks.read_blocks.__defaults__ = (10,);"
+        "p.preprocess(sources.find_sources(sys.argv[1:2]), ByteTokenizer(), sys.argv[2],"
         " keys=['text'], append_eod=True, workers=3)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "out")])

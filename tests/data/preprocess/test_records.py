@@ -82,7 +82,7 @@ def shared(*turns):
         (
             {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
             "prompt/completion",
-            Conversation([USER, ASSISTANT, USER, ASSISTANT], learned="last"),
+            Conversation([USER, ASSISTANT, USER, ASSISTANT], train_on="last"),
         ),
         ({"text": "t"}, "text", Text("", "t")),
         ({"input_ids": [1, 2], "labels": [-100, 2]}, "tokens", Tokens([1, 2], [False, True])),

@@ -9,13 +9,17 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from engine.data.chat.template import ChatEncoder, ChatTemplate, TemplateError, find_template
-from engine.data.preprocess import documents
-from engine.data.preprocess import sft as supervised
-from engine.data.preprocess.documents import RECORDS, Block, Source, find_sources
-from engine.data.preprocess.sft import Rules, SupervisedEncoder, describe, preprocess_conversations, sft_prefix
-from engine.data.storage.indexed import IndexedDataset
-from engine.data.tokenizers.tokenizer import load_tokenizer
+from engine.data.chat.encoder import ChatEncoder
+from engine.data.chat.errors import TemplateError
+from engine.data.chat.find import find_template
+from engine.data.chat.template import ChatTemplate
+from engine.data.preprocess import blocks, record_encoder
+from engine.data.preprocess.blocks import LineBlock
+from engine.data.preprocess.record_encoder import RecordEncoder, Rules
+from engine.data.preprocess.sft import describe_outcomes, preprocess_sft, sft_prefix
+from engine.data.preprocess.sources import RECORDS, Source, find_sources
+from engine.data.storage.reader import IndexedDataset
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, DataError
 from engine.testing.tokenizers import write_chatml_tokenizer
 
@@ -40,7 +44,7 @@ def run(tmp_path, tokenizer):
         wanted = find_template(tokenizer, template) if isinstance(template, str) else template
         sources = find_sources([str(tmp_path / name) for name in names or ["a.jsonl"]], RECORDS)
         arguments = (sources, tokenizer, wanted, str(tmp_path / output), Rules(**rules))
-        return preprocess_conversations(*arguments, workers=workers)
+        return preprocess_sft(*arguments, workers=workers)
 
     start.output = str(tmp_path / "out")
     return start
@@ -53,7 +57,7 @@ def write(path, records):
 
 @pytest.fixture
 def stored(tmp_path, tokenizer):
-    """The documents written: text, and the learned part of it in «»."""
+    """The documents written: text, and its targets in «»."""
 
     def read(output="out"):
         data = IndexedDataset(sft_prefix(str(tmp_path / output)))
@@ -66,8 +70,8 @@ def stored(tmp_path, tokenizer):
 
 def _marked(ids, mask, tokenizer):
     runs = itertools.groupby(zip(ids.tolist(), mask.tolist(), strict=True), key=lambda token: token[1])
-    texts = [(learned, tokenizer.decode([i for i, _ in tokens])) for learned, tokens in runs]
-    return "".join(f"«{text}»" if learned else text for learned, text in texts)
+    texts = [(is_target, tokenizer.decode([i for i, _ in tokens])) for is_target, tokens in runs]
+    return "".join(f"«{text}»" if is_target else text for is_target, text in texts)
 
 
 ANSWERED = "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n«answer<|im_end|>»\n"
@@ -91,18 +95,18 @@ ANSWERED = "<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\n«answe
         ({"input_ids": [0, 1, 2], "loss_mask": [1, 1, 0]}, "<|endoftext|>«<|im_start|>»<|im_end|>"),
     ],
 )
-def test_what_is_learned(run, stored, record, expected):
+def test_what_the_targets_are(run, stored, record, expected):
     counts = run([record])
     assert stored() == [expected]
     assert (counts.conversations, counts.rejected) == (1, 0)
-    assert counts.tokens > counts.learned > 0
+    assert counts.tokens > counts.num_targets > 0
 
 
 MANY = [USER, {"role": "assistant", "content": "first"}, USER, ASSISTANT]
 
 
 @pytest.mark.parametrize(
-    ("record", "train_on", "learned"),
+    ("record", "train_on", "targets"),
     [
         ({"messages": MANY}, "assistant", ["first<|im_end|>", "answer<|im_end|>"]),
         ({"messages": MANY}, "last", ["answer<|im_end|>"]),
@@ -112,15 +116,15 @@ MANY = [USER, {"role": "assistant", "content": "first"}, USER, ASSISTANT]
         ({"prompt": "abc", "completion": "d"}, "last", ["d<|endoftext|>"]),
     ],
 )
-def test_train_on(run, stored, record, train_on, learned):
+def test_train_on(run, stored, record, train_on, targets):
     run([record], train_on=train_on)
     (text,) = stored()
-    assert [part.partition("»")[0] for part in text.split("«")[1:]] == learned
+    assert [part.partition("»")[0] for part in text.split("«")[1:]] == targets
 
 
 def test_all_tokens_but_the_first(run):
     counts = run([{"messages": [USER]}], train_on="all")
-    assert counts.learned == counts.tokens - 1
+    assert counts.num_targets == counts.tokens - 1
 
 
 def test_formats_are_counted_by_file(run, tmp_path):
@@ -186,18 +190,18 @@ BAD = {  # what is in a line: the problem it is counted as
     b'{"input_ids": [1, 2], "labels": [1]}': "different lengths",
     b'{"input_ids": [1, 2], "labels": [1, 3]}': "different labels",
     b'{"input_ids": [1, 2], "loss_mask": [0, 7]}': "wrong type",
-    b'{"input_ids": [1, 2], "loss_mask": [1, 0]}': "nothing to learn",
-    b'{"input_ids": [1, 2], "labels": [-100, -100]}': "nothing to learn",
+    b'{"input_ids": [1, 2], "loss_mask": [1, 0]}': "no target",
+    b'{"input_ids": [1, 2], "labels": [-100, -100]}': "no target",
     b'{"input_ids": [1, 9999], "labels": [1, 9999]}': "id outside the vocabulary",
     b'{"input_ids": [1, -5], "loss_mask": [1, 1]}': "id outside the vocabulary",
     b'{"input_ids": [1, 99999999999999], "loss_mask": [1, 1]}': "id outside the vocabulary",
-    orjson.dumps({"messages": [{"role": "user", "content": "q" * 500}, ASSISTANT]}): "nothing to learn when cut",
+    orjson.dumps({"messages": [{"role": "user", "content": "q" * 500}, ASSISTANT]}): "no target when cut",
 }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_malformed_records_are_counted_and_kept(run, stored, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(documents.read_blocks, "__defaults__", (300,))
+    monkeypatch.setattr(blocks.read_blocks, "__defaults__", (300,))
     lines = [line for bad in BAD for line in (bad, CHAT)]
     counts = run(lines, workers=workers, max_length=200)
     assert stored() == [ANSWERED] * len(BAD)
@@ -234,15 +238,17 @@ def test_what_is_too_much_for_the_template_ends_nothing(run, tmp_path):
 def test_a_template_that_runs_away_only_for_real_conversations_ends_the_work(
     run, tmp_path, monkeypatch, block_bytes, workers
 ):
-    monkeypatch.setattr(documents.read_blocks, "__defaults__", (block_bytes,))
+    monkeypatch.setattr(blocks.read_blocks, "__defaults__", (block_bytes,))
     (tmp_path / "t.jinja").write_text(
         "{% if messages[0].content == 'question' %}{{ ''.__class__ }}{% endif %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     )
     fine = {"messages": [{"role": "user", "content": "other"}, ASSISTANT]}
     counts = run([fine] + [CHAT] * 99, template=str(tmp_path / "t.jinja"), workers=workers)
-    assert (counts.documents, counts.problems) == (1, {"too much for the template": 99})
-    with pytest.raises(DataError, match=r"^10\d conversations are too much .* must not: .*__class__.*--chat-template"):
+    assert (counts.documents, counts.problems) == (1, {"over the budget of the template": 99})
+    with pytest.raises(
+        DataError, match=r"^10\d conversations are over the budget .* must not: .*__class__.*chat_template"
+    ):
         run([fine] + [CHAT] * 200, template=str(tmp_path / "t.jinja"), workers=workers, output="new/out")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -259,11 +265,11 @@ def test_a_template_that_fails_for_all_is_refused(run, tmp_path):
         ([b"bad", b"{}"], {}, "1 rejected: not JSON; 1 rejected: unknown format"),
         ([], {}, "no records"),
         ([LONG, LONG], {"max_length": 60, "on_too_long": "drop"}, "2 too long, dropped"),
-        ([LONG], {"max_length": 10}, "1 rejected: nothing to learn when cut"),
+        ([LONG], {"max_length": 10}, "1 rejected: no target when cut"),
     ],
 )
 def test_nothing_left_to_learn_is_refused(run, tmp_path, records, rules, told):
-    with pytest.raises(DataError, match=f"nothing to learn in .*a.jsonl: {told}"):
+    with pytest.raises(DataError, match=f"no targets in .*a.jsonl: {told}"):
         run(records, output="new/out", **rules)
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -290,7 +296,7 @@ def test_too_long_is_cut_to_the_first_tokens(run, stored):
     assert (short, counts.outcome["truncated"]) == (ANSWERED, 1)
     assert cut.startswith(full[:60]) and cut.endswith("»") and whole(cut) == whole(full)[: len(whole(cut))]
     assert counts.conversations == counts.documents == 2
-    assert "1 too long, cut to the first tokens" in describe(counts)
+    assert "1 too long, cut to the first tokens" in describe_outcomes(counts)
 
 
 def test_the_longest_that_is_not_too_long(run):
@@ -329,7 +335,7 @@ def test_pieces_without_a_target_are_left_out(run):
 
 
 def test_too_long_is_an_error(run, tmp_path):
-    with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens, more than --max-length 100; --on-too-long can be"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: \d+ tokens, more than max_length = 100; on_too_long can be"):
         run([CHAT, LONG], max_length=100, on_too_long="error", output="new/out")
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -345,7 +351,7 @@ RECORDS_OF_ALL_KINDS = [CHAT, LONG, {"text": "abc"}, b"bad", {"prompt": "a", "co
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_do_not_change_a_byte(run, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(documents.read_blocks, "__defaults__", (500,))
+    monkeypatch.setattr(blocks.read_blocks, "__defaults__", (500,))
     records = RECORDS_OF_ALL_KINDS * 20
     rules = {"max_length": 50, "on_too_long": "split"}
     counts = [run(records, output="1/x", **rules), run(records, output="2/x", workers=workers, **rules)]
@@ -362,7 +368,7 @@ def table(path, records, **options):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_parquet(run, stored, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(documents.read_blocks, "__defaults__", (500,))
+    monkeypatch.setattr(blocks.read_blocks, "__defaults__", (500,))
     chats = [{"messages": [{"role": "user", "content": f"q{i}"}, ASSISTANT], "id": i} for i in range(100)]
     chats[7]["messages"] = None
     chats[8]["messages"] = [{**USER, "name": "x"}, ASSISTANT]
@@ -399,7 +405,7 @@ def test_parquet_without_the_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
 @pytest.mark.parametrize("block_bytes", [10, 1 << 20])
 def test_one_json_array(run, stored, tmp_path, monkeypatch, name, block_bytes):
-    monkeypatch.setattr(documents.read_blocks, "__defaults__", (block_bytes,))
+    monkeypatch.setattr(blocks.read_blocks, "__defaults__", (block_bytes,))
     content = b"\xef\xbb\xbf \n" + orjson.dumps([CHAT, 5, {"text": "abc\nd"}], option=orjson.OPT_INDENT_2)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     counts = run(name)
@@ -427,7 +433,7 @@ def test_damaged_and_huge_arrays(run, tmp_path, monkeypatch):
     names = ("good.jsonl", "bad.json")
     assert run(*names).problems == {"unreadable file": 1}
     assert "not JSON" in (tmp_path / "out.rejects.jsonl").read_text()
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", len(orjson.dumps(CHAT)) + 1)
+    monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", len(orjson.dumps(CHAT)) + 1)
     assert run(*names).problems == {"unreadable file": 1}
     assert "one JSON array of more than" in (tmp_path / "out.rejects.jsonl").read_text()
 
@@ -463,9 +469,9 @@ def test_a_template_that_leaves_tools_out_is_refused(tmp_path, source, tools, pr
     """Or the assistant would learn to answer a question with nothing."""
     tokenizer = load_tokenizer(write_chatml_tokenizer(tmp_path))
     template = ChatTemplate("test", source, {}, tuple(tokenizer.special_tokens))
-    encoder = SupervisedEncoder(tokenizer, ChatEncoder(tokenizer, template), Rules())
+    encoder = RecordEncoder(tokenizer, ChatEncoder(tokenizer, template), Rules())
     record = {"messages": [{"role": "user", "content": "Rain?"}, CALL], "tools": tools}
-    block = Block(Source("a.jsonl", "lines", 1), 1, orjson.dumps(record), 1)
+    block = LineBlock(Source("a.jsonl", "lines", 1), 1, orjson.dumps(record), 1)
     encoded = encoder(block)
     assert encoded.problems == ({} if problem is None else {"tools not written": 1})
     assert problem is None or problem in encoded.rejects[0].reason
@@ -473,9 +479,9 @@ def test_a_template_that_leaves_tools_out_is_refused(tmp_path, source, tools, pr
 
 
 def test_records_that_are_too_large_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervised, "MOST_BYTES", 50)
+    monkeypatch.setattr(record_encoder, "MAX_RECORD_BYTES", 50)
     tokenizer = load_tokenizer(write_chatml_tokenizer(tmp_path))
-    encoder = SupervisedEncoder(tokenizer, ConfigError("none"), Rules())
+    encoder = RecordEncoder(tokenizer, ConfigError("none"), Rules())
     lines = [orjson.dumps({"text": "a" * count}) for count in (10, 100)]
-    encoded = encoder(Block(Source("a.jsonl", "lines", 1), 1, b"\n".join(lines), 1))
+    encoded = encoder(LineBlock(Source("a.jsonl", "lines", 1), 1, b"\n".join(lines), 1))
     assert encoded.problems == {"too large": 1} and encoded.lengths[0].tolist() == [11]

@@ -1,6 +1,5 @@
-"""Batches: shapes, masks, shares of ranks, workers that read ahead, fail and die."""
+"""The loader: shares of ranks, workers that read ahead, fail and die."""
 
-import copy
 import multiprocessing
 import os
 import signal
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data.samples import loader
-from engine.data.samples.loader import Batch, batches, collate
-from engine.data.samples.pretrain import Sample
+from engine.data.samples.batch import collate
+from engine.data.samples.loader import batches
+from engine.data.samples.sample import Sample
 from engine.errors import ConfigError, DataFormatError, StorageError, TriaxisError
 
 LENGTH = 6
@@ -46,29 +45,6 @@ def read(dataset=None, *, rank=0, dp=1, first=0, num=24, B=8, micro=2, mask=True
 def numbers(steps) -> list[list[int]]:
     """The sample numbers of each step."""
     return [[i for batch in step for i in batch.sample_numbers] for step in steps]
-
-
-def test_a_batch_with_document_mask():
-    contents = [(np.arange(5), np.array([1, 3])), (np.arange(10, 15), np.array([], np.int64))]
-    samples = [Sample.following(*content) for content in contents]
-    batch = collate(samples, (7, 9), document_mask=True)
-    assert batch.tokens.tolist() == [[0, 1, 2, 3], [10, 11, 12, 13]]
-    assert batch.labels.tolist() == [[1, 2, 3, 4], [11, 12, 13, 14]]
-    assert batch.positions.tolist() == [[0, 0, 1, 0], [0, 1, 2, 3]]
-    assert batch.loss_mask.tolist() == [[1.0] * 4] * 2
-    assert batch.cu_seqlens == (0, 1, 3, 4, 8)
-    assert batch.sample_numbers == (7, 9)
-    assert batch.num_tokens == 8 and type(batch.num_tokens) is int
-    kinds = [batch.tokens.dtype, batch.labels.dtype, batch.positions.dtype, batch.loss_mask.dtype]
-    assert kinds == [torch.int64, torch.int64, torch.int64, torch.float32]
-    assert all(type(offset) is int for offset in batch.cu_seqlens)
-
-
-def test_a_batch_without_document_mask():
-    samples = [Sample.following(np.arange(5), np.array([1, 3]))] * 2
-    batch = collate(samples, (0, 1), document_mask=False)
-    assert batch.positions.tolist() == [[0, 1, 2, 3]] * 2
-    assert batch.cu_seqlens == (0, 4, 8)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -111,15 +87,6 @@ def test_reading_ahead_leaves_the_random_numbers_of_the_run_alone():
     torch.manual_seed(5)
     list(read(workers=1))
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_batch_moves_as_a_whole():
-    (batch,) = next(read(micro=8))
-    moved = batch.to("meta")
-    assert {moved.tokens.device, moved.labels.device, moved.loss_mask.device, moved.positions.device} == {
-        torch.device("meta")
-    }
-    assert (moved.cu_seqlens, moved.sample_numbers) == (batch.cu_seqlens, batch.sample_numbers)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
@@ -230,28 +197,3 @@ def test_two_loaders_do_not_disturb_each_other():
         assert numbers(read(first=1000, num=8, workers=1)) == [list(range(1000, 1008))]
         seen += [next(steps) for _ in range(5)]
     assert numbers(seen) == [list(range(start, start + 8)) for start in range(0, 88, 8)]
-
-
-def test_a_batch_crosses_processes_without_shared_memory():
-    batch = next(read(micro=8))[0]
-    rebuild, fields = batch.__reduce__()
-    assert all(isinstance(array, np.ndarray) for array in fields[0])
-    again = rebuild(*fields)
-    assert isinstance(again, Batch)
-    assert torch.equal(again.positions, batch.positions)
-
-
-@pytest.mark.parametrize(("multiple", "learned"), [(1, [0, 2, 4, 5, 6, 7]), (7, [0, 1, 2, 4, 5, 6, 7]), (8, None)])
-def test_labels_that_are_not_learned_do_not_count(monkeypatch, multiple, learned):
-    monkeypatch.setattr(loader, "ROUND", multiple)
-    mask = np.array([True, False, True, False])
-    following = Sample.following(np.arange(5), np.array([], int))
-    samples = [Sample(np.arange(4), np.arange(4) + 7, np.array([2]), mask), following]
-    batch = collate(samples, (0, 1), document_mask=True)
-    assert batch.labels.tolist() == [[7, 8, 9, 10], [1, 2, 3, 4]]
-    assert batch.loss_mask.tolist() == [[1.0, 0.0, 1.0, 0.0], [1.0] * 4]
-    assert batch.num_tokens == 6
-    sent = copy.deepcopy(batch)  # as it crosses processes
-    assert sent.loss_mask.equal(batch.loss_mask)
-    assert (None if sent.target_indices is None else sent.target_indices.tolist()) == learned
-    assert collate(samples[1:], (1,), document_mask=True).target_indices is None

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from engine.config.schema import DatasetConfig
-from engine.data.samples.pretrain import PretrainDataset, part_documents
-from engine.data.storage.indexed import HEADER, MAGIC, DatasetInfo, IndexedDatasetWriter
+from engine.data.samples.pretrain import PretrainDataset
+from engine.data.samples.sample import part_documents
+from engine.data.storage.format import HEADER, MAGIC
+from engine.data.storage.info import DatasetInfo
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.errors import ConfigError, DataError
 
 ALL = (1.0, 0.0, 0.0)

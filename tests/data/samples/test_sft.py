@@ -7,7 +7,7 @@ import pytest
 
 from engine.config.schema import DatasetConfig
 from engine.data.samples.sft import SEGMENT, SftDataset
-from engine.data.storage.indexed import IndexedDatasetWriter
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.errors import ConfigError, DataError
 
 S = 32
@@ -34,9 +34,9 @@ def read(data: SftDataset, i: int) -> list[int]:
     edges = [0, *row.boundaries.tolist(), S]
     found, empty = [], False
     for start, stop in pairwise(edges):
-        tokens, labels, learned = (x[start:stop].tolist() for x in (row.tokens, row.labels, row.target_mask))
+        tokens, labels, targets = (x[start:stop].tolist() for x in (row.tokens, row.labels, row.target_mask))
         if tokens == [0] * (stop - start):
-            assert not any(learned) and labels == tokens  # what was left over
+            assert not any(targets) and labels == tokens  # what was left over
             assert stop - start <= SEGMENT
             empty = True
             continue
@@ -44,7 +44,7 @@ def read(data: SftDataset, i: int) -> list[int]:
         j = labels[0] // 100
         assert tokens == list(range(100 * j, 100 * j + len(tokens)))
         assert labels == [token + 1 for token in tokens]
-        assert learned == [label % 2 == 1 for label in labels]
+        assert targets == [label % 2 == 1 for label in labels]
         found.append(j)
     return found
 
@@ -135,9 +135,9 @@ def test_a_small_share_of_a_few_conversations_is_one(tmp_path, count, split, exp
 
 
 def test_what_cannot_be_read_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"plain has no \.mask\.bin.*--task sft"):
+    with pytest.raises(DataError, match=r"plain has no \.mask\.bin.*task = sft"):
         dataset(write(tmp_path / "plain", [5], masked=False))
-    with pytest.raises(DataError, match=r"long: conversation 1 has 40 tokens.*raise that to 39.*--max-length 33"):
+    with pytest.raises(DataError, match=r"long: conversation 1 has 40 tokens.*raise that to 39.*max_length = 33"):
         dataset(write(tmp_path / "long", [5, 40, 3]))
     with pytest.raises(DataError, match=r"no conversation for the valid part of data\.split"):
         dataset(write(tmp_path / "one", [5]), split=(1, 0.1, 0), part="valid")

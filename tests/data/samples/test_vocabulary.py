@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
-from engine.data.storage.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWriter
+from engine.data.storage.info import DatasetInfo
+from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.errors import DataError
 
 

@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from engine.data.tokenizers import fast_sentencepiece
 from engine.data.tokenizers.fast_sentencepiece import EncoderMismatch, FastSentencePiece, UnsupportedModel
-from engine.data.tokenizers.tokenizer import SentencePieceTokenizer
+from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.testing.tokenizers import NASTY_TEXTS, standard_library_texts, train_sentencepiece
 
 NFKC = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}

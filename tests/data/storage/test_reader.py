@@ -1,8 +1,6 @@
-"""Token datasets: the exact bytes, and the distrust of the reader."""
+"""Reading datasets: boundaries, masks, and the distrust of the reader."""
 
 import copy
-import errno
-import json
 import os
 import random
 import struct
@@ -12,151 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.data.storage import indexed
-from engine.data.storage.indexed import DatasetInfo, IndexedDataset, IndexedDatasetWriter, SourceFile, token_dtype
-from engine.errors import DataError, DataFormatError, StorageError
-
-INTEGER_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-INFO = DatasetInfo(tokenizer_kind="byte", tokenizer_hash="b0", vocab_size=300, eod_id=0)
-
-
-def index_bytes(lengths, documents, *, code=8, itemsize=2, modes=b"", pointers=None, version=1, n=None, d=None):
-    """An index written field by field, as the format's table says."""
-    if pointers is None:
-        pointers = [itemsize * sum(lengths[:i]) for i in range(len(lengths))]
-    n, d = len(lengths) if n is None else n, len(documents) if d is None else d
-    return (
-        b"MMIDIDX\x00\x00"
-        + struct.pack("<QBQQ", version, code, n, d)
-        + struct.pack(f"<{len(lengths)}i", *lengths)
-        + struct.pack(f"<{len(pointers)}q", *pointers)
-        + struct.pack(f"<{len(documents)}q", *documents)
-        + modes
-    )
-
-
-def put(folder: Path, index: bytes, data: bytes) -> Path:
-    for name, content in ("set.idx", index), ("set.bin", data):
-        (folder / name).unlink(missing_ok=True)  # rewriting in place is far slower on some file systems
-        (folder / name).write_bytes(content)
-    return folder / "set"
-
-
-def some(folder: Path) -> Path:
-    """Three sequences of 3, 0 and 2 tokens, each a document."""
-    return put(folder, index_bytes([3, 0, 2], [0, 1, 2, 3]), struct.pack("<5H", 7, 8, 9, 10, 11))
-
-
-# ---- writing
-
-
-def test_the_writer_writes_the_bytes_that_the_format_prescribes(tmp_path):
-    with IndexedDatasetWriter(tmp_path / "set", token_dtype(300)) as writer:
-        writer.add_document([7, 8, 9])
-        writer.add_documents(np.array([10, 11]), [0, 2])
-    assert (tmp_path / "set.bin").read_bytes() == struct.pack("<5H", 7, 8, 9, 10, 11)
-    assert (tmp_path / "set.idx").read_bytes() == (
-        b"MMIDIDX\x00\x00"
-        b"\x01\x00\x00\x00\x00\x00\x00\x00"  # version
-        b"\x08"  # uint16
-        b"\x03\x00\x00\x00\x00\x00\x00\x00"  # sequences
-        b"\x04\x00\x00\x00\x00\x00\x00\x00"  # document indices
-        b"\x03\x00\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00"  # lengths 3, 0, 2
-        + struct.pack("<3q", 0, 6, 6)  # pointers, in bytes
-        + struct.pack("<4q", 0, 1, 2, 3)  # document indices
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]
-
-
-def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
-    assert token_dtype(65_499) == np.uint16
-    assert token_dtype(65_500) == np.int32
-    with IndexedDatasetWriter(tmp_path / "set", token_dtype(100_000)) as writer:
-        writer.add_document([99_999, 1])
-    assert (tmp_path / "set.bin").read_bytes() == struct.pack("<2i", 99_999, 1)
-    assert (tmp_path / "set.idx").read_bytes() == index_bytes([2], [0, 1], code=4, itemsize=4)
-
-
-def test_pointers_of_many_documents_continue_from_chunk_to_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "CHUNK", 3)
-    lengths = [4, 0, 1, 2, 2, 5, 0, 3]
-    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
-        writer.add_documents(np.arange(17), lengths)
-    assert (tmp_path / "set.idx").read_bytes() == index_bytes(lengths, range(9))
-    IndexedDataset(tmp_path / "set").verify(17)
-
-
-def test_the_description_carries_the_counts_and_is_read_back(tmp_path):
-    with IndexedDatasetWriter(tmp_path / "deep" / "set.v1", np.uint16, INFO) as writer:
-        writer.add_document([1, 2])
-        writer.info = INFO.model_copy(update={"skipped": 4, "sources": (SourceFile(path="a.txt", bytes=9),)})
-    info = IndexedDataset(tmp_path / "deep" / "set.v1").info
-    assert info is not None
-    assert (info.num_documents, info.num_tokens, info.skipped) == (1, 2, 4)
-    assert info.sources == (SourceFile(path="a.txt", bytes=9),)
-
-
-def test_an_exception_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), IndexedDatasetWriter(tmp_path / "set", np.uint16, INFO) as writer:
-        writer.add_document([1, 2, 3])
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_a_full_disk_is_reported_and_leaves_the_old_dataset(tmp_path, monkeypatch, failing):
-    before = some(tmp_path).with_suffix(".idx").read_bytes()
-    calls = iter(range(1, 10))
-
-    def fsync(descriptor):
-        if next(calls) == failing:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with (
-        pytest.raises(StorageError, match=r"set.*No space left"),
-        IndexedDatasetWriter(tmp_path / "set", np.uint16, INFO) as writer,
-    ):
-        writer.add_document([1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]
-    assert (tmp_path / "set.idx").read_bytes() == before
-
-
-def test_the_index_appears_last_and_is_never_beside_foreign_data(tmp_path, monkeypatch):
-    some(tmp_path)
-    (tmp_path / "set.json").write_text("stale")
-    appeared = []
-    replace = os.replace
-
-    def recording(source, target):
-        if target.suffix != ".idx":
-            assert not (tmp_path / "set.idx").exists()
-        appeared.append(target.suffix)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", recording)
-    with IndexedDatasetWriter(tmp_path / "set", np.uint16, INFO) as writer:
-        writer.add_document([5])
-    assert appeared == [".bin", ".json", ".idx"]
-    assert IndexedDataset(tmp_path / "set").info is not None
-    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
-        writer.add_document([5])
-    assert IndexedDataset(tmp_path / "set").info is None  # the old description went with the old data
-
-
-@pytest.mark.parametrize("ids", [[65_536], [-1], [3, 70_000, 4]])
-def test_ids_that_the_type_cannot_hold_are_refused(tmp_path, ids):
-    with pytest.raises(DataError, match=r"does not fit uint16"), IndexedDatasetWriter(tmp_path / "set", "u2") as writer:
-        writer.add_document(ids)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_float_types_cannot_be_written(tmp_path):
-    with pytest.raises(ValueError, match="float32"):
-        IndexedDatasetWriter(tmp_path / "set", np.float32)
-
-
-# ---- reading
+from engine.data.storage import format as storage_format
+from engine.data.storage import reader
+from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.writer import IndexedDatasetWriter
+from engine.errors import DataError, DataFormatError
+from tests.data.storage.raw import INTEGER_TYPES, index_bytes, put, some
 
 
 @pytest.mark.parametrize("code", INTEGER_TYPES)
@@ -178,7 +37,7 @@ def test_a_foreign_file_with_documents_of_several_sequences(tmp_path, code, mode
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_boundaries_agree_with_a_plain_count(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(indexed, "CHUNK", chunk)
+    monkeypatch.setattr(storage_format, "CHUNK", chunk)
     monkeypatch.setattr("engine.data.storage.files.CHUNK", chunk)
     draw = random.Random(3)
     lengths = [draw.choice([0, 0, 1, 2, 9]) for _ in range(60)]
@@ -218,8 +77,6 @@ def test_tokens_outside_the_dataset(tmp_path, start, count):
     with pytest.raises(IndexError, match="of 5"):
         IndexedDataset(some(tmp_path)).tokens(start, count)
 
-
-# ---- distrust
 
 FIVE = struct.pack("<5H", 7, 8, 9, 10, 11)
 DAMAGED = {
@@ -264,7 +121,7 @@ IN_THE_MIDDLE = ["negative length", "gap", "odd", "wild", "falling documents", "
 
 @pytest.mark.parametrize("case", IN_THE_MIDDLE)
 def test_large_tables_are_checked_when_they_are_used_and_by_verify(tmp_path, monkeypatch, case):
-    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", 0)
+    monkeypatch.setattr(reader, "CHECKED_AT_OPENING", 0)
     index, content, message = DAMAGED[case]
     data = IndexedDataset(put(tmp_path, index, content))
     with pytest.raises(DataFormatError, match=message):
@@ -273,7 +130,7 @@ def test_large_tables_are_checked_when_they_are_used_and_by_verify(tmp_path, mon
 
 @pytest.mark.parametrize("pointer", [3, 1 << 62, -8, 12])
 def test_a_wrong_pointer_is_found_on_access(tmp_path, monkeypatch, pointer):
-    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", 0)
+    monkeypatch.setattr(reader, "CHECKED_AT_OPENING", 0)
     index = index_bytes([1, 2, 2], [0, 1, 2, 3], pointers=[0, pointer, 6])
     data = IndexedDataset(put(tmp_path, index, FIVE))
     with pytest.raises(DataFormatError, match=rf"set\.idx: pointers\[1\] = {pointer}"):
@@ -281,7 +138,7 @@ def test_a_wrong_pointer_is_found_on_access(tmp_path, monkeypatch, pointer):
 
 
 def test_documents_that_run_backwards_are_found_on_access(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", 0)
+    monkeypatch.setattr(reader, "CHECKED_AT_OPENING", 0)
     data = IndexedDataset(put(tmp_path, index_bytes([1, 1, 1, 2], [0, 2, 1, 3, 4]), FIVE))
     with pytest.raises(DataFormatError, match=r"documents\[2\]"):
         data.document_starts_in(0, 5)
@@ -326,7 +183,7 @@ def test_an_index_that_shrinks_while_in_use_gives_a_message(tmp_path):
 
 
 def test_verify_finds_the_first_id_outside_the_vocabulary(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "CHUNK", 2)
+    monkeypatch.setattr(storage_format, "CHUNK", 2)
     reports = []
     data = IndexedDataset(some(tmp_path))
     data.verify(12, lambda *report: reports.append(report))
@@ -340,24 +197,6 @@ def test_verify_finds_negative_ids_even_without_a_vocabulary(tmp_path):
     prefix = put(tmp_path, index_bytes([3], [0, 1], code=4, itemsize=4), struct.pack("<3i", 5, -2, 5))
     with pytest.raises(DataFormatError, match=r"tokens\[1\] = -2; expected 0 or more"):
         IndexedDataset(prefix).verify(None)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", r"set\.json: content"),
-        ('{"tokenizer_kind": "byte"}', r"set\.json: tokenizer_hash"),
-        (
-            INFO.model_copy(update={"num_tokens": 6, "num_documents": 3}).model_dump_json(),
-            r"num_tokens = 6; expected 5",
-        ),
-    ],
-)
-def test_a_description_that_is_damaged_or_of_another_dataset(tmp_path, text, message):
-    prefix = some(tmp_path)
-    (tmp_path / "set.json").write_text(text)
-    with pytest.raises(DataFormatError, match=message):
-        IndexedDataset(prefix)
 
 
 def mutated(draw: random.Random, content: bytes) -> bytes:
@@ -379,7 +218,7 @@ def mutated(draw: random.Random, content: bytes) -> bytes:
 @pytest.mark.parametrize("checked_at_opening", [0, 1 << 20])
 def test_mutated_files_give_data_or_a_format_error(tmp_path, monkeypatch, checked_at_opening):
     """2 x 2,500 mutations: no other exception, no read outside the files, no large allocation."""
-    monkeypatch.setattr(indexed, "CHECKED_AT_OPENING", checked_at_opening)
+    monkeypatch.setattr(reader, "CHECKED_AT_OPENING", checked_at_opening)
     draw = random.Random(checked_at_opening)
     lengths = [3, 0, 5, 1, 7, 2]
     index, content = index_bytes(lengths, [0, 2, 2, 3, 6]), bytes(range(36))
@@ -435,11 +274,3 @@ def test_a_mask_that_does_not_belong_to_the_tokens_is_refused(tmp_path):
     with IndexedDatasetWriter(tmp_path / "chat", np.uint16) as writer:  # an old mask must not stay beside new tokens
         writer.add_document([1, 2, 3, 4, 5])
     assert not IndexedDataset(tmp_path / "chat").has_mask
-
-
-def test_a_description_cannot_command_the_terminal(tmp_path):
-    prefix = some(tmp_path)
-    description = {"tokenizer_kind": "\x1b]0;gone\x07", "tokenizer_hash": "a", "vocab_size": 300, "eod_id": 2}
-    (tmp_path / "set.json").write_text(json.dumps(description))
-    with pytest.raises(DataFormatError, match=r"set\.json: tokenizer_kind = '\\x1b"):
-        IndexedDataset(prefix)

@@ -1,0 +1,107 @@
+"""Where the chat template of a tokenizer is found: among its files, built in, or in a file of its own."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.data.chat.builtin import BUILTIN
+from engine.data.chat.compiled import SOURCE_LIMIT
+from engine.data.chat.template import ChatTemplate
+from engine.data.tokenizers.files import CHAT_TEMPLATE
+from engine.data.tokenizers.protocol import Tokenizer
+from engine.errors import ConfigError
+
+MAX_TOKEN_CHARACTERS = 1000  # of `bos_token` and the like; a template may write them as often as it likes
+MAX_ROLES = 100
+
+
+def find_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTemplate:
+    """The chat template for a tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        wanted: None for the tokenizer's own, the name of a built-in one, or the path of a `.jinja` file.
+
+    Raises:
+        ConfigError: there is none, or its special tokens are not in the vocabulary.
+        TemplateError: the template is unusable.
+    """
+    roles, special = _token_roles(tokenizer), tuple(tokenizer.special_tokens)
+    if wanted is None:
+        name, source = _own_template(tokenizer)
+    elif wanted in BUILTIN:
+        name, source = wanted, BUILTIN[wanted].source
+        if missing := [token for token in BUILTIN[wanted].needs if token not in special]:
+            raise ConfigError(
+                f"chat template {wanted}: the vocabulary lacks {', '.join(missing)}; "
+                f"those that work with it: {', '.join(_fitting(tokenizer))}, or the path of a .jinja file"
+            )
+    else:
+        name, source = wanted, _read_template(tokenizer, Path(wanted))
+    return ChatTemplate(name, source, roles, special)
+
+
+def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Name and source of the template among a tokenizer's files."""
+    files = {path.name: path for path in tokenizer.files}
+    if path := files.get(CHAT_TEMPLATE):
+        return str(path), _read_template(tokenizer, path)
+    path = files.get("tokenizer_config.json")
+    found = _configuration(tokenizer).get("chat_template")
+    if isinstance(found, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"the tokenizer comes with no chat template; name one: {', '.join(_fitting(tokenizer))}, "
+            f"or the path of a .jinja file"
+        )
+    return str(path), found
+
+
+def _read_template(tokenizer: Tokenizer, path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(SOURCE_LIMIT + 1)  # enough to see that it is too long
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(
+            f"chat template {str(path)!r}: {reason}; expected a .jinja file or one of: {', '.join(_fitting(tokenizer))}"
+        ) from None
+
+
+def _fitting(tokenizer: Tokenizer) -> list[str]:
+    """The built-in templates whose special tokens are in the vocabulary."""
+    return [name for name, template in BUILTIN.items() if set(template.needs) <= tokenizer.special_tokens.keys()]
+
+
+def _token_roles(tokenizer: Tokenizer) -> dict[str, str]:
+    """`bos_token`, `eos_token` ... from `tokenizer_config.json`, else the tokenizer's begin and end."""
+    texts = {i: text for text, i in tokenizer.special_tokens.items()}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
+    roles = {role: texts[i] for role, i in ids.items() if i is not None and i in texts}
+    for role, token in _configuration(tokenizer).items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if role.endswith("_token") and isinstance(text, str):
+            roles[role] = text
+    _check_roles(roles)
+    return roles
+
+
+def _check_roles(roles: Mapping[str, str]) -> None:
+    longest = max(roles, key=lambda role: len(roles[role]), default="")
+    if longest and len(roles[longest]) > MAX_TOKEN_CHARACTERS:
+        raise ConfigError(
+            f"{longest} of tokenizer_config.json has {len(roles[longest]):,} characters, "
+            f"expected a token of at most {MAX_TOKEN_CHARACTERS:,}"
+        )
+    if len(roles) > MAX_ROLES:
+        raise ConfigError(f"tokenizer_config.json names {len(roles):,} tokens, expected at most {MAX_ROLES}")
+
+
+def _configuration(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`tokenizer_config.json`, which was checked when the tokenizer was loaded."""
+    path = next((path for path in tokenizer.files if path.name == "tokenizer_config.json"), None)
+    content: dict[str, Any] = json.loads(path.read_bytes()) if path else {}
+    return content

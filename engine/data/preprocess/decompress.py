@@ -1,0 +1,63 @@
+"""Reading plain and compressed files in chunks.
+
+Alternative considered: `gzip.open` and the like, which lose the content read before damage; the one for zstd takes a
+truncated file for a complete one.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import zstandard
+
+COMPRESSED_BYTES = 1 << 13  # read at a time, so that a decompression bomb expands in small pieces
+LARGEST_WINDOW = 1 << 31  # zstd --long=31, as used for large published corpora
+
+
+class Unreadable(Exception):
+    """The rest of a file cannot be read."""
+
+
+class _Inflater(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def read_chunks(path: str, file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
+    """The content of a file, decompressed if its suffix says so; uncompressed content in chunks of `chunk_bytes`.
+
+    Raises:
+        Unreadable: damaged or truncated; the content before that has been yielded.
+    """
+    compression = Path(path).suffix
+    if compression == ".gz":
+        return _inflated(file, lambda: zlib.decompressobj(wbits=31))
+    if compression == ".zst":
+        decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
+        return _inflated(file, decompressor.decompressobj)
+    return iter(lambda: file.read(chunk_bytes), b"")
+
+
+def _inflated(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
+    """The content of a compressed file, which may be several concatenated ones."""
+    inflater: _Inflater = make()
+    while data := file.read(COMPRESSED_BYTES):
+        while data:
+            if inflater.eof:
+                data = data.lstrip(b"\0")  # some tools pad with zeros
+                if not data:
+                    break
+                inflater = make()
+            try:
+                content = inflater.decompress(data)
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise Unreadable(f"damaged compressed file, left out from here on: {error}") from None
+            if content:
+                yield content
+            data = inflater.unused_data if inflater.eof else b""
+    if not inflater.eof:
+        raise Unreadable("truncated compressed file, left out from here on")

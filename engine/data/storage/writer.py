@@ -1,0 +1,179 @@
+"""Writing token datasets: all files of a dataset appear complete, or none of them does."""
+
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.data.storage.files import Array
+from engine.data.storage.format import DTYPES, HEADER, MAGIC, MAX_SEQUENCE_LENGTH, VERSION, chunks, dataset_file
+from engine.data.storage.info import DatasetInfo
+from engine.errors import DataError, StorageError
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset with one sequence per document. A context manager.
+
+    Files are written under `*.partial` names. Leaving the block syncs and renames them, the index last, so an index
+    exists only when its data are complete; an exception removes them. Takes four bytes of memory per document.
+
+    Args:
+        prefix: files are `PREFIX.bin`, `PREFIX.idx` and, with `info`, `PREFIX.json`. Existing ones are replaced.
+        dtype: an integer type; see `token_dtype`.
+        info: is written to `PREFIX.json` with the counts filled in. May be set until the block is left.
+        masked: a fine-tuning dataset; every document has a target mask, which is written to `PREFIX.mask.bin`.
+    """
+
+    def __init__(
+        self, prefix: Path | str, dtype: npt.DTypeLike, info: DatasetInfo | None = None, *, masked: bool = False
+    ) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in DTYPES.items() if np.dtype(known) == self.dtype]
+        if not codes or self.dtype.kind not in "iu":
+            raise ValueError(f"dtype = {self.dtype.name}; the format stores int8 .. int64, uint8 and uint16")
+        self._code = codes[0]
+        self.info = info
+        self._masked = masked
+        self.num_tokens = 0
+        self._lengths = array("i")
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        with _storage_errors(self.prefix):
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._data = self._partial("bin").open("wb", buffering=1 << 20)
+            self._mask = self._partial("mask.bin").open("wb", buffering=1 << 20) if self._masked else None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with _storage_errors(self.prefix):
+                    self._commit()
+        finally:
+            self._discard()
+
+    def add_document(self, tokens: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
+        """Append one document; it may be empty."""
+        ids = np.asarray(tokens, dtype=None if len(tokens) else self.dtype)  # type: ignore[arg-type]
+        self.add_documents(ids, [len(ids)], mask)
+
+    def add_documents(self, flat_ids: npt.ArrayLike, lengths: Iterable[int], mask: npt.ArrayLike | None = None) -> None:
+        """Append documents, given as their concatenated ids and, if the dataset is masked, their concatenated mask.
+
+        Raises:
+            DataError: an id does not fit the dtype, or a document is too long for the format.
+        """
+        ids = np.asarray(flat_ids)
+        counts = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths), dtype=np.int64)
+        if ids.ndim != 1 or counts.sum() != ids.size or (counts < 0).any():
+            raise ValueError(f"{ids.shape} ids for documents of {counts.sum()} tokens together")
+        if counts.size and counts.max() > MAX_SEQUENCE_LENGTH:
+            raise DataError(f"a document has {counts.max():,} tokens; the format allows {MAX_SEQUENCE_LENGTH:,}")
+        targets = None if mask is None else np.asarray(mask).astype(bool)
+        if self._masked != (targets is not None) or (targets is not None and targets.shape != ids.shape):
+            raise ValueError(
+                f"masked = {self._masked}, {ids.shape} ids, mask {None if targets is None else targets.shape}"
+            )
+        self._check_ids(ids)
+        with _storage_errors(self.prefix):
+            self._data.write(np.ascontiguousarray(ids, self.dtype).data)
+            if self._mask is not None and targets is not None:
+                self._mask.write(targets.astype(np.uint8).data)
+        self._lengths.frombytes(counts.astype(np.int32).tobytes())
+        self.num_tokens += ids.size
+
+    def _check_ids(self, ids: Array) -> None:
+        """Refuse ids that the dtype would silently wrap around."""
+        if ids.size == 0:
+            return
+        low, high, top = int(ids.min()), int(ids.max()), int(np.iinfo(self.dtype).max)
+        if low < 0 or high > top:
+            raise DataError(
+                f"{dataset_file(self.prefix, 'bin')}: token id {low if low < 0 else high} does not fit "
+                f"{self.dtype.name} (0 .. {top}); choose the dtype by the tokenizer's vocabulary size"
+            )
+
+    def _commit(self) -> None:
+        kinds = ["bin"]
+        _sync(self._data)
+        if self._mask is not None:
+            _sync(self._mask)
+            kinds.append("mask.bin")
+        if self.info is not None:
+            counted = {"num_documents": self.num_documents, "num_tokens": self.num_tokens}
+            with self._partial("json").open("wb") as file:
+                file.write(self.info.model_copy(update=counted).model_dump_json(indent=2).encode() + b"\n")
+                _sync(file)
+            kinds.append("json")
+        with self._partial("idx").open("wb") as file:
+            self._write_index(file)
+            _sync(file)
+        for kind in ("idx", "json", "mask.bin"):  # an index must never stand beside data that are not its own
+            dataset_file(self.prefix, kind).unlink(missing_ok=True)
+        for kind in (*kinds, "idx"):
+            os.replace(self._partial(kind), dataset_file(self.prefix, kind))
+        _sync_directory(self.prefix.parent)
+
+    def _write_index(self, file: BinaryIO) -> None:
+        n = len(self._lengths)
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if n else np.empty(0, np.int32)
+        file.write(HEADER.pack(MAGIC, VERSION, self._code, n, n + 1))
+        file.write(lengths.astype("<i4", copy=False).data)
+        end = 0
+        for start, stop in chunks(n):
+            ends = end + np.cumsum(lengths[start:stop], dtype=np.int64) * self.dtype.itemsize
+            file.write(np.concatenate(([end], ends[:-1])).astype("<i8").data)
+            end = int(ends[-1])
+        for start, stop in chunks(n + 1):
+            file.write(np.arange(start, stop, dtype="<i8").data)
+
+    def _discard(self) -> None:
+        """Remove partial files; there are none after a commit."""
+        for file in (self._data, self._mask):
+            with suppress(OSError):
+                if file is not None:
+                    file.close()
+        for kind in ("bin", "mask.bin", "json", "idx"):
+            with suppress(OSError):
+                self._partial(kind).unlink(missing_ok=True)
+
+    def _partial(self, kind: str) -> Path:
+        return Path(f"{dataset_file(self.prefix, kind)}.partial")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(prefix: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"cannot write the dataset {prefix}: {reason}; free space or choose another prefix"
+        ) from error

@@ -1,0 +1,70 @@
+"""The files of a tokenizer: the model file, its companions, and how they are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from engine.errors import ConfigError
+
+MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # looked for in a directory, in this order
+CHAT_TEMPLATE = "chat_template.jinja"
+COMPANIONS = (  # files that transformers keeps beside the model file
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json"
+)  # fmt: skip
+
+
+def find_model_file(path: Path) -> Path:
+    """`path` itself, or the model file in the directory `path`.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    if path.is_file():
+        return path
+    found = [path / name for name in MODEL_FILES if (path / name).is_file()] or sorted(path.glob("*.model"))
+    if not found:
+        seen = "a directory without one" if path.is_dir() else "no such file"
+        raise ConfigError(
+            f"tokenizer {str(path)!r}: {seen}; expected a SentencePiece model, a tokenizer.json, "
+            f"a directory that holds one, or `byte`"
+        )
+    if len(found) > 1 and found[0].name not in MODEL_FILES:
+        raise ConfigError(f"tokenizer {str(path)!r}: holds {', '.join(file.name for file in found)}; name one of them")
+    return found[0]
+
+
+def companions(path: Path) -> list[Path]:
+    """The existing companions of a model file."""
+    return [path.with_name(name) for name in COMPANIONS if name != path.name and path.with_name(name).is_file()]
+
+
+def read_file(path: Path) -> bytes:
+    """Raises ConfigError where the file cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty without the file.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON, or nested too deep: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def content_hash(content: bytes) -> str:
+    """xxh3-64 in hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(content)

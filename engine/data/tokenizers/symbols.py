@@ -1,0 +1,37 @@
+"""Special tokens spelled out in a text, for tokenizers whose own encoder treats them as plain text."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from engine.data.tokenizers.protocol import Span
+
+
+def split_pattern(symbols: Iterable[str]) -> re.Pattern[str]:
+    """A pattern whose `split` cuts a text at symbols and keeps them; the longest symbol wins."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})")
+
+
+def encode_with_symbols(
+    text: str,
+    pattern: re.Pattern[str],
+    symbols: Mapping[str, int],
+    encode: Callable[[str], tuple[list[int], list[Span]]],
+) -> tuple[list[int], list[Span]]:
+    """Ids and spans of a text: symbols become their ids, and `encode` encodes the text between them.
+
+    Args:
+        pattern: `split_pattern(symbols)`.
+    """
+    ids: list[int] = []
+    spans: list[Span] = []
+    at = 0
+    for part in pattern.split(text):
+        if part in symbols:
+            ids.append(symbols[part])
+            spans.append((at, at + len(part)))
+        elif part:
+            part_ids, part_spans = encode(part)
+            ids += part_ids
+            spans += [(at + start, at + end) for start, end in part_spans]
+        at += len(part)
+    return ids, spans

@@ -1,0 +1,8 @@
+"""Suffixes of compressions."""
+
+import pytest
+
+
+@pytest.fixture(params=["", ".gz", ".zst"])
+def suffix(request):
+    return request.param

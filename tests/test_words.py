@@ -1,7 +1,9 @@
 """One vocabulary: terms that were replaced by the field's own, and British spellings, do not come back."""
 
+import ast
 import re
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,23 @@ def test_replaced_words_are_gone(pattern):
         if word.search(line)
     ]
     assert not found, "\n".join([f"write {REPLACED[pattern]}:", *found])
+
+
+def test_a_public_name_has_one_home():
+    """A name means one thing; the programs of `engine/cli` have a `main`, options and examples each."""
+    of_every_program = {"main", "parse_options", "DESCRIPTION", "EXAMPLES"}
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path in (ROOT / "engine").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names = [node.name]
+            else:
+                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+            for name in names:
+                homes[name].append(str(path.relative_to(ROOT)))
+    shared = {
+        name: paths for name, paths in homes.items()
+        if len(paths) > 1 and not name.startswith("_") and name not in of_every_program
+    }  # fmt: skip
+    assert not shared

@@ -25,7 +25,7 @@ from engine.errors import ConfigError, StorageError
 
 CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between the hashes and the write
 
-Hook = Callable[[int, str, Path], None]
+OnOperation = Callable[[int, str, Path], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Storage:
         hook: called with (number, operation, path) before each operation.
     """
 
-    def __init__(self, hook: Hook | None = None) -> None:
+    def __init__(self, hook: OnOperation | None = None) -> None:
         self.operations = 0
         self._hook = hook
 

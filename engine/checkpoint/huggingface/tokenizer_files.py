@@ -30,7 +30,7 @@ from engine.data.tokenizers.sentencepiece_model import (
 )
 from engine.errors import CheckpointError
 
-Fields = Mapping[int, Any]  # of a protocol buffer message, by number
+FieldsByNumber = Mapping[int, Any]  # of a protocol buffer message, by number
 
 END_OF_TEXT = "<|endoftext|>"
 UNIGRAM = 1
@@ -137,7 +137,7 @@ def _added_token(i: int, content: str, *, special: bool) -> Json:
     return {"id": i, "content": content, "special": special, **flags}
 
 
-def _model(trainer: Fields, pieces: Sequence[Piece]) -> Json:
+def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
     byte_fallback, unknown = bool(trainer.get(BYTE_FALLBACK)), trainer.get(UNK_ID, 0)
     if trainer.get(MODEL_TYPE, UNIGRAM) == UNIGRAM:
         vocab = [[piece.text, piece.score] for piece in pieces]
@@ -153,7 +153,7 @@ def _model(trainer: Fields, pieces: Sequence[Piece]) -> Json:
     }
 
 
-def _normalizers(spec: Fields) -> Iterator[Json]:
+def _normalizers(spec: FieldsByNumber) -> Iterator[Json]:
     """SentencePiece's normalization in its order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
     if spec.get(PRECOMPILED_CHARSMAP):
         yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}

@@ -38,9 +38,9 @@ OUTCOMES = {
 OVER_BUDGET = "over the budget of the template"
 MAX_RECORD_BYTES = 4 << 20  # of a record; encoding it takes a gigabyte
 MAX_OVER_BUDGET = 100  # conversations, each of which takes a fraction of a second, before the template is given up
-Ids = npt.NDArray[np.int32]
+TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
-Document = tuple[Ids, Mask]
+Document = tuple[TokenIds, Mask]
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def check_over_budget(problems: Counter[str], last: Reject) -> None:
         )
 
 
-def _fit(ids: Ids, mask: Mask, rules: Rules, outcome: Counter[str]) -> list[Document]:
+def _fit(ids: TokenIds, mask: Mask, rules: Rules, outcome: Counter[str]) -> list[Document]:
     """The documents of a conversation according to the rules.
 
     Raises:

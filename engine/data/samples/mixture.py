@@ -16,7 +16,7 @@ import numpy.typing as npt
 from engine.data.samples.permutation import UInts
 from engine.errors import ConfigError
 
-BLOCK_SIZE = 1 << 20
+SAMPLES_PER_BLOCK = 1 << 20
 
 
 class Mixture:
@@ -38,8 +38,8 @@ class Mixture:
         A block is a stream of positions. The first dataset takes the positions at which its proportional count
         increases; the second one does the same with the remaining positions, and so on.
         """
-        block, position = divmod(i, BLOCK_SIZE)
-        left = BLOCK_SIZE
+        block, position = divmod(i, SAMPLES_PER_BLOCK)
+        left = SAMPLES_PER_BLOCK
         for dataset, count in enumerate(self.counts):
             before = position * count // left  # this dataset's samples at earlier positions
             if (position + 1) * count // left > before:
@@ -50,10 +50,10 @@ class Mixture:
 
     def many(self, numbers: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], UInts]:
         """`draw` for each of `numbers`, as two vectors."""
-        block, position = np.divmod(numbers.astype(np.uint64), np.uint64(BLOCK_SIZE))
+        block, position = np.divmod(numbers.astype(np.uint64), np.uint64(SAMPLES_PER_BLOCK))
         datasets = np.full(numbers.shape, -1, np.int64)
         draws = np.zeros(numbers.shape, np.uint64)
-        left = BLOCK_SIZE
+        left = SAMPLES_PER_BLOCK
         for dataset, count in enumerate(self.counts):
             before = position * count // left
             taken = (datasets < 0) & ((position + 1) * count // left > before)
@@ -70,15 +70,15 @@ def block_counts(weights: Sequence[float]) -> tuple[int, ...]:
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"data.train weight = {weight}; expected a positive number")
     total = sum(map(Fraction, weights))
-    shares = [Fraction(weight) * BLOCK_SIZE / total for weight in weights]
+    shares = [Fraction(weight) * SAMPLES_PER_BLOCK / total for weight in weights]
     counts = [math.floor(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda d: (counts[d] - shares[d], d))
-    for d in by_remainder[: BLOCK_SIZE - sum(counts)]:
+    for d in by_remainder[: SAMPLES_PER_BLOCK - sum(counts)]:
         counts[d] += 1
     for weight, count in zip(weights, counts, strict=True):
         if count == 0:
             raise ConfigError(
                 f"data.train weight = {weight} of {float(total)} in all is less than one sample in "
-                f"{BLOCK_SIZE:,}; raise this weight or leave the dataset out"
+                f"{SAMPLES_PER_BLOCK:,}; raise this weight or leave the dataset out"
             )
     return tuple(counts)

@@ -20,7 +20,7 @@ from engine.data.storage.files import CHUNK, CheckedFile
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, n, d
-DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}  # by code
+TOKEN_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}  # by code
 MAX_SEQUENCE_LENGTH = (1 << 31) - 1  # lengths are int32
 
 
@@ -44,8 +44,8 @@ def read_header(index: CheckedFile) -> tuple[np.dtype[Any], int, int]:
     magic, version, code, n, d = HEADER.unpack(index.read(0, HEADER.size))
     index.expect(magic == MAGIC, "magic", magic, repr(MAGIC))
     index.expect(version == VERSION, "version", version, str(VERSION))
-    index.expect(code in DTYPES, "dtype code", code, "1 .. 5 or 8")
-    dtype = np.dtype(DTYPES[code])
+    index.expect(code in TOKEN_DTYPES, "dtype code", code, "1 .. 5 or 8")
+    dtype = np.dtype(TOKEN_DTYPES[code])
     index.expect(dtype.kind in "iu", "dtype", dtype.name, "an integer type, as token ids are whole numbers")
     index.expect(d >= 1, "document count", d, "1 or more, as the table ends with the sequence count")
     size = HEADER.size + 12 * n + 8 * d

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.storage.files import Array
-from engine.data.storage.format import DTYPES, HEADER, MAGIC, MAX_SEQUENCE_LENGTH, VERSION, chunks, dataset_file
+from engine.data.storage.format import HEADER, MAGIC, MAX_SEQUENCE_LENGTH, TOKEN_DTYPES, VERSION, chunks, dataset_file
 from engine.data.storage.info import DatasetInfo
 from engine.errors import DataError, StorageError
 
@@ -35,7 +35,7 @@ class IndexedDatasetWriter:
     ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        codes = [code for code, known in DTYPES.items() if np.dtype(known) == self.dtype]
+        codes = [code for code, known in TOKEN_DTYPES.items() if np.dtype(known) == self.dtype]
         if not codes or self.dtype.kind not in "iu":
             raise ValueError(f"dtype = {self.dtype.name}; the format stores int8 .. int64, uint8 and uint16")
         self._code = codes[0]

@@ -40,7 +40,7 @@ def companions(path: Path) -> list[Path]:
     return [path.with_name(name) for name in COMPANIONS if name != path.name and path.with_name(name).is_file()]
 
 
-def read_file(path: Path) -> bytes:
+def read_tokenizer_file(path: Path) -> bytes:
     """Raises ConfigError where the file cannot be read."""
     try:
         return path.read_bytes()
@@ -48,7 +48,7 @@ def read_file(path: Path) -> bytes:
         raise ConfigError(f"cannot read the tokenizer {path}: {error.strerror}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty without the file.
 
     Raises:
@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(read_file(path))
+        content = json.loads(read_tokenizer_file(path))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON, or nested too deep: {error}") from None
     if not isinstance(content, dict):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.tokenizers.files import companions, content_hash, read_file, read_json
+from engine.data.tokenizers.files import companions, content_hash, read_tokenizer_file, read_tokenizer_json
 from engine.data.tokenizers.protocol import Ids, Span
 from engine.errors import ConfigError
 
@@ -25,7 +25,7 @@ class HuggingFaceTokenizer:
             from tokenizers import processors
         except ImportError:
             raise ConfigError(f"{path} needs the package tokenizers: pip install 'triaxis[hf]'") from None
-        content = read_file(path)
+        content = read_tokenizer_file(path)
         try:
             self._backend = Backend.from_buffer(content)
         except Exception as error:  # tokenizers raises bare Exceptions
@@ -53,7 +53,7 @@ class HuggingFaceTokenizer:
         Raises:
             ConfigError: the token of this role is not in the vocabulary.
         """
-        named = read_json(path.with_name("tokenizer_config.json")).get(role)
+        named = read_tokenizer_json(path.with_name("tokenizer_config.json")).get(role)
         name = named.get("content") if isinstance(named, dict) else named
         if name is not None:
             found: int | None = self._backend.token_to_id(str(name))

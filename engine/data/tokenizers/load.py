@@ -6,7 +6,7 @@ The kind is read from the file's content, not from its name, because people rena
 from pathlib import Path
 
 from engine.data.tokenizers.byte import ByteTokenizer
-from engine.data.tokenizers.files import CHAT_TEMPLATE, find_model_file, read_file, read_json
+from engine.data.tokenizers.files import CHAT_TEMPLATE, find_model_file, read_tokenizer_file, read_tokenizer_json
 from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -27,7 +27,7 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
     if Path(spec).is_dir() and [path.name for path in Path(spec).iterdir()] == [CHAT_TEMPLATE]:
         return ByteTokenizer(Path(spec) / CHAT_TEMPLATE)  # in a checkpoint, where it has no other file
     path = find_model_file(Path(spec))
-    if read_file(path)[:64].lstrip().startswith(b"{"):
+    if read_tokenizer_file(path)[:64].lstrip().startswith(b"{"):
         return HuggingFaceTokenizer(path)
     tokenizer = SentencePieceTokenizer(path, fast=fast)
     extended = path.with_name("tokenizer.json")
@@ -38,6 +38,6 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
 
 def _adds_ids(path: Path, vocab_size: int) -> bool:
     """Whether a `tokenizer.json` has tokens that the model file beside it lacks, such as those of a chat template."""
-    added = read_json(path).get("added_tokens")
+    added = read_tokenizer_json(path).get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     return any(isinstance(token.get("id"), int) and token["id"] >= vocab_size for token in tokens)

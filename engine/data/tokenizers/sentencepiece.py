@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.tokenizers.fast_sentencepiece import FastSentencePiece, UnsupportedModel
-from engine.data.tokenizers.files import companions, content_hash, read_file
+from engine.data.tokenizers.files import companions, content_hash, read_tokenizer_file
 from engine.data.tokenizers.protocol import Ids, Span
 from engine.data.tokenizers.sentencepiece_model import BYTE, CONTROL, SPACE, UNKNOWN, fields_of, piece_of, submessage
 from engine.data.tokenizers.symbols import encode_with_symbols, split_pattern
@@ -28,7 +28,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path, *, fast: bool = True) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._model = read_file(path)
+        self._model = read_tokenizer_file(path)
         try:
             self._processor = SentencePieceProcessor(model_proto=self._model)
         except RuntimeError:

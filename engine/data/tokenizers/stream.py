@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from engine.data.tokenizers.protocol import Tokenizer
 
-PARTIAL = "\ufffd"  # the replacement character, decoded from incomplete UTF-8
+REPLACEMENT = "\ufffd"  # the replacement character, decoded from incomplete UTF-8
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -18,7 +18,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     for token in ids:
         recent.append(token)
         text = tokenizer.decode(recent)
-        if text.endswith(PARTIAL):
+        if text.endswith(REPLACEMENT):
             yield ""
             continue
         yield text[len(tokenizer.decode(recent[:shown])) :]

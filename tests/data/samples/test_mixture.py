@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.samples.mixture import BLOCK_SIZE, Mixture, block_counts
+from engine.data.samples.mixture import SAMPLES_PER_BLOCK, Mixture, block_counts
 from engine.data.samples.permutation import Permutation, keyed_below
 from engine.errors import ConfigError
 
@@ -69,17 +69,17 @@ def test_offsets_stay_below_their_limit():
 @pytest.mark.parametrize(
     "weights, counts",
     [
-        ([3.0], (BLOCK_SIZE,)),
-        ([1, 3], (BLOCK_SIZE // 4, 3 * BLOCK_SIZE // 4)),
+        ([3.0], (SAMPLES_PER_BLOCK,)),
+        ([1, 3], (SAMPLES_PER_BLOCK // 4, 3 * SAMPLES_PER_BLOCK // 4)),
         ([1, 1, 1], (349_526, 349_525, 349_525)),  # the sample left over goes to the first of equals
         ([0.7, 0.2, 0.1], (734_003, 209_715, 104_858)),
-        ([1e300, 1e300], (BLOCK_SIZE // 2, BLOCK_SIZE // 2)),
-        ([BLOCK_SIZE - 1, 1], (BLOCK_SIZE - 1, 1)),
+        ([1e300, 1e300], (SAMPLES_PER_BLOCK // 2, SAMPLES_PER_BLOCK // 2)),
+        ([SAMPLES_PER_BLOCK - 1, 1], (SAMPLES_PER_BLOCK - 1, 1)),
     ],
 )
 def test_blocks_are_shared_by_the_largest_remainder(weights, counts):
     assert block_counts(weights) == counts
-    assert sum(counts) == BLOCK_SIZE
+    assert sum(counts) == SAMPLES_PER_BLOCK
 
 
 @pytest.mark.parametrize("weight", [1e-9, 0.0, -1.0, float("inf"), float("nan")])
@@ -92,7 +92,7 @@ def test_a_weight_that_makes_no_sample_is_named(weight):
 @pytest.mark.parametrize("block", [0, 10**6])
 def test_a_block_draws_each_dataset_in_order_and_as_often_as_stated(weights, block):
     mixture = Mixture(weights)
-    datasets, draws = mixture.many(np.arange(BLOCK_SIZE) + block * BLOCK_SIZE)
+    datasets, draws = mixture.many(np.arange(SAMPLES_PER_BLOCK) + block * SAMPLES_PER_BLOCK)
     for dataset, count in enumerate(mixture.counts):
         assert np.array_equal(draws[datasets == dataset], np.arange(block * count, (block + 1) * count))
 
@@ -100,9 +100,9 @@ def test_a_block_draws_each_dataset_in_order_and_as_often_as_stated(weights, blo
 @pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [1] * 7, [5, 1, 1, 1, 0.01]])
 def test_any_stretch_of_samples_has_the_stated_proportions(weights):
     mixture = Mixture(weights)
-    datasets, _ = mixture.many(np.arange(BLOCK_SIZE))
+    datasets, _ = mixture.many(np.arange(SAMPLES_PER_BLOCK))
     for dataset, count in enumerate(mixture.counts):
-        ideal = np.arange(1, BLOCK_SIZE + 1) * count / BLOCK_SIZE
+        ideal = np.arange(1, SAMPLES_PER_BLOCK + 1) * count / SAMPLES_PER_BLOCK
         assert np.abs(np.cumsum(datasets == dataset) - ideal).max() < 2
 
 
@@ -113,5 +113,5 @@ def test_numbers_and_vectors_of_a_mixture_agree(weights, i):
     dataset, draw = mixture.draw(i)
     datasets, draws = mixture.many(np.array([i]))
     assert (dataset, draw) == (int(datasets[0]), int(draws[0]))
-    block = i // BLOCK_SIZE
+    block = i // SAMPLES_PER_BLOCK
     assert block * mixture.counts[dataset] <= draw < (block + 1) * mixture.counts[dataset]

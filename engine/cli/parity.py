@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.cli.arguments import program_parser, require_at_least
-from engine.cli.parity_cases import PROBLEMS, plan_cases
-from engine.cli.parity_report import Rounded, Row, largest, report
 from engine.errors import ConfigError, TriaxisError
 from engine.formatting import duration
 from engine.testing.parity import Case, Outcome, Problem, deviation, measure
+from engine.testing.parity_cases import PROBLEMS, plan_cases
+from engine.testing.parity_report import Rounded, Row, largest, report
 
 EXAMPLES = """
 examples:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from engine.cli import parity
-from engine.cli.parity_cases import PROBLEMS, plan_cases
 from engine.config.derived import microbatches
 from engine.errors import ConfigError, TriaxisError
 from engine.plan.layouts import choose_layout
 from engine.plan.memory import ClusterSpec
 from engine.testing.parity import Outcome
+from engine.testing.parity_cases import PROBLEMS, plan_cases
 from engine.testing.runs import run_config
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from engine.cli.parity_cases import SIZES, grids
 from engine.formatting import duration
 from engine.testing.parity import STEPS, TOLERANCES, Case, Deviation, Problem
+from engine.testing.parity_cases import SIZES, grids
 
 Rounded = tuple[str, dict[str, Any], Deviation]  # preset, changed settings, deviation
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,8 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Attention(nn.Module):
     """Norm and grouped-query attention with fused q, k and v, over this rank's heads: [t/tp, h] -> [t/tp, h].
 
-    With `recompute` neither the output of the norm nor anything between the projections is kept.
+    With `selective_recompute` neither the output of the norm nor anything between the projections is kept for the
+    backward pass.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Attention(nn.Module):
         tp: TensorParallel,
         ops: OpsConfig,
         *,
-        recompute: bool,
+        selective_recompute: bool,
     ) -> None:
         super().__init__()
         block, path = f"layers.{layer}", f"layers.{layer}.attention"
@@ -43,15 +44,23 @@ class Attention(nn.Module):
         kv_heads = kv_share(model, tp)[1]
         self.heads = (model.num_heads // tp.size, kv_heads, kv_heads)
         self.head_dim = model.head_dim
-        self.recompute = recompute
-        self.qkv = NormLinear(parameters, f"{block}.attention_norm", f"{path}.qkv", model, tp, ops, recompute=recompute)
+        self.selective_recompute = selective_recompute
+        self.qkv = NormLinear(
+            parameters,
+            f"{block}.attention_norm",
+            f"{path}.qkv",
+            model,
+            tp,
+            ops,
+            selective_recompute=selective_recompute,
+        )
         self.output = RowLinear(parameters, f"{path}.output", tp)
         self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps, ops) if model.qk_norm else None
         self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps, ops) if model.qk_norm else None
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         qkv, _ = self.qkv(x)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
-        if self.recompute and torch.is_grad_enabled():
+        if self.selective_recompute and torch.is_grad_enabled():
             return self.output(checkpoint(self._attend, qkv, cos, sin, attend))
         return self.output(self._attend(qkv, cos, sin, attend))
 
@@ -65,12 +74,12 @@ class Attention(nn.Module):
         return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
 
     def attend(self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The part that depends on the documents of the batch."""
+        """Attention proper, which depends on the documents of the batch; not compiled."""
         return attend(self.layer, q, k, v)
 
 
 def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None, impl: AttentionImpl = "auto") -> Attend:
-    """Causal attention closed within each segment of the flattened tokens; `by`: see `ops.attention`."""
+    """Return causal attention within each segment of the flattened tokens; `impl`: see `ops/attention.py`."""
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention(q, k, v, cu_seqlens, sliding_window, impl)

@@ -3,7 +3,7 @@
 Activations are [t, h]: all tokens of a microbatch, sequence after sequence. Only attention knows where a sequence
 ends, so nothing else has a batch dimension, and sequence parallelism is a split of dim 0.
 
-Shapes: t = s·b tokens, h hidden, f feed-forward, n heads, d head size, v vocabulary; /tp on ranks that share a layer.
+Shapes: t = s·b tokens, h hidden, f feed-forward, n heads, d head size, v vocabulary; /tp sharded.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, attend_within
-from engine.model.layers import ActivationLinear, ColumnLinear, Embedding, Head, NormLinear, Parameters
+from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, ParallelLinear, Parameters
 from engine.model.parameters import whole_model
 from engine.ops.rope import rope_tables
 from engine.parallel.layout import NO_TP, TensorParallel
@@ -23,9 +23,9 @@ from engine.parallel.recompute import checkpoint
 
 
 class FeedForward(nn.Module):
-    """Norm and SwiGLU with fused gate and up, or a GELU layer.
+    """Norm and feed-forward layer: SwiGLU with fused gate and up, or GELU.
 
-    With `recompute` neither the output of the norm nor that of the activation function is kept.
+    With `selective_recompute` the outputs of norm and activation function are not kept for the backward pass.
     """
 
     def __init__(
@@ -36,17 +36,19 @@ class FeedForward(nn.Module):
         tp: TensorParallel,
         ops: OpsConfig,
         *,
-        recompute: bool,
+        selective_recompute: bool,
     ) -> None:
         super().__init__()
         block, path = f"layers.{layer}", f"layers.{layer}.mlp"
-        self.up = NormLinear(parameters, f"{block}.mlp_norm", f"{path}.up", model, tp, ops, recompute=recompute)
-        self.down = ActivationLinear(parameters, f"{path}.down", model, tp, recompute=recompute)
+        self.up = NormLinear(
+            parameters, f"{block}.mlp_norm", f"{path}.up", model, tp, ops, selective_recompute=selective_recompute
+        )
+        self.down = ActivationLinear(parameters, f"{path}.down", model, tp, selective_recompute=selective_recompute)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """h + mlp(h), where h = residual + x is added up by the norm in its own pass; all [t/tp, h]."""
-        up, h = self.up(x, residual)  # [t, 2f/tp] or [t, f/tp]
-        return h + self.down(up)
+        """Return s + mlp(s) for s = residual + x, an add that is fused into the norm; all [t/tp, h]."""
+        up, total = self.up(x, residual)  # [t, 2f/tp] or [t, f/tp]
+        return total + self.down(up)
 
 
 class Block(nn.Module):
@@ -60,23 +62,24 @@ class Block(nn.Module):
         tp: TensorParallel,
         ops: OpsConfig,
         *,
-        recompute: bool = False,
+        selective_recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.attention = Attention(model, parameters, layer, tp, ops, recompute=recompute)
-        self.mlp = FeedForward(model, parameters, layer, tp, ops, recompute=recompute)
+        self.attention = Attention(model, parameters, layer, tp, ops, selective_recompute=selective_recompute)
+        self.mlp = FeedForward(model, parameters, layer, tp, ops, selective_recompute=selective_recompute)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         attended = self.attention(x, cos, sin, attend)
-        return self.mlp(attended, residual=x)  # h + mlp(h), h = x + attended
+        return self.mlp(attended, residual=x)  # s + mlp(s), s = x + attended
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and head; or the part of them that `part` names.
+    """A transformer decoder, or the part of it that a pipeline stage holds.
 
     Args:
-        parameters: this rank's tensors, and where their gradients go.
-        tp: the ranks that share each layer.
+        parameters: this rank's parameters, gradient sinks and FP8 quantizers.
+        part: the layers, and whether embedding and head are included; default: the whole model.
+        tp: the tensor-parallel group.
         parallel: which layers are recomputed, and whether they are compiled.
         ops: implementations of operators.
     """
@@ -97,13 +100,13 @@ class Decoder(nn.Module):
         recomputed = part.layers[: parallel.recompute_layers] if parallel.recompute != "none" else range(0)
         selective = parallel.recompute == "selective"
         blocks = [
-            Block(model, parameters, layer, tp, ops, recompute=selective and layer in recomputed)
+            Block(model, parameters, layer, tp, ops, selective_recompute=selective and layer in recomputed)
             for layer in part.layers
         ]
         for block in blocks if parallel.compile else ():
             _compile(block, tp)
         self.layers = nn.ModuleList(blocks)
-        self.fully_recomputed = 0 if selective else len(recomputed)
+        self.num_fully_recomputed = 0 if selective else len(recomputed)
         self.head = Head(model, parameters, tp, ops) if part.has_head else None
 
     def forward(
@@ -126,7 +129,7 @@ class Decoder(nn.Module):
             x = self.embedding(x)
             x = x if noise is None else x + noise.to(x.dtype)
         for index, layer in enumerate(self.layers):
-            if index < self.fully_recomputed and torch.is_grad_enabled():
+            if index < self.num_fully_recomputed and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attend)
             else:
                 x = layer(x, cos, sin, attend)
@@ -151,7 +154,7 @@ class Decoder(nn.Module):
         return loss
 
     def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:
-        """Attention within the documents of a batch, as this model attends."""
+        """Return the attention of a batch: causal within each document, with this model's sliding window."""
         return attend_within(cu_seqlens, self.config.sliding_window, self.ops.attention)
 
     def units(self) -> Iterator[nn.Module]:
@@ -165,10 +168,10 @@ class Decoder(nn.Module):
 
 
 def _compile(block: Block, tp: TensorParallel) -> None:
-    """Compile a block without what communicates, where the compiler would take the current state for a constant, and
-    without the attention itself, which it would compile for every cut of a batch into documents."""
+    """torch.compile a block, except its linear layers if they communicate (the compiler would bake their state in as
+    constants) and attention (it would recompile for every new `cu_seqlens`)."""
     block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[method-assign]
     for layer in block.modules():
-        if tp.size > 1 and isinstance(layer, ColumnLinear):
-            layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+        if tp.size > 1 and isinstance(layer, ParallelLinear):
+            layer.forward = torch.compiler.disable(layer.forward)
     block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

@@ -1,14 +1,14 @@
-"""Modules that hold parameters: linear layers, norm, embedding and head, and the two pairs that a block is made of.
+"""Modules that hold parameters: linear layers, norm, embedding, head, and the two fused pairs of a block.
 
-A module takes its tensors out of `Parameters` by path, so that shapes are stated once (in the parameter table) and the
-same modules run on views of training buffers and on tensors read from a file. `tp` says with whom the layer is shared;
-alone, all of them are plain.
+A module takes its tensors from `Parameters` by path, so that shapes are stated once (in the parameter table) and the
+same modules run on views of training buffers and on tensors read from a file. `tp` is the tensor-parallel group; with
+size 1 every module is an ordinary unsharded layer.
 
-A norm or an activation function and the linear layer behind it are one module, because the pair is what FP8 fuses (the
-op writes its output in FP8 for the matmul) and what selective recompute works on (the op's output is discarded and
-computed again from its input). The decoder knows of neither.
+A norm or activation function and the linear layer that follows it form one module, because FP8 fuses the pair (the op
+writes its output in FP8 for the matmul) and selective recompute works on it (the op's output is discarded and computed
+again from its input). The decoder handles neither case.
 
-Legend: t tokens, h hidden size, f feed-forward size, v vocabulary; /tp: this rank's share.
+Legend: t tokens, h hidden size, f feed-forward size, v vocabulary; /tp: sharded over the tensor-parallel ranks.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from engine.config.schema import ModelConfig, OpsConfig
 from engine.ops.norm import add_norm, layer_norm, norm_to_fp8, rms_norm
 from engine.ops.quantize import Fp8Output
 from engine.ops.swiglu import swiglu, swiglu_to_fp8
-from engine.parallel.fp8 import Fp8Layer
+from engine.parallel.fp8 import Fp8Quantizer
 from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import discard_and_recompute
@@ -31,50 +31,54 @@ from engine.parallel.tensor import (
     Activation,
     column_linear,
     row_linear,
-    vocabulary_cross_entropy,
-    vocabulary_embedding,
+    vocab_parallel_embedding,
+    vocab_parallel_linear_cross_entropy,
 )
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What the modules of a decoder are built from, under the paths of the parameter table.
+    """This rank's parameters with their gradient sinks and FP8 quantizers, keyed by path in the parameter table.
 
     Attributes:
-        tensors: the parameters that this rank holds.
-        sinks: what takes their gradients, in training; without one a gradient goes to autograd.
-        fp8: the scales of the layers whose matmuls are in FP8, under the paths of their weights.
+        tensors: the parameters.
+        sinks: gradient accumulators, in training only; a parameter without one gets its `.grad` from autograd.
+        quantizers: of the linear layers whose matmuls are in FP8, keyed by the path of the weight.
     """
 
     tensors: Mapping[str, nn.Parameter]
     sinks: Mapping[str, GradientSink] = field(default_factory=dict)
-    fp8: Mapping[str, Fp8Layer] = field(default_factory=dict)
+    quantizers: Mapping[str, Fp8Quantizer] = field(default_factory=dict)
 
 
-class ColumnLinear(nn.Module):
-    """`x @ weight.T + bias`, cut by output features: [t/tp, in] -> [t, out/tp]. A bias is there if the table has it."""
+class ParallelLinear(nn.Module):
+    """A linear layer sharded over the tensor-parallel ranks; it has a bias if the parameter table has one for it."""
 
     def __init__(self, parameters: Parameters, path: str, tp: TensorParallel) -> None:
         super().__init__()
         self.weight = parameters.tensors[f"{path}.weight"]
         self.bias = parameters.tensors.get(f"{path}.bias")
         self.sink = parameters.sinks.get(f"{path}.weight")
-        self.fp8 = parameters.fp8.get(f"{path}.weight")
+        self.quantizer = parameters.quantizers.get(f"{path}.weight")
         self.tp = tp
 
-    def forward(self, x: Activation) -> torch.Tensor:
-        return column_linear(x, self.weight, self.bias, self.tp, self.sink, self.fp8)
 
-
-class RowLinear(ColumnLinear):
-    """`x @ weight.T + bias`, cut by input features: [t, in/tp] -> [t/tp, out]."""
+class ColumnLinear(ParallelLinear):
+    """`x @ weight.T + bias`, sharded by output features: [t/tp, in] -> [t, out/tp]."""
 
     def forward(self, x: Activation) -> torch.Tensor:
-        return row_linear(x, self.weight, self.bias, self.tp, self.sink, self.fp8)
+        return column_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer)
+
+
+class RowLinear(ParallelLinear):
+    """`x @ weight.T + bias`, sharded by input features: [t, in/tp] -> [t/tp, out]."""
+
+    def forward(self, x: Activation) -> torch.Tensor:
+        return row_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer)
 
 
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm where the table has a bias for it."""
+    """RMSNorm, or LayerNorm if the parameter table has a bias for it."""
 
     def __init__(self, parameters: Parameters, path: str, eps: float, ops: OpsConfig) -> None:
         super().__init__()
@@ -85,7 +89,7 @@ class Norm(nn.Module):
         self.eps, self.impl = eps, ops.norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The norm of x [..., h]."""
+        """Normalize `x` [..., h] over its last dimension."""
         sinks = (self.weight_sink, self.bias_sink)
         if self.bias is None:
             return rms_norm(x, self.weight, self.eps, self.impl, sinks)
@@ -94,7 +98,8 @@ class Norm(nn.Module):
     def fused(
         self, x: torch.Tensor, residual: torch.Tensor | None, output: Fp8Output | None
     ) -> tuple[Activation, torch.Tensor]:
-        """The norm of x [t, h] (or of x + residual), and that sum; in FP8 if `output` says how."""
+        """Normalize s = x + residual [t, h], or s = x without a residual. Return (normalized s, s), the first in FP8 if
+        `output` is given."""
         sinks = (self.weight_sink, self.bias_sink)
         if output is not None:
             return norm_to_fp8(x, residual, self.weight, self.bias, self.eps, output, sinks)
@@ -104,9 +109,10 @@ class Norm(nn.Module):
 
 
 class NormLinear(nn.Module):
-    """A norm and the column-parallel layer behind it: [t/tp, h] -> [t, out/tp] (Transformer Engine: LayerNormLinear).
+    """A norm followed by a column-parallel linear layer, [t/tp, h] -> [t, out/tp], as LayerNormLinear in Transformer
+    Engine.
 
-    With `recompute` the output of the norm is not kept for the backward pass.
+    With `selective_recompute` the output of the norm is not kept for the backward pass.
     """
 
     def __init__(
@@ -118,57 +124,57 @@ class NormLinear(nn.Module):
         tp: TensorParallel,
         ops: OpsConfig,
         *,
-        recompute: bool,
+        selective_recompute: bool,
     ) -> None:
         super().__init__()
         self.norm = Norm(parameters, norm_path, model.norm_eps, ops)
         self.linear = ColumnLinear(parameters, path, tp)
-        self.recompute = recompute
+        self.selective_recompute = selective_recompute
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """linear(norm(x)), or of x + residual, which the norm adds in the same pass; and that sum."""
+        """Return (linear(norm(s)), s) for s = x + residual (the add is fused into the norm), or s = x without one."""
         normed, total = self.norm.fused(x, residual, self._fp8_output(x))
-        with _discarded(normed, lambda: self.norm(total), self.recompute):
+        with _discarded(normed, lambda: self.norm(total), self.selective_recompute):
             return self.linear(normed), total
 
     def _fp8_output(self, x: torch.Tensor) -> Fp8Output | None:
-        if self.linear.fp8 is None or self.recompute or self.norm.impl not in ("auto", "triaxis"):
+        if self.linear.quantizer is None or self.selective_recompute or self.norm.impl not in ("auto", "triaxis"):
             return None
-        return self.linear.fp8.output_spec(x, x.shape[-1])
+        return self.linear.quantizer.input_spec(x, x.shape[-1])
 
 
 class ActivationLinear(nn.Module):
-    """SwiGLU or GELU and the row-parallel layer behind it: [t, 2f/tp] (gate, then up) or [t, f/tp] -> [t/tp, h].
+    """SwiGLU or GELU followed by a row-parallel linear layer: [t, 2f/tp] (gate, then up) or [t, f/tp] -> [t/tp, h].
 
-    With `recompute` the output of the activation function is not kept for the backward pass.
+    With `selective_recompute` the output of the activation function is not kept for the backward pass.
     """
 
     def __init__(
-        self, parameters: Parameters, path: str, model: ModelConfig, tp: TensorParallel, *, recompute: bool
+        self, parameters: Parameters, path: str, model: ModelConfig, tp: TensorParallel, *, selective_recompute: bool
     ) -> None:
         super().__init__()
         self.gated = model.activation == "swiglu"
         self.linear = RowLinear(parameters, path, tp)
-        self.recompute = recompute
+        self.selective_recompute = selective_recompute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if output := self._fp8_output(x):
             return self.linear(swiglu_to_fp8(x, output))
         activated = self._activate(x)
-        with _discarded(activated, lambda: self._activate(x), self.recompute):
+        with _discarded(activated, lambda: self._activate(x), self.selective_recompute):
             return self.linear(activated)
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
         return swiglu(x) if self.gated else F.gelu(x, approximate="tanh")
 
     def _fp8_output(self, x: torch.Tensor) -> Fp8Output | None:
-        if self.linear.fp8 is None or self.recompute or not self.gated:
+        if self.linear.quantizer is None or self.selective_recompute or not self.gated:
             return None
-        return self.linear.fp8.output_spec(x, x.shape[1] // 2)
+        return self.linear.quantizer.input_spec(x, x.shape[1] // 2)
 
 
 class Embedding(nn.Module):
-    """Tokens [t] -> hidden states [t/tp, h]."""
+    """Token embedding: [t] -> [t/tp, h]."""
 
     def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel) -> None:
         super().__init__()
@@ -176,11 +182,11 @@ class Embedding(nn.Module):
         self.vocab_size, self.tp = model.vocab_size, tp
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return vocabulary_embedding(tokens, self.weight, self.vocab_size, self.tp)
+        return vocab_parallel_embedding(tokens, self.weight, self.vocab_size, self.tp)
 
 
 class Head(nn.Module):
-    """Final norm, projection to the vocabulary and loss."""
+    """Final norm, output projection and loss."""
 
     def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel, ops: OpsConfig) -> None:
         super().__init__()
@@ -196,9 +202,9 @@ class Head(nn.Module):
         z_loss: float = 0.0,
         target_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss in nats, summed over the unmasked tokens; `x` [t/tp, h], `labels` and `loss_mask` [t]; `target_indices`:
-        int64, the tokens that are not masked, where some are."""
-        return vocabulary_cross_entropy(
+        """Return the loss in nats, summed over the unmasked tokens, fp32: `x` [t/tp, h], `labels` and `loss_mask` [t].
+        `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked."""
+        return vocab_parallel_linear_cross_entropy(
             self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices
         )
 
@@ -206,7 +212,7 @@ class Head(nn.Module):
 def _discarded(
     activation: Activation, compute: Callable[[], torch.Tensor], recompute: bool
 ) -> AbstractContextManager[None]:
-    """Where `recompute` is on, operations within keep `compute` instead of `activation`."""
+    """If `recompute`, operations in this context save `compute` for their backward instead of `activation`."""
     if not recompute:
         return nullcontext()
     assert isinstance(activation, torch.Tensor)

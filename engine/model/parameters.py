@@ -1,8 +1,8 @@
 """The parameters of a decoder, and the part of each that a rank holds: the only place that knows both our paths and the
 Hugging Face names.
 
-Column-parallel weights (q, k, v; gate and up) are cut by rows, row-parallel ones (attention output, down) by columns,
-embedding and head by vocabulary; every tensor-parallel rank holds the norms and the biases behind row-parallel layers.
+Column-parallel weights (q, k, v; gate and up) are sharded by rows, row-parallel ones (attention output, down) by
+columns, embedding and head by vocabulary; every tensor-parallel rank holds the norms and the biases of row-parallel layers.
 The vocabulary need not divide: ranks then differ by one row, so nothing is padded.
 """
 
@@ -48,7 +48,8 @@ def kv_share(model: ModelConfig, tp: TensorParallel) -> tuple[int, int]:
 
 
 def tp_problem(model: ModelConfig, tp: int, **also: int) -> str:
-    """Why `tp` ranks cannot share the layers, as behind `parallel.tp = N`; empty where they can. `also` is cut too."""
+    """Return why the layers cannot be sharded over `tp` ranks, to follow `parallel.tp = N`, or an empty string. `also`:
+    further sizes that tp must divide."""
     sizes = {"model.num_heads": model.num_heads, "model.intermediate_size": model.intermediate_size, **also}
     if indivisible := [f"{name} = {value}" for name, value in sizes.items() if value % tp]:
         return f"does not divide {' and '.join(indivisible)}"

@@ -1,7 +1,7 @@
-"""What all ranks decide together, on the host.
+"""Decisions that all ranks make together, on the host.
 
-A rank that stops, fails or chooses alone leaves the others waiting for it, so such decisions are made from a few
-numbers that are the same on every rank. They travel over `World.control_group` and do not wait for the device's queue.
+If a single rank stops, fails or decides, the others wait for it forever, so such decisions are made from a few numbers
+that are the same on every rank. These are exchanged over `World.control_group` and do not wait for the device.
 Every function here is a collective, to be called by all ranks in the same order; with one rank it is the identity.
 """
 
@@ -63,7 +63,7 @@ def run_on_all_ranks(world: World, action: Callable[[], T]) -> T:
 
     Raises:
         TriaxisError: on all ranks, of the class and with the message of the lowest rank where it failed.
-        Exception: on this rank alone, what is a fault of the program and ends it with a traceback.
+        Exception: on this rank only, a bug in the program, which ends it with a traceback.
     """
     failure: TriaxisError | None = None
     try:

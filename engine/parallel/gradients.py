@@ -16,13 +16,13 @@ class GradientFlow:
     """State of the running backward pass, shared by all gradient sinks of a rank.
 
     Attributes:
-        last: this pass is the last to reach the parameters in it, so that a gradient that arrives is complete.
-        postponed: None, or the weight-gradient matmuls that have been postponed.
+        is_last_pass: no later pass of this step reaches these parameters, so a gradient that arrives is complete.
+        postponed: None, or the list that collects postponed weight-gradient matmuls.
         completed: called with the path of each parameter whose gradient is complete.
     """
 
     def __init__(self, completed: Callable[[str], None]) -> None:
-        self.last = False
+        self.is_last_pass = False
         self.postponed: list[Callable[[], None]] | None = None
         self.completed = completed
 
@@ -58,7 +58,7 @@ class GradientSink:
             self.flow.postponed.append(run)
 
     def _arrived(self) -> None:
-        if self.flow.last:
+        if self.flow.is_last_pass:
             self.flow.completed(self.path)
 
 

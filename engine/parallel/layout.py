@@ -70,14 +70,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank among those that share each layer; by default a group of one."""
+    """The tensor-parallel group of a rank; by default a group of one."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
 
     def share(self, total: int) -> tuple[int, int]:
-        """(start, extent) of this rank's share of `total`; the shares differ by one at most."""
+        """Return (start, extent) of this rank's shard of `total`; shards differ by one at most."""
         start = total * self.rank // self.size
         return start, total * (self.rank + 1) // self.size - start
 
@@ -87,7 +87,7 @@ NO_TP = TensorParallel()
 
 @dataclass(frozen=True)
 class World:
-    """One live rank: its place, its device and its connections. A group is None where it would hold this rank alone.
+    """A live rank: its coordinates, device and process groups. A group is None if it would contain only this rank.
 
     Attributes:
         group: all ranks, for tensors of `device`.
@@ -98,7 +98,7 @@ class World:
         embedding_group: the first and the last pipeline stage, which share tied embeddings.
         channels: between pipeline stages, one group for each kind of message ("forward", "backward"; "forward wrap" and
             "backward wrap" between the last and the first stage), so that in each pair of ranks a group carries
-            messages one way only and no message waits behind one of the other way.
+            messages in one direction only and no message waits for one in the other direction.
     """
 
     layout: Layout

@@ -1,8 +1,8 @@
 """Activation recompute: activations computed a second time in the backward pass instead of being kept.
 
 `checkpoint` drops everything between the input and the output of a function. `discard_and_recompute` drops a single
-tensor that is cheap to compute again from what is kept anyway, like the output of a norm, which the layer behind it
-would keep.
+tensor that is cheap to compute again from what is kept anyway, like the output of a norm, which the next layer would
+keep.
 """
 
 from collections.abc import Callable

@@ -46,7 +46,7 @@ class LogicalTensor:
         weight_decay: whether the optimizer decays it.
         counts_in_flops: every token is multiplied by it, which is what model FLOPs count.
         mean, std: of its initial values, which are normal.
-        replicas: which ranks hold the same rectangle beside this one, each with a part of its gradient: "tp" (all
+        replicas: which other ranks hold the same rectangle, each with a part of its gradient: "tp" (all
             tensor-parallel ranks), "kv" (those that share key and value heads), "tied_embedding" (the first and the
             last pipeline stage), or None.
         owned: this rank is the one among the replicas that counts it in norms and writes it into checkpoints.

@@ -1,8 +1,8 @@
-"""Tensor parallelism with sequence parallelism: layers cut over the ranks of a group.
+"""Tensor parallelism with sequence parallelism: layers sharded over a process group.
 
-Between layers every rank holds its part of the tokens, [t/tp, h]. A column-parallel layer gathers all tokens and
-produces its part of the features; a row-parallel layer consumes such a part and scatters the sum over the ranks back to
-parts of the tokens (Korthikanti et al., arXiv 2205.05198). With one rank nothing is sent and the layers are plain.
+Between layers every rank holds a shard of the tokens, [t/tp, h]. A column-parallel layer all-gathers the tokens and
+computes a shard of the features; a row-parallel layer takes such a shard and reduce-scatters the partial sums back to
+[t/tp, h] (Korthikanti et al., arXiv 2205.05198). With tp = 1 there is no communication.
 
 Legend: t tokens of a microbatch, h hidden size, v vocabulary.
 """
@@ -19,12 +19,12 @@ from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
 from engine.ops.linear import add_grad_weight, grad_weight, linear, matmul_transposed
 from engine.ops.quantize import TENSORWISE, Fp8Activation, QuantizedTensor
 from engine.parallel.collectives import all_gather, gather_sequence, reduce_scatter, scatter_sequence_sum
-from engine.parallel.fp8 import Fp8Layer, gather_rows, own_rows
+from engine.parallel.fp8 import Fp8Quantizer, gather_rows, local_rows
 from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
 
 Activation = Tensor | Fp8Activation
-"""What a linear layer reads: [t, in], in the model's dtype or in FP8 alone."""
+"""The input of a linear layer [t, in], in the model's dtype or quantized to FP8."""
 
 
 def column_linear(
@@ -33,18 +33,18 @@ def column_linear(
     bias: Tensor | None,
     tp: TensorParallel,
     sink: GradientSink | None = None,
-    fp8: Fp8Layer | None = None,
+    quantizer: Fp8Quantizer | None = None,
 ) -> Tensor:
-    """This rank's features of x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp].
+    """Column-parallel linear, x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp].
 
     Args:
-        sink: takes the weight's gradient; without one it goes to autograd.
-        fp8: the scales of the layer, if its matmuls are in FP8; needs a sink.
+        sink: accumulates the weight's gradient; None leaves it to autograd.
+        quantizer: if given, the matmuls are in FP8; needs a sink.
     """
     sink = _usable(sink)
     if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
-    out = _matmul(x, weight, tp, sink, fp8)
+    out = _matmul(x, weight, tp, sink, quantizer)
     return out if bias is None else out + bias
 
 
@@ -54,19 +54,19 @@ def row_linear(
     bias: Tensor | None,
     tp: TensorParallel,
     sink: GradientSink | None = None,
-    fp8: Fp8Layer | None = None,
+    quantizer: Fp8Quantizer | None = None,
 ) -> Tensor:
-    """This rank's tokens of x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]; `sink` and
-    `fp8` as for `column_linear`."""
+    """Row-parallel linear, x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]; `sink` and
+    `quantizer` as for `column_linear`."""
     sink = _usable(sink)
     if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
-    out = scatter_sequence_sum(_matmul(x, weight, None, sink, fp8), tp.group)
+    out = scatter_sequence_sum(_matmul(x, weight, None, sink, quantizer), tp.group)
     return out if bias is None else out + bias
 
 
-def vocabulary_embedding(tokens: Tensor, weight: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
-    """Rows of the embedding: `tokens` [t] int64, `weight` this rank's share of [v, h] -> [t/tp, h]."""
+def vocab_parallel_embedding(tokens: Tensor, weight: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
+    """Vocab-parallel embedding lookup: `tokens` [t] int64, `weight` this rank's shard of [v, h] -> [t/tp, h]."""
     if tp.size == 1:
         return F.embedding(tokens, weight)
     start, extent = tp.share(vocab_size)
@@ -76,7 +76,7 @@ def vocabulary_embedding(tokens: Tensor, weight: Tensor, vocab_size: int, tp: Te
     return scatter_sequence_sum(rows.masked_fill(elsewhere[:, None], 0), tp.group)
 
 
-def vocabulary_cross_entropy(
+def vocab_parallel_linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -86,21 +86,28 @@ def vocabulary_cross_entropy(
     z_loss: float = 0.0,
     target_indices: Tensor | None = None,
 ) -> Tensor:
-    """Summed loss of all t tokens, the same on every rank: `hidden` [t/tp, h], `weight` this rank's share of [v, h],
-    `labels` and `loss_mask` [t]. See `linear_cross_entropy`.
+    """Vocab-parallel output projection fused with cross-entropy; see `linear_cross_entropy`.
 
-    `target_indices`: int64, the tokens that `loss_mask` leaves; where given, no logits are computed for the others.
+    Args:
+        hidden: [t/tp, h].
+        weight: this rank's shard of [v, h].
+        labels, loss_mask: [t].
+        target_indices: int64 indices of the tokens with a nonzero `loss_mask`; if given, logits are computed only for
+            these.
+
+    Returns:
+        the loss summed over all t tokens, the same on every tensor-parallel rank.
     """
     shard = None
     if tp.size > 1:
-        shard = VocabularyShard(tp.share(vocab_size)[0], -(-vocab_size // tp.size), lambda x: _stack(x, tp))
+        shard = VocabularyShard(tp.share(vocab_size)[0], -(-vocab_size // tp.size), lambda x: _gather_stacked(x, tp))
         hidden = gather_sequence(hidden, tp.group)
     if target_indices is not None:
         hidden, labels, loss_mask = (x.index_select(0, target_indices) for x in (hidden, labels, loss_mask))
     return linear_cross_entropy(hidden, weight, labels, loss_mask, z_loss=z_loss, shard=shard)
 
 
-def _stack(x: Tensor, tp: TensorParallel) -> Tensor:
+def _gather_stacked(x: Tensor, tp: TensorParallel) -> Tensor:
     assert tp.group is not None
     out = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
     all_gather(out, x.contiguous(), tp.group).wait()
@@ -113,46 +120,53 @@ def _usable(sink: GradientSink | None) -> GradientSink | None:
 
 
 def _matmul(
-    x: Activation, weight: Tensor, tp: TensorParallel | None, sink: GradientSink | None, fp8: Fp8Layer | None
+    x: Activation,
+    weight: Tensor,
+    gather: TensorParallel | None,
+    sink: GradientSink | None,
+    quantizer: Fp8Quantizer | None,
 ) -> Tensor:
-    """x·Wᵀ for all tokens, with `x` [t/tp, in] gathered over `tp` (None: x has all tokens, and a share of features)."""
-    if fp8 is None:
+    """x·Wᵀ for all tokens. `gather`: the ranks to all-gather `x` [t/tp, in] from; None in a row-parallel layer, where x
+    has all tokens and a shard of the features."""
+    if quantizer is None:
         assert isinstance(x, Tensor)
-        return _Linear.apply(x, weight, tp, sink)
+        return _Linear.apply(x, weight, gather, sink)
     if isinstance(x, Fp8Activation):
-        return _Fp8Linear.apply(x.carrier, x.quantized, weight, tp, sink, fp8)
-    return _Fp8Linear.apply(x, None, weight, tp, sink, fp8)
+        return _Fp8Linear.apply(x.carrier, x.quantized, weight, gather, sink, quantizer)
+    return _Fp8Linear.apply(x, None, weight, gather, sink, quantizer)
 
 
 class _Linear(torch.autograd.Function):
-    """x·Wᵀ. The backward gathers x behind the matmul of the input's gradient, and scatters that gradient behind the
-    matmul of the weight's."""
+    """x·Wᵀ. The backward overlaps the all-gather of x with the matmul of the input's gradient, and the reduce-scatter
+    of that gradient with the matmul of the weight's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorParallel | None, sink: GradientSink | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gather: TensorParallel | None, sink: GradientSink | None
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.sink, ctx.tp = weight, sink, tp if tp is not None and tp.size > 1 else None
-        return matmul_transposed(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), weight)
+        ctx.weight, ctx.sink, ctx.group = weight, sink, None if gather is None else gather.group
+        return matmul_transposed(gather_sequence(x, ctx.group), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weight, tp, grad = ctx.saved_tensors, ctx.weight, ctx.tp, grad_outputs[0].contiguous()
-        if tp is None:
+        (x,), weight, group, grad = ctx.saved_tensors, ctx.weight, ctx.group, grad_outputs[0].contiguous()
+        if group is None:
             grad_x = matmul_transposed(grad, weight.t()) if ctx.needs_input_grad[0] else None
             return grad_x, _grad_weight(ctx, grad, x), None, None
-        everything = x.new_empty(tp.size * x.shape[0], x.shape[1])
-        gathering = all_gather(everything, x.contiguous(), tp.group)
+        full_x = x.new_empty(group.size() * x.shape[0], x.shape[1])
+        gathering = all_gather(full_x, x.contiguous(), group)
         partial, grad_x = matmul_transposed(grad, weight.t()), torch.empty_like(x)
-        scattering = reduce_scatter(grad_x, partial, tp.group)
+        scattering = reduce_scatter(grad_x, partial, group)
         gathering.wait()
-        weight_grad = _grad_weight(ctx, grad, everything)
+        weight_grad = _grad_weight(ctx, grad, full_x)
         scattering.wait()
         return grad_x, weight_grad, None, None
 
 
 def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
-    """The weight's gradient for autograd, or None: it goes to the sink, or is not needed."""
+    """Return the weight's gradient for autograd, or None if it goes to the sink or is not needed."""
     if not ctx.needs_input_grad[1]:
         return None
     if ctx.sink is None:
@@ -163,47 +177,49 @@ def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """The same in FP8. Only the quantized input is kept for the backward, and of it this rank's tokens."""
+    """FP8 version of `_Linear`. It saves only this rank's token shard of the quantized input for the backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        own: QuantizedTensor | None,
+        local: QuantizedTensor | None,
         weight: Tensor,
-        tp: TensorParallel | None,
+        gather: TensorParallel | None,
         sink: GradientSink,
-        layer: Fp8Layer,
+        quantizer: Fp8Quantizer,
     ) -> Tensor:
-        """`own`: this rank's tokens in FP8, if the op before has quantized them; `x` then has no values. `weight` is
-        here for autograd alone: the matmuls read the quantized copy that `layer` keeps."""
-        ctx.layer, ctx.sink, ctx.tp, ctx.dtype = layer, sink, tp if tp is not None and tp.size > 1 else None, x.dtype
-        if own is None:
-            quantized = layer.input(x if ctx.tp is None else gather_sequence(x, ctx.tp.group), sharded=tp is None)
-            kept = quantized if ctx.tp is None else own_rows(quantized, ctx.tp)
+        """`local`: this rank's tokens in FP8 if the op before has quantized them; `x` is then a placeholder without
+        memory. `weight` is passed only so that autograd tracks it: the matmuls read the quantized copy."""
+        ctx.quantizer, ctx.sink, ctx.dtype = quantizer, sink, x.dtype
+        ctx.group = group = None if gather is None else gather.group
+        if local is None:
+            quantized = quantizer.quantize_input(gather_sequence(x, group), reduce_amax=gather is None)
+            saved = quantized if gather is None or group is None else local_rows(quantized, gather)
         else:
-            kept = own
-            quantized = own if ctx.tp is None else gather_rows(own, ctx.tp.group)
-        ctx.save_for_backward(kept.values, kept.scale_inv)
-        ctx.scaling = kept.scaling
-        return scaled_matmul(
-            quantized, layer.quantized_weight()[0], x.dtype, fast=quantized.scaling == TENSORWISE, impl=layer.impl
-        )
+            saved = local
+            quantized = local if group is None else gather_rows(local, group)
+        ctx.save_for_backward(saved.values, saved.scale_inv)
+        ctx.scaling = saved.scaling
+        fast = quantized.scaling == TENSORWISE
+        return scaled_matmul(quantized, quantizer.quantized_weight()[0], x.dtype, fast=fast, impl=quantizer.impl)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        layer, tp = ctx.layer, ctx.tp
+        quantizer, group = ctx.quantizer, ctx.group
         values, scale_inv = ctx.saved_tensors
         x = QuantizedTensor(values, scale_inv, ctx.scaling)
-        grad, grad_transposed = layer.grad(grad_outputs[0].contiguous(), sharded=tp is not None)
-        grad_x = scaled_matmul(grad, layer.quantized_weight()[1], ctx.dtype, impl=layer.impl)
-        if tp is not None:
-            partial, grad_x = grad_x, grad_x.new_empty(grad_x.shape[0] // tp.size, grad_x.shape[1])
-            scattering = reduce_scatter(grad_x, partial, tp.group)
-            x = gather_rows(x, tp.group)
+        grad, grad_transposed = quantizer.quantize_grad_output(
+            grad_outputs[0].contiguous(), reduce_amax=group is not None
+        )
+        grad_x = scaled_matmul(grad, quantizer.quantized_weight()[1], ctx.dtype, impl=quantizer.impl)
+        if group is not None:
+            partial, grad_x = grad_x, grad_x.new_empty(grad_x.shape[0] // group.size(), grad_x.shape[1])
+            scattering = reduce_scatter(grad_x, partial, group)
+            x = gather_rows(x, group)
         x_transposed = transpose(x)
-        ctx.sink.add_matmul(lambda out: add_scaled_matmul(out, grad_transposed, x_transposed, impl=layer.impl))
-        if tp is not None:
+        ctx.sink.add_matmul(lambda out: add_scaled_matmul(out, grad_transposed, x_transposed, impl=quantizer.impl))
+        if group is not None:
             scattering.wait()
         return grad_x, None, None, None, None, None

@@ -1,4 +1,4 @@
-"""One optimizer step: the pipeline over the microbatches, then the update."""
+"""One optimizer step: forward and backward of the microbatches in the pipeline, then the update."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from engine.plan.stages import stage_parts
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step. Tensors are fp32 [1] on the device; none has been waited for.
+    """Result of a step. Tensors are fp32 [1] on the device, and the host has not waited for them.
 
-    `loss` is this rank's part of the loss: the sum over its tokens divided by the tokens of the whole global batch, so
-    that the sum over ranks is the mean over all tokens, however the batch is cut.
+    `loss` is this rank's part of the loss: the sum over its tokens divided by the target tokens of the global batch. Its
+    sum over ranks is the mean over all target tokens, however the batch is partitioned.
     """
 
     step: int
@@ -39,12 +39,12 @@ class StepResult:
 
 
 class DistributedModel:
-    """This rank's parts of the model, as a stage of the pipeline that all ranks run."""
+    """This rank's parts of the model, run as one stage of the pipeline."""
 
     def __init__(self, config: Config, world: World, parts: Sequence[Part], parameters: ShardedParameters) -> None:
         self.config, self.world = config, world
         self.fp8 = fp8_state(config, parameters, world)
-        given = Parameters(parameters.by_path, parameters.sinks, {} if self.fp8 is None else self.fp8.by_path)
+        given = Parameters(parameters.by_path, parameters.sinks, {} if self.fp8 is None else self.fp8.quantizers)
         decoders = [Decoder(config.model, given, part, world.tp, config.parallel, config.ops) for part in parts]
         for unit in (unit for decoder in decoders for unit in decoder.units()):
             parameters.wait_for_params_before_forward(unit)
@@ -54,7 +54,7 @@ class DistributedModel:
         self._schedules: dict[tuple[str, int], Schedule] = {}
 
     def train(self, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
-        """Add up the gradients of `scale` times the summed loss; this rank's part of that loss, fp32 [1]."""
+        """Accumulate the gradients of `scale` times the summed loss; return this rank's part of that loss, fp32 [1]."""
         if self.fp8 is not None:
             self.fp8.begin_step()
         loss = self._run(self.config.parallel.schedule, microbatches, scale)
@@ -63,7 +63,7 @@ class DistributedModel:
         return loss
 
     def evaluate(self, microbatches: Sequence[Batch]) -> torch.Tensor:
-        """This rank's part of the summed loss, fp32 [1]."""
+        """Return this rank's part of the summed loss, fp32 [1]."""
         return self._run(FORWARD_ONLY, microbatches, 1.0)
 
     def _run(self, name: str, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
@@ -75,7 +75,7 @@ class DistributedModel:
             self._schedules[key] = build_schedule(name, layout.pp, *key[1:], self.config.parallel.virtual_stages)
             check_schedule(self._schedules[key])
         loss = self.pipeline.run(self._schedules[key], [batch.to(device) for batch in microbatches], scale)
-        return loss if self.world.coords.tp == 0 else torch.zeros_like(loss)  # all tp ranks have the same one
+        return loss if self.world.coords.tp == 0 else torch.zeros_like(loss)  # tensor-parallel ranks have the same loss
 
     def _new_boundary(self) -> torch.Tensor:
         tokens = self.config.batch.micro * self.config.data.seq_length
@@ -84,7 +84,7 @@ class DistributedModel:
 
 
 def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp8State | None:
-    """The FP8 state of this rank's layers that run in FP8; None in other precisions."""
+    """Create the FP8 state of this rank's FP8 layers; None in other precisions."""
     if config.precision.mode != "fp8":
         return None
     precision, layers = config.precision, config.model.num_layers
@@ -96,7 +96,7 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
 def build_model(
     config: Config, world: World, dtype: torch.dtype, *, seed: int | None
 ) -> tuple[DistributedModel, ShardedAdamW]:
-    """This rank's parts of the model and their optimizer; initial weights where there is a `seed`, else zeros."""
+    """Build this rank's parts of the model and their optimizer, with weights drawn from `seed`, or zeros if it is None."""
     parts = stage_parts(config.model, config.parallel, config.data.seq_length, world.layout.pp, world.coords.pp)
     table = parameter_table(config.model, parts, world.tp)
     parameters = ShardedParameters(table, dtype, world, sharded=config.parallel.sharded_optimizer)
@@ -109,9 +109,9 @@ def build_model(
 def _part_function(
     decoder: Decoder, config: Config, tp: TensorParallel
 ) -> Callable[[torch.Tensor | None, Batch], torch.Tensor]:
-    """A part of the model as the pipeline calls it: hidden states and a batch in, hidden states or the summed loss out.
+    """Wrap a part of the model for the pipeline: (hidden states or None, batch) -> hidden states or the summed loss.
 
-    The z-loss and noise on embeddings belong to training alone.
+    The z-loss and the noise on embeddings apply only in training.
     """
     alpha = config.train.neftune_alpha if decoder.embedding is not None else 0.0
     hidden_size, seed = config.model.hidden_size, config.run.seed
@@ -133,8 +133,8 @@ def _part_function(
 def embedding_noise(batch: Batch, alpha: float, hidden_size: int, seed: int, tp: TensorParallel) -> torch.Tensor:
     """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise, fp32 [t/tp, h], of alpha / sqrt(length · h) at most.
 
-    A function of the run's seed and the number of the sequence, so that every layout draws the same. The length is
-    that of the conversation that a token belongs to.
+    The noise depends only on the run's seed and the number of the sequence, and is the same in every layout. The length
+    is that of the conversation that a token belongs to.
     """
     (rows, s), h, device = batch.tokens.shape, hidden_size, batch.tokens.device
     first, count = tp.share(rows * s)
@@ -160,9 +160,9 @@ def train_step(
     """Train on one global batch.
 
     Args:
-        microbatches: this rank's share of it.
-        step: its number, from 1.
-        tokens: targets of the whole global batch, over all ranks.
+        microbatches: this rank's microbatches.
+        step: number of this step, from 1.
+        tokens: target tokens of the global batch, over all ranks.
     """
     optimizer.parameters.begin_step()
     loss = model.train(microbatches, 1 / tokens)

@@ -138,7 +138,7 @@ def train_compiled(layout: Layout, parallel: ParallelConfig) -> tuple[list[float
     tokens, losses = hidden_tokens(32, model.vocab_size), []
     parameters.begin_step()
     for documents in ((0, 32), (0, 5, 32), (0, 7, 20, 32), (0, 1, 2, 3, 32)):
-        parameters.flow.last = documents[1] == 1
+        parameters.flow.is_last_pass = documents[1] == 1
         loss = decoder.loss(tokens, torch.arange(32), tokens, torch.ones(32), documents)
         loss.backward()
         losses.append(loss.item())

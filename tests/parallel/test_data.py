@@ -66,7 +66,7 @@ def train_on_time(
     for step in range(1, steps + 1):
         parameters.begin_step()
         for number, row in enumerate(mine, 1):
-            parameters.flow.last = number == len(mine)
+            parameters.flow.is_last_pass = number == len(mine)
             (_loss(model, row) / 128).backward()
         norm, skipped = optimizer.update(step, 1e-2)
         assert skipped.item() == 0
@@ -187,7 +187,7 @@ def reduce_while_going_backward() -> None:
         _loss(model, row).backward()
         assert not incomplete
         assert all(bucket.reducing is None for bucket in parameters.buckets)
-        parameters.flow.last = True
+        parameters.flow.is_last_pass = True
         _loss(model, row).backward()
         assert len(incomplete) == len(parameters.buckets) > 5
         assert incomplete[0] > len(parameters.by_path) / 2  # the head's, when nearly all are to come

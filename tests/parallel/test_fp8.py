@@ -30,7 +30,7 @@ def test_a_layer_is_exact_enough(recipe):
     sink = GradientSink("w.weight", torch.zeros_like(weight), GradientFlow(lambda _: None))
     tensors = {"w.weight": trained_parameter(weight.clone(), sink)}
     state = Fp8State(tensors, recipe, world_of(), amax_history=4)
-    layer = ColumnLinear(Parameters(tensors, {"w.weight": sink}, state.by_path), "w", world_of().tp)
+    layer = ColumnLinear(Parameters(tensors, {"w.weight": sink}, state.quantizers), "w", world_of().tp)
     for _ in range(2):  # the second step of "delayed" takes the scales of the first
         sink.main_grad.zero_()
         state.begin_step()
@@ -58,7 +58,7 @@ def steps(config: Config, layout: Layout = Layout(), count: int = 3) -> tuple[li
         losses.append(loss.item())
         norms.append(result.grad_norm.item())
     model.fp8.begin_step()
-    return losses, norms, {path: layer.scales.tolist() for path, layer in model.fp8.by_path.items()}
+    return losses, norms, {path: layer.scales.tolist() for path, layer in model.fp8.quantizers.items()}
 
 
 def fp8_config(tmp_path, *overrides: str, preset: str = "tiny") -> Config:
@@ -98,9 +98,12 @@ def scales_of_unequal_shares() -> list[float]:
     world = world_of(Layout(tp=2))
     values = torch.full((16, 16), 1.0 + world.coords.tp)
     state = Fp8State({"w": values}, "tensorwise", world, amax_history=1)
-    layer = state.by_path["w"]
-    weight, x = layer.quantized_weight()[0], layer.input(3 * values, sharded=True)
-    grad, whole = layer.grad(5 * values, sharded=True)[0], layer.input(3 * values, sharded=False)
+    layer = state.quantizers["w"]
+    weight, x = layer.quantized_weight()[0], layer.quantize_input(3 * values, reduce_amax=True)
+    grad, whole = (
+        layer.quantize_grad_output(5 * values, reduce_amax=True)[0],
+        layer.quantize_input(3 * values, reduce_amax=False),
+    )
     return [q.scale_inv.item() for q in (weight, x, grad, whole)]
 
 
@@ -115,13 +118,13 @@ def test_some_layers_stay_in_bf16(tmp_path):
     config = fp8_config(tmp_path, *overrides)
     model, _ = build_model(config, world_of(), torch.bfloat16, seed=1)
     linear = ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
-    assert set(model.fp8.by_path) == {f"layers.1.{name}.weight" for name in linear}
+    assert set(model.fp8.quantizers) == {f"layers.1.{name}.weight" for name in linear}
 
 
 def test_a_quantized_weight_is_kept_until_it_changes(tmp_path):
     config = fp8_config(tmp_path)
     model, optimizer = build_model(config, world_of(), torch.bfloat16, seed=1)
-    layer = next(iter(model.fp8.by_path.values()))
+    layer = next(iter(model.fp8.quantizers.values()))
     batches = random_batches(config)
     model.evaluate(batches)
     kept = layer.quantized_weight()[0]

@@ -66,7 +66,7 @@ def test_gradients_are_complete_in_the_last_pass_only():
     model.backward(0)
     model.backward(1)
     assert model.completed == []
-    model.flow.last = True
+    model.flow.is_last_pass = True
     model.backward(2)
     assert model.completed == ["down", "bias", "up", "norm"]
 
@@ -75,15 +75,15 @@ def test_matmuls_can_be_postponed():
     model = Model()
     postponed = []
     for inputs in range(3):
-        model.flow.last, model.flow.postponed = inputs == 2, []
+        model.flow.is_last_pass, model.flow.postponed = inputs == 2, []
         model.backward(inputs)
         postponed.append(model.flow.postponed)
-        model.flow.last, model.flow.postponed = False, None
+        model.flow.is_last_pass, model.flow.postponed = False, None
     assert [len(matmuls) for matmuls in postponed] == [2, 2, 2]
     assert not any(model.sinks[name].main_grad.any() for name in ("up", "down"))
     assert model.completed == ["bias", "norm"]  # autograd has brought these; only matmuls wait
     for number, matmuls in enumerate(postponed):
-        model.flow.last = number == 2
+        model.flow.is_last_pass = number == 2
         for matmul in matmuls:
             matmul()
     assert model.completed == ["bias", "norm", "down", "up"]

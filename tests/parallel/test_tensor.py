@@ -7,7 +7,12 @@ from torch import Tensor, nn
 from engine.ops.cross_entropy import linear_cross_entropy_reference
 from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import Layout, TensorParallel
-from engine.parallel.tensor import column_linear, row_linear, vocabulary_cross_entropy, vocabulary_embedding
+from engine.parallel.tensor import (
+    column_linear,
+    row_linear,
+    vocab_parallel_embedding,
+    vocab_parallel_linear_cross_entropy,
+)
 from engine.testing.distributed import run_ranks, world_of
 from tests.parallel.late import late
 
@@ -105,7 +110,7 @@ def embedding(tp: TensorParallel) -> None:
     for kind in ("plain", "trained"):
         layer = Layer(kind, part_of(weight, tp))
         with late():
-            out = vocabulary_embedding(tokens, layer.parameters[0], VOCABULARY, tp)
+            out = vocab_parallel_embedding(tokens, layer.parameters[0], VOCABULARY, tp)
             out.backward(part_of(grad, tp))
         torch.testing.assert_close(out, part_of(weight[tokens], tp), **EXACT)
         assert_gradients(layer, [part_of(torch.zeros_like(weight).index_add_(0, tokens, grad), tp)])
@@ -121,7 +126,7 @@ def cross_entropy(tp: TensorParallel) -> None:
             mine = part_of(hidden, tp).requires_grad_()
             with late():
                 shares = (mine, layer.parameters[0], labels, mask)
-                loss = vocabulary_cross_entropy(*shares, VOCABULARY, tp, z_loss, learned)
+                loss = vocab_parallel_linear_cross_entropy(*shares, VOCABULARY, tp, z_loss, learned)
                 (loss / 3).backward()
             whole = [value.clone().requires_grad_() for value in (hidden, weight)]
             expected = linear_cross_entropy_reference(*whole, labels, mask, z_loss=z_loss)
@@ -149,7 +154,7 @@ def cross_entropy_traffic(vocab_size: int) -> int:
     weight = part_of(random(vocab_size, HIDDEN), tp).requires_grad_()
     labels = torch.randint(0, vocab_size, (TOKENS,))
     with late() as traffic:
-        vocabulary_cross_entropy(hidden, weight, labels, torch.ones(TOKENS), vocab_size, tp).backward()
+        vocab_parallel_linear_cross_entropy(hidden, weight, labels, torch.ones(TOKENS), vocab_size, tp).backward()
     return sum(traffic.elements)
 
 
@@ -165,7 +170,7 @@ def column_backward() -> list[str]:
     (weight,) = layer.parameters
     out = column_linear(random(TOKENS // 2, HIDDEN).requires_grad_(), weight, None, tp, layer.sink)
     with late() as traffic:
-        layer.flow.last = True
+        layer.flow.is_last_pass = True
         layer.flow.completed = lambda _: traffic.events.append("weight gradient")
         out.sum().backward()
     return traffic.events

@@ -1,7 +1,7 @@
 """Runs any pipeline schedule on one rank.
 
 The schedule says what to compute and in which order; sends and receives follow from it. Receives are posted ahead, so
-that a message travels while something else is computed, and a sent tensor is freed as soon as it has left. Parts of the
+that communication overlaps with compute, and a sent tensor is freed as soon as its send is complete. Parts of the
 model are plain functions, so the executor knows nothing of models. Alternative considered:
 `torch.distributed.pipelining`, whose stages own the model, its shapes and the splitting of the backward pass.
 """
@@ -22,16 +22,16 @@ from engine.parallel.pipeline.check import LOOKAHEAD
 from engine.parallel.pipeline.schedules import Action, ActionKind, Schedule
 
 B = TypeVar("B")
-# More than these wait for the oldest: gloo tells of a send that is done only when asked to wait for it. Waiting cannot
-# block for ever, as `check` has proved for a wait at every single send.
-_SENDS_UNDER_WAY = 4
+# With more sends in flight, wait for the oldest: gloo reports a send as complete only after wait(). Waiting cannot
+# deadlock: `check_schedule` has proved that for a wait at every single send.
+_MAX_SENDS_IN_FLIGHT = 4
 
 Observe = Callable[[Action, float, float], None]
 
 
 @dataclass
 class InFlight:
-    """A microbatch in a part, between its forward and its backward pass.
+    """A microbatch in a part of the model, between its forward and its backward pass.
 
     `inputs` is None where the part embeds tokens; `weight_grads` are the postponed weight-gradient matmuls.
     """
@@ -60,7 +60,7 @@ class Pipeline(Generic[B]):
         Args:
             parts: for each chunk a function of hidden states (None in the first part of the model) and a microbatch,
                 to hidden states, or to the summed loss in the last part of the model.
-            flow: told where a backward pass stands.
+            flow: tracks the progress of the backward pass.
             new_boundary: makes an empty tensor for the hidden states that travel between parts.
         """
         self.parts = parts
@@ -81,7 +81,7 @@ class Pipeline(Generic[B]):
 
 
 class _Run(Generic[B]):
-    """The state of one pass through a schedule."""
+    """One execution of a schedule."""
 
     def __init__(self, pipeline: Pipeline[B], schedule: Schedule, microbatches: Sequence[B], scale: float) -> None:
         self.pipeline, self.schedule, self.microbatches, self.scale = pipeline, schedule, microbatches, scale
@@ -89,7 +89,7 @@ class _Run(Generic[B]):
         self.stage = world.coords.pp
         self.ranks = world.layout.peers(world.rank, "pp")
         self.actions = schedule.actions[self.stage]
-        self.last = {(action.kind, action.chunk): index for index, action in enumerate(self.actions)}
+        self.last_index = {(action.kind, action.chunk): index for index, action in enumerate(self.actions)}
         self.expected = [action for action in self.actions if schedule.source(self.stage, action) is not None]
         self.receives: list[tuple[Tensor, dist.Work]] = []  # posted for the first of `expected`
         self.sends: list[tuple[Tensor, dist.Work]] = []  # not known to have left
@@ -110,7 +110,7 @@ class _Run(Generic[B]):
         return self.total
 
     def _receive(self, action: Action) -> Tensor | None:
-        """What `action` needs from another stage; behind it, receives are posted for actions to come."""
+        """Wait for and return the tensor that `action` receives, if any; also post upcoming receives."""
         needs = bool(self.expected) and self.expected[0] == action
         while len(self.receives) < min(len(self.expected), needs + LOOKAHEAD):
             self._post_receive(self.expected[len(self.receives)])
@@ -137,7 +137,7 @@ class _Run(Generic[B]):
             assert work is not None
             self.sends.append((tensor, work))
         self.sends = [(tensor, work) for tensor, work in self.sends if not work.is_completed()]
-        while len(self.sends) > _SENDS_UNDER_WAY:
+        while len(self.sends) > _MAX_SENDS_IN_FLIGHT:
             self.sends.pop(0)[1].wait()
 
     def _channel(self, action: Action, source: int, target: int) -> dist.ProcessGroup:
@@ -146,12 +146,12 @@ class _Run(Generic[B]):
         return self.pipeline.world.channels[("forward" if forward else "backward") + (" wrap" if wraps else "")]
 
     def _compute(self, index: int, action: Action, message: Tensor | None) -> Tensor | None:
-        """What the action gives to another stage."""
+        """Run the action; return the tensor to send, or None."""
         place = (action.microbatch, action.chunk)
         if action.kind is ActionKind.FORWARD:
             return self._forward(action, message)
         flow = self.pipeline.flow
-        flow.last = self.last[action.kind, action.chunk] == index
+        flow.is_last_pass = self.last_index[action.kind, action.chunk] == index
         if action.kind is ActionKind.BACKWARD_WEIGHT:
             weight_grads = self.in_flight.pop(place).weight_grads
             assert weight_grads is not None
@@ -161,7 +161,7 @@ class _Run(Generic[B]):
         else:
             flow.postponed = [] if action.kind is ActionKind.BACKWARD_INPUT else None
             result = self._backward(place, message, flow)
-        flow.last = False
+        flow.is_last_pass = False
         return result
 
     def _forward(self, action: Action, message: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ class Part:
     """A contiguous part of a decoder.
 
     Attributes:
-        layers: global numbers of its layers; may be empty beside an embedding or a head.
+        layers: global numbers of its layers; may be empty in a part with the embedding or the head.
         has_embedding: it starts with the embedding.
         has_head: it ends with the final norm and the head.
     """
@@ -59,9 +59,9 @@ def _by_cost(num_layers: int, num_parts: int, head_cost: float) -> list[int]:
     costs = [(head_cost if k == num_parts - 1 else 0.0, -k) for k in range(num_parts)]
     heapify(costs)
     for _ in range(num_layers):
-        cost, behind = costs[0]
-        counts[-behind] += 1
-        heapreplace(costs, (cost + 1, behind))
+        cost, negated = costs[0]
+        counts[-negated] += 1
+        heapreplace(costs, (cost + 1, negated))
     return counts
 
 

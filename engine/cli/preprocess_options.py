@@ -91,7 +91,7 @@ def _check(options: argparse.Namespace) -> None:
 def _check_task(options: argparse.Namespace) -> None:
     other = "pretrain" if options.task == "sft" else "sft"
     for flag in OF_TASK[other]:
-        if getattr(options, flag.removeprefix("--").replace("-", "_")) not in (None, False):
+        if vars(options)[flag.removeprefix("--").replace("-", "_")] not in (None, False):
             raise ConfigError(f"{flag} has no meaning with --task {options.task}, only with --task {other}")
     if options.on_too_long is not None and options.max_length is None:
         raise ConfigError(f"--on-too-long {options.on_too_long} needs --max-length, the most tokens of a conversation")

@@ -7,7 +7,7 @@ are reported together, because a cluster job that fails on its second typo has w
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -203,7 +203,7 @@ def _siblings(location: Sequence[str]) -> list[str]:
 
 
 def _types(annotation: Any) -> list[Any]:
-    inner = getattr(annotation, "__args__", ())
+    inner = get_args(annotation)
     return [annotation] if not inner else [t for part in inner for t in _types(part)]
 
 

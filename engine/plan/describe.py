@@ -49,7 +49,7 @@ def describe_run(config: Config, layout: Layout, reason: str, dtype: torch.dtype
 
 def _grid(layout: Layout) -> str:
     """The sizes of the axes and, where there are several, the order of the ranks on them."""
-    cut = [axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) > 1]
+    cut = [axis for axis, size in (("tp", layout.tp), ("dp", layout.dp), ("pp", layout.pp)) if size > 1]
     order = f"; neighbors differ in {', then in '.join(cut)}" if len(cut) > 1 else ""
     return f"tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{order}"
 
@@ -78,7 +78,7 @@ def _stages(config: Config, layout: Layout, dtype: torch.dtype, device_type: str
 
 
 def _holds(parts: Sequence[Part]) -> str:
-    """embedding, 0–3, 16–19"""
+    """What a stage holds, such as `embedding, 0–3, 16–19`."""
     layers = [part.layers for part in parts if part.layers]
     ranges = [f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in layers]
     return ", ".join([*["embedding"] * parts[0].has_embedding, *ranges, *["head"] * parts[-1].has_head])

@@ -33,7 +33,8 @@ def choose_layout(config: Config, ranks: ClusterSpec) -> tuple[Layout, str]:
         ConfigError: with every problem of the layouts that the configuration allows, and what would work.
     """
     layouts = _possible(config, ranks)
-    automatic = [axis for axis in ("tp", "pp") if getattr(config.parallel, axis) == "auto"]
+    sizes = {"tp": config.parallel.tp, "pp": config.parallel.pp}
+    automatic = [axis for axis, size in sizes.items() if size == "auto"]
     if not automatic:
         return layouts[0], "as configured" + _crossing(layouts[0], ranks)
     limit = f"{_USABLE:.0%} of {ranks.capacity / GIB:.1f} GiB"
@@ -186,20 +187,21 @@ def _changes(config: Config, ranks: ClusterSpec) -> Iterator[list[tuple[str, Con
     parallel = config.parallel
     if "auto" not in (parallel.tp, parallel.pp):
         name = "parallel.tp = auto and parallel.pp = auto"
-        yield [(name, _with(config, "parallel", tp="auto", pp="auto"), ranks)]
+        yield [(name, _with_parallel(config, tp="auto", pp="auto"), ranks)]
     modes = ["none", "selective", "full"]
     in_all = parallel.recompute_layers is None
     stronger = modes[modes.index(parallel.recompute) + (1 if in_all else 0) :]
-    recomputing = {mode: _with(config, "parallel", recompute=mode, recompute_layers=None) for mode in stronger}
+    recomputing = {mode: _with_parallel(config, recompute=mode, recompute_layers=None) for mode in stronger}
     yield [(f"parallel.recompute = {mode}", changed, ranks) for mode, changed in recomputing.items()]
     if config.batch.micro > 1:
-        yield [("batch.micro = 1", _with(config, "batch", micro=1), ranks)]
+        batch = config.batch.model_copy(update={"micro": 1})
+        yield [("batch.micro = 1", config.model_copy(update={"batch": batch}), ranks)]
     more = [_grown(ranks, ranks.count * factor) for factor in (2, 4, 8, 16)]
     yield [(f"{grown.count} such ranks", config, grown) for grown in more]
 
 
-def _with(config: Config, section: str, **changes: object) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+def _with_parallel(config: Config, **changes: object) -> Config:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
 
 
 def _grown(ranks: ClusterSpec, count: int) -> ClusterSpec:

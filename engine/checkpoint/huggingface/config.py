@@ -145,13 +145,13 @@ def _scaling_json(scaling: RopeScaling | None) -> Json | None:
 
 
 def _require_expressible(model: ModelConfig, family: Family) -> None:
-    fixed = dict(family.fields)
+    values, fixed = dict(model), dict(family.fields)
     if not family.has_window:
         fixed["sliding_window"] = None
     if not family.has_head_dim:
         fixed["head_dim"] = model.hidden_size // model.num_heads
     for name, expected in fixed.items():
-        if (seen := getattr(model, name)) != expected:
+        if (seen := values[name]) != expected:
             raise ConfigError(
                 f"model.{name} = {seen!r} cannot be exported as {family.architecture}, which has {expected!r}; "
                 "choose another model.family"

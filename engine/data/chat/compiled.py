@@ -172,4 +172,4 @@ def _short(error: Exception) -> str:
 
 
 def _line(error: jinja2.TemplateError) -> int | str:
-    return getattr(error, "lineno", "?")
+    return error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else "?"

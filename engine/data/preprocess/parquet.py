@@ -45,7 +45,7 @@ def read_lines(path: str, batch_bytes: int) -> Iterator[tuple[list[bytes], float
                     done += batch.num_rows
                     yield _lines(batch), done / total
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # from the disk; pyarrow's errors for damaged pages have none
+        if isinstance(error, OSError) and error.errno is not None:  # from the disk; damaged pages have no errno
             raise
         raise Unreadable(f"damaged Parquet file, left out from here on: {error}") from None
 

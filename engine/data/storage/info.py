@@ -53,8 +53,8 @@ def read_info(prefix: Path, num_tokens: int, num_documents: int) -> DatasetInfo 
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "content"
         raise format_error(path, field, repr(first["input"])[:80], first["msg"]) from None
-    for field, actual in (("num_tokens", num_tokens), ("num_documents", num_documents)):
-        told = getattr(info, field)
+    counts = (("num_tokens", info.num_tokens, num_tokens), ("num_documents", info.num_documents, num_documents))
+    for field, told, actual in counts:
         if told != actual:
             raise format_error(path, field, told, f"{actual} as in the .idx; is it another dataset's file?")
     return info

@@ -25,6 +25,8 @@ from csrc.build import DEFAULT_ARCHS, BuildError, Toolchain, build_library, find
 
 
 class BuildCsrc(build_ext):
+    """Builds csrc as the extension `engine._csrc`, without CUDA or not at all where compilers are missing."""
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # no Python in it: the same file serves every version
 
@@ -57,7 +59,7 @@ def _toolchain(wanted: str) -> Toolchain:
 
 
 def _torch() -> Path:
-    """torch's folder: of this interpreter, or of the environment behind pip's isolated one."""
+    """The folder of torch: of this interpreter, or of the environment behind pip's isolated one."""
     spec = importlib.util.find_spec("torch")
     folders = [*(spec.submodule_search_locations or [] if spec else [])]
     folders += [os.path.join(sysconfig.get_paths()[name], "torch") for name in ("purelib", "platlib")]

@@ -38,6 +38,7 @@ class Toolchain:
 
 
 def find_nvcc() -> Path | None:
+    """CUDA's compiler: of CUDA_HOME or CUDA_PATH, else of /usr/local/cuda, else on PATH; None if there is none."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     found = [Path(home) / "bin" / "nvcc" for home in [*homes, "/usr/local/cuda"]]
     on_path = shutil.which("nvcc")
@@ -62,6 +63,7 @@ def kernel_jobs(tools: Toolchain) -> list[tuple[Path, list[str]]]:
 
 
 def kernel_sources(root: Path) -> list[Path]:
+    """The .cu files below `root`, a copy of csrc, in a fixed order."""
     return sorted(path for folder in ("kernels", "gemm") for path in (root / folder).glob("*.cu"))
 
 

@@ -32,6 +32,7 @@ QUESTION = "What does `json.dumps` do?"
 
 
 def main() -> None:
+    """Run all stages, starting from empty directories; exit with an error at the first one that fails."""
     started = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks; torchrun would set it too, with a warning
     for leftover in (RUN, TWIN, EXPORT, TUNED, TUNED_EXPORT, DATA):
@@ -87,6 +88,7 @@ def main() -> None:
 
 @contextmanager
 def stage(number: int, title: str) -> Iterator[None]:
+    """Print a stage's title, and afterwards the seconds that it took."""
     print(f"\n=== {number}/{STAGES}  {title}", flush=True)
     started = time.perf_counter()
     yield
@@ -145,10 +147,12 @@ def documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def tool(name: str, *arguments: object) -> None:
+    """Run the program tools/NAME.py."""
     run([sys.executable, f"tools/{name}.py", *map(str, arguments)])
 
 
 def run(command: list[str], log: Path | None = None) -> None:
+    """Run a command, with its output in `log` if there is one; exit if it fails."""
     show(command + (["&>", str(log)] if log else []))
     with log.open("w") if log else nullcontext() as output:
         code = subprocess.run(command, stdout=output, stderr=output).returncode
@@ -157,6 +161,7 @@ def run(command: list[str], log: Path | None = None) -> None:
 
 
 def show(command: list[str]) -> None:
+    """Print a command so that it can be copied into a shell."""
     words = ["python" if word == sys.executable else repr(word) if " " in word else word for word in command]
     print(f"    $ {' '.join(words)}", flush=True)
 
@@ -195,6 +200,7 @@ def losses(directory: Path, key: str = "loss") -> dict[int, float]:
 
 
 def report_validation() -> None:
+    """Print the first and the last validation loss (nats per token); exit if it fell by less than half."""
     values = losses(RUN, "eval_loss")
     first, last = values[min(values)], values[max(values)]
     uniform = math.log(VOCAB_SIZE)
@@ -204,6 +210,7 @@ def report_validation() -> None:
 
 
 def report_tuning() -> None:
+    """Print the loss on held-out answers before fine-tuning and at its best; exit if it fell by less than a quarter."""
     values = losses(TUNED, "eval_loss")
     first, best = values[0], min(values.values())
     print(f"    loss on answers it has never seen: {first:.3f} before, {best:.3f} at best")
@@ -223,6 +230,7 @@ def ask_transformers() -> None:
 
 
 def compare_losses() -> None:
+    """Exit unless the interrupted run and its twin have bitwise the same losses up to the last step."""
     interrupted, whole = losses(RUN), losses(TWIN)
     if interrupted != whole or max(whole) != STEPS:
         different = [step for step in whole if interrupted.get(step) != whole[step]]
@@ -256,6 +264,7 @@ def compare_logits() -> None:
 
 
 def plot() -> None:
+    """Draw training and validation loss over steps into runs/quickstart/loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")

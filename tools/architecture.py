@@ -23,6 +23,7 @@ Imports = dict[str, set[str]]  # room -> the other rooms of its folder that it i
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="document whose picture is replaced")
     parser.add_argument("--check", type=Path, metavar="FILE", help="document whose picture must be that of the tree")

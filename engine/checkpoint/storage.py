@@ -119,7 +119,7 @@ class Storage:
         self.sync_directory(path.parent)
 
     def sync_directory(self, path: Path) -> None:
-        """fsync a directory, so that the names in it survive a power cut."""
+        """Call fsync on a directory, so that the names in it survive a power cut."""
         self._operation("sync_directory", path)
         fd = os.open(path, os.O_RDONLY)
         try:

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     source: Path = options.source
     best = source.name == BEST and source.parent.is_dir()

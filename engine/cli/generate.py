@@ -39,6 +39,7 @@ WAIT_S = 7 * 24 * 3600  # how long the other ranks wait for the next input
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     try:
         options = parse_options(arguments)
         prompts = read_prompts(options.input, chat=options.chat) if options.input else []
@@ -153,7 +154,7 @@ def _settings(options: argparse.Namespace, generator: TextGenerator) -> dict[str
     """Settings that an answer depends on beside its prompt, but not those that change only rounding."""
     template = generator.chat and hashlib.sha256(generator.chat.template.source.encode()).hexdigest()[:16]
     names = ("temperature", "top_p", "seed", "max_new_tokens", "system", "bos")
-    flags = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    flags = {f"--{name.replace('_', '-')}": vars(options)[name] for name in names}
     return {"model": str(options.dir), "chat template hash": template} | flags
 
 

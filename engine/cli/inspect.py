@@ -36,6 +36,7 @@ IDS_SHOWN = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     require_at_least(0, head=options.head, document=options.document, sample=options.sample)
     require_at_least(1, seq_length=options.seq_length, vocab_size=options.vocab_size)

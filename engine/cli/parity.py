@@ -31,6 +31,7 @@ AT_A_TIME = 8  # cases in one set of processes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     require_at_least(2, ranks=options.ranks)
     if options.output and not options.output.parent.is_dir():
@@ -85,7 +86,8 @@ def _measure(problem: Problem, cases: Sequence[Case]) -> list[Outcome]:
 
 def rounding(presets: Sequence[str]) -> list[Rounded]:
     """What rounding alone does: one process against itself with other microbatches, with the settings of the campaign
-    and with those that training usually has."""
+    and with those that training usually has.
+    """
     found = []
     for preset, settings in itertools.product(presets, HARSH):
         whole = PROBLEMS[preset]["batch.global"]

@@ -18,6 +18,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     costs = _costs(options)
     timelines: dict[str, Timeline] = {}

@@ -32,6 +32,7 @@ QUOTED_FILES = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = parse_options(arguments)
     signal.signal(signal.SIGTERM, _end)
     sft = options.task == "sft"

@@ -32,6 +32,7 @@ QUOTED_REJECTS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     target = options.output.with_name(options.output.name.removesuffix(".model") + ".model")
     _check(options, target)

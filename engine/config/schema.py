@@ -38,6 +38,8 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
+    """Where a run writes, what it resumes, its seed and its device."""
+
     dir: Path = Field(Path("runs/default"), description="everything the run writes goes below this directory")
     seed: int = Field(1234, description="seed of initial weights and of the order of the samples")
     resume: str = Field("auto", description="auto (newest checkpoint in run.dir), never, or a checkpoint directory")
@@ -120,6 +122,8 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
+    """Dtype of parameters and activations, and which layers run their matmuls in FP8 with which scales."""
+
     mode: Literal["auto", "fp32", "bf16", "fp8"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, but the layers' matmuls in FP8"
     )
@@ -130,6 +134,8 @@ class PrecisionConfig(Section):
 
 
 class OpsConfig(Section):
+    """Which implementation an operator with several uses; a run refuses to start if the one named is not installed."""
+
     norm: NormImpl = Field("auto", description="auto: csrc's, else PyTorch's")
     attention: AttentionImpl = Field(
         "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
@@ -140,11 +146,15 @@ class OpsConfig(Section):
 
 
 class DatasetConfig(Section):
+    """A preprocessed dataset and its weight in the mixture."""
+
     path: Path = Field(description="prefix of a .bin/.idx pair")
     weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other datasets")
 
 
 class DataConfig(Section):
+    """Datasets, tokenizer, and how documents become sequences of `seq_length` tokens."""
+
     tokenizer: str = Field(
         description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
     )
@@ -164,11 +174,15 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
+    """Batch sizes in sequences; a rank takes global / (micro · dp) microbatches per step."""
+
     micro: PositiveInt = Field(1, description="sequences in one forward pass on one rank")
     global_: PositiveInt = Field(alias="global", description="sequences in one optimizer step, over all ranks")
 
 
 class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay (arXiv 1711.05101) and gradient clipping."""
+
     lr: PositiveFloat = 3e-4
     weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
     betas: tuple[float, float] = (0.9, 0.95)
@@ -178,6 +192,8 @@ class OptimizerConfig(Section):
 
 
 class LrScheduleConfig(Section):
+    """Learning rate by step: linear warmup to `optimizer.lr`, then by `kind`, which may fall to `min_lr`."""
+
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps, if warmup_steps is 0")
@@ -186,6 +202,8 @@ class LrScheduleConfig(Section):
 
 
 class TrainConfig(Section):
+    """Length of the run, evaluation, extra terms of the loss, and when to stop early."""
+
     steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as train.epochs take")
     epochs: int = Field(
         0, ge=0, description="sft: passes over the data, unless train.steps ends the run before; 0: no limit"
@@ -206,6 +224,8 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are written, and which of them are kept."""
+
     interval: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: PositiveInt = 3
     keep_best: bool = Field(
@@ -214,6 +234,8 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
+    """How often metrics are reported, and where beside `metrics.jsonl`."""
+
     interval: PositiveInt = 10
     tensorboard: bool = True
 

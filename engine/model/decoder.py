@@ -147,7 +147,8 @@ class Decoder(nn.Module):
         target_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see `forward`;
-        `target_indices`: see `Head`."""
+        `target_indices`: see `Head`.
+        """
         assert self.head is not None, "only the part with the head has a loss"
         hidden = self(x, positions, self.attend_within(cu_seqlens), noise)
         loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss, target_indices)
@@ -169,7 +170,8 @@ class Decoder(nn.Module):
 
 def _compile(block: Block, tp: TensorParallel) -> None:
     """torch.compile a block, except its linear layers if they communicate (the compiler would bake their state in as
-    constants) and attention (it would recompile for every new `cu_seqlens`)."""
+    constants) and attention (it would recompile for every new `cu_seqlens`).
+    """
     block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[method-assign]
     for layer in block.modules():
         if tp.size > 1 and isinstance(layer, ParallelLinear):

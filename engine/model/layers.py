@@ -99,7 +99,8 @@ class Norm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None, output: Fp8Output | None
     ) -> tuple[Activation, torch.Tensor]:
         """Normalize s = x + residual [t, h], or s = x without a residual. Return (normalized s, s), the first in FP8 if
-        `output` is given."""
+        `output` is given.
+        """
         sinks = (self.weight_sink, self.bias_sink)
         if output is not None:
             return norm_to_fp8(x, residual, self.weight, self.bias, self.eps, output, sinks)
@@ -203,7 +204,8 @@ class Head(nn.Module):
         target_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the loss in nats, summed over the unmasked tokens, fp32: `x` [t/tp, h], `labels` and `loss_mask` [t].
-        `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked."""
+        `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked.
+        """
         return vocab_parallel_linear_cross_entropy(
             self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices
         )

@@ -2,8 +2,8 @@
 Hugging Face names.
 
 Column-parallel weights (q, k, v; gate and up) are sharded by rows, row-parallel ones (attention output, down) by
-columns, embedding and head by vocabulary; every tensor-parallel rank holds the norms and the biases of row-parallel layers.
-The vocabulary need not divide: ranks then differ by one row, so nothing is padded.
+columns, embedding and head by vocabulary; every tensor-parallel rank holds the norms and the biases of row-parallel
+layers. The vocabulary need not divide: ranks then differ by one row, so nothing is padded.
 """
 
 import math
@@ -49,7 +49,8 @@ def kv_share(model: ModelConfig, tp: TensorParallel) -> tuple[int, int]:
 
 def tp_problem(model: ModelConfig, tp: int, **also: int) -> str:
     """Return why the layers cannot be sharded over `tp` ranks, to follow `parallel.tp = N`, or an empty string. `also`:
-    further sizes that tp must divide."""
+    further sizes that tp must divide.
+    """
     sizes = {"model.num_heads": model.num_heads, "model.intermediate_size": model.intermediate_size, **also}
     if indivisible := [f"{name} = {value}" for name, value in sizes.items() if value % tp]:
         return f"does not divide {' and '.join(indivisible)}"

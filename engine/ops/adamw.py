@@ -78,6 +78,7 @@ def adamw_step_reference(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
+    """`adamw_step` in plain PyTorch, without `rounded`; the gradient is not overwritten."""
     keep = torch.zeros_like(step) if found_inf is None else found_inf
     grad = grad if grad_scale is None else grad / grad_scale
     new_avg = betas[0] * exp_avg + (1 - betas[0]) * grad

@@ -56,7 +56,8 @@ def choose_impl(
     impl: AttentionImpl, q: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
 ) -> AttentionImpl:
     """The rule: on a GPU, sequences of one length without a window go to SDPA, whose cuDNN kernel is the fastest;
-    others to kernels that take documents of any length in one call, but only half precision."""
+    others to kernels that take documents of any length in one call, but only half precision.
+    """
     if impl != "auto":
         return impl
     lengths = {b - a for a, b in pairwise(cu_seqlens)}

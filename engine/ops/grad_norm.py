@@ -23,4 +23,5 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def square_sum_reference(x: Tensor) -> Tensor:
+    """Σ x² added up in fp64, then in the dtype of `x`."""
     return x.double().square().sum().to(x.dtype)

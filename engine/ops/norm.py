@@ -25,7 +25,7 @@ _NO_SINKS: Sinks = (None, None)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sinks: Sinks = _NO_SINKS) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
+    """RMSNorm, x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
     if _uses_kernel(x, weight, impl):
         return _KernelNorm.apply(x, None, weight, None, eps, sinks)[0]
     if impl in ("apex", "te"):
@@ -83,11 +83,13 @@ def norm_to_fp8(
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in plain PyTorch, computed in fp32 or wider; `x` [..., h]."""
     wide = _widened(x)
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`layer_norm` in plain PyTorch, computed in fp32 or wider; `x` [..., h]."""
     wide = _widened(x)
     centered = wide - wide.mean(-1, keepdim=True)
     normalized = centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + eps)
@@ -99,7 +101,7 @@ def _uses_kernel(x: Tensor, weight: Tensor, impl: NormImpl) -> bool:
 
 
 def _package_norm(impl: NormImpl, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """apex or Transformer Engine, which `require_implementations` has found."""
+    """The norm of apex or Transformer Engine, which `require_implementations` has found."""
     if impl == "te":
         return _te_norm(bias is not None, weight.shape[0], eps)(x, weight, bias)
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine

@@ -123,7 +123,8 @@ def quantize_reference(
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `triaxis::quantize` in plain PyTorch: values, their transpose, and the `scale_inv` of each; empty
-    where not requested."""
+    where not requested.
+    """
     wide = x.float()
     no_values, no_scales = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
     if scaling == TENSORWISE:
@@ -147,7 +148,7 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_inv_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
-    """amax / max(dtype): what FP8 values are multiplied by to dequantize, if the largest of them stands for `amax`."""
+    """The factor amax / max(dtype), which dequantizes FP8 values if the largest of them stands for `amax`."""
     scale_inv = amax.clamp(min=_MIN_AMAX) / torch.finfo(dtype).max
     return torch.exp2(torch.ceil(torch.log2(scale_inv.double()))).float() if power_of_two else scale_inv
 

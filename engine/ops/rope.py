@@ -44,6 +44,7 @@ def apply_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tupl
 
 
 def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`apply_rope` in plain PyTorch, computed in fp32 or wider: `x` [t, n, d], `cos` and `sin` [t, d/2]."""
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

@@ -27,6 +27,7 @@ def swiglu_to_fp8(gate_up: Tensor, output: Fp8Output) -> Fp8Activation:
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up of `gate_up` [..., 2f] in plain PyTorch: [..., f]."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 

@@ -56,7 +56,8 @@ class Fp8Quantizer:
 
     def input_spec(self, x: Tensor, features: int) -> Fp8Output | None:
         """FP8 output spec for the op that computes this layer's input [t, features] from `x`, or None if it cannot be
-        fused: the scale is not known in advance, or there is no kernel."""
+        fused: the scale is not known in advance, or there is no kernel.
+        """
         if torch.compiler.is_compiling():
             return None
         if self.recipe == "blockwise":

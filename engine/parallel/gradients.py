@@ -64,7 +64,8 @@ class GradientSink:
 
 def trained_parameter(values: Tensor, sink: GradientSink) -> nn.Parameter:
     """`values` as a parameter whose gradient goes to `sink` also where it comes through autograd: those of biases,
-    embedding and head, and of norms where no kernel sums theirs in fp32."""
+    embedding and head, and of norms where no kernel sums theirs in fp32.
+    """
     parameter = nn.Parameter(values)
 
     @torch.no_grad()

@@ -57,7 +57,8 @@ def row_linear(
     quantizer: Fp8Quantizer | None = None,
 ) -> Tensor:
     """Row-parallel linear, x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]; `sink` and
-    `quantizer` as for `column_linear`."""
+    `quantizer` as for `column_linear`.
+    """
     sink = _usable(sink)
     if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
@@ -127,7 +128,8 @@ def _matmul(
     quantizer: Fp8Quantizer | None,
 ) -> Tensor:
     """x·Wᵀ for all tokens. `gather`: the ranks to all-gather `x` [t/tp, in] from; None in a row-parallel layer, where x
-    has all tokens and a shard of the features."""
+    has all tokens and a shard of the features.
+    """
     if quantizer is None:
         assert isinstance(x, Tensor)
         return _Linear.apply(x, weight, gather, sink)
@@ -138,7 +140,8 @@ def _matmul(
 
 class _Linear(torch.autograd.Function):
     """x·Wᵀ. The backward overlaps the all-gather of x with the matmul of the input's gradient, and the reduce-scatter
-    of that gradient with the matmul of the weight's."""
+    of that gradient with the matmul of the weight's.
+    """
 
     @staticmethod
     def forward(
@@ -190,7 +193,8 @@ class _Fp8Linear(torch.autograd.Function):
         quantizer: Fp8Quantizer,
     ) -> Tensor:
         """`local`: this rank's tokens in FP8 if the op before has quantized them; `x` is then a placeholder without
-        memory. `weight` is passed only so that autograd tracks it: the matmuls read the quantized copy."""
+        memory. `weight` is passed only so that autograd tracks it: the matmuls read the quantized copy.
+        """
         ctx.quantizer, ctx.sink, ctx.dtype = quantizer, sink, x.dtype
         ctx.group = group = None if gather is None else gather.group
         if local is None:

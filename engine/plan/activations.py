@@ -86,7 +86,8 @@ class ActivationSizes:
 
     def waiting(self, part: Part) -> int:
         """Bytes of `part` that wait for the weight gradients: input and output gradient of each matmul, those of [t, h]
-        for all tokens."""
+        for all tokens.
+        """
         elements = 4 * self.hidden + (self.q + 2 * self.kv) + self.q + self.up + self.ffn
         return int(self.tokens * len(part.layers) * elements) * self.itemsize
 

@@ -27,6 +27,7 @@ def new_parameters(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch
 
 
 def new_decoder(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A whole decoder with initialized parameters, on the CPU."""
     return Decoder(model, Parameters(new_parameters(model, seed, dtype)))
 
 

@@ -139,4 +139,5 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(records: list[dict[str, Any]]) -> list[float]:
+    """The losses of `read_records`, in the order of the file, without records that have none."""
     return [record["loss"] for record in records if "loss" in record]

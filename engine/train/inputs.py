@@ -1,5 +1,6 @@
 """The inputs of a run (data, tokenizer, checkpoints, initial weights), opened and checked before anything large is
-allocated."""
+allocated.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -165,7 +166,8 @@ def chat_template(data: SampleDataset) -> str | None:
 
 def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Refuse a checkpoint of another model whose tensors have the same shapes. Only settings that mean nothing to
-    trained weights may differ, and those that people change on purpose to lengthen the context."""
+    trained weights may differ, and those that people change on purpose to lengthen the context.
+    """
     stored, wanted = checkpoint.model.model_dump(), model.model_dump()
     may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
     different = [

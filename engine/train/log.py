@@ -39,7 +39,8 @@ class RunLog:
     """The log of a run: lines for people, events, and records of numbers. Does nothing but on the main rank."""
 
     def __init__(self, directory: Path, *, active: bool) -> None:
-        """
+        """Lock the directory, if this rank is the one that writes.
+
         Raises:
             ConfigError: another run writes into this directory.
         """

@@ -26,8 +26,8 @@ from engine.plan.stages import stage_parts
 class StepResult:
     """Result of a step. Tensors are fp32 [1] on the device, and the host has not waited for them.
 
-    `loss` is this rank's part of the loss: the sum over its tokens divided by the target tokens of the global batch. Its
-    sum over ranks is the mean over all target tokens, however the batch is partitioned.
+    `loss` is this rank's part of the loss: the sum over its tokens divided by the target tokens of the global batch.
+    Its sum over ranks is the mean over all target tokens, however the batch is partitioned.
     """
 
     step: int
@@ -96,7 +96,7 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
 def build_model(
     config: Config, world: World, dtype: torch.dtype, *, seed: int | None
 ) -> tuple[DistributedModel, ShardedAdamW]:
-    """Build this rank's parts of the model and their optimizer, with weights drawn from `seed`, or zeros if it is None."""
+    """Build this rank's parts of the model and their optimizer; weights are drawn from `seed`, or zeros if None."""
     parts = stage_parts(config.model, config.parallel, config.data.seq_length, world.layout.pp, world.coords.pp)
     table = parameter_table(config.model, parts, world.tp)
     parameters = ShardedParameters(table, dtype, world, sharded=config.parallel.sharded_optimizer)

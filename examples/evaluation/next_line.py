@@ -21,6 +21,7 @@ HELD_OUT = 0.05  # as in `split` of examples/configs/quickstart.yaml
 
 
 def main() -> None:
+    """Run the program; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--corpus", type=Path, default=Path("data/quickstart/stdlib.jsonl"), metavar="FILE",

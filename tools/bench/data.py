@@ -23,6 +23,7 @@ SEQ_LENGTH, BATCH = 4096, 1024
 
 
 def main() -> None:
+    """Run the program; see `--help`."""
     parser = argparse.ArgumentParser(description="Time to the first batch of a very large dataset.")
     parser.add_argument("--tokens", type=float, default=1e12, help="(default: 1e12)")
     parser.add_argument("--documents", type=float, default=1e7, help="(default: 1e7)")
@@ -47,6 +48,7 @@ def write_sparse(prefix: Path, tokens: int, documents: int) -> None:
 
 
 def measure(prefix: Path, on_disk: int) -> None:
+    """Print the time to open the dataset and to its first batch, memory (MB), and the time of a sample (µs)."""
     before, started = resident_mb(), time.perf_counter()
     data = PretrainDataset([DatasetConfig(path=prefix)], (98, 1, 1), "train", SEQ_LENGTH, seed=1)
     opened = time.perf_counter() - started
@@ -64,6 +66,7 @@ def measure(prefix: Path, on_disk: int) -> None:
 
 
 def seconds(data: PretrainDataset, i: int) -> float:
+    """Seconds to read sample `i`."""
     started = time.perf_counter()
     data.sample(i)
     return time.perf_counter() - started

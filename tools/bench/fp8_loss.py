@@ -51,6 +51,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     if options.output and not options.output.parent.is_dir():
         raise ConfigError(f"--output {options.output}: there is no directory {options.output.parent}")

@@ -64,7 +64,8 @@ def _case(
     others: dict[str, Callable[..., Any] | None] | None = None,
 ) -> Case:
     """A case of `plain` in PyTorch: in fp32 the reference, as it is and compiled two alternatives. Where the first
-    `gradients` tensors of a set are gradients of the results, what is wanted are those of the other tensors."""
+    `gradients` tensors of a set are gradients of the results, what is wanted are those of the other tensors.
+    """
     made = [buffers() for _ in range(SETS)]
     wrap = partial(_differentiated, gradients) if gradients else _called
     functions = {"torch": plain, "torch.compile": torch.compile(plain, dynamic=False), **(others or {})}

@@ -135,6 +135,7 @@ def run(chosen: Sequence[Row], commit: str | None, file: Path | None) -> dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     if options.results is not None and (options.only or options.json):
         raise ConfigError("--results measures nothing: leave out --only and --json")

@@ -64,6 +64,7 @@ class Measured:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     configs = {name: _config(options, LAYOUTS[name][1]) for name in options.layouts}
     model = next(iter(configs.values())).model

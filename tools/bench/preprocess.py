@@ -34,6 +34,7 @@ TOOL = Path(__file__).parents[1] / "preprocess_data.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH", help=f"default: {MODEL} of mistral-common")
     parser.add_argument(

@@ -97,6 +97,7 @@ class Conversations:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see `--help`."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     conversations = make_conversations(options.conversations)

@@ -64,6 +64,7 @@ Step = Callable[[], float]
 
 
 def main() -> None:
+    """Run the program; see `--help`."""
     args = _arguments()
     if args.device == "cuda":
         _measure_on_gpu(args)
@@ -327,6 +328,7 @@ def _matmuls_ms(model: ModelConfig, tokens: int) -> float:
 
 
 def cpu_name() -> str:
+    """The processor's model as Linux names it, else as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -130,7 +130,7 @@ class Environment(_Guarded):
         draw_operator(context.parent[BUDGET], operator, left, right)
         return checked(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (Jinja's names)
         budget: Budget = __context.parent[BUDGET]
         if isinstance(__obj, (Macro, LoopContext)):
             budget.draw(STEPS_PER_CALL + sum(len(a) for a in args if isinstance(a, (str, list, tuple, dict))))

@@ -43,7 +43,8 @@ class Batch:
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[object, ...]]:
         """Pickle as plain bytes. Torch would use shared memory, which crashes where /dev/shm is small (containers)
-        or after the sending worker has died."""
+        or after the sending worker has died.
+        """
         arrays = [tensor.numpy() for tensor in (self.tokens, self.labels, self.loss_mask, self.positions)]
         target_indices = None if self.target_indices is None else self.target_indices.numpy()
         return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers, self.num_tokens, target_indices)

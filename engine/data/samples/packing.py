@@ -74,7 +74,8 @@ class _OpenRows:
 
     def place(self, size: int, count: int) -> None:
         """Place `count` items. The row with the least sufficient room takes items until it is full: after each item it
-        still has the least room."""
+        still has the least room.
+        """
         while count:
             at = bisect_left(self.rooms, size)
             if at == len(self.rooms):

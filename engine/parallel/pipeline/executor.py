@@ -56,7 +56,8 @@ class Pipeline(Generic[B]):
         flow: GradientFlow,
         new_boundary: Callable[[], Tensor],
     ) -> None:
-        """
+        """Prepare to run schedules on this stage.
+
         Args:
             parts: for each chunk a function of hidden states (None in the first part of the model) and a microbatch,
                 to hidden states, or to the summed loss in the last part of the model.

@@ -27,12 +27,12 @@ class Counting:
         return Sample.following(i * 10 + np.arange(LENGTH + 1), np.array([1 + i % (LENGTH - 1)]))
 
 
-def read(dataset=None, *, rank=0, dp=1, first=0, num=24, B=8, micro=2, mask=True, workers=0, pin=False):
+def read(dataset=None, *, rank=0, dp=1, first=0, num=24, global_batch=8, micro=2, mask=True, workers=0, pin=False):
     return batches(
         dataset or Counting(),
         first_sample=first,
         num_samples=num,
-        global_batch_size=B,
+        global_batch_size=global_batch,
         micro_batch_size=micro,
         dp_rank=rank,
         dp_size=dp,
@@ -75,7 +75,9 @@ def test_reading_can_go_on_without_end_from_anywhere():
     assert [next(steps)[0].sample_numbers[0] - 10**12 for _ in range(30)] == list(range(3, 243, 8))
 
 
-@pytest.mark.parametrize("sizes", [{"B": 6, "micro": 4}, {"B": 6, "dp": 4, "micro": 1}, {"num": 25}])
+@pytest.mark.parametrize(
+    "sizes", [{"global_batch": 6, "micro": 4}, {"global_batch": 6, "dp": 4, "micro": 1}, {"num": 25}]
+)
 def test_sizes_that_do_not_divide_are_refused(sizes):
     with pytest.raises(ConfigError, match=r"batch\.global = .* must be a multiple of batch\.micro"):
         read(**sizes)

@@ -1,12 +1,12 @@
-"""The picture of the rooms in ARCHITECTURE.md, drawn from the imports of the code.
+"""Generate the graphs and tables of packages in ARCHITECTURE.md from the imports of the code.
 
     python tools/architecture.py                            # print it
-    python tools/architecture.py --write ARCHITECTURE.md    # replace what is between the document's two markers
-    python tools/architecture.py --check ARCHITECTURE.md    # fail when the document shows another tree
+    python tools/architecture.py --write ARCHITECTURE.md    # replace the text between the document's two markers
+    python tools/architecture.py --check ARCHITECTURE.md    # fail if the document is out of date
 
-A room is a package or a module directly in engine/ or in engine/data/. An arrow means "imports", for types alone too. A
-room is one floor above the highest one that it imports. The graph (Mermaid, which GitHub renders) omits an arrow if
-others lead to the same room, or it would be a web; the table below it lists all of them.
+A "package" is a package or module directly in engine/ or in engine/data/. An arrow means "imports", type-only imports
+included. A package is one layer above the highest one that it imports. The graph (Mermaid, which GitHub renders) omits
+an arrow if a longer path implies it; the table lists all of them.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from engine.errors import ConfigError, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("engine", "engine/data")
-BEGIN, END = "<!-- rooms: written by tools/architecture.py -->", "<!-- rooms: end -->"
-Imports = dict[str, set[str]]  # room -> the other rooms of its folder that it imports
+BEGIN, END = "<!-- packages: written by tools/architecture.py -->", "<!-- packages: end -->"
+Imports = dict[str, set[str]]  # package -> the other packages of its folder that it imports
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="document whose picture is replaced")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="document whose picture must be that of the tree")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="document to update")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="document to compare with the tree")
     args = parser.parse_args(arguments)
     if args.write:
         args.write.write_text(replaced(args.write, picture()), encoding="utf-8")
@@ -42,15 +42,15 @@ def picture() -> str:
     return "\n\n".join(f"`{folder}/`\n\n{graph(found[folder])}\n\n{table(folder, found[folder])}" for folder in found)
 
 
-def imports(folder: Path, package: str) -> Imports:
-    """What the rooms of `folder`, whose dotted name is `package`, import from each other."""
+def imports(folder: Path, dotted: str) -> Imports:
+    """The imports between the packages of `folder`, whose dotted name is `dotted`."""
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("_"))
-    rooms = [path for path in entries if path.suffix == ".py" or (path / "__init__.py").exists()]
-    found: Imports = {room.stem: set() for room in rooms}
-    for room in rooms:
-        for file in [room] if room.is_file() else room.rglob("*.py"):
-            inside = {name.removeprefix(f"{package}.") for name in _imported(file) if name.startswith(f"{package}.")}
-            found[room.stem] |= {name.split(".")[0] for name in inside} & found.keys() - {room.stem}
+    packages = [path for path in entries if path.suffix == ".py" or (path / "__init__.py").exists()]
+    found: Imports = {package.stem: set() for package in packages}
+    for package in packages:
+        for file in [package] if package.is_file() else package.rglob("*.py"):
+            inside = {name.removeprefix(f"{dotted}.") for name in _imported(file) if name.startswith(f"{dotted}.")}
+            found[package.stem] |= {name.split(".")[0] for name in inside} & found.keys() - {package.stem}
     return found
 
 
@@ -62,44 +62,44 @@ def _imported(file: Path) -> Iterator[str]:
             yield from (f"{module}{alias.name}" for alias in node.names)
 
 
-def floors(found: Imports) -> dict[str, int]:
-    """The floor of each room, from 0; upper floors first, then by name.
+def layers(found: Imports) -> dict[str, int]:
+    """The layer of each package, from 0; sorted by layer, highest first, then by name.
 
     Raises:
-        ConfigError: rooms import each other in a circle.
+        ConfigError: packages import each other in a circle.
     """
-    floor: dict[str, int] = {}
-    while len(floor) < len(found):
-        ready = [room for room in found if room not in floor and found[room] <= floor.keys()]
+    layer: dict[str, int] = {}
+    while len(layer) < len(found):
+        ready = [package for package in found if package not in layer and found[package] <= layer.keys()]
         if not ready:
-            raise ConfigError(f"rooms that import each other: {', '.join(sorted(found.keys() - floor.keys()))}")
-        floor |= {room: 1 + max((floor[other] for other in found[room]), default=-1) for room in ready}
-    return dict(sorted(floor.items(), key=lambda entry: (-entry[1], entry[0])))
+            raise ConfigError(f"packages that import each other: {', '.join(sorted(found.keys() - layer.keys()))}")
+        layer |= {package: 1 + max((layer[other] for other in found[package]), default=-1) for package in ready}
+    return dict(sorted(layer.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def graph(found: Imports) -> str:
-    """The rooms as a Mermaid graph, without the arrows that follow from a longer way."""
+    """The packages as a Mermaid graph, without the arrows that a longer path implies."""
     below: Imports = {}
     arrows = []
-    for room in reversed(floors(found)):
-        longer = set().union(*(below[other] for other in found[room]))
-        below[room] = found[room] | longer
-        arrows += [f"    {room} --> {other}" for other in sorted(found[room] - longer)] or [f"    {room}"]
+    for package in reversed(layers(found)):
+        longer = set().union(*(below[other] for other in found[package]))
+        below[package] = found[package] | longer
+        arrows += [f"    {package} --> {other}" for other in sorted(found[package] - longer)] or [f"    {package}"]
     return "\n".join(["```mermaid", "flowchart TD", *reversed(arrows), "```"])
 
 
 def table(folder: str, found: Imports) -> str:
-    """Floor, room, the head of its docstring, and everything that it imports."""
-    lines = ["| floor | room | what lives there | imports |\n|---|---|---|---|"]
-    for room, floor in floors(found).items():
-        path = f"{folder}/{room}" if (ROOT / folder / room).is_dir() else f"{folder}/{room}.py"
-        others = ", ".join(sorted(found[room])) or "–"
-        lines.append(f"| {floor} | [`{room}`]({path}) | {_head(ROOT / path)} | {others} |")
+    """Layer, package, the first paragraph of its docstring, and all its imports."""
+    lines = ["| layer | package | contents | imports |\n|---|---|---|---|"]
+    for package, layer in layers(found).items():
+        path = f"{folder}/{package}" if (ROOT / folder / package).is_dir() else f"{folder}/{package}.py"
+        others = ", ".join(sorted(found[package])) or "–"
+        lines.append(f"| {layer} | [`{package}`]({path}) | {_head(ROOT / path)} | {others} |")
     return "\n".join(lines)
 
 
-def _head(room: Path) -> str:
-    file = room / "__init__.py" if room.is_dir() else room
+def _head(package: Path) -> str:
+    file = package / "__init__.py" if package.is_dir() else package
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n\n")[0].replace("\n", " ")
 

@@ -3,10 +3,10 @@
 import pytest
 
 from engine.errors import ConfigError
-from tools.architecture import BEGIN, END, FOLDERS, ROOT, floors, graph, imports, main, picture, replaced
+from tools.architecture import BEGIN, END, FOLDERS, ROOT, graph, imports, layers, main, picture, replaced
 
-ROOMS = {
-    "top": "from house.middle.room import f\nimport house.bottom\n",
+FILES = {
+    "top": "from house.middle.inner import f\nimport house.bottom\n",
     "middle": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house import bottom\n",
     "bottom": "import top\nfrom middle import g\nimport house.bottom\n",  # other packages, and itself
 }
@@ -14,11 +14,11 @@ ROOMS = {
 
 @pytest.fixture
 def house(tmp_path):
-    """A package of three rooms: two modules and a package."""
+    """A package with two modules and a package."""
     (tmp_path / "middle").mkdir()
     (tmp_path / "middle" / "__init__.py").touch()
-    for room, source in ROOMS.items():
-        file = tmp_path / f"{room}.py" if room != "middle" else tmp_path / "middle" / "room.py"
+    for name, source in FILES.items():
+        file = tmp_path / f"{name}.py" if name != "middle" else tmp_path / "middle" / "inner.py"
         file.write_text(source, encoding="utf-8")
     return tmp_path
 
@@ -27,10 +27,10 @@ def test_the_document_shows_the_tree():
     main(["--check", str(ROOT / "ARCHITECTURE.md")])
 
 
-def test_imports_become_arrows_and_floors(house):
+def test_imports_become_arrows_and_layers(house):
     found = imports(house, "house")
     assert found == {"top": {"middle", "bottom"}, "middle": {"bottom"}, "bottom": set()}
-    assert floors(found) == {"top": 2, "middle": 1, "bottom": 0}
+    assert layers(found) == {"top": 2, "middle": 1, "bottom": 0}
     arrows = [line.strip() for line in graph(found).splitlines() if "-->" in line]
     assert arrows == ["top --> middle", "middle --> bottom"]  # top --> bottom follows
 
@@ -38,14 +38,14 @@ def test_imports_become_arrows_and_floors(house):
 def test_a_circle_is_an_error(house):
     (house / "bottom.py").write_text("import house.top\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="import each other: bottom, middle, top"):
-        floors(imports(house, "house"))
+        layers(imports(house, "house"))
 
 
-def test_every_room_is_in_the_picture():
+def test_every_package_is_in_the_graphs():
     text = picture()
     for folder in FOLDERS:
-        for room in imports(ROOT / folder, folder.replace("/", ".")):
-            assert f"[`{room}`]({folder}/{room}" in text
+        for package in imports(ROOT / folder, folder.replace("/", ".")):
+            assert f"[`{package}`]({folder}/{package}" in text
 
 
 def test_an_outdated_document_is_refused_and_rewritten(tmp_path):

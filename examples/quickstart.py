@@ -275,7 +275,7 @@ def plot() -> None:
     axes.plot(training.keys(), training.values(), linewidth=0.7, alpha=0.6, label="training")
     axes.plot(validation.keys(), validation.values(), "o-", label="validation")
     stopped = next(record["step"] for record in records(RUN / "events.jsonl") if record["event"] == "resume")
-    axes.axvline(stopped, color="grey", linestyle="--", label=f"interrupted and resumed at step {stopped}")
+    axes.axvline(stopped, color="gray", linestyle="--", label=f"interrupted and resumed at step {stopped}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Quickstart: 1 M parameters learn Python")
     axes.legend()
     figure.savefig(RUN / "loss.png", dpi=120)

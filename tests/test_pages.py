@@ -18,6 +18,10 @@ PAGES = sorted(
 SUFFIXES = (".py", ".sh", ".cu", ".cuh", ".cpp", ".h", ".toml")
 LINK = re.compile(r"\]\(([^)#\s]+)")
 SPAN = re.compile(r"`([^`\n]+)`")
+NOT_IN_CODE = {  # placeholders, variables of torchrun, and names in the worked example of a change
+    "NAME_reference", "NNODES", "NODE_RANK", "MASTER_ADDR", "attention_softcap", "final_softcap", "has_softcap",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+}  # fmt: skip
 IMPORTED_AS = {"types-PyYAML": "yaml", "pytest-xdist": "pytest"}
 
 
@@ -42,6 +46,19 @@ def test_every_file_that_a_page_names_exists(page):
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_every_identifier_that_a_page_names_exists():
+    """Code spans like `train_step`, `Fp8State.begin_step` or `MODEL_FILES`."""
+    code = [ROOT / file[1:] for file in FILES if file.startswith(("/engine/", "/csrc/", "/tools/", "/tests/"))]
+    code = [file for file in code if file.suffix in SUFFIXES and file != Path(__file__)]
+    known = {word for file in code for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+    for page in PAGES:
+        spans = SPAN.findall(re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
+        spans = [span for span in spans if re.fullmatch(r"[A-Za-z_][\w.]*", span) and not span.endswith(".md")]
+        names = {name for span in spans for name in span.split(".")}
+        names = {name for name in names if "_" in name.strip("_") or name != name.lower()}
+        assert not names - known - NOT_IN_CODE, page.name
 
 
 def test_pages_name_files_at_all():

@@ -33,7 +33,13 @@ REPLACED = {
     r"own (CUDA )?kernels?": "custom kernel",
     r"[Bb]ehaviou?rs? of old|the same command goes on": "rerun the same command to resume",
     r"\w*([Ii]nitialis|[Nn]ormalis|[Qq]uantis|[Ss]erialis|[Oo]ptimis|[Rr]ecognis|[Ss]ynchronis|[Oo]rganis)\w*": "-iz-",
-    r"[Bb]ehaviours?|[Cc]olours?|[Cc]entred?|[Ll]icence|[Ff]avou?rite|[Nn]eighbours?|artefacts?": "American spelling",
+    r"\w*(?:al|el|il|im|it|en|or|et|ard|as|ron|andom|ustom|ummar|inear)is(?:e[drs]?|ing|ations?)(?![a-z])": "-ize",
+    r"\w*(?:[Bb]ehavi|[Cc]ol|[Ff]av|[Ff]lav|[Hh]on|[Ll]ab|[Nn]eighb|[Rr]ig)our\w*": "-or",
+    r"\w*(?:[Cc]ent|[Mm]et|[Tt]heat)red?(?![a-z])": "-er",
+    r"\w*(?:[Aa]rtefact|[Cc]atalogue|[Ll]icence|[Dd]efence|[Jj]udgement|[Pp]rogramme(?!d|r))\w*": "American spelling",
+    r"\w*(?:[Aa]naly|[Pp]araly)s(?:e[ds]?|ing)(?![a-z])": "-yze",
+    r"\w*(?:[Mm]od|[Ll]ab|[Tt]rav|[Cc]hann|[Ss]ign)(?:[ea]l)l(?:ed|ing)(?![a-z])": "one l, as in modeling",
+    r"[Gg]rey|[Ss]pelt|[Ll]earnt|[Bb]urnt|[Ww]hilst|[Aa]mongst": "gray, spelled, learned, burned, while, among",
 }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _merged(ranges: list[slice]) -> list[slice]:
-    """Neighbouring ranges as one."""
+    """Adjacent ranges as one."""
     merged: list[slice] = []
     for part in sorted(ranges, key=lambda part: part.start):
         if merged and merged[-1].stop == part.start:

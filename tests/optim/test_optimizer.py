@@ -18,7 +18,7 @@ MODEL = tiny_config(num_layers=1)
 
 
 def descend(moments: str, steps: int = 40) -> ShardedAdamW:
-    """Minimise |weights − 1|² / 2, with noise in the gradients."""
+    """Minimize |weights − 1|² / 2, with noise in the gradients."""
     parameters = ShardedParameters(parameter_table(MODEL), torch.float32, world_of(), bucket_size=30_000)
     parameters.initialize(1)
     optimizer = ShardedAdamW(parameters, OptimizerConfig(moments=moments, weight_decay=0.0, clip_grad=0.0))

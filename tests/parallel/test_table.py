@@ -42,7 +42,7 @@ def test_a_rectangle_has_the_values_of_the_whole():
     assert torch.equal(values(part), full[11:18, 20:53])
 
 
-def test_values_depend_on_the_name_and_the_seed_and_not_on_neighbours():
+def test_values_depend_on_the_name_and_the_seed_and_not_on_neighbors():
     a, b = whole("a.weight", 8, 16, std=1.0), whole("b.weight", 4, 16, std=1.0)
     fused = values(a, b)
     assert torch.equal(fused[:8], values(a))

@@ -69,7 +69,7 @@ def test_the_legend_explains_only_what_is_there(tmp_path):
     assert "<!-- backward, weights -->" not in svg
 
 
-def test_kinds_and_chunks_have_colours_of_their_own(tmp_path):
+def test_kinds_and_chunks_have_separate_colors(tmp_path):
     def fills(*sizes) -> set[str]:
         return set(re.findall(r"fill: (#\w+)", drawn(tmp_path / "a.svg", ("one", timeline(*sizes)))))
 

@@ -46,8 +46,8 @@ def test_thoughts_that_are_dropped_from_earlier_turns(tokenizer):
     assert targets(template, messages) == ["a<|im_end|>", "<think>\nhow\n</think>\n\nb<|im_end|>"]
     assert targets(template, messages, "last") == ["<think>\nhow\n</think>\n\nb<|im_end|>"]
     assert targets(template, [*messages, {"role": "user", "content": "w"}]) == ["a<|im_end|>", "b<|im_end|>"]
-    spelt = conversation("u", "<think>\nwhy\n</think>\n\n<|im_end|>", "v", "b")
-    assert targets(template, spelt)[0] == "<|im_end|><|im_end|>"
+    spelled = conversation("u", "<think>\nwhy\n</think>\n\n<|im_end|>", "v", "b")
+    assert targets(template, spelled)[0] == "<|im_end|><|im_end|>"
     messages[1] = {"role": "assistant", "content": "<a>", "reasoning_content": "r"}
     assert targets(template, messages)[0] == "<a><|im_end|>"
     assert targets(template, messages[:2]) == ["<think>\nr\n</think>\n\n<a><|im_end|>"]

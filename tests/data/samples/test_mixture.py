@@ -48,7 +48,7 @@ def test_over_many_keys_a_value_goes_everywhere_equally_often(size):
         assert chi_square < size - 1 + 5 * (2 * size) ** 0.5  # five standard deviations
 
 
-def test_neighbours_do_not_stay_neighbours():
+def test_neighbors_do_not_stay_neighbors():
     moved = Permutation(1 << 16, 1).many(np.arange(1 << 16)).astype(np.int64)
     assert abs(np.corrcoef(moved, np.arange(1 << 16))[0, 1]) < 0.02
     assert (np.abs(np.diff(moved)) == 1).mean() < 1e-3

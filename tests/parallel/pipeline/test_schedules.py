@@ -75,7 +75,7 @@ def test_forward_only_in_full():
     assert rows(FORWARD_ONLY, 2, 3, 2) == ["F0 F0.1 F1 F2 F1.1 F2.1"] * 2
 
 
-def test_neighbours_in_the_ring():
+def test_neighbors_in_the_ring():
     schedule = build_schedule("interleaved", 3, 3, 2)
     forward, backward = Action(ActionKind.FORWARD, 1, 0), Action(ActionKind.BACKWARD, 1, 1)
     assert [schedule.source(stage, forward) for stage in range(3)] == [None, (0, 0), (1, 0)]

@@ -1,4 +1,4 @@
-"""Every error a person can cause or meet, and the exit code of the process that meets it.
+"""The engine's exceptions and their exit codes.
 
 An error's text carries the value seen, what was expected, and the setting to change. Codes follow
 BSD's sysexits where one fits, so that schedulers and scripts can tell "start me again" from "fix the file".

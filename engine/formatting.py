@@ -1,4 +1,4 @@
-"""How numbers are written for people: durations, counts and sizes."""
+"""Formatting of durations, counts and sizes."""
 
 
 def duration(seconds: float) -> str:

@@ -117,26 +117,26 @@ PAGE = """\
 Each row is a training run of {steps} steps on gloo ranks in fp32, from `train` to the checkpoint, compared with the
 run of a single process: the largest relative deviation of a loss (of each step and of three evaluations) and of a
 gradient norm, and the relative L2 of the logical tensor that deviates most. Tolerances: {tolerances}.
-Also, all ranks that hold the same part of a tensor held the same bits at every step, and so did the tied embeddings at
-both ends of a pipeline. The vocabulary has 257 entries, which no layout divides; 4 tensor-parallel ranks share 2 key
-and value heads in pairs.
+At every step, all ranks that hold the same part of a tensor held the same bits; so did the tied embeddings of the first
+and the last stage. The vocabulary has 257 entries, which no tp divides; 4 tensor-parallel ranks share 2 key and value
+heads in pairs.
 
-Every grid of tp, pp and dp in 1, 2, 4 with at most {ranks} ranks ({admitted} of {grids}; the others were not run) meets
-every schedule, with a sharded optimizer and without; the kinds of recompute alternate, so that each of these meets
-every kind in one of the four families. "a then b": half of the steps in layout a, and the others in layout b, from a's
-checkpoint.
+Every grid of tp, pp and dp in 1, 2, 4 with at most {ranks} ranks ({admitted} of {grids}; the others were not run) ran
+with every schedule, with and without a sharded optimizer. The kinds of recompute alternate, so that each combination
+ran with every kind in one of the four families. "a then b": half of the steps in layout a, the rest in layout b,
+resumed from a's checkpoint.
 
 | preset | runs | loss | gradient norm | parameters |
 |---|---|---|---|---|
 {summary}
 
-## Rounding alone
+## Rounding only
 
-One process compared with itself, all sequences of a step in one microbatch instead of one in each: no layout can be
-expected to come closer. It also shows why the runs start from larger weights (`model.init_std` 0.1) and divide by more
-(`optimizer.eps` 1e-4) than training usually does. With 0.02 the embedding of a rare token comes close to zero after a
-few steps, and its norm layer multiplies rounding errors. With 1e-8 Adam blows up the rounding errors of those elements
-of a key bias whose rotary frequency is so low that softmax hardly sees them.
+One process compared with itself, with all sequences of a step in one microbatch instead of one in each: the least
+deviation that a layout can be expected to have. It also shows why the runs use larger initial weights
+(`model.init_std` 0.1) and a larger `optimizer.eps` (1e-4) than usual. With 0.02 the embedding of a rare token comes
+close to zero after a few steps, and its norm layer multiplies rounding errors. With 1e-8 Adam amplifies the rounding
+errors of those elements of a key bias whose rotary frequency is so low that they hardly affect softmax.
 
 | preset | changed | loss | gradient norm | parameters | worst tensor |
 |---|---|---|---|---|---|

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.huggingface.config import hf_config
+from engine.checkpoint.huggingface.config import require_expressible
 from engine.cli.arguments import require_at_least
 from engine.config.derived import with_steps
 from engine.config.schema import Config
@@ -34,7 +34,7 @@ def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_
     """
     require_at_least(1, world_size=world_size, ranks_per_node=ranks_per_node)
     ranks = _ranks(config, world_size, gpu_memory_gib, ranks_per_node)
-    hf_config(config.model, dtype=ranks.dtype, bos_id=None, eos_id=None)
+    require_expressible(config.model)
     layout, reason = choose_layout(config, ranks)
     missing = _missing_files(config)
     tokenizer = None if missing else open_tokenizer(config.data.tokenizer, config.model.vocab_size)

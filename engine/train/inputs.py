@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.huggingface.config import hf_config
+from engine.checkpoint.huggingface.config import require_expressible
 from engine.checkpoint.model_directory import ModelDirectory
 from engine.checkpoint.opening import initial_weights
 from engine.checkpoint.reader import Checkpoint
@@ -66,7 +66,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     require_fp8(config.precision, config.ops, world.device)
     require_implementations(config.ops, world.device)
     dtype, table = model_dtype(config.precision.mode, world.device.type), parameter_table(config.model)
-    hf_config(config.model, dtype=dtype, bos_id=None, eos_id=None)  # raises for a model that could not be exported
+    require_expressible(config.model)  # before training a model that cannot be exported
     tokenizer = open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     train_data = open_data(config, "train", tokenizer)
     valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None

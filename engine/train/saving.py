@@ -5,7 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from engine.checkpoint.manager import save
+from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import StorageError

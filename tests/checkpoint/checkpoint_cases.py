@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.manager import FirstProblem, save
+from engine.checkpoint.save import FirstProblem, save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.rectangles import flat_slice
 from engine.checkpoint.shares import StateSlice

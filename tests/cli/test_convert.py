@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from engine.checkpoint.manager import save
+from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.run_directory import open_checkpoint
 from engine.checkpoint.shares import StateSlice

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint.huggingface.exporting import export
-from engine.checkpoint.manager import save
+from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.opening import initial_weights, trained
 from engine.checkpoint.run_directory import open_checkpoint

@@ -1,8 +1,9 @@
-"""Hugging Face's `config.json` to our `ModelConfig` and back.
+"""Converts Hugging Face's `config.json` to `ModelConfig` and back.
 
-Pure. What differs between families is in the rows of `engine/model/families.py`. A setting that we do not implement
-would change the model silently, so it is refused with the reason. Files are written in the form of transformers 4
-(`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 5 reads too; both forms are read.
+Pure functions. The differences between families are in the rows of `engine/model/families.py`. A setting that the
+engine does not implement would silently change the model, so it is rejected with the reason. Files are written in the
+format of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 5 reads too; both formats are
+read.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> Json:
-    """The fields of a `ModelConfig` that a `config.json` describes.
+    """Return the `ModelConfig` fields that a `config.json` describes.
 
     Raises:
-        CheckpointError: an architecture or setting that we do not implement, or a field that is missing.
+        CheckpointError: an architecture or setting that is not implemented, or a missing field.
     """
     family = _family_of(config)
     for key, expected in {**family.only, "auto_map": None, "quantization_config": None}.items():
@@ -57,14 +58,34 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
     return fields | family.fields
 
 
-def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> Json:
-    """The `config.json` of a model.
+def require_expressible(model: ModelConfig) -> None:
+    """Check that Hugging Face's `config.json` can express a model.
 
     Raises:
-        ConfigError: the family has no such setting in Hugging Face's form.
+        ConfigError: an unknown family, or a setting that this family fixes to another value.
     """
     family = family_of(model.family)
-    _require_expressible(model, family)
+    values, fixed = dict(model), dict(family.fields)
+    if not family.has_window:
+        fixed["sliding_window"] = None
+    if not family.has_head_dim:
+        fixed["head_dim"] = model.hidden_size // model.num_heads
+    for name, expected in fixed.items():
+        if (seen := values[name]) != expected:
+            raise ConfigError(
+                f"model.{name} = {seen!r} cannot be exported as {family.architecture}, which has {expected!r}; "
+                "choose another model.family"
+            )
+
+
+def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> Json:
+    """Return the `config.json` of a model.
+
+    Raises:
+        ConfigError: see `require_expressible`.
+    """
+    require_expressible(model)
+    family = family_of(model.family)
     config = {
         "architectures": [family.architecture],
         "model_type": family.name,
@@ -107,12 +128,12 @@ def _count(config: Mapping[str, Any], key: str) -> int:
 
 
 def _window(config: Mapping[str, Any], family: Family) -> int | None:
-    """A present null means no window; a missing key means the family's default."""
+    """Return the sliding window: null means no window, a missing key the family's default."""
     return config.get("sliding_window", family.defaults.get("sliding_window")) if family.has_window else None
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Json | None]:
-    """Base and scaling: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    """Return base and scaling from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"config.json: rope_scaling = {rope!r}; expected an object")
@@ -142,17 +163,3 @@ def _scaling_json(scaling: RopeScaling | None) -> Json | None:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_max_position,
     }
-
-
-def _require_expressible(model: ModelConfig, family: Family) -> None:
-    values, fixed = dict(model), dict(family.fields)
-    if not family.has_window:
-        fixed["sliding_window"] = None
-    if not family.has_head_dim:
-        fixed["head_dim"] = model.hidden_size // model.num_heads
-    for name, expected in fixed.items():
-        if (seen := values[name]) != expected:
-            raise ConfigError(
-                f"model.{name} = {seen!r} cannot be exported as {family.architecture}, which has {expected!r}; "
-                "choose another model.family"
-            )

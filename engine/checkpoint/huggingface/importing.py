@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
-from engine.checkpoint.manager import save
+from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.rectangles import Shape, whole

@@ -1,9 +1,9 @@
-"""Our tokenizers as files that `transformers` loads offline, with the same ids.
+"""Writes tokenizer files that `transformers` loads offline and that give the same ids.
 
-A SentencePiece model becomes a `tokenizer.json`. Two exceptions, both in the library that reads it: Unigram models
-resolve near-ties in long texts in double precision where SentencePiece uses single precision, and a few rare combining
-characters are normalized differently. Alternative considered: the class `LlamaTokenizer`, which knows neither the
-model's normalization nor Unigram, and gives other ids to a text that begins with a space.
+A SentencePiece model is converted to a `tokenizer.json`. Ids differ in two cases, both caused by the library that reads
+the file: Unigram models resolve near-ties in long texts in double precision, SentencePiece in single precision; and a
+few rare combining characters are normalized differently. Alternative considered: the class `LlamaTokenizer`, which
+supports neither the model's normalization nor Unigram, and gives different ids to a text that begins with a space.
 """
 
 import base64
@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.checkpoint.huggingface.files import Json, write_json
 from engine.checkpoint.storage import Storage
+from engine.data.tokenizers.byte import BYTES_END
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece_model import (
     BPE,
@@ -32,7 +33,6 @@ from engine.errors import CheckpointError
 
 FieldsByNumber = Mapping[int, Any]  # of a protocol buffer message, by number
 
-END_OF_TEXT = "<|endoftext|>"
 UNIGRAM = 1
 # field numbers of sentencepiece_model.proto
 MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
@@ -40,13 +40,13 @@ PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
 
 
 def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, tokenizer: Tokenizer) -> None:
-    """Copy the run's tokenizer files into `target`, and make those that `transformers` needs beside them.
+    """Copy the run's tokenizer files into `target`, and create the missing files that `transformers` needs.
 
     Args:
-        tokenizer_dir: the checkpoint's; None for a tokenizer without files (bytes).
+        tokenizer_dir: the checkpoint's tokenizer directory; None for a tokenizer without files (bytes).
 
     Raises:
-        CheckpointError: a kind of model that Hugging Face's tokenizers cannot express.
+        CheckpointError: an unknown kind of tokenizer, or a model that Hugging Face's tokenizers cannot express.
     """
     sources = sorted(tokenizer_dir.iterdir()) if tokenizer_dir else []
     for source in sources:
@@ -59,29 +59,40 @@ def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, to
 
 
 def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
-    """Contents by file name; without `tokenizer.json` for a tokenizer that is one."""
+    """Return file contents by name; no `tokenizer.json` for a tokenizer that was loaded from one.
+
+    Raises:
+        CheckpointError: an unknown kind of tokenizer, or a model that Hugging Face's tokenizers cannot express.
+    """
     if tokenizer.kind == "huggingface":
         special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
         names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
         return {"tokenizer_config.json": tokenizer_config(names)}
-    pair = bytes_tokenizer() if tokenizer.kind == "byte" else sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
+    if tokenizer.kind == "byte":
+        pair = bytes_tokenizer()
+    elif tokenizer.kind == "sentencepiece":
+        pair = sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
+    else:
+        raise CheckpointError(
+            f"a tokenizer of kind {tokenizer.kind!r} cannot be exported; expected byte, huggingface or sentencepiece"
+        )
     return dict(zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True))
 
 
 def bytes_tokenizer() -> tuple[Json, Json]:
-    """`tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, every character falls back."""
+    """Return `tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, byte fallback everywhere."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     model: Json = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": None, "byte_fallback": True}
-    added = [_added_token(256, END_OF_TEXT, special=True)]
+    added = [_added_token(256, BYTES_END, special=True)]
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-    return _tokenizer(model, added, None, None, decoder), tokenizer_config({"eos_token": END_OF_TEXT})
+    return _tokenizer(model, added, None, None, decoder), tokenizer_config({"eos_token": BYTES_END})
 
 
 def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
-    """`tokenizer.json` and `tokenizer_config.json` of a SentencePiece model.
+    """Return `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model.
 
     Raises:
-        CheckpointError: a kind of model that Hugging Face's tokenizers cannot express.
+        CheckpointError: a model that Hugging Face's tokenizers cannot express.
     """
     fields = list(fields_of(content))
     pieces = [piece_of(value) for number, value in fields if number == 1]
@@ -114,7 +125,7 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
 
 
 def tokenizer_config(special: Mapping[str, str]) -> Json:
-    """`tokenizer_config.json`; `special` gives the tokens of roles such as `eos_token`."""
+    """Return a `tokenizer_config.json`; `special` maps variables such as `eos_token` to the texts of special tokens."""
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
 
 
@@ -149,12 +160,12 @@ def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
         "unk_token": pieces[unknown].text,
         "fuse_unk": True,
         "byte_fallback": byte_fallback,
-        "ignore_merges": True,  # user-defined symbols are words of their own after the split and have no merges
+        "ignore_merges": True,  # after the split, user-defined symbols are separate words without merges
     }
 
 
 def _normalizers(spec: FieldsByNumber) -> Iterator[Json]:
-    """SentencePiece's normalization in its order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
+    """Yield SentencePiece's normalization steps in their order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
     if spec.get(PRECOMPILED_CHARSMAP):
         yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
     if spec.get(REMOVE_EXTRA_WHITESPACES, 1):
@@ -166,7 +177,7 @@ def _normalizers(spec: FieldsByNumber) -> Iterator[Json]:
 
 
 def _split_user_symbols(symbols: list[str]) -> Json | None:
-    """A pre-tokenizer that splits at user-defined symbols, longest first, so that nothing merges across them."""
+    """Return a pre-tokenizer that splits at user-defined symbols, longest first, so that no merge crosses them."""
     if not symbols:
         return None
     longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)

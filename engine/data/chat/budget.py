@@ -31,7 +31,7 @@ class Budget:
         self.left = self.full = BASE_BUDGET + STEPS_PER_CHARACTER * characters
         self.marks = marks
 
-    def draw(self, steps: int) -> None:
+    def charge(self, steps: int) -> None:
         """Charge `steps`.
 
         Raises:
@@ -44,105 +44,105 @@ class Budget:
                 f"allowed for this conversation; use another template"
             )
 
-    def draw_characters(self, count: int) -> None:
-        self.draw(1 + count // CHARACTERS_PER_STEP)
+    def charge_characters(self, count: int) -> None:
+        self.charge(1 + count // CHARACTERS_PER_STEP)
 
-    def weigh(self, value: Any) -> None:
+    def charge_value(self, value: Any) -> None:
         """Charge for reading a value and everything in it."""
         if isinstance(value, str):
-            self.draw(1 + len(value) // CHARACTERS_PER_STEP)
+            self.charge(1 + len(value) // CHARACTERS_PER_STEP)
         elif isinstance(value, dict):
-            self.weigh(value.items())
+            self.charge_value(value.items())
         elif isinstance(value, CONTAINERS):
-            self.draw(1 + len(value))
+            self.charge(1 + len(value))
             for item in value:
-                self.weigh(item)
+                self.charge_value(item)
         elif isinstance(value, Namespace):  # a filter's attribute name can lead into it
-            self.weigh(value._Namespace__attrs)
+            self.charge_value(value._Namespace__attrs)
         elif isinstance(value, LoopContext):
             raise TemplateError("the chat template computes with a loop itself; use another template")
 
     def counted(self, items: Iterable[Any], steps: int) -> Iterator[Any]:
         """Yields `items`, charging `steps` for each."""
         for item in items:
-            self.draw(steps)
+            self.charge(steps)
             yield item
 
     def listed(self, value: Any) -> Any:
         """An iterator as a list, which can be weighed; other values unchanged."""
         return list(self.counted(value, 1)) if isinstance(value, (Iterator, range)) else value
 
-    def draw_widths(self, text: str) -> None:
+    def charge_widths(self, text: str) -> None:
         """Charge for the widths in a format string: `%999d`, `{:>999}`."""
-        self.draw_characters(sum(map(int, re.findall(r"\d{1,19}", text))))
+        self.charge_characters(sum(map(int, re.findall(r"\d{1,19}", text))))
 
 
-def draw_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def charge_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Charge for a filter whose cost or result grows faster than its operands."""
     size = len(value) if hasattr(value, "__len__") else 1
     if name in ATTRIBUTE_AT:
         path = str(argument_of(args, kwargs, ATTRIBUTE_AT[name], "attribute", ""))
-        budget.draw(STEPS_PER_CALL * size * (path.count(".") + path.count(",")))
+        budget.charge(STEPS_PER_CALL * size * (path.count(".") + path.count(",")))
     if name in ("list", "reverse", "unique"):
-        budget.draw(size)
+        budget.charge(size)
     elif name == "wordcount":
-        budget.draw(len(str(value)))
+        budget.charge(len(str(value)))
     elif name == "trim":
-        budget.draw_characters(len(str(value)) * size_of(argument_of(args, kwargs, 0, "chars", "")))
+        budget.charge_characters(len(str(value)) * size_of(argument_of(args, kwargs, 0, "chars", "")))
     elif name in ("dictsort", "groupby", "sort"):
-        budget.draw(size * size.bit_length())
+        budget.charge(size * size.bit_length())
         for _ in range(size.bit_length()):
-            budget.weigh(value)
+            budget.charge_value(value)
     elif name == "join":
-        budget.draw_characters(size * len(str(argument_of(args, kwargs, 0, "d", ""))))
+        budget.charge_characters(size * len(str(argument_of(args, kwargs, 0, "d", ""))))
     elif name == "indent":
         width = argument_of(args, kwargs, 0, "width", 4)
-        budget.draw_characters((len(str(value).splitlines()) + 1) * size_of(width))
+        budget.charge_characters((len(str(value).splitlines()) + 1) * size_of(width))
     elif name == "replace":
         old, new = (str(argument_of(args, kwargs, i, key, "")) for i, key in enumerate(("old", "new")))
-        budget.draw_characters(str(value).count(old) * len(new))
+        budget.charge_characters(str(value).count(old) * len(new))
     elif name == "round":
-        budget.draw(abs(int(argument_of(args, kwargs, 0, "precision", 0))) ** 2)
+        budget.charge(abs(int(argument_of(args, kwargs, 0, "precision", 0))) ** 2)
 
 
-def draw_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def charge_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Charge for reading the text and for the result."""
-    budget.weigh(text)
+    budget.charge_value(text)
     if name in ("split", "rsplit", "splitlines"):
-        budget.draw(len(text))
+        budget.charge(len(text))
     if name.startswith(("r", "strip", "lstrip")):  # searched from the end, or character by character
-        budget.draw_characters(len(text) * size_of(argument_of(args, kwargs, 0, "sep", 0)))
+        budget.charge_characters(len(text) * size_of(argument_of(args, kwargs, 0, "sep", 0)))
     if name == "join" and args:
-        budget.draw_characters(len(text) * len(args[0]))
+        budget.charge_characters(len(text) * len(args[0]))
     elif name in ("center", "ljust", "rjust", "zfill"):
-        budget.draw_characters(size_of(argument_of(args, kwargs, 0, "width", 0)))
+        budget.charge_characters(size_of(argument_of(args, kwargs, 0, "width", 0)))
     elif name == "expandtabs":
-        budget.draw_characters(text.count("\t") * size_of(argument_of(args, kwargs, 0, "tabsize", 8)))
+        budget.charge_characters(text.count("\t") * size_of(argument_of(args, kwargs, 0, "tabsize", 8)))
     elif name == "replace" and len(args) > 1:
-        budget.draw_characters(text.count(args[0]) * len(args[1]))
+        budget.charge_characters(text.count(args[0]) * len(args[1]))
 
 
-def draw_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
+def charge_operator(budget: Budget, operator: str, left: Any, right: Any) -> None:
     """Charge for the result of `left operator right`."""
     if operator == "%" and isinstance(left, str):
         before = budget.left
-        budget.weigh((left, right))
-        budget.draw((before - budget.left) * left.count("%("))  # every `%(name)` can write the whole mapping
-        budget.draw_widths(left)
+        budget.charge_value((left, right))
+        budget.charge((before - budget.left) * left.count("%("))  # every `%(name)` can write the whole mapping
+        budget.charge_widths(left)
         if "*" in left:
-            budget.draw_characters(
+            budget.charge_characters(
                 sum(abs(i) for i in (right if isinstance(right, tuple) else ()) if isinstance(i, int))
             )
         return
     if operator == "**" and isinstance(left, int) and isinstance(right, int):
-        budget.draw(left.bit_length() * abs(right))
+        budget.charge(left.bit_length() * abs(right))
     elif operator == "*":
         many, times = (right, left) if isinstance(left, int) else (left, right)
         if isinstance(times, int) and isinstance(many, (str, list, tuple)):
-            budget.draw_characters(len(many) * max(0, times))
+            budget.charge_characters(len(many) * max(0, times))
     for operand in (left, right):
         if isinstance(operand, (str, list, tuple)):
-            budget.draw_characters(len(operand))
+            budget.charge_characters(len(operand))
 
 
 def checked(value: Any) -> Any:
@@ -156,12 +156,12 @@ def checked(value: Any) -> Any:
     return value
 
 
-def draw_layout(budget: Budget, value: Any, indent: int, separators: int, depth: int = 1) -> None:
+def charge_json_whitespace(budget: Budget, value: Any, indent: int, separators: int, depth: int = 1) -> None:
     """Charge for the white space and separators around each item in JSON."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for item in items:
-        budget.draw_characters(depth * indent + separators)
-        draw_layout(budget, item, indent, separators, depth + 1)
+        budget.charge_characters(depth * indent + separators)
+        charge_json_whitespace(budget, item, indent, separators, depth + 1)
 
 
 def argument_of(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:

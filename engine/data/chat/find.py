@@ -13,7 +13,7 @@ from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
 
 MAX_TOKEN_CHARACTERS = 1000  # of `bos_token` and the like; a template may write them as often as it likes
-MAX_ROLES = 100
+MAX_SPECIAL_TOKENS = 100
 
 
 def find_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTemplate:
@@ -27,7 +27,7 @@ def find_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTempla
         ConfigError: there is none, or its special tokens are not in the vocabulary.
         TemplateError: the template is unusable.
     """
-    roles, special = _token_roles(tokenizer), tuple(tokenizer.special_tokens)
+    special_tokens_map, special = _special_tokens_map(tokenizer), tuple(tokenizer.special_tokens)
     if wanted is None:
         name, source = _own_template(tokenizer)
     elif wanted in BUILTIN:
@@ -39,7 +39,7 @@ def find_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTempla
             )
     else:
         name, source = wanted, _read_template(tokenizer, Path(wanted))
-    return ChatTemplate(name, source, roles, special)
+    return ChatTemplate(name, source, special_tokens_map, special)
 
 
 def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
@@ -76,28 +76,28 @@ def _fitting(tokenizer: Tokenizer) -> list[str]:
     return [name for name, template in BUILTIN.items() if set(template.needs) <= tokenizer.special_tokens.keys()]
 
 
-def _token_roles(tokenizer: Tokenizer) -> dict[str, str]:
-    """`bos_token`, `eos_token` ... from `tokenizer_config.json`, else the tokenizer's begin and end."""
+def _special_tokens_map(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return `bos_token`, `eos_token` ... from `tokenizer_config.json`; by default the tokenizer's BOS and EOD."""
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
-    roles = {role: texts[i] for role, i in ids.items() if i is not None and i in texts}
-    for role, token in _configuration(tokenizer).items():
+    named = {name: texts[i] for name, i in ids.items() if i is not None and i in texts}
+    for name, token in _configuration(tokenizer).items():
         text = token.get("content") if isinstance(token, dict) else token
-        if role.endswith("_token") and isinstance(text, str):
-            roles[role] = text
-    _check_roles(roles)
-    return roles
+        if name.endswith("_token") and isinstance(text, str):
+            named[name] = text
+    _check_special_tokens(named)
+    return named
 
 
-def _check_roles(roles: Mapping[str, str]) -> None:
-    longest = max(roles, key=lambda role: len(roles[role]), default="")
-    if longest and len(roles[longest]) > MAX_TOKEN_CHARACTERS:
+def _check_special_tokens(named: Mapping[str, str]) -> None:
+    longest = max(named, key=lambda name: len(named[name]), default="")
+    if longest and len(named[longest]) > MAX_TOKEN_CHARACTERS:
         raise ConfigError(
-            f"{longest} of tokenizer_config.json has {len(roles[longest]):,} characters, "
+            f"{longest} of tokenizer_config.json has {len(named[longest]):,} characters, "
             f"expected a token of at most {MAX_TOKEN_CHARACTERS:,}"
         )
-    if len(roles) > MAX_ROLES:
-        raise ConfigError(f"tokenizer_config.json names {len(roles):,} tokens, expected at most {MAX_ROLES}")
+    if len(named) > MAX_SPECIAL_TOKENS:
+        raise ConfigError(f"tokenizer_config.json names {len(named):,} tokens, expected at most {MAX_SPECIAL_TOKENS}")
 
 
 def _configuration(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -55,14 +55,14 @@ class Metering(NodeTransformer):
         self.generic_visit(node)
         first = node.ops[0]
         if not (first.op in ("eq", "ne") and isinstance(first.expr, nodes.Const) and len(node.ops) == 1):
-            node.expr = _filter(node.expr, "weigh")
+            node.expr = _filter(node.expr, "charge_value")
             for operand in node.ops:
-                operand.expr = _filter(operand.expr, "weigh")
+                operand.expr = _filter(operand.expr, "charge_value")
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        node.nodes = [_filter(part, "weigh") for part in node.nodes]
+        node.nodes = [_filter(part, "charge_value") for part in node.nodes]
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
@@ -88,7 +88,7 @@ def _filter(node: Any, name: str, *arguments: int) -> nodes.Filter:
 
 def _paid(steps: int, node: nodes.Node) -> nodes.Filter:
     """An expression that charges `steps` and evaluates to None."""
-    return _filter(nodes.Const(steps, lineno=node.lineno), "draw")
+    return _filter(nodes.Const(steps, lineno=node.lineno), "charge")
 
 
 def _steps(body: Sequence[nodes.Node]) -> int:

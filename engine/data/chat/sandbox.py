@@ -30,10 +30,10 @@ from engine.data.chat.budget import (
     Budget,
     argument_of,
     checked,
-    draw_filter,
-    draw_layout,
-    draw_operator,
-    draw_string_method,
+    charge_filter,
+    charge_json_whitespace,
+    charge_operator,
+    charge_string_method,
     size_of,
 )
 from engine.data.chat.errors import TemplateError
@@ -106,7 +106,7 @@ class Environment(_Guarded):
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
             optimized=False,  # constants are computed at run time too, charged to the budget
-            finalize=_weigh,
+            finalize=_charge_value,
         )
         self.globals = {
             "range": _range,
@@ -116,7 +116,13 @@ class Environment(_Guarded):
             "strftime_now": _strftime_now,
         }
         self.filters = {name: _paid_filter(name) for name in _FILTERS} | {n: FILTERS[n] for n in _LIGHT_FILTERS}
-        self.filters |= {"tojson": _tojson, "weigh": _weigh, "counted": _counted, "draw": _draw, "sliced": _sliced}
+        self.filters |= {
+            "tojson": _tojson,
+            "charge_value": _charge_value,
+            "counted": _counted,
+            "charge": _charge,
+            "sliced": _sliced,
+        }
         self.filters["keyed"] = _keyed
         tests = {name: test for name, test in TESTS.items() if name not in _REFUSED_TESTS}
         self.tests = {name: test if name in _LIGHT_TESTS else _paid_test(name) for name, test in tests.items()}
@@ -127,37 +133,37 @@ class Environment(_Guarded):
         return _FormatMethod(value.__self__) if is_method and value.__name__ == "format" else None
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        draw_operator(context.parent[BUDGET], operator, left, right)
+        charge_operator(context.parent[BUDGET], operator, left, right)
         return checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  (Jinja's names)
         budget: Budget = __context.parent[BUDGET]
         if isinstance(__obj, (Macro, LoopContext)):
-            budget.draw(STEPS_PER_CALL + sum(len(a) for a in args if isinstance(a, (str, list, tuple, dict))))
+            budget.charge(STEPS_PER_CALL + sum(len(a) for a in args if isinstance(a, (str, list, tuple, dict))))
             return __context.call(__obj, *args, **kwargs)
-        budget.draw(STEPS_PER_CALL)
+        budget.charge(STEPS_PER_CALL)
         args = tuple(budget.listed(argument) for argument in args)
-        budget.weigh((args, kwargs))
+        budget.charge_value((args, kwargs))
         if isinstance(__obj, _FormatMethod):
-            budget.weigh(__obj.text)
-            budget.draw(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the parts of their paths
+            budget.charge_value(__obj.text)
+            budget.charge(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the parts of their paths
             return _Formatter(__self, budget).vformat(__obj.text, args, kwargs)
         if isinstance(__obj, (BuiltinMethodType, MethodType)):
-            _draw_method(budget, __obj, args, kwargs)
+            _charge_method(budget, __obj, args, kwargs)
         elif not isinstance(__obj, Undefined) and not any(__obj is known for known in __self.globals.values()):
             raise SecurityError(f"a call of {type(__obj).__name__}")
         return __context.call(__obj, *args, **kwargs)
 
 
-def _draw_method(budget: Budget, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _charge_method(budget: Budget, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Charge for a method call, if the method may be called."""
     owner, name = method.__self__, method.__name__
     if isinstance(owner, str) and name in _STRING_METHODS:
-        draw_string_method(budget, owner, name, args, kwargs)
+        charge_string_method(budget, owner, name, args, kwargs)
     elif any(isinstance(owner, kind) and name in allowed for kind, allowed in _LIGHT_METHODS.items()):
-        budget.draw(1)
+        budget.charge(1)
     elif any(isinstance(owner, kind) and name in allowed for kind, allowed in _METHODS.items()):
-        budget.weigh(owner)
+        budget.charge_value(owner)
     elif not isinstance(owner, _Generation):
         raise SecurityError(f"a call of {type(owner).__name__}.{name}")
 
@@ -170,12 +176,12 @@ class _Formatter(SandboxedFormatter):
         self._budget = budget
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        self._budget.draw_widths(format_spec)
-        self._budget.weigh(value)
+        self._budget.charge_widths(format_spec)
+        self._budget.charge_value(value)
         return str(super().format_field(value, format_spec))
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
-        self._budget.weigh(value)
+        self._budget.charge_value(value)
         return super().convert_field(value, conversion)
 
 
@@ -236,8 +242,8 @@ def generation_in_buffer(tree: nodes.Template) -> bool:
 
 
 @pass_context
-def _weigh(context: Context, value: Any) -> Any:
-    context.parent[BUDGET].weigh(value)
+def _charge_value(context: Context, value: Any) -> Any:
+    context.parent[BUDGET].charge_value(value)
     return value
 
 
@@ -248,13 +254,13 @@ def _counted(context: Context, value: Any, steps: int) -> Iterator[Any]:
 
 
 @pass_context
-def _draw(context: Context, steps: int) -> None:
-    context.parent[BUDGET].draw(steps)
+def _charge(context: Context, steps: int) -> None:
+    context.parent[BUDGET].charge(steps)
 
 
 @pass_context
 def _keyed(context: Context, value: Any) -> Any:
-    context.parent[BUDGET].weigh(value)
+    context.parent[BUDGET].charge_value(value)
     _check_keys([value])
     return value
 
@@ -263,7 +269,7 @@ def _keyed(context: Context, value: Any) -> Any:
 def _sliced(context: Context, value: Any) -> Any:
     if isinstance(value, dict):  # it would look up the slice as a key
         raise SecurityError("a slice of a dict")
-    context.parent[BUDGET].draw_characters(len(value))
+    context.parent[BUDGET].charge_characters(len(value))
     return value
 
 
@@ -273,10 +279,10 @@ def _paid_filter(name: str) -> Callable[..., Any]:
     @pass_context
     def paid(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget: Budget = context.parent[BUDGET]
-        budget.draw(STEPS_PER_CALL)
+        budget.charge(STEPS_PER_CALL)
         value = budget.listed(value)
-        budget.weigh((value, args, kwargs))
-        draw_filter(budget, name, value, args, kwargs)
+        budget.charge_value((value, args, kwargs))
+        charge_filter(budget, name, value, args, kwargs)
         if name == "unique":
             _check_keys(map(make_attrgetter(_PLAIN, argument_of(args, kwargs, 1, "attribute")), value))
         result = _PLAIN.call_filter(name, value, args, kwargs, context=context)
@@ -288,7 +294,7 @@ def _paid_filter(name: str) -> Callable[..., Any]:
 def _paid_test(name: str) -> Callable[..., bool]:
     @pass_context
     def paid(context: Context, *operands: Any) -> bool:
-        context.parent[BUDGET].weigh(operands)
+        context.parent[BUDGET].charge_value(operands)
         return bool(_PLAIN.call_test(name, operands[0], operands[1:]))
 
     return paid
@@ -305,10 +311,10 @@ def _tojson(
 ) -> str:
     """As in transformers, without HTML escapes."""
     budget: Budget = context.parent[BUDGET]
-    budget.weigh(value)
-    budget.weigh(separators)
+    budget.charge_value(value)
+    budget.charge_value(separators)
     if indent is not None or separators is not None:
-        draw_layout(budget, value, size_of(indent), sum(map(size_of, separators or ())))
+        charge_json_whitespace(budget, value, size_of(indent), sum(map(size_of, separators or ())))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -325,8 +331,8 @@ def _raise_exception(message: Any) -> None:
 
 @pass_context
 def _strftime_now(context: Context, format: str) -> str:
-    context.parent[BUDGET].draw_widths(format)
-    context.parent[BUDGET].draw(len(format))
+    context.parent[BUDGET].charge_widths(format)
+    context.parent[BUDGET].charge(len(format))
     return datetime.now().strftime(format)
 
 

@@ -44,7 +44,7 @@ class ChatTemplate:
 
     name: str
     source: str
-    roles: Mapping[str, str] = field(default_factory=dict)
+    special_tokens_map: Mapping[str, str] = field(default_factory=dict)
     special: tuple[str, ...] = ()
     _compiled: CompiledTemplate = field(init=False, repr=False, compare=False)
 
@@ -121,7 +121,7 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        variables = {**self.roles, "add_generation_prompt": add_generation_prompt}
+        variables = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt}
         return self._compiled.render(messages, tools=tools, **variables)
 
 

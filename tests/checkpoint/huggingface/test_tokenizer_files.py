@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.huggingface.tokenizer_files import bytes_tokenizer, sentencepiece_tokenizer
+from engine.checkpoint.huggingface.tokenizer_files import bytes_tokenizer, sentencepiece_tokenizer, write_tokenizer
+from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.byte import ByteTokenizer
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -101,3 +102,11 @@ def test_a_model_of_words_is_refused() -> None:
     )
     with pytest.raises(CheckpointError, match="neither a BPE nor a Unigram"):
         sentencepiece_tokenizer(written.getvalue())
+
+
+def test_an_unknown_kind_of_tokenizer_is_an_error(tmp_path):
+    class OtherTokenizer(ByteTokenizer):
+        kind = "other"
+
+    with pytest.raises(CheckpointError, match="kind 'other' cannot be exported; expected byte, huggingface or sent"):
+        write_tokenizer(Storage(), tmp_path, None, OtherTokenizer())

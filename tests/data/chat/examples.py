@@ -15,7 +15,7 @@ SPECIAL = (
 
 def encoder(tokenizer, source):
     known = find_template(tokenizer, "mistral")
-    return ChatEncoder(tokenizer, ChatTemplate("test", source, known.roles, known.special))
+    return ChatEncoder(tokenizer, ChatTemplate("test", source, known.special_tokens_map, known.special))
 
 
 def conversation(*contents, system=None):

@@ -26,8 +26,8 @@ def test_the_tokenizers_own_template(tmp_path, folder):
     (tmp_path / "chat_template.jinja").write_text("three")
     found = find_template(load_tokenizer(tmp_path))
     assert (found.source, found.name) == ("three", str(tmp_path / "chat_template.jinja"))
-    assert (found.roles["bos_token"], found.roles["eos_token"]) == ("<s>", "</s>")
-    assert "pad_token" not in found.roles
+    assert (found.special_tokens_map["bos_token"], found.special_tokens_map["eos_token"]) == ("<s>", "</s>")
+    assert "pad_token" not in found.special_tokens_map
     for more, reason in (
         ({"x_token": "x" * 1001}, "x_token of tokenizer_config.json has 1,001 characters, expected .* 1,000"),
         ({f"x{i}_token": "x" for i in range(101)}, "names 103 tokens, expected at most 100"),

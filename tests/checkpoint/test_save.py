@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint.manager import save
+from engine.checkpoint.save import save
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import candidates, find, open_checkpoint
 from engine.checkpoint.shares import StateSlice

@@ -1,1 +1,1 @@
-"""Checkpoints: named tensors cut into rectangles, committed atomically, read back by any layout."""
+"""Checkpoints: named tensors stored as rectangles, committed atomically, loadable by any layout."""

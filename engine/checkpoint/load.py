@@ -1,4 +1,4 @@
-"""A decoder ready to run, from whatever directory holds a model."""
+"""Loads a decoder and its tokenizer from any directory with a model."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ from engine.parallel.layout import NO_TP, TensorParallel
 def load_decoder(
     path: Path, dtype: torch.dtype, device: torch.device, tp: TensorParallel = NO_TP
 ) -> tuple[Decoder, Tokenizer]:
-    """The decoder and the tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory.
+    """Load decoder and tokenizer of a run (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
-    With `tp`, only this rank's part of the decoder is read.
+    With `tp`, only this rank's shards of the parameters are read.
 
     Raises:
-        CheckpointError: there is no model, it is damaged, or it comes without a tokenizer.
-        ConfigError: the layers cannot be shared by so many ranks.
+        CheckpointError: there is no model, it is damaged, or it has no tokenizer.
+        ConfigError: the layers cannot be sharded over `tp.size` ranks.
     """
     source = open_model(path)
     source.require(logical_shapes(source.model))
     if source.tokenizer_spec is None:
-        raise CheckpointError(f"{path} holds a model but no tokenizer; put its tokenizer files beside it")
+        raise CheckpointError(f"{path} holds a model but no tokenizer; put its tokenizer files next to it")
     tokenizer = load_tokenizer(source.tokenizer_spec)
     return _build(source, dtype, device, tp), tokenizer
 
@@ -53,5 +53,6 @@ def _require_tp(model: ModelConfig, tp: int) -> None:
     if problem := tp_problem(model, tp):
         works = ", ".join(str(n) for n in range(1, model.num_heads + 1) if not tp_problem(model, n))
         raise ConfigError(
-            f"{tp} ranks cannot share the layers: {tp} {problem}; the number of ranks (--nproc-per-node) can be {works}"
+            f"the layers cannot be sharded over {tp} ranks: {tp} {problem}; the number of ranks (--nproc-per-node) can "
+            f"be {works}"
         )

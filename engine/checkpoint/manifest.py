@@ -1,7 +1,8 @@
-"""The checkpoint format: `manifest.json`, and the checks that it must pass.
+"""The checkpoint format: `manifest.json` and its validation.
 
-Pure. The manifest lists the files of a checkpoint and the rectangles of tensors in them, with sizes and checksums. It
-is written last, so a directory is a checkpoint exactly when its manifest is valid. Manifests of earlier releases load.
+Pure functions. The manifest lists the files of a checkpoint and the rectangles of tensors in them, with sizes and
+checksums. It is written last, so a directory is a checkpoint if and only if its manifest is valid. Manifests of earlier
+releases load.
 """
 
 import re
@@ -38,18 +39,18 @@ _TOKENIZER_FILE = re.compile(rf"{TOKENIZER_DIRECTORY}/(?!\.\.?$)[^/\0]+")
 
 
 def entry_key(kind: str, name: str, rectangle: Rectangle) -> str:
-    """The name of a rectangle inside its safetensors file: `param/model.norm.weight/0`."""
+    """Return the key of a rectangle in its safetensors file: `param/model.norm.weight/0`."""
     return f"{kind}/{name}/{','.join(map(str, rectangle.start))}"
 
 
 def shard_name(rank: int, world_size: int) -> str:
-    """The file in which `rank` writes its rectangles."""
+    """Return the name of the file to which `rank` writes its rectangles."""
     return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Best:
-    """The evaluation with the lowest loss so far. `worse`: how many evaluations in a row have not been better."""
+    """The evaluation with the lowest loss so far. `worse` counts the evaluations since then."""
 
     step: NonNegativeInt
     loss: float
@@ -58,15 +59,15 @@ class Best:
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run beside its tensors.
+    """The state of a run apart from its tensors.
 
     Attributes:
-        step: optimizer steps done.
-        consumed_samples: samples seen; the next one has this number.
-        consumed_tokens: tokens seen.
-        data_fingerprint: identifies data and order; empty when the weights were imported.
-        layout: the layout that wrote it, for people; loading ignores it.
-        best: None where evaluations are not compared.
+        step: completed optimizer steps.
+        consumed_samples: consumed samples; also the number of the next one.
+        consumed_tokens: consumed tokens.
+        data_fingerprint: hash of the data and their order; empty for imported weights.
+        layout: the layout that wrote the checkpoint; informational, loading ignores it.
+        best: None if evaluations are not compared.
     """
 
     step: NonNegativeInt
@@ -89,7 +90,7 @@ class StoredFile(_Stored):
 
 
 class StoredRectangle(_Stored):
-    """A rectangle of a tensor: file and key, place in the tensor, and the hash of the values before the write."""
+    """A rectangle of a tensor: file and key, position in the tensor, and the hash of the values before the write."""
 
     file: str
     key: str
@@ -103,7 +104,7 @@ class StoredRectangle(_Stored):
 
 
 class StoredTensor(_Stored):
-    """Global shape and dtype of a tensor, and the rectangles that together hold every element once."""
+    """Global shape and dtype of a tensor, and the rectangles that contain every element exactly once."""
 
     shape: tuple[PositiveInt, ...]
     dtype: DtypeName
@@ -113,7 +114,7 @@ class StoredTensor(_Stored):
 class Manifest(_Stored):
     """The table of contents of a checkpoint directory.
 
-    `save_number` counts the saves of a run directory: it orders checkpoints even after a return to an earlier step.
+    `save_number` counts the saves of a run directory; it orders checkpoints even if a run resumed from an earlier step.
     """
 
     format_version: Literal[1] = 1
@@ -124,7 +125,7 @@ class Manifest(_Stored):
 
 
 def problem_of(manifest: Manifest) -> str | None:
-    """Contradictions in a manifest, at most three, or None. Checked before a commit and after every read."""
+    """Return up to three contradictions in a manifest, or None. Checked before each commit and after each read."""
     problems = [
         *_file_problems(manifest),
         *_rectangle_problems(manifest),
@@ -154,7 +155,7 @@ def _rectangle_problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _size_problems(manifest: Manifest) -> Iterator[str]:
-    """A file cannot hold more than its size; this also bounds what a reader may be made to allocate."""
+    """Check that no file lists more bytes than its size; this also bounds the memory that a reader allocates."""
     held: Counter[str] = Counter()
     for tensors in manifest.tensors.values():
         for tensor in tensors.values():
@@ -169,16 +170,16 @@ _PREFIX, _MIDDLE, _SUFFIX = b'{"xxh3_64":"', b'","manifest":', b"}\n"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`: the manifest and the hash of its bytes, so that any changed byte is found."""
+    """Return the bytes of `manifest.json`: the manifest and the hash of its bytes, which detects any changed byte."""
     body = manifest.model_dump_json().encode()
     return _PREFIX + xxhash.xxh3_64_hexdigest(body).encode() + _MIDDLE + body + _SUFFIX
 
 
 def decode_manifest(content: bytes, source: str) -> Manifest:
-    """Parse and validate what `encode_manifest` wrote.
+    """Parse and validate the bytes of a `manifest.json`; the inverse of `encode_manifest`.
 
     Raises:
-        CheckpointError: naming `source` and what is wrong.
+        CheckpointError: naming `source` and the problem.
     """
     head = len(_PREFIX) + 16
     checksum, body = content[len(_PREFIX) : head], content[head + len(_MIDDLE) : -len(_SUFFIX)]

@@ -1,4 +1,4 @@
-"""What a directory that holds a model offers, in whatever format: a checkpoint of ours or a Hugging Face directory."""
+"""The interface of directories with a model: checkpoints and Hugging Face directories."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ from engine.errors import CheckpointError
 from engine.parallel.table import Rectangle
 
 OnTensor = Callable[[str, int], None]
-"""Told the name and the number of elements of every weight when it is copied."""
+"""Called with the name and the number of elements of each weight after it is read."""
 
 
 class ModelDirectory(Protocol):
-    """A model on disk, opened: its architecture, its weights by Hugging Face name, its tokenizer."""
+    """An opened model on disk: its architecture, its weights by Hugging Face name, its tokenizer."""
 
     @property
     def path(self) -> Path: ...
@@ -27,13 +27,13 @@ class ModelDirectory(Protocol):
 
     @property
     def tokenizer_spec(self) -> str | None:
-        """The argument for `load_tokenizer`; None where the model came without a tokenizer."""
+        """The argument for `load_tokenizer`; None if the model has no tokenizer."""
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
-        """Raises CheckpointError unless the weights are exactly these, by name and shape."""
+        """Raise CheckpointError unless the weights have exactly these names and shapes."""
 
     def read(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
-        """A rectangle (default: all) of a weight, on the CPU, in the dtype that is stored.
+        """Read a rectangle (default: all) of a weight, on the CPU, in the stored dtype.
 
         Raises:
             CheckpointError: no such weight, or a damaged file.
@@ -41,7 +41,7 @@ class ModelDirectory(Protocol):
 
 
 def with_progress(source: ModelDirectory, progress: OnTensor | None) -> Callable[[str], Tensor]:
-    """`source.read` of whole weights, of each of which `progress` is told."""
+    """Return a function that reads whole weights from `source` and calls `progress` after each."""
 
     def read(name: str) -> Tensor:
         tensor = source.read(name)
@@ -53,10 +53,10 @@ def with_progress(source: ModelDirectory, progress: OnTensor | None) -> Callable
 
 
 def require_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], title: str) -> None:
-    """Make sure that tensors are the expected ones.
+    """Check that the tensors are the expected ones.
 
     Raises:
-        CheckpointError: `title`, and the first ten that are missing, unexpected or of another shape, one a line.
+        CheckpointError: `title`, then the first ten that are missing, unexpected or of another shape, one per line.
     """
     if problems := differences(found, expected):
         more = [f"and {len(problems) - 10} more"] * (len(problems) > 10)
@@ -64,7 +64,7 @@ def require_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], ti
 
 
 def differences(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
-    """How the tensors `found` differ from `expected`, one line each: missing, unexpected, then of another shape."""
+    """Return the differences of `found` from `expected`, one line each: missing, unexpected, then other shapes."""
     missing = [f"{name}: missing, expected shape {list(expected[name])}" for name in expected if name not in found]
     unexpected = [f"{name}: unexpected, shape {list(found[name])}" for name in found if name not in expected]
     mismatched = [

@@ -1,6 +1,6 @@
-"""Opening a directory that holds a model, by its content or by the setting that names it.
+"""Opens a directory with a model, by its content or by the setting that names it.
 
-Whoever reads weights through a `ModelDirectory` reads only the rectangles that its rank holds.
+Through a `ModelDirectory`, each rank reads only the rectangles that it needs.
 """
 
 from pathlib import Path
@@ -15,20 +15,20 @@ from engine.config.schema import SOURCES, ModelConfig
 
 
 def open_model(path: Path) -> ModelDirectory:
-    """The model of a run (its newest checkpoint), of a checkpoint, or of a Hugging Face directory.
+    """Open the model of a run (its newest checkpoint), of a checkpoint, or of a Hugging Face directory.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or refused.
+        CheckpointError: there is no model, or it is damaged or rejected.
     """
     exported = (path / CONFIG).exists() and not (path / MANIFEST).exists()
     return HuggingFaceDirectory(path) if exported else open_checkpoint(path)
 
 
 def initial_weights(model: ModelConfig) -> ModelDirectory | None:
-    """The model that `model.from_hf` or `model.from_checkpoint` names; None for a model from scratch.
+    """Open the model that `model.from_hf` or `model.from_checkpoint` names; None to train from scratch.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or refused.
+        CheckpointError: there is no model, or it is damaged or rejected.
     """
     if model.from_hf is not None:
         return HuggingFaceDirectory(model.from_hf)
@@ -36,13 +36,13 @@ def initial_weights(model: ModelConfig) -> ModelDirectory | None:
 
 
 def trained(kind: str, path: Path) -> tuple[dict[str, Any], str | None]:
-    """Model fields and tokenizer of a trained model, for `engine.config.load`.
+    """Return model fields and tokenizer of a trained model, for `engine.config.load`.
 
     Args:
         kind: `from_hf` or `from_checkpoint`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged or refused.
+        CheckpointError: there is no model, or it is damaged or rejected.
     """
     source: ModelDirectory = HuggingFaceDirectory(path) if kind == "from_hf" else open_checkpoint(path)
     return source.model.model_dump(mode="json", exclude=set(SOURCES)), source.tokenizer_spec

@@ -1,7 +1,7 @@
-"""Reading one checkpoint.
+"""Reads one checkpoint.
 
-A directory is a checkpoint when its manifest holds and every file has its size. Tensors are verified when they are
-read, so that a rank pays only for what it loads.
+Opening a checkpoint validates the manifest and the size of every file. Tensors are verified when they are read, so a
+rank verifies only what it loads.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,10 +36,10 @@ _MAX_MANIFEST_BYTES = 1 << 30
 
 
 class Checkpoint:
-    """A checkpoint directory whose manifest holds; a `ModelDirectory`.
+    """An opened checkpoint directory with a valid manifest; a `ModelDirectory`.
 
     Raises:
-        CheckpointError: a file is missing, has another size, or the manifest is damaged.
+        CheckpointError: a file is missing or has another size, or the manifest is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,13 +65,13 @@ class Checkpoint:
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """None for a run whose tokenizer has no files (bytes)."""
+        """The directory of tokenizer files; None for a tokenizer without files (bytes)."""
         path = self.path / TOKENIZER_DIRECTORY
         return path if path.is_dir() else None
 
     @property
     def tokenizer_spec(self) -> str | None:
-        """The argument for `load_tokenizer`; None for an imported model that came without a tokenizer."""
+        """The argument for `load_tokenizer`; None for an imported model without a tokenizer."""
         if self.tokenizer_dir:
             return str(self.tokenizer_dir)
         data = self._config().get("data")
@@ -79,10 +79,10 @@ class Checkpoint:
 
     @property
     def model(self) -> ModelConfig:
-        """The architecture, from the `model` section of config.yaml; other sections need not be there.
+        """The architecture, from the `model` section of config.yaml; other sections are not required.
 
         Raises:
-            CheckpointError: the file has no such section, or one that does not describe a model.
+            CheckpointError: the section is missing or invalid.
         """
         try:
             model = ModelConfig.model_validate(self._config().get("model"))
@@ -99,25 +99,25 @@ class Checkpoint:
         return content if isinstance(content, dict) else {}
 
     def tensors(self, kind: str = "param") -> dict[str, Shape]:
-        """Names and global shapes of all tensors of a kind; empty when the checkpoint has none."""
+        """Return names and global shapes of all tensors of a kind; empty if the checkpoint has none."""
         return {name: tensor.shape for name, tensor in self.manifest.tensors.get(kind, {}).items()}
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
-        """Make sure that the checkpoint is of this model.
+        """Check that the checkpoint belongs to a model with these tensors.
 
         Raises:
-            CheckpointError: listing what is missing, unexpected or of another shape.
+            CheckpointError: lists tensors that are missing, unexpected or of another shape.
         """
         require_shapes(self.tensors(), shapes, f"{self.path} is of another model:")
 
     def read(self, name: str, rectangle: Rectangle | None = None, *, kind: str = "param") -> Tensor:
-        """A rectangle (default: all) of a tensor, whatever rectangles it was stored in; on the CPU, as stored.
+        """Read a rectangle (default: all) of a tensor, independent of the stored rectangles; on the CPU, stored dtype.
 
         Args:
             kind: `param` (the fp32 master weights), `exp_avg`, `exp_avg_sq`, ...
 
         Raises:
-            CheckpointError: no such tensor, or a damaged file, which is named.
+            CheckpointError: no such tensor, or a damaged file; the message names it.
         """
         tensor = self.manifest.tensors.get(kind, {}).get(name)
         if tensor is None:
@@ -136,7 +136,7 @@ class Checkpoint:
         return out
 
     def verify(self, progress: Callable[[str, int], None] | None = None) -> None:
-        """Read everything and compare it with the manifest. `progress` is called with each file and its size."""
+        """Hash every file and compare with the manifest. `progress` is called with each file and its size in bytes."""
         for name, stored in self.manifest.files.items():
             self._check_hash(name, stored)
             if progress:
@@ -147,7 +147,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / name} is damaged: its checksum does not match the manifest")
 
     def _recent(self, stored: StoredRectangle) -> Tensor:
-        """A stored rectangle; the last one is kept, because the next request is usually for its neighbor."""
+        """Load a stored rectangle and cache it, because the next request is often for another part of it."""
         if self._last is None or self._last[0] != stored:
             self._last = None  # free it first
             self._last = stored, self._load(stored)
@@ -170,7 +170,7 @@ class Checkpoint:
         return self._opened[name]
 
     def _listed(self, file: str) -> dict[str, tuple[str, Shape]]:
-        """Key, dtype and shape of what the manifest says to be in a file."""
+        """Return key, dtype and shape of the tensors that the manifest lists for a file."""
         return {
             stored.key: (tensor.dtype, stored.extent)
             for tensors in self.manifest.tensors.values()
@@ -181,6 +181,6 @@ class Checkpoint:
 
 
 def _slices(part: Rectangle, box: Rectangle) -> tuple[slice, ...]:
-    """The place of `part` in a tensor that holds `box`."""
+    """Return the index of `part` in a tensor with the contents of `box`."""
     starts = [first - origin for first, origin in zip(part.start, box.start, strict=True)]
     return tuple(slice(first, first + count) for first, count in zip(starts, part.extent, strict=True))

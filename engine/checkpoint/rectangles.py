@@ -1,8 +1,8 @@
 """Arithmetic on rectangles, the unit in which checkpoints store tensors.
 
-Pure. A flat slice of a sharded optimizer is a few rectangles, loading is intersection, and "every element exactly
-once" is a check on rectangles, so no layout needs a case of its own. Alternative considered: one entry per rank and
-parameter, which only the same layout can read.
+Pure functions. A flat slice of a sharded optimizer is a few rectangles, loading intersects rectangles, and the check
+that every element is stored exactly once is a check on rectangles, so no layout needs special handling. Alternative
+considered: one entry per rank and parameter, which only the same layout can read.
 """
 
 import math
@@ -14,15 +14,15 @@ Shape = tuple[int, ...]
 
 
 def whole(shape: Shape) -> Rectangle:
-    """All of a tensor of `shape`."""
+    """Return the rectangle of a whole tensor of `shape`."""
     return Rectangle((0,) * len(shape), shape)
 
 
 def flat_slice(rectangle: Rectangle, begin: int, end: int) -> list[Rectangle]:
-    """Elements [begin, end) of `rectangle` in row-major order, as rectangles in the same coordinates.
+    """Split the elements [begin, end) of `rectangle`, in row-major order, into rectangles in the same coordinates.
 
-    In order: their elements, concatenated, are the slice. At most three for a matrix: the end of a row, whole rows,
-    the beginning of a row.
+    Their elements, concatenated, are the slice. A matrix gives at most three: the end of a row, whole rows, the
+    beginning of a row.
     """
     if begin >= end:
         return []
@@ -43,7 +43,7 @@ def _inside_row(rectangle: Rectangle, row: int, begin: int, end: int) -> list[Re
 
 
 def intersect(a: Rectangle, b: Rectangle) -> Rectangle | None:
-    """The intersection of two rectangles of one tensor, None where it is empty."""
+    """Return the intersection of two rectangles of one tensor; None if it is empty."""
     start = tuple(max(pair) for pair in zip(a.start, b.start, strict=True))
     stop = tuple(min(pair) for pair in zip(stop_of(a), stop_of(b), strict=True))
     if any(low >= high for low, high in zip(start, stop, strict=True)):
@@ -52,15 +52,15 @@ def intersect(a: Rectangle, b: Rectangle) -> Rectangle | None:
 
 
 def stop_of(rectangle: Rectangle) -> Shape:
-    """The first offset past the rectangle, per dimension."""
+    """Return the end offsets of a rectangle (exclusive), per dimension."""
     return tuple(first + count for first, count in zip(rectangle.start, rectangle.extent, strict=True))
 
 
 def covers_exactly(shape: Shape, rectangles: Sequence[Rectangle]) -> str | None:
-    """Why `rectangles` do not hold every element of `shape` exactly once; None if they do."""
+    """Check that `rectangles` contain every element of `shape` exactly once. Return the problem, or None."""
     for rectangle in rectangles:
         if not is_inside(shape, rectangle):
-            return f"{slice_notation(rectangle)} does not lie inside shape {list(shape)}"
+            return f"{slice_notation(rectangle)} is not inside shape {list(shape)}"
     if pair := _overlapping(rectangles, len(shape)):
         return f"{slice_notation(pair[0])} and {slice_notation(pair[1])} overlap"
     covered, wanted = sum(rectangle.size for rectangle in rectangles), math.prod(shape)
@@ -76,7 +76,7 @@ def is_inside(shape: Shape, rectangle: Rectangle) -> bool:
 
 
 def _overlapping(rectangles: Sequence[Rectangle], num_dims: int) -> tuple[Rectangle, Rectangle] | None:
-    """Two rectangles that share an element. Sweeps along the dimension that is cut most, to compare few pairs."""
+    """Return two rectangles that overlap. Sweeps along the most split dimension, to compare few pairs."""
     if num_dims == 0:
         return (rectangles[0], rectangles[1]) if len(rectangles) > 1 else None
     dim = max(range(num_dims), key=lambda d: len({rectangle.start[d] for rectangle in rectangles}))
@@ -91,6 +91,6 @@ def _overlapping(rectangles: Sequence[Rectangle], num_dims: int) -> tuple[Rectan
 
 
 def slice_notation(rectangle: Rectangle) -> str:
-    """As one would index it, for messages: `[0:128, 64:128]`."""
+    """Format a rectangle as an index, for messages: `[0:128, 64:128]`."""
     stops = zip(rectangle.start, stop_of(rectangle), strict=True)
     return f"[{', '.join(f'{first}:{stop}' for first, stop in stops)}]"

@@ -1,6 +1,6 @@
-"""Which checkpoints of a run directory give way to a new one, and how they leave.
+"""Removes old checkpoints of a run directory after a new one is committed.
 
-At every moment the newest valid checkpoint, or the one before it, stands under a name that `run_directory.find` knows.
+At any time, the newest valid checkpoint or the one before it has a name that `run_directory.find` recognizes.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ from engine.errors import CheckpointError
 
 
 def set_aside(files: Storage, target: Path) -> Path | None:
-    """Make room for `target`; a valid checkpoint of that name stays valid, as `target.previous`.
+    """Free the name `target`; rename a valid checkpoint of that name to `target.previous`, under which it stays valid.
 
     Returns:
-        the checkpoint to discard once the new one is in place, if there is one.
+        the checkpoint to discard after the new one is committed, or None.
     """
     previous = target.with_name(target.name + PREVIOUS)
     if not target.exists():
@@ -31,7 +31,7 @@ def set_aside(files: Storage, target: Path) -> Path | None:
 
 
 def retain(files: Storage, root: Path, keep_last: int, state: State) -> None:
-    """Remove all valid checkpoints but the best and the `keep_last` newest. Damaged ones stay for a person to see."""
+    """Remove all valid checkpoints except the best and the `keep_last` newest. Damaged ones are kept for inspection."""
     valid = sorted(valid_checkpoints(root), key=lambda checkpoint: checkpoint.manifest.save_number)
     best = None if state.best is None else state.best.step
     for checkpoint in valid[: -max(1, keep_last)]:
@@ -40,14 +40,14 @@ def retain(files: Storage, root: Path, keep_last: int, state: State) -> None:
 
 
 def discard(files: Storage, path: Path) -> None:
-    """Remove a checkpoint, its name first: one that is half removed must not look like a damaged one."""
+    """Remove a checkpoint. It is renamed first, so that a partially removed one is not taken for a damaged one."""
     removed = path.with_name(path.name + ".removed" + PARTIAL)
     files.rename(path, removed)
     files.remove(removed)
 
 
 def remove_quietly(files: Storage, path: Path) -> None:
-    """Remove a directory; report where that fails, for another error is on its way already."""
+    """Remove a directory; report a failure instead of raising, because the caller is handling another error."""
     try:
         files.remove(path)
     except OSError as error:
@@ -55,7 +55,7 @@ def remove_quietly(files: Storage, path: Path) -> None:
 
 
 def next_save_number(root: Path) -> int:
-    """One more than the valid checkpoints in `root` have."""
+    """Return the highest save number of the valid checkpoints in `root`, plus one."""
     return 1 + max((checkpoint.manifest.save_number for checkpoint in valid_checkpoints(root)), default=0)
 
 

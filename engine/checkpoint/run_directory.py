@@ -1,7 +1,7 @@
-"""The checkpoints of a run directory: their names, which of them are valid, the newest and the best.
+"""Finds the checkpoints of a run directory: the valid ones, the newest and the best.
 
-The order is that of the saves, as the manifests count them. Alternative considered: trusting the name in `latest`,
-which a crash can leave behind; it is written for people and for `ls`.
+Checkpoints are ordered by the save number in their manifests. Alternative considered: trusting the file `latest`, which
+may be out of date after a crash; it is informational.
 """
 
 import os
@@ -23,7 +23,7 @@ Report = Callable[[str], None]
 
 
 def warn(message: str) -> None:
-    """Where reports go unless the caller wants them elsewhere: stderr."""
+    """Print a report to stderr, the default of functions that take `report`."""
     print(f"checkpoint: {message}", file=sys.stderr, flush=True)
 
 
@@ -38,12 +38,12 @@ def step_name(step: int) -> str:
 
 
 def candidates(run_dir: Path | str, report: Report = warn) -> list[Checkpoint]:
-    """All valid checkpoints of a run, newest first. Damaged ones are reported and skipped.
+    """Return all valid checkpoints of a run, newest first. Damaged ones are reported and skipped.
 
-    The caller falls back to the next one when a tensor turns out to be damaged.
+    If a tensor turns out to be damaged, the caller falls back to the next checkpoint.
 
     Raises:
-        CheckpointError: there is something, and none of it is a valid checkpoint.
+        CheckpointError: there are entries, but no valid checkpoint.
     """
     root = checkpoints_dir(run_dir)
     problems: list[str] = []
@@ -61,20 +61,20 @@ def candidates(run_dir: Path | str, report: Report = warn) -> list[Checkpoint]:
 
 
 def find(run_dir: Path | str, report: Report = warn) -> Checkpoint | None:
-    """The newest valid checkpoint of a run; None when it never committed one.
+    """Return the newest valid checkpoint of a run; None if the run has not committed one.
 
     Raises:
-        CheckpointError: there is something, and none of it is a valid checkpoint.
+        CheckpointError: there are entries, but no valid checkpoint.
     """
     return next(iter(candidates(run_dir, report)), None)
 
 
 def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
-    """The checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`. The
-    name `best` in either of these is the checkpoint of the best evaluation.
+    """Open the checkpoint at `path`, or the newest one of the run directory `path` or of its `checkpoints`. The
+    name `best` in either of these means the checkpoint of the best evaluation.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no valid checkpoint.
     """
     path = Path(path)
     if path.name == BEST and not path.exists():
@@ -91,7 +91,7 @@ def open_checkpoint(path: Path | str, report: Report = warn) -> Checkpoint:
 
 
 def _best(root: Path, report: Report) -> Checkpoint:
-    """The checkpoint of the best evaluation, which the newest checkpoint records."""
+    """Open the checkpoint of the best evaluation, as recorded in the newest checkpoint."""
     newest = open_checkpoint(root, report)
     best = newest.state.best
     if best is None or not (newest.path.parent / step_name(best.step)).is_dir():
@@ -101,7 +101,7 @@ def _best(root: Path, report: Report) -> Checkpoint:
 
 
 def valid_checkpoints(root: Path, problem: Report = lambda _: None) -> list[Checkpoint]:
-    """Every entry of `root` that is a valid checkpoint, by name; `problem` is told about the others."""
+    """Return the valid checkpoints in `root`, by name; `problem` is called with a message about each other entry."""
     valid = []
     for name in sorted(os.listdir(root)) if root.is_dir() else []:
         if name == "latest" or name.endswith(PARTIAL):

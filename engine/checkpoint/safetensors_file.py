@@ -1,6 +1,7 @@
-"""Reading untrusted files: safetensors by the rectangle, small files as a whole.
+"""Reads untrusted files: rectangles of tensors from safetensors files, and small files completely.
 
-Nothing is unpickled, mapped or executed. A wrong, damaged or unreadable file is a `CheckpointError` that names it.
+Nothing is unpickled, mapped or executed. An invalid, damaged or unreadable file raises a `CheckpointError` with its
+name.
 """
 
 import io
@@ -25,10 +26,10 @@ _READ_BYTES = 1 << 30  # the system reads at most 2 GiB at once
 
 
 class SafetensorsFile:
-    """A safetensors file opened for reading: header validated, tensors read when asked for.
+    """A safetensors file opened for reading, with a validated header; tensors are read on demand.
 
-    The data are read, not mapped: a file that shrinks or a disk that fails raises an error instead of killing the
-    process, and pages of the file do not count as this process's memory.
+    The data are read, not mapped, so that a shrinking file or failing disk raises an error instead of killing the
+    process, and pages of the file do not count as memory of this process.
 
     Raises:
         CheckpointError: missing, not a regular file, or damaged.
@@ -56,14 +57,14 @@ class SafetensorsFile:
         return tuple(self._table[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """Its name in the format, such as `BF16`."""
+        """Return the format's name of the dtype, such as `BF16`."""
         return self._table[name]["dtype"]
 
     def tensor(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
-        """A tensor, or a rectangle of it, of which only the rows are read; in memory of its own.
+        """Read a tensor or a rectangle of it into new memory; for a rectangle, only its rows are read.
 
         Raises:
-            CheckpointError: no such tensor or rectangle, a dtype that we do not read, or the file cannot be read.
+            CheckpointError: no such tensor or rectangle, an unsupported dtype, or the file cannot be read.
         """
         if name not in self._table or self.dtype(name) not in DTYPES:
             kind = f"of dtype {self.dtype(name)}" if name in self._table else "not there"
@@ -80,7 +81,7 @@ class SafetensorsFile:
         return self._rows(name, 0, shape)
 
     def _rows(self, name: str, first: int, shape: Shape) -> Tensor:
-        """Rows from `first` on, as many as `shape` has."""
+        """Read a tensor of `shape` from row `first` on."""
         tensor = torch.empty(shape, dtype=DTYPES[cast(DtypeName, self.dtype(name))])
         offset = self._data_start + self._table[name]["data_offsets"][0]
         offset += first * math.prod(shape[1:]) * tensor.itemsize
@@ -102,7 +103,7 @@ def _read_fully(content: io.FileIO, into: memoryview) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-64 of a file's bytes."""
+    """Return the xxh3-64 hash of a file's bytes."""
     require_file(path)
     digest = xxhash.xxh3_64()
     try:
@@ -115,7 +116,7 @@ def file_hash(path: Path) -> str:
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """A small file's content.
+    """Return the content of a small file.
 
     Raises:
         CheckpointError: missing, unreadable, or larger than `limit` bytes.
@@ -129,7 +130,7 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def require_file(path: Path) -> int:
-    """The size of a regular file in bytes.
+    """Return the size of a regular file in bytes.
 
     Raises:
         CheckpointError: missing, unreadable, or not a regular file (opening a pipe would block forever).

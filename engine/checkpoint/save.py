@@ -1,9 +1,9 @@
-"""Saving checkpoints.
+"""Saves checkpoints with a two-phase commit over ranks.
 
-A save is a two-phase commit over ranks. Every rank writes its rectangles and a list of them into a `.partial`
-directory; when all have, rank 0 checks that every element of every tensor is there exactly once, writes the manifest
-and renames the directory. A checkpoint therefore exists completely or not at all, also after a power cut. Ranks
-agree through a function that the caller passes, so that nothing here depends on `torch.distributed`.
+Every rank writes its rectangles and a list of them to a `.partial` directory. After all ranks have finished, rank 0
+checks that every element of every tensor is present exactly once, writes the manifest and renames the directory. A
+checkpoint therefore exists completely or not at all, even after a power failure. The caller passes the function by
+which ranks agree, so this module does not depend on `torch.distributed`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ from engine.checkpoint.storage import Storage
 from engine.errors import StorageError, TriaxisError
 
 FirstProblem = Callable[[str | None], str | None]
-"""A collective: every rank calls it with its own problem or None, and all get the first problem of any."""
+"""A collective: every rank passes its problem or None, and all receive the problem of the first rank that has one."""
 
 
 def save(
@@ -41,19 +41,26 @@ def save(
     first_problem: FirstProblem,
     storage: Storage | None = None,
 ) -> Path:
-    """Write a checkpoint. A collective: every rank calls it, also one that owns nothing.
+    """Save a checkpoint. A collective: every rank calls it, even one that owns no slices.
 
-    A valid checkpoint of the same step, of a run that resumed from an earlier one, is replaced: it is set aside as
-    `step_X.previous`, which `find` knows, until the new one is in place. The `keep_last` newest are kept, and the best.
+    A valid checkpoint of the same step (of a run that resumed from an earlier step) is replaced: until the new one is
+    committed, it is kept as `step_X.previous`, which `find` recognizes. The `keep_last` newest and the best checkpoint
+    are kept, older ones removed.
 
     Args:
+        run_dir: the run directory; the same on all ranks.
+        slices: the slices that this rank owns.
+        state: the state of the run apart from its tensors.
+        config_yaml: the content of `config.yaml`.
+        tokenizer_files: files to copy into the checkpoint.
         first_problem: the collective by which ranks agree.
+        storage: file operations; tests pass one with a hook.
 
     Returns:
         the committed directory.
 
     Raises:
-        StorageError: on all ranks when any rank could not write; nothing is left behind, older checkpoints are intact.
+        StorageError: on all ranks if any rank could not write; partial files are removed, older checkpoints are intact.
     """
     files = storage or Storage()
     target = checkpoints_dir(run_dir) / step_name(state.step)
@@ -76,7 +83,7 @@ def save(
 
 
 def _on_all_ranks(first_problem: FirstProblem, rank: int, action: Callable[[], None]) -> None:
-    """Run `action`, then raise on all ranks if it failed on any."""
+    """Run `action`, and raise on all ranks if it failed on any."""
     error: Exception | None = None
     try:
         action()
@@ -90,7 +97,7 @@ def _on_all_ranks(first_problem: FirstProblem, rank: int, action: Callable[[], N
 
 
 def _prepare(files: Storage, partial: Path) -> None:
-    """Make an empty directory for all ranks, and remove what an interrupted save left."""
+    """Create an empty directory for all ranks, and remove the files of interrupted saves."""
     root = partial.parent
     files.make_directory(root, exist_ok=True)
     for name in files.names(root):
@@ -109,7 +116,7 @@ def _commit(
     tokenizer_files: Sequence[Path],
     world_size: int,
 ) -> None:
-    """The second phase: what belongs to all ranks, the manifest, and the name that makes it a checkpoint."""
+    """Run the second phase: write the shared files and the manifest, and rename the directory."""
     stored = dict(manifest.files)
     stored[CONFIG_FILE] = files.write(partial / CONFIG_FILE, config_yaml.encode())
     if tokenizer_files:

@@ -1,4 +1,4 @@
-"""The first phase of a save: every rank writes its slices into a shard of its own, and rank 0 gathers the lists."""
+"""The first phase of a save: every rank writes its slices to a separate shard file, and rank 0 gathers the lists."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +31,10 @@ class StateSlice:
     Attributes:
         kind: `param` (the fp32 master weights), `exp_avg`, `exp_avg_sq`, ...
         name: the Hugging Face name.
-        shape: global shape of the whole tensor.
-        tensor: the rectangle's elements, on any device; or a function that reads them when their turn comes.
-        dtype: of the stored elements; None keeps the tensor's own. Required with a function.
+        shape: global shape of the tensor.
+        rectangle: its position in the tensor.
+        tensor: the rectangle's elements, on any device; or a function that returns them, called just before the write.
+        dtype: dtype of the stored elements; None: the tensor's dtype. Required with a function.
     """
 
     kind: str
@@ -45,7 +46,7 @@ class StateSlice:
 
 
 class _Share(BaseModel):
-    """The list that a rank leaves for rank 0: its part of the manifest."""
+    """The list that a rank writes for rank 0: its part of the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -54,7 +55,7 @@ class _Share(BaseModel):
 
 
 def write_share(files: Storage, partial: Path, slices: Sequence[StateSlice], rank: int, world_size: int) -> None:
-    """Write this rank's slices into its shard, and the list of them beside it."""
+    """Write this rank's slices to its shard file, and the list of them to `share_name(rank)`."""
     entries = [_entry(part) for part in slices]
     if len({entry.key for entry in entries}) < len(entries):
         raise ValueError(f"rank {rank} was given the same rectangle twice")
@@ -98,10 +99,10 @@ def _add(tensors: dict[str, StoredTensor], name: str, tensor: StoredTensor) -> N
 
 
 def gather_shares(files: Storage, partial: Path, state: State, world_size: int, save_number: int) -> Manifest:
-    """The manifest of the tensors of all ranks, without the files that rank 0 adds.
+    """Gather the lists of all ranks to a manifest, without the files that rank 0 adds.
 
     Raises:
-        StorageError: naming the rank that wrote nothing, or not what it lists.
+        StorageError: names the rank whose list or file is missing, damaged or of another size.
     """
     stored_files: dict[str, StoredFile] = {}
     tensors: dict[str, dict[str, StoredTensor]] = {}
@@ -124,9 +125,9 @@ def _read_share(files: Storage, partial: Path, rank: int) -> _Share:
     except FileNotFoundError:
         raise StorageError(f"rank {rank} wrote nothing into {partial}") from None
     except ValidationError as error:
-        raise StorageError(f"the list that rank {rank} left in {partial} is damaged: {error}") from None
+        raise StorageError(f"the list that rank {rank} wrote to {partial} is damaged: {error}") from None
 
 
 def share_name(rank: int) -> str:
-    """The file in which `rank` lists its slices until the checkpoint is committed."""
+    """Return the name of the file in which `rank` lists its slices until the checkpoint is committed."""
     return f"share-{rank:05d}.json"

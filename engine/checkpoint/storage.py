@@ -1,9 +1,8 @@
-"""Every file operation that writes a checkpoint or an export, each one numbered.
+"""The file operations that write a checkpoint or an export, all numbered.
 
-Writing goes through one object that announces each operation before it happens, so that a test can die, or fail, at
-operation k for every k. Nothing is buffered: whenever the process ends, a file holds what was written so far.
-Alternative considered: `safetensors.torch.save_file`, which needs every tensor in host memory at once and hashes
-nothing.
+All writes go through one object that calls a hook before each operation, so that a test can fail or exit at operation k
+for every k. Writes are unbuffered: if the process ends, a file contains everything written so far. Alternative
+considered: `safetensors.torch.save_file`, which needs all tensors in host memory at once and computes no hashes.
 """
 
 import json
@@ -23,31 +22,31 @@ from engine.checkpoint.manifest import DTYPE_NAMES, StoredFile
 from engine.checkpoint.rectangles import Shape
 from engine.errors import ConfigError, StorageError
 
-CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between the hashes and the write
+CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between hashing and writing
 
 OnOperation = Callable[[int, str, Path], None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write. `load` is called just before, so that one tensor at a time is in memory."""
+    """A tensor to write. `load` is called just before the write, so that one tensor at a time is in memory."""
 
     key: str
     shape: Shape
-    dtype: torch.dtype  # as stored; converted chunk by chunk if `load` returns another
+    dtype: torch.dtype  # of the file; converted chunk by chunk if `load` returns another
     load: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Written:
-    """A safetensors file as it was written, with the hash of every tensor in it."""
+    """A written safetensors file, with the hash of every tensor in it."""
 
     file: StoredFile
     hashes: dict[str, str]
 
 
 class Storage:
-    """File operations of one writer.
+    """The file operations of one writer.
 
     Args:
         hook: called with (number, operation, path) before each operation.
@@ -62,7 +61,7 @@ class Storage:
         path.mkdir(parents=exist_ok, exist_ok=exist_ok)
 
     def names(self, path: Path) -> list[str]:
-        """Names of the entries of a directory, sorted."""
+        """Return the sorted names of the entries of a directory."""
         self._operation("list", path)
         return sorted(os.listdir(path))
 
@@ -75,7 +74,7 @@ class Storage:
         return path.read_bytes()
 
     def write(self, path: Path, content: bytes) -> StoredFile:
-        """Create a file; it is on the disk when this returns."""
+        """Create a file and sync it to disk."""
         with self._create(path) as out:
             out.write(memoryview(content))
         return out.stored()
@@ -89,7 +88,7 @@ class Storage:
     def write_safetensors(
         self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
     ) -> Written:
-        """Stream tensors into a new safetensors file, hashing the bytes of each on the way."""
+        """Write tensors to a new safetensors file, hashing the bytes of each on the way."""
         ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # keeps every tensor aligned
         hashes = {}
         with self._create(path) as out:
@@ -110,7 +109,7 @@ class Storage:
         os.rename(source, target)
 
     def replace_text(self, path: Path, text: str) -> None:
-        """Replace a small file atomically: readers see the old text or the new one."""
+        """Replace a small file atomically: readers see the old or the new text."""
         temporary = path.with_name(path.name + ".partial")
         self.remove(temporary)
         self.write(temporary, text.encode())
@@ -119,7 +118,7 @@ class Storage:
         self.sync_directory(path.parent)
 
     def sync_directory(self, path: Path) -> None:
-        """Call fsync on a directory, so that the names in it survive a power cut."""
+        """Call fsync on a directory, so that the names in it survive a power failure."""
         self._operation("sync_directory", path)
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -128,7 +127,7 @@ class Storage:
             os.close(fd)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a directory with its content; no error when there is none."""
+        """Remove a file, or a directory with its content; no error if it does not exist."""
         self._operation("remove", path)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -171,14 +170,14 @@ class _Output:
         except OSError as error:
             raise OSError(
                 error.errno, error.strerror, str(self._path)
-            ) from None  # the error of the system names no file
+            ) from None  # the system's error does not name the file
 
     def stored(self) -> StoredFile:
         return StoredFile(size=self._size, xxh3_64=self._digest.hexdigest())
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
-    """Length and JSON table of a safetensors file, padded so that the data start at a multiple of 8."""
+    """Return length and JSON table of a safetensors file, padded so that the data start at a multiple of 8."""
     table: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in entries:
@@ -193,11 +192,11 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> byt
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends and disappears when it raises.
+    """Yield a temporary directory that is renamed to `target` on exit and removed on an exception.
 
     Raises:
         ConfigError: `target` exists and is not an empty directory.
-        StorageError: it cannot be made.
+        StorageError: the directory cannot be created.
     """
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -207,7 +206,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         files.remove(partial)
         files.make_directory(partial, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot make the directory {target}: {error.strerror}; name another directory") from error
+        raise StorageError(f"cannot create the directory {target}: {error.strerror}; name another directory") from error
     try:
         yield partial
         files.sync_directory(partial)
@@ -219,7 +218,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def byte_chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a contiguous tensor as `dtype`, on the host, 1 MiB at a time."""
+    """Yield the bytes of a contiguous tensor, converted to `dtype` on the host, 1 MiB at a time."""
     flat = tensor.detach().reshape(-1)
     count = CHUNK_BYTES // dtype.itemsize
     for begin in range(0, flat.numel(), count):
@@ -228,7 +227,7 @@ def byte_chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """xxh3-64 of a tensor's bytes."""
+    """Return the xxh3-64 hash of a tensor's bytes."""
     digest = xxhash.xxh3_64()
     for chunk in byte_chunks(tensor, tensor.dtype):
         digest.update(chunk)

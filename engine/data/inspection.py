@@ -1,6 +1,6 @@
-"""Statistics and excerpts of a token dataset, as plain values for a program to print or dump as JSON.
+"""Computes statistics and excerpts of a token dataset, as plain values to print or dump as JSON.
 
-Memory does not grow with the size of the dataset.
+Memory use does not grow with the dataset.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.stream import stream_text
 from engine.errors import ConfigError, DataError
 
-LOW_BITS = 20  # the median is found in two passes: first the high bits of a length, then these
+LOW_BITS = 20  # the median takes two passes: over the high bits of the lengths, then over these low bits
 
 
 @dataclass(frozen=True)
 class DocumentExcerpt:
-    """Tokens of one document, starting at its token `offset`. `text` is None without a tokenizer."""
+    """Tokens of one document from token `offset` on. `text` is None without a tokenizer."""
 
     document: int
     offset: int
@@ -34,7 +34,7 @@ class DocumentExcerpt:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Consecutive tokens that are all targets, or none is. `text` is None without a tokenizer."""
+    """Consecutive tokens, either all targets or all not. `text` is None without a tokenizer."""
 
     is_target: bool
     ids: list[int]
@@ -43,7 +43,7 @@ class TokenRun:
 
 @dataclass(frozen=True)
 class ConversationExcerpt:
-    """The beginning of a conversation; the counts are of the whole conversation."""
+    """The beginning of a conversation, with counts of the whole conversation."""
 
     document: int
     num_tokens: int
@@ -52,7 +52,7 @@ class ConversationExcerpt:
 
 
 def summary(data: IndexedDataset) -> dict[str, Any]:
-    """Counts, type, size, document lengths and the description beside the dataset."""
+    """Return counts, dtype, size, document lengths and the description (`PREFIX.json`) of a dataset."""
     targets = {"target_tokens": count_targets(data)} if data.has_mask else {}
     return targets | {
         "prefix": str(data.prefix),
@@ -67,13 +67,13 @@ def summary(data: IndexedDataset) -> dict[str, Any]:
 
 
 def count_targets(data: IndexedDataset) -> int:
-    """The number of target tokens."""
+    """Count the target tokens."""
     starts = range(0, data.num_tokens, CHUNK)
     return sum(int(data.mask(start, min(CHUNK, data.num_tokens - start)).sum(dtype=np.int64)) for start in starts)
 
 
 def length_statistics(data: IndexedDataset) -> dict[str, float] | None:
-    """Minimum, median (the lower of two), mean and maximum of document lengths in tokens; None without documents."""
+    """Return minimum, (lower) median, mean and maximum of document lengths in tokens; None without documents."""
     if data.num_documents == 0:
         return None
     low, high = 1 << 62, 0
@@ -91,7 +91,7 @@ def length_statistics(data: IndexedDataset) -> dict[str, float] | None:
 
 
 def find_tokenizer(data: IndexedDataset, spec: str | None) -> Tokenizer | None:
-    """The tokenizer named by `spec`; without one, the byte tokenizer if the dataset was made with it, else None.
+    """Load the tokenizer `spec`. By default, the byte tokenizer if the dataset was made with it, else None.
 
     Raises:
         DataError: the dataset was made with another tokenizer.
@@ -110,10 +110,10 @@ def find_tokenizer(data: IndexedDataset, spec: str | None) -> Tokenizer | None:
 def documents(
     data: IndexedDataset, numbers: Sequence[int], tokenizer: Tokenizer | None, max_tokens: int
 ) -> list[DocumentExcerpt]:
-    """The first `max_tokens` tokens of some documents.
+    """Return the first `max_tokens` tokens of each of the documents `numbers`.
 
     Raises:
-        ConfigError: there is no such document.
+        ConfigError: no such document.
     """
     for j in numbers:
         _check_document(data, j)
@@ -127,7 +127,11 @@ def documents(
 def conversations(
     data: IndexedDataset, numbers: Sequence[int], tokenizer: Tokenizer | None, max_tokens: int
 ) -> list[ConversationExcerpt]:
-    """`documents` for a dataset with a mask."""
+    """Return the first `max_tokens` tokens of each of the conversations `numbers`; the dataset has a mask.
+
+    Raises:
+        ConfigError: no such conversation.
+    """
     found = []
     for j in numbers:
         _check_document(data, j)
@@ -151,7 +155,7 @@ def _runs(ids: list[int], mask: list[bool], tokenizer: Tokenizer | None) -> list
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text that each id adds. Special tokens are shown by name, ids without text as numbers."""
+    """Return the text that each id adds. Special tokens are shown by name, ids without text as numbers."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
     texts: list[str] = []
     for plain, group in groupby(ids, key=lambda i: 0 <= i < tokenizer.vocab_size and i not in names):
@@ -166,12 +170,12 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _silent(i: int, tokenizer: Tokenizer) -> str:
-    """The text shown for an id that adds none: it may be part of a character, or a leading space."""
+    """Return the text shown for an id that adds none; it may be part of a character or a leading space."""
     return "" if tokenizer.decode([i]) else tokenizer.decode([i, i]) or f"<id {i}>"
 
 
 def document_kind(masked: bool) -> str:
-    """The word for a document in messages."""
+    """Return the word for a document in messages."""
     return "conversation" if masked else "document"
 
 
@@ -184,7 +188,7 @@ def _check_document(data: IndexedDataset, j: int) -> None:
 
 
 def sample(dataset: PretrainDataset, i: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Sample `i`: its location, the document boundaries in it, and its excerpts of documents."""
+    """Return the location of sample `i`, its document boundaries, and excerpts of its documents."""
     here, content = dataset.where(i), dataset.sample(i)
     data = dataset.datasets[here.dataset]
     cuts = [0, *content.boundaries.tolist(), dataset.seq_length]
@@ -212,7 +216,7 @@ def _read(data: IndexedDataset, start: int, stop: int, tokenizer: Tokenizer | No
 
 
 def decode(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Text of `ids`; ids outside the vocabulary, on which most tokenizers fail, are shown as numbers."""
+    """Decode `ids`; ids outside the vocabulary, on which most tokenizers fail, are shown as numbers."""
     text, known = "", []
     for i in [*ids, -1]:
         if 0 <= i < tokenizer.vocab_size:
@@ -224,17 +228,17 @@ def decode(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with control characters escaped, safe to write to a terminal."""
+    """Escape control characters, so that the text is safe to write to a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _histogram(values: Ints) -> Ints:
-    """Counts of each value below 2^LOW_BITS; larger values count as the largest."""
+    """Count each value in [0, 2^LOW_BITS); larger values count as the largest."""
     return np.bincount(np.minimum(values, (1 << LOW_BITS) - 1), minlength=1 << LOW_BITS)
 
 
 def _at_rank(counts: Ints, rank: int) -> tuple[int, int]:
-    """The value at `rank` in sorted order, and its rank among equal values."""
+    """Return the value at `rank` in sorted order, and its rank among equal values."""
     upto = np.cumsum(counts)
     value = int(np.searchsorted(upto, rank, side="right"))
     return value, rank - int(upto[value] - counts[value])

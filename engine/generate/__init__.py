@@ -1,1 +1,1 @@
-"""Text from a model: decoding with a key/value cache, ranks that serve it, prompts."""
+"""Text generation: decoding with a key/value cache over tensor-parallel ranks, and prompt files."""

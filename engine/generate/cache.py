@@ -1,4 +1,4 @@
-"""The key/value cache: what generation keeps of the tokens already read.
+"""The key/value cache of generation.
 
 Legend: b sequences, t tokens, n heads, n_kv key and value heads, d head size.
 """
@@ -14,19 +14,19 @@ from engine.parallel.layout import NO_TP, TensorParallel
 
 
 class KeyValueCache:
-    """Keys and values of the tokens read so far, of several sequences, for the heads that this rank holds.
+    """Keys and values of the tokens of several sequences, for the heads of this rank.
 
-    One slab for all layers, allocated once. Alternative considered: pages that sequences share (vLLM), which pay when
-    thousands of requests come and go.
+    One tensor for all layers, allocated once. Alternative considered: shared pages (vLLM), which pay off with thousands
+    of concurrent requests.
 
     Args:
-        sequences: how many; each has a row of its own.
-        capacity: the most tokens of a sequence.
-        tp: this rank's place among those that share the layers.
+        sequences: number of sequences; one row each.
+        capacity: maximum number of tokens of a sequence.
+        tp: this rank's place in the tensor-parallel group.
 
     Attributes:
         slab: [2, layers, sequences, capacity, kv_heads/tp, head_dim]; keys, then values.
-        lengths: tokens of each sequence that are in the cache.
+        lengths: number of cached tokens of each sequence.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class KeyValueCache:
         self.lengths = [0] * sequences
 
     def extend(self, rows: range, count: int) -> tuple[torch.Tensor, Attend]:
-        """Make room for `count` new tokens of each of the sequences `rows`.
+        """Extend each of the sequences `rows` by `count` new tokens.
 
         Returns:
-            positions: of the new tokens, one sequence after another, [rows · count], int64.
-            attend: stores their keys and values in the cache and returns their attention output [t, n, d], given q
-                [t, n, d], k and v [t, n_kv, d]. Further tokens, t > rows · count, are padding, and their output is 0.
+            positions: positions of the new tokens, sequence by sequence, [rows · count], int64.
+            attend: function that takes q [t, n, d], k and v [t, n_kv, d] of the new tokens, stores k and v in the
+                cache, and returns the attention output [t, n, d]. Tokens after the first rows · count are padding with
+                output 0.
         """
         device, some = self.slab.device, slice(rows.start, rows.stop)
         self.lengths[some] = ends = [length + count for length in self.lengths[some]]
@@ -67,6 +68,6 @@ class KeyValueCache:
         return places.flatten(), attend
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all sequences but `rows`, which become rows 0, 1, ..."""
+        """Drop all sequences except `rows`, which become rows 0, 1, ..."""
         self.slab = self.slab[:, :, rows]
         self.lengths = [self.lengths[row] for row in rows]

@@ -1,10 +1,10 @@
-"""Decoding: one token after another from a decoder with a key/value cache, for one prompt or several at once.
+"""Autoregressive decoding with a key/value cache, for one or several prompts.
 
-Prefill runs prompt by prompt; then all sequences advance together, a token a step, and one that has ended leaves the
-batch. The random numbers of a prompt depend on the seed and its number alone, so its text does not depend on the rest
-of the batch. Ranks that share the layers hold the same logits and random numbers and so draw the same tokens: only
-prompts are communicated. Alternative considered: padding prompts to one length and one prefill for all, which wastes
-work and needs a mask for the padding.
+Prefill runs prompt by prompt; then all sequences advance together, one token per step, and finished sequences leave the
+batch. The random numbers of a prompt depend only on the seed and the prompt's number, so its text does not depend on
+the rest of the batch. Tensor-parallel ranks have the same logits and random numbers and therefore sample the same
+tokens: only prompts are communicated. Alternative considered: padding prompts to one length and one prefill for all,
+which wastes work and needs a padding mask.
 
 Legend: b sequences, t tokens, h hidden size, v vocabulary.
 """
@@ -23,17 +23,19 @@ from engine.generate.cache import KeyValueCache
 from engine.model.decoder import Decoder
 from engine.parallel.collectives import gather_sequence
 
-LOWEST_TEMPERATURE = 1e-3  # above 0: logits divided by less may overflow, and decoding is greedy anyway
+LOWEST_TEMPERATURE = (
+    1e-3  # smallest nonzero: smaller ones may overflow the logits, and decoding is nearly greedy anyway
+)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Sampling parameters of the next token.
 
     Attributes:
-        temperature: 0 takes the most likely token; above, logits are divided by it.
-        top_p: draw only from the smallest set of tokens that together have at least this probability.
-        seed: of the random numbers.
+        temperature: 0 for greedy decoding; otherwise logits are divided by it.
+        top_p: sample from the smallest set of tokens with at least this total probability.
+        seed: seed for sampling.
 
     Raises:
         ConfigError: a value out of range.
@@ -60,7 +62,7 @@ def generate(
     stop: frozenset[int] = frozenset(),
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Token ids that continue one prompt; see `generate_batch`. Its number is 0."""
+    """Yield token ids that continue one prompt, number 0; see `generate_batch`."""
     batch = generate_batch(decoder, {0: prompt}, max_new_tokens, sampling, stop, vocab_size)
     return (token for _, token in batch)
 
@@ -73,28 +75,29 @@ def generate_batch(
     stop: frozenset[int] = frozenset(),
     vocab_size: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Continue several prompts; a collective of the ranks that share the decoder, all with the same arguments.
+    """Continue several prompts. A collective of the tensor-parallel ranks, all with the same arguments.
 
     Args:
-        prompts: token ids by number; the number is part of the seed of the prompt's random numbers.
-        max_new_tokens: for each prompt.
+        prompts: token ids by prompt number; the number is part of the seed of the prompt's random numbers.
+        max_new_tokens: maximum per prompt.
+        sampling: sampling parameters.
         stop: ids that end a sequence; they are not yielded.
-        vocab_size: of the tokenizer; higher ids of the model are padding and are never drawn.
+        vocab_size: the tokenizer's; higher ids of the model are padding and are never sampled.
 
     Yields:
-        (number of a prompt, next token id), as soon as it is drawn; the same on every rank.
+        (prompt number, next token id) as soon as it is sampled; the same on every rank.
 
     Raises:
         ConfigError: a prompt is empty, or prompt and new tokens exceed the model's `max_position`.
     """
     for prompt in prompts.values():
         require_room(decoder.config, len(prompt), max_new_tokens)
-    # a generator of its own, so that the checks above run before the first token is requested
+    # a separate generator function, so that the checks above run before the first token is requested
     return _continue(decoder, prompts, max_new_tokens, sampling, stop, vocab_size)
 
 
 def require_room(model: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Make sure that a prompt can be continued.
+    """Check that a prompt can be continued.
 
     Raises:
         ConfigError: it is empty, or prompt and new tokens exceed the model's `max_position`.
@@ -121,7 +124,7 @@ def _continue(
     weight, tp = decoder.embedding.weight, decoder.embedding.tp
     capacity = max(map(len, prompts.values())) + max_new_tokens
     cache = KeyValueCache(decoder.config, len(prompts), capacity, weight.dtype, weight.device, tp)
-    numbers = list(prompts)  # of the prompt in each row of the cache
+    numbers = list(prompts)  # prompt number of each row of the cache
     random = {number: _random(sampling.seed, number) for number in numbers}
     prefill = (torch.tensor(prompt, device=weight.device) for prompt in prompts.values())
     logits = torch.cat([_next_logits(decoder, cache, range(i, i + 1), tokens) for i, tokens in enumerate(prefill)])
@@ -140,11 +143,11 @@ def _continue(
 
 
 def _next_logits(decoder: Decoder, cache: KeyValueCache, rows: range, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [b, v] of the next token of the sequences `rows`, after `tokens` [b·t], t more of each, are read."""
+    """Run `tokens` [b·t], t per sequence, through the decoder. Return the next-token logits [b, v] of `rows`."""
     assert decoder.head is not None
     tp, count = decoder.head.tp, len(tokens) // len(rows)
     positions, attend = cache.extend(rows, count)
-    padding = -len(tokens) % tp.size  # ranks hold equal shares of the tokens
+    padding = -len(tokens) % tp.size  # ranks have equal shares of the tokens
     tokens, positions = (functional.pad(x, (0, padding)) for x in (tokens, positions))
     hidden = gather_sequence(decoder(tokens, positions, attend), tp.group)  # [b·t + padding, h]
     logits = decoder.logits(hidden[count - 1 : len(rows) * count : count])  # [b, v/tp]
@@ -158,19 +161,21 @@ def _next_logits(decoder: Decoder, cache: KeyValueCache, rows: range, tokens: to
 
 
 def sample_next(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
-    """Next tokens [b], int64, from logits [b, v], fp32, and uniform random numbers [b] in [0, 1), fp64."""
+    """Sample tokens [b], int64, from logits [b, v], fp32, and uniform random numbers [b] in [0, 1), fp64."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities, order = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
     reached = probabilities.double().cumsum(-1)
-    kept = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)  # tokens before it have less than top_p
+    kept = (reached - probabilities < sampling.top_p).sum(
+        -1, keepdim=True
+    )  # tokens before which the cumulative probability is below top_p
     wanted = uniform.to(logits.device)[:, None] * reached.gather(
         1, kept - 1
-    )  # in fp64, so that rounding cannot reach the end
+    )  # in fp64, so that rounding cannot reach past the last kept token
     return order.gather(1, torch.searchsorted(reached, wanted, right=True))[:, 0]
 
 
 def _random(seed: int, number: int) -> torch.Generator:
-    """The random stream of a prompt, on the host, so that all devices draw alike."""
+    """Return the random generator of a prompt, on the host, so that all devices sample the same tokens."""
     key = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

@@ -1,9 +1,10 @@
-"""Prompts from a JSONL file, and the file of their answers, from which an interrupted run resumes.
+"""Reads prompts from a JSONL file and writes their answers to another, from which an interrupted run resumes.
 
-One object a line, with `prompt` (a text) or `messages` (a conversation). The answer to a line is the same object with
-more fields, in the same order, so the number of answers is where to resume. All lines are checked before the first is
-answered: a bad last line must not cost a night. A file beside the answers keeps the settings they were made with, so
-that those of two models are never mixed. Alternative considered: a progress file, which can disagree with the answers.
+One object per line, with `prompt` (a text) or `messages` (a conversation). The answer to a line is the same object with
+additional fields. Answers are in the order of the prompts, so their number tells where to resume. All lines are checked
+before the first is answered, so that a run does not fail at an invalid last line. A file next to the answers stores
+their settings, so that answers of two models are never mixed. Alternative considered: a progress file, which can
+disagree with the answers.
 """
 
 import os
@@ -21,14 +22,14 @@ ANSWER_FIELDS = ("completion", "num_tokens", "stopped", "error")
 
 
 def read_prompts(path: Path, *, chat: bool) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are skipped.
+    """Read the objects of a JSONL file; blank lines are skipped.
 
     Args:
         chat: allow `messages`; a `prompt` is then a conversation of one user message.
 
     Raises:
         ConfigError: the file cannot be read.
-        DataError: naming the first line that is not a prompt; or there is none.
+        DataError: names the first line that is not a prompt; or there are no prompts.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -44,12 +45,12 @@ def read_prompts(path: Path, *, chat: bool) -> list[dict[str, Any]]:
                     f"{path}, line {number}: {problem}; it starts {line[:60].decode(errors='replace')!r}"
                 ) from None
     if not prompts:
-        raise DataError(f'{path} holds no prompts; expected an object a line, as in {{"prompt": "..."}}')
+        raise DataError(f'{path} has no prompts; expected one object per line, as in {{"prompt": "..."}}')
     return prompts
 
 
 def conversation(prompt: Mapping[str, Any], system: str | None = None) -> list[Message]:
-    """The messages of a line, `system` put before them unless they begin with a system message."""
+    """Return the messages of a line, after the system message `system` unless they begin with one."""
     messages: list[Message] = prompt.get("messages") or [{"role": "user", "content": prompt["prompt"]}]
     if system is None or messages[0]["role"] == "system":
         return messages
@@ -57,17 +58,17 @@ def conversation(prompt: Mapping[str, Any], system: str | None = None) -> list[M
 
 
 class AnswerFile:
-    """Answers to `prompts`, one line each, in their order. Opening it keeps those of an interrupted run.
+    """The file of answers to `prompts`, one line each, in order. Opening it keeps the answers of an interrupted run.
 
     Args:
-        settings: what answers depend on beside their prompts, as JSON values; kept in PATH.settings.json.
+        settings: settings that answers depend on, as JSON values; stored in PATH.settings.json.
 
     Attributes:
-        answered: how many prompts have an answer.
+        answered: number of prompts with an answer.
 
     Raises:
         ConfigError: the file cannot be written, or its answers were made with other settings.
-        DataError: it holds anything but answers to these prompts.
+        DataError: it contains lines that are not answers to these prompts.
     """
 
     def __init__(self, path: Path, prompts: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
@@ -91,7 +92,7 @@ class AnswerFile:
         self._file.truncate()
 
     def write(self, answers: Iterable[Mapping[str, Any]]) -> None:
-        """Append the answers to the next prompts; they are on the disk when this returns."""
+        """Append the answers to the next prompts and sync them to disk."""
         lines = [orjson.dumps(answer, option=orjson.OPT_APPEND_NEWLINE) for answer in answers]
         _write(self._file, b"".join(lines))
         self.answered += len(lines)
@@ -101,26 +102,28 @@ class AnswerFile:
 
 
 def _keep_settings(path: Path, settings: Mapping[str, Any], *, answered: bool) -> None:
-    """Write the settings before the first answer; with answers there, require the same settings."""
-    beside = path.with_name(path.name + SETTINGS_SUFFIX)
+    """Write the settings before the first answer; if there are answers, require the same settings."""
+    settings_path = path.with_name(path.name + SETTINGS_SUFFIX)
     advice = "name another output file, or remove this one"
     try:
         if not answered:
-            with beside.open("wb") as file:
+            with settings_path.open("wb") as file:
                 _write(file, orjson.dumps(settings, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
             return
-        before = orjson.loads(beside.read_bytes())
+        before = orjson.loads(settings_path.read_bytes())
     except OSError as error:
         raise ConfigError(
-            f"{path} needs {beside}, what its answers are made with: {error.strerror}; {advice}"
+            f"{path} needs {settings_path}, the settings of its answers: {error.strerror}; {advice}"
         ) from None
     except orjson.JSONDecodeError as error:
-        raise ConfigError(f"{beside} does not say what the answers were made with: {error}; {advice}") from None
+        raise ConfigError(
+            f"{settings_path} is not JSON, expected the settings of the answers: {error}; {advice}"
+        ) from None
     before = before if isinstance(before, dict) else {}
     for name, value in settings.items():
         if name not in before or before[name] != value:
             made = f"{name} = {_shown(before.get(name))}"
-            raise ConfigError(f"{path} has answers made with {made}, and this is {_shown(value)}; {advice}")
+            raise ConfigError(f"{path} has answers made with {made}, expected {_shown(value)}; {advice}")
 
 
 def _shown(value: Any) -> str:
@@ -134,10 +137,10 @@ def _write(file: BinaryIO, content: bytes) -> None:
 
 
 def _checked(prompt: Any, *, chat: bool) -> dict[str, Any]:
-    """The prompt itself.
+    """Check a prompt and return it.
 
     Raises:
-        ValueError: why it is not one.
+        ValueError: with the problem.
     """
     if not isinstance(prompt, dict):
         raise ValueError(f"expected an object, not a {type(prompt).__name__}")
@@ -150,9 +153,9 @@ def _checked(prompt: Any, *, chat: bool) -> dict[str, Any]:
             raise ValueError('"messages" need chat mode')
         _check_messages(prompt["messages"])
     elif not isinstance(prompt["prompt"], str) or not prompt["prompt"]:
-        raise ValueError('"prompt" is not a text, or empty')
+        raise ValueError('"prompt" is empty or not a text')
     try:
-        orjson.dumps(prompt)  # now, and not when its answer is written
+        orjson.dumps(prompt)  # fail now, not when its answer is written
     except TypeError as error:
         raise ValueError(str(error)) from None
     return prompt
@@ -160,13 +163,13 @@ def _checked(prompt: Any, *, chat: bool) -> dict[str, Any]:
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
-        raise ValueError('"messages" is not a list, or empty')
+        raise ValueError('"messages" is empty or not a list')
     for message in messages:
         fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None,)
         if not all(isinstance(field, str) for field in fields):
             raise ValueError('a message is an object with "role" and "content", both texts')
     if messages[-1]["role"] == "assistant":
-        raise ValueError("the last message is the assistant's: there is nothing to answer")
+        raise ValueError("the last message has the role assistant: there is nothing to answer")
 
 
 def _answers(line: bytes, prompt: Mapping[str, Any]) -> bool:

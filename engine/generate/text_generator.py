@@ -1,7 +1,7 @@
-"""Text in, text out: a decoder with its tokenizer and, for conversations, its chat template.
+"""Generates text with a decoder, its tokenizer and, for conversations, its chat template.
 
-Ranks that share the layers work as one: rank 0 chooses the prompts and uses the text, the others run `serve_rank`.
-Files and the terminal belong to rank 0 alone, and every rank runs the same steps of the decoder.
+With tensor parallelism, rank 0 chooses the prompts and uses the text, and the other ranks run `serve_rank`. Only rank 0
+uses files and the terminal; all ranks run the same steps of the decoder.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +22,15 @@ from engine.parallel.layout import World
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """Generates text with a decoder, on one rank or on all that share its layers.
+    """Generates text with a decoder, on one rank or a tensor-parallel group.
 
     Attributes:
-        world: this rank among those that share the layers.
-        max_new_tokens: the most tokens that a prompt is continued by.
+        world: this rank and its tensor-parallel group.
+        sampling: sampling parameters.
+        max_new_tokens: maximum number of new tokens per prompt.
         stop: ids that end a generated text.
         chat: encodes conversations; None for a model that continues texts.
-        bos: begin texts with the tokenizer's beginning-of-text token; a chat template adds its own.
+        bos: begin texts with the tokenizer's beginning-of-text token; chat templates write their own.
     """
 
     decoder: Decoder
@@ -42,37 +43,37 @@ class TextGenerator:
     bos: bool = False
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text to continue."""
+        """Encode a text to continue."""
         first = [self.tokenizer.bos_id] if self.bos and self.tokenizer.bos_id is not None else []
         return [*first, *self.tokenizer.encode(text)]
 
     def message_ids(self, messages: list[Message], tools: Any = None) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+        """Encode a conversation up to the beginning of the next assistant turn.
 
         Raises:
-            ConversationError: the template refuses the messages.
+            ConversationError: the template cannot render the messages.
         """
         assert self.chat is not None
         return self.chat.prompt_ids(messages, tools)
 
     def continue_text(self, text: str) -> Iterator[str]:
-        """The text and its continuation, streamed: a string for each token, and a last one.
+        """Stream a text and its continuation: one string per token, then a last one.
 
         Raises:
-            ConfigError: it is empty or too long.
+            ConfigError: the text is empty or too long.
         """
         ids = self.text_ids(text)
         new = self.write({0: ids}, self.max_new_tokens)
         return stream_text(self.tokenizer, chain(ids, (token for _, token in new)))
 
     def answer(self, messages: list[Message]) -> Iterator[str]:
-        """The assistant's next message, streamed: a string for each token, and a last one.
+        """Stream the next assistant message: one string per token, then a last one.
 
-        It has at most `max_new_tokens`, and fewer where the model's `max_position` leaves less room.
+        It has at most `max_new_tokens` tokens, or fewer if the model's `max_position` is reached.
 
         Raises:
-            ConversationError: the template refuses the messages.
-            ConfigError: they are too long.
+            ConversationError: the template cannot render the messages.
+            ConfigError: the messages are too long.
         """
         ids, limit = self.message_ids(messages), self.decoder.config.max_position
         if len(ids) >= limit:
@@ -81,7 +82,7 @@ class TextGenerator:
         return stream_text(self.tokenizer, (token for _, token in new if token not in self._control))
 
     def answer_batch(self, prompts: Mapping[int, Sequence[int]]) -> dict[int, dict[str, Any]]:
-        """By the prompt's number: `completion`, `num_tokens` and `stopped`; or `error` for one that is too long."""
+        """Answer prompts. Return by number `completion`, `num_tokens` and `stopped`, or `error` if it is too long."""
         answers: dict[int, dict[str, Any]] = {}
         fitting = {}
         for number, ids in prompts.items():
@@ -106,11 +107,11 @@ class TextGenerator:
 
     @property
     def _control(self) -> set[int]:
-        """Special tokens, which a badly trained model may generate and an answer must not show."""
+        """The ids of special tokens, which are removed from answers; a badly trained model may generate them."""
         return set(self.tokenizer.special_tokens.values())
 
     def write(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, int]]:
-        """As `generate_batch`, on rank 0, which must consume all tokens: the other ranks run along."""
+        """Run `generate_batch` from rank 0, which must consume all tokens, because the other ranks run all steps."""
         tokens = self._generate(prompts, max_new_tokens)
         message = [max_new_tokens]
         for number, prompt in prompts.items():
@@ -119,7 +120,7 @@ class TextGenerator:
         return tokens
 
     def serve_rank(self) -> None:
-        """Take part in what rank 0 generates, until its `shutdown`; the loop of the other ranks."""
+        """Run the loop of the other ranks: generate along with rank 0 until it calls `shutdown`."""
         while message := broadcast_ints(self.world, []):
             max_new_tokens, rest = message[0], message[1:]
             prompts = {}

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
+from engine.checkpoint.save import save
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import StorageError
 from engine.parallel.agreement import first_problem, on_all_ranks

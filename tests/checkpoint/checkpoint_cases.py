@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.save import FirstProblem, save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.rectangles import flat_slice
+from engine.checkpoint.save import FirstProblem, save
 from engine.checkpoint.shares import StateSlice
 from engine.checkpoint.storage import Storage
 from engine.parallel.table import Rectangle

@@ -72,7 +72,7 @@ HUGE = fmt.StoredTensor(
         ({"tensors": with_rectangle(file="config.yaml")}, "not a listed shard"),
         ({"tensors": with_rectangle(key="param/b/0,0")}, "does not match its place"),
         ({"tensors": with_rectangle(extent=(2, 2), key="param/a/0,0")}, "2 of 6 elements are missing"),
-        ({"tensors": with_rectangle(start=(1, 0), key="param/a/1,0")}, "does not lie inside"),
+        ({"tensors": with_rectangle(start=(1, 0), key="param/a/1,0")}, "is not inside"),
         ({"tensors": {"param": {"a": HUGE}}}, "bytes of rectangles"),
         ({"files": manifest().files | {"../x": fmt.StoredFile(size=1, xxh3_64="0" * 16)}}, "not a file of a"),
         ({"files": manifest().files | {"tokenizer/..": fmt.StoredFile(size=1, xxh3_64="0" * 16)}}, "not a file of a"),

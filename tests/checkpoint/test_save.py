@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint.save import save
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import candidates, find, open_checkpoint
+from engine.checkpoint.save import save
 from engine.checkpoint.shares import StateSlice
 from engine.checkpoint.storage import Storage
 from engine.errors import CheckpointError, StorageError

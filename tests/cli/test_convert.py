@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.run_directory import open_checkpoint
+from engine.checkpoint.save import save
 from engine.checkpoint.shares import StateSlice
 from engine.cli.convert import TensorProgress, main
 from engine.config.schema import ModelConfig

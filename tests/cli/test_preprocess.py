@@ -314,7 +314,7 @@ def test_conversations_from_a_clean_process(chats):
         f"{targets} target tokens, {targets / data.num_tokens:.1%}",
         "tokens a document: median 29, longest 100",
         "1 rejected: unknown role",
-        "1 too long, cut to the first tokens",
+        "1 too long, truncated to max_length",
         "1 of 4 records rejected, which are in out/x.rejects.jsonl:",
         "next       python tools/inspect_data.py out/x_sft --tokenizer tok --sample 0",
     ):
@@ -386,7 +386,7 @@ def test_texts_need_no_template(chats, main, capsys):
         (["--max-length", 1], ConfigError, "--max-length 1: expected at least 2"),
         (["--on-too-long", "drop"], ConfigError, "--on-too-long drop needs --max-length"),
         (["--chat-template", "gone.jinja"], ConfigError, r"chat template 'gone\.jinja': No such file"),
-        (["--chat-template", "llama3"], ConfigError, "those that work with it: chatml"),
+        (["--chat-template", "llama3"], ConfigError, "templates that work with it: chatml"),
         (["--on-bad-line", "fail"], DataError, r"chats\.jsonl:3: unknown role"),
         (["--max-length", 60, "--on-too-long", "error"], DataError, r"chats\.jsonl:2: 232 tokens, more than .* 60"),
         (["--max-length", 4], DataError, "no targets in .*: 3 rejected: no target when cut; 1 rejected"),

@@ -42,13 +42,13 @@ def test_conversations_begin_with_the_system_message_once():
         (b"{}", r'either "prompt" or "messages", found the fields \[\]'),
         (b'{"text": "x"}', r"found the fields \['text'\]"),
         (b'{"prompt": "x", "messages": []}', 'either "prompt" or "messages"'),
-        (b'{"prompt": ""}', "not a text, or empty"),
-        (b'{"prompt": 3}', "not a text, or empty"),
+        (b'{"prompt": ""}', "empty or not a text"),
+        (b'{"prompt": 3}', "empty or not a text"),
         (b'{"prompt": "x", "completion": "y"}', "'completion' is reserved for the answer"),
         (b'{"prompt": "x", "error": null}', "'error' is reserved for the answer"),
         (b'{"prompt": "x", "more": ' + b"[" * 400 + b"]" * 400 + b"}", "Recursion limit reached"),
-        (b'{"messages": {}}', "not a list, or empty"),
-        (b'{"messages": []}', "not a list, or empty"),
+        (b'{"messages": {}}', "empty or not a list"),
+        (b'{"messages": []}', "empty or not a list"),
         (b'{"messages": ["x"]}', "a message is an object"),
         (b'{"messages": [{"role": "user"}]}', "a message is an object"),
         (b'{"messages": [{"role": [], "content": "x"}]}', "a message is an object"),
@@ -77,7 +77,7 @@ def test_files_without_prompts(tmp_path):
     with pytest.raises(ConfigError, match="Is a directory"):
         read_prompts(tmp_path, chat=False)
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(DataError, match="holds no prompts"):
+    with pytest.raises(DataError, match="has no prompts"):
         read_prompts(tmp_path / "empty", chat=False)
     (tmp_path / "chat").write_text('{"messages": [{"role": "user", "content": "x"}]}')
     with pytest.raises(DataError, match=r"line 1.*need chat mode"):
@@ -134,9 +134,9 @@ def test_answers_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
-        ("model", "/b", '"/a", and this is "/b"'),
-        ("--seed", 4, "3, and this is 4"),
-        ("--system", "", 'none, and .*""'),
+        ("model", "/b", '"/a", expected "/b"'),
+        ("--seed", 4, "3, expected 4"),
+        ("--system", "", 'none, expected ""'),
     ],
 )
 def test_answers_made_with_other_settings_stay_as_they_are(tmp_path, name, value, shown):
@@ -159,7 +159,11 @@ def test_settings_are_there_before_the_first_answer(tmp_path):
     assert orjson.loads(beside.read_bytes()) == SETTINGS
     file.write([answer(0)])
     file.close()
-    for content, problem in ((None, "No such file"), (b"{", "does not say what"), (b"[]", "model = none")):
+    for content, problem in (
+        (None, "No such file"),
+        (b"{", "is not JSON, expected the settings of the answers"),
+        (b"[]", "model = none"),
+    ):
         beside.unlink() if content is None else beside.write_bytes(content)
         with pytest.raises(ConfigError, match=problem):
             AnswerFile(path, PROMPTS, SETTINGS)

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 
 from engine.checkpoint.huggingface.exporting import export
-from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.opening import initial_weights, trained
 from engine.checkpoint.run_directory import open_checkpoint
+from engine.checkpoint.save import save
 from engine.config.load import resolve
 from engine.config.schema import Config, DatasetConfig, OptimizerConfig
 from engine.data.samples.batch import Batch

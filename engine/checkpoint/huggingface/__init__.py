@@ -1,1 +1,1 @@
-"""Hugging Face directories: config.json, weights and tokenizer files, in and out."""
+"""Import and export of Hugging Face directories: config.json, weights and tokenizer files."""

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face directory as untrusted input: no pickles, no code, no files outside of it."""
+"""Reads Hugging Face directories as untrusted input: no pickles, no code, no files outside of the directory."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +20,15 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 class HuggingFaceDirectory:
-    """A Hugging Face model directory, opened; a `ModelDirectory`. Nothing in it is trusted, executed or unpickled.
+    """An opened Hugging Face model directory; a `ModelDirectory`. Nothing in it is trusted, executed or unpickled.
 
     Attributes:
         model: the architecture that config.json describes.
-        tokenizer_files: empty where there is no tokenizer.
-        ignored: files that look like weights and are not read, and tensors that are no parameters.
+        tokenizer_files: empty if there is no tokenizer.
+        ignored: pickle files, which are not read, and tensors that are not parameters.
 
     Raises:
-        CheckpointError: with the file and the reason why it is refused.
+        CheckpointError: with the rejected file and the reason.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -39,7 +39,7 @@ class HuggingFaceDirectory:
             )
         names = sorted(entry.name for entry in self.path.iterdir())
         if code := [name for name in names if name.endswith(".py")]:
-            raise CheckpointError(f"{self.path / code[0]}: a directory that brings its own code is refused")
+            raise CheckpointError(f"{self.path / code[0]}: directories with code are rejected")
         self.config = read_json(self._inside(CONFIG))
         self.ignored = [name for name in names if name.endswith(_PICKLES)]
         self._files = self._open_weights()
@@ -49,22 +49,22 @@ class HuggingFaceDirectory:
 
     @property
     def tokenizer_spec(self) -> str | None:
-        """The argument for `load_tokenizer`; None where there are no tokenizer files."""
+        """The argument for `load_tokenizer`; None if there are no tokenizer files."""
         return str(self.path) if self.tokenizer_files else None
 
     def tensors(self) -> dict[str, Shape]:
-        """Names and shapes of the parameters."""
+        """Return names and shapes of the parameters."""
         return {name: file.shape(name) for name, file in self._files.items()}
 
     def read(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
-        """A rectangle (default: all) of a tensor, in the dtype of the file; only its rows are read."""
+        """Read a rectangle (default: all) of a tensor, in the stored dtype; only its rows are read."""
         return self._files[name].tensor(name, rectangle)
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
-        """Make sure that the tensors are exactly those that config.json implies.
+        """Check that the tensors are exactly those that config.json implies.
 
         Raises:
-            CheckpointError: listing what is missing, unexpected or of another shape.
+            CheckpointError: lists tensors that are missing, unexpected or of another shape.
         """
         require_shapes(self.tensors(), shapes, f"the tensors in {self.path} are not those of its {CONFIG}:")
 
@@ -77,7 +77,7 @@ class HuggingFaceDirectory:
             raise CheckpointError(f"{self.path / CONFIG}: {place} = {first['input']!r}: {first['msg']}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{self.path / error.args[0]}") from None
-        if model.num_layers > len(self._files):  # before the names of a billion layers are listed
+        if model.num_layers > len(self._files):  # before the names of up to a billion layers are generated
             raise CheckpointError(
                 f"{self.path / CONFIG}: num_hidden_layers = {model.num_layers}, "
                 f"but there are only {len(self._files)} tensors"
@@ -85,7 +85,7 @@ class HuggingFaceDirectory:
         return model
 
     def _open_weights(self) -> dict[str, SafetensorsFile]:
-        """The file of every tensor."""
+        """Open the weight files. Return the file of each tensor."""
         weight_map = self._weight_map()
         files: dict[str, SafetensorsFile] = {}
         for file_name in sorted(set(weight_map.values())):
@@ -95,7 +95,7 @@ class HuggingFaceDirectory:
                 where = "the index, but not the file" if wrong[0] in listed else "the file, but not the index"
                 raise CheckpointError(f"{opened.path}: {wrong[0]} is in {where}")
             for name in opened.names:
-                if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports stored
+                if name.endswith("rotary_emb.inv_freq"):  # a constant stored by old exports
                     self.ignored.append(name)
                 elif opened.dtype(name) not in _FLOATS:
                     raise CheckpointError(f"{opened.path}: {name} has dtype {opened.dtype(name)}; known: {_FLOATS}")
@@ -104,19 +104,19 @@ class HuggingFaceDirectory:
         return files
 
     def _weight_map(self) -> dict[str, str]:
-        """File by tensor name, from the index or the one file."""
+        """Return file names by tensor name, from the index or the single file."""
         if (self.path / INDEX).exists():
             weight_map = read_json(self._inside(INDEX)).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise CheckpointError(f"{self.path / INDEX}: weight_map is missing or not a table of file names")
             return weight_map
         if not (self.path / SINGLE).exists():
-            why = f"; {self.ignored[0]} may run code when it is opened and is refused" if self.ignored else ""
+            why = f"; {self.ignored[0]} may run code when it is opened and is rejected" if self.ignored else ""
             raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}{why}")
         return dict.fromkeys(SafetensorsFile(self._inside(SINGLE)).names, SINGLE)
 
     def _inside(self, name: str) -> Path:
-        """The path of a file in this directory; one that a link leads out of it is refused."""
+        """Return the path of a file in this directory; reject a link that leads out of it."""
         path = self.path / name
         if "\0" in name or path.resolve().parent != self.path.resolve():
             raise CheckpointError(

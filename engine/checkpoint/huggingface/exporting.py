@@ -1,6 +1,6 @@
-"""From a checkpoint to a Hugging Face directory: a copy, tensor by tensor, and a `config.json`.
+"""Exports a checkpoint to a Hugging Face directory: copies tensor by tensor and writes a `config.json`.
 
-What is written is read back before the directory gets its name.
+The directory is read back and verified before it is renamed to its final name.
 """
 
 from collections.abc import Mapping
@@ -34,14 +34,20 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: OnTensor | None = None,
 ) -> Path:
-    """Write a Hugging Face directory, read it back, and only then give it its name.
+    """Write a Hugging Face directory under a temporary name, verify it, and rename it to `out_dir`.
 
     Args:
-        tokenizer: the run's; None writes none.
+        tokenizer: the run's tokenizer; None to export without one.
         shapes: names and shapes that the model implies, in model order.
+        dtype: dtype of the exported weights.
+        shard_bytes: maximum size of a weight file in bytes.
+        progress: called after each tensor.
+
+    Returns:
+        `out_dir`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model, or what was written does not read back.
+        CheckpointError: the checkpoint is damaged or of another model, or the verification failed.
         ConfigError: `out_dir` exists and is not empty, or the family cannot express the model.
     """
     checkpoint.require(shapes)
@@ -94,7 +100,7 @@ def _verify(
     """Re-open the export and verify the configuration and the hash of every tensor.
 
     Raises:
-        CheckpointError: naming the tensor that differs.
+        CheckpointError: names the tensor that differs.
     """
     found = HuggingFaceDirectory(partial)
     found.require(shapes)

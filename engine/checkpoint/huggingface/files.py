@@ -1,4 +1,4 @@
-"""Names of the files in a Hugging Face directory, and its JSON."""
+"""File names in a Hugging Face directory, and reading and writing of its JSON files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ _MAX_JSON_BYTES = 256 << 20
 
 
 def read_json(path: Path) -> Json:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         CheckpointError: missing, unreadable, larger than 256 MiB, or not an object.
@@ -37,12 +37,12 @@ def read_json(path: Path) -> Json:
 
 
 def write_json(files: Storage, path: Path, content: Mapping[str, Any]) -> None:
-    """A new file, indented."""
+    """Write a new file, indented."""
     files.write(path, orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
 def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
-    """Tensor names by file name: in order, each file as full as `shard_bytes` allows."""
+    """Assign tensors, in order, to files of at most `shard_bytes`. Return tensor names by file name."""
     groups: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""`generation_config.json`: the ids that begin and end what a model writes."""
+"""`generation_config.json`: the ids of the beginning and end of generated text."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from engine.errors import CheckpointError, ConfigError
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end what a model writes: the tokenizer's end of document, and `eos_token_id` (a number or a list) of a
-    generation_config.json beside the tokenizer's files.
+    """Return the ids that end generation: the tokenizer's end of document, and `eos_token_id` (a number or a list) of
+    the generation_config.json next to the tokenizer files, if any.
 
     Raises:
-        CheckpointError: that file is something else.
+        CheckpointError: that file is invalid.
     """
     ids = {tokenizer.eod_id}
     for path in {file.with_name(GENERATION_CONFIG) for file in tokenizer.files}:
@@ -33,7 +33,7 @@ def _end_ids(path: Path, vocab_size: int) -> set[int]:
 
 
 def write_generation_config(files: Storage, path: Path, tokenizer: Tokenizer | None) -> None:
-    """Write the ids that begin and end a text, or complete the file of the run's tokenizer; the end of turn is one."""
+    """Write beginning and end ids, including the end of turn, or add them to the file of the run's tokenizer."""
     before = read_json(path) if path.exists() else None
     content = dict(before or {})
     if tokenizer is not None:
@@ -50,5 +50,5 @@ def write_generation_config(files: Storage, path: Path, tokenizer: Tokenizer | N
 def _end_of_turn(tokenizer: Tokenizer) -> list[int]:
     try:
         return [ChatEncoder(tokenizer, find_template(tokenizer)).end_of_turn_id]
-    except ConfigError:  # no template, or one that ends turns with no token
+    except ConfigError:  # no template, or one that does not end turns with a special token
         return []

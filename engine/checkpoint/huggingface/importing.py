@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to a run directory: a copy, tensor by tensor, for names and shapes are the same."""
+"""Imports a Hugging Face directory to a run directory: copies tensor by tensor, with the same names and shapes."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
-from engine.checkpoint.save import save
 from engine.checkpoint.manifest import State
 from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.rectangles import Shape, whole
+from engine.checkpoint.save import save
 from engine.checkpoint.shares import StateSlice
 from engine.checkpoint.storage import new_directory
 
@@ -19,18 +19,19 @@ from engine.checkpoint.storage import new_directory
 def import_directory(
     source: HuggingFaceDirectory, run_dir: Path | str, shapes: Mapping[str, Shape], progress: OnTensor | None = None
 ) -> Path:
-    """Make a run directory whose checkpoint at step 0 holds the weights as fp32 masters, and nothing else.
+    """Create a run directory whose checkpoint at step 0 contains the weights as fp32 masters and no optimizer state.
 
-    Its config.yaml has a `model` section alone: the next run states data, batch and schedule.
+    Its config.yaml has only a `model` section; the next run sets data, batch and schedule.
 
     Args:
         shapes: names and shapes that `source.model` implies, in model order.
+        progress: called after each tensor.
 
     Returns:
         the checkpoint directory.
 
     Raises:
-        CheckpointError: the tensors are not exactly those; nothing is written then.
+        CheckpointError: the tensors have other names or shapes; nothing is written.
         ConfigError: `run_dir` exists and is not empty.
     """
     source.require(shapes)

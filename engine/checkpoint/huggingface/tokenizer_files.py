@@ -80,7 +80,7 @@ def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
 
 
 def bytes_tokenizer() -> tuple[Json, Json]:
-    """Return `tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, byte fallback everywhere."""
+    """Return `tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, only byte fallback."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     model: Json = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": None, "byte_fallback": True}
     added = [_added_token(256, BYTES_END, special=True)]
@@ -165,7 +165,7 @@ def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
 
 
 def _normalizers(spec: FieldsByNumber) -> Iterator[Json]:
-    """Yield SentencePiece's normalization steps in their order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
+    """Yield SentencePiece's steps in their order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
     if spec.get(PRECOMPILED_CHARSMAP):
         yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
     if spec.get(REMOVE_EXTRA_WHITESPACES, 1):

@@ -1,1 +1,1 @@
-"""Conversations to token ids: chat templates in their sandbox, turns, masks."""
+"""Conversations to token ids: sandboxed chat templates, assistant turns, target masks."""

@@ -1,7 +1,7 @@
-"""The budget of a chat template, and the cost of its operations.
+"""The budget of a chat template and the cost of its operations.
 
-A step stands for at most about 200 ns, or 128 bytes. The cost of an operation is computed from its operands and charged
-before it runs, so an operation that would exhaust the memory is refused in time.
+One step is at most about 200 ns or 128 bytes. The cost of an operation is computed from its operands and charged before
+it runs, so an operation that would exhaust memory is rejected in time.
 """
 
 import re
@@ -14,18 +14,20 @@ from jinja2.utils import Namespace
 from engine.data.chat.errors import TemplateError
 
 BASE_BUDGET = 1_000_000  # steps
-STEPS_PER_CHARACTER = 8  # of the conversation
-CHARACTERS_PER_STEP = 16  # or items of a list that is copied
+STEPS_PER_CHARACTER = 8  # per character of the conversation
+CHARACTERS_PER_STEP = 16  # or items of a copied list
 STEPS_PER_CALL = 8
-LARGEST_INTEGER = 1 << 60  # arithmetic on larger ones costs more than a step, and they can be made to collide
-ATTRIBUTE_AT = {  # filters that look up an attribute of each item, and the position of its name
+LARGEST_INTEGER = (
+    1 << 60
+)  # arithmetic on larger integers costs more than a step, and their hashes can be made to collide
+ATTRIBUTE_AT = {  # filters that look up an attribute of each item: position of the argument that names it
     "groupby": 0, "join": 1, "map": 0, "max": 1, "min": 1, "rejectattr": 0, "selectattr": 0, "sort": 2, "unique": 1
 }  # fmt: skip
 CONTAINERS: Any = (list, tuple, range, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class Budget:
-    """The steps that a rendering may still spend, and the two characters that mark generation blocks."""
+    """The remaining steps of one rendering, and the two characters that mark generation blocks."""
 
     def __init__(self, characters: int, marks: tuple[str, str]) -> None:
         self.left = self.full = BASE_BUDGET + STEPS_PER_CHARACTER * characters
@@ -35,7 +37,7 @@ class Budget:
         """Charge `steps`.
 
         Raises:
-            TemplateError: not enough steps are left.
+            TemplateError: fewer steps are left.
         """
         self.left -= max(0, steps)
         if self.left < 0:
@@ -57,19 +59,19 @@ class Budget:
             self.charge(1 + len(value))
             for item in value:
                 self.charge_value(item)
-        elif isinstance(value, Namespace):  # a filter's attribute name can lead into it
+        elif isinstance(value, Namespace):  # reachable through a filter's attribute name
             self.charge_value(value._Namespace__attrs)
         elif isinstance(value, LoopContext):
             raise TemplateError("the chat template computes with a loop itself; use another template")
 
     def counted(self, items: Iterable[Any], steps: int) -> Iterator[Any]:
-        """Yields `items`, charging `steps` for each."""
+        """Yield `items`, charging `steps` for each."""
         for item in items:
             self.charge(steps)
             yield item
 
     def listed(self, value: Any) -> Any:
-        """An iterator as a list, which can be weighed; other values unchanged."""
+        """Convert an iterator to a list, which can be charged for; return other values unchanged."""
         return list(self.counted(value, 1)) if isinstance(value, (Iterator, range)) else value
 
     def charge_widths(self, text: str) -> None:
@@ -106,11 +108,11 @@ def charge_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], 
 
 
 def charge_string_method(budget: Budget, text: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Charge for reading the text and for the result."""
+    """Charge for reading the text and for the result of the method."""
     budget.charge_value(text)
     if name in ("split", "rsplit", "splitlines"):
         budget.charge(len(text))
-    if name.startswith(("r", "strip", "lstrip")):  # searched from the end, or character by character
+    if name.startswith(("r", "strip", "lstrip")):  # search from the end, or compare character by character
         budget.charge_characters(len(text) * size_of(argument_of(args, kwargs, 0, "sep", 0)))
     if name == "join" and args:
         budget.charge_characters(len(text) * len(args[0]))
@@ -146,7 +148,7 @@ def charge_operator(budget: Budget, operator: str, left: Any, right: Any) -> Non
 
 
 def checked(value: Any) -> Any:
-    """`value` itself.
+    """Return `value` unchanged.
 
     Raises:
         TemplateError: it is an integer of `LARGEST_INTEGER` or more.
@@ -157,7 +159,7 @@ def checked(value: Any) -> Any:
 
 
 def charge_json_whitespace(budget: Budget, value: Any, indent: int, separators: int, depth: int = 1) -> None:
-    """Charge for the white space and separators around each item in JSON."""
+    """Charge for the whitespace and separators around each item in JSON."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     for item in items:
         budget.charge_characters(depth * indent + separators)
@@ -165,10 +167,10 @@ def charge_json_whitespace(budget: Budget, value: Any, indent: int, separators: 
 
 
 def argument_of(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
-    """A call's argument, given by position or by name."""
+    """Return a call's argument, given by position or by name."""
     return args[position] if len(args) > position else kwargs.get(name, default)
 
 
 def size_of(value: Any) -> int:
-    """The number of characters of a width or a separator."""
+    """Return the number of characters of a width or separator."""
     return abs(value) if isinstance(value, int) else len(value) if isinstance(value, str) else 1

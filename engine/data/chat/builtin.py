@@ -1,16 +1,16 @@
-"""Chat templates for base models, which come without one.
+"""Built-in chat templates, for base models that come without one.
 
-Each follows the format of the model family it is named after, with `{% generation %}` around the assistant's turns.
-`llama2` and `mistral` need no special token except the end of text, so they fit every tokenizer. Alternative
-considered: adding tokens to the vocabulary, which resizes embeddings and takes more data to learn than most fine-tuning
-datasets have.
+Each follows the format of the model family it is named after, with `{% generation %}` around assistant turns. `llama2`
+and `mistral` need no special token except the end of text, so they work with every tokenizer. Alternative considered:
+adding tokens to the vocabulary, which resizes embeddings and takes more data to learn than most fine-tuning datasets
+have.
 """
 
 from typing import NamedTuple
 
 
 class BuiltinTemplate(NamedTuple):
-    """A Jinja source, and the special tokens it needs besides `bos_token` and `eos_token`."""
+    """A Jinja source and the special tokens it needs in addition to `bos_token` and `eos_token`."""
 
     source: str
     needs: tuple[str, ...]

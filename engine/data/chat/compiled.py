@@ -1,9 +1,9 @@
 """Compiles and runs chat templates, which are untrusted programs that come with a model.
 
-They run in a sandbox, from which they cannot escape, and on a budget, which stops infinite loops and unbounded growth.
-The budget grows with the conversation, so a template only exceeds it if its work grows faster than its input.
-Alternatives considered: a time limit (signals reach only main threads, and neither they nor other threads interrupt a
-single long operation); a process per template (pipes cost more than rendering).
+The sandbox restricts what a template can call; the budget stops infinite loops and unbounded growth. The budget is
+proportional to the conversation, so a template exceeds it only if its work grows faster than its input. Alternatives
+considered: a time limit (signals reach only main threads, and neither signals nor other threads interrupt a single long
+operation); a process per template (pipes cost more than rendering).
 """
 
 import re
@@ -21,15 +21,15 @@ from engine.data.tokenizers.protocol import Span
 
 Message = dict[str, Any]
 
-SOURCE_LIMIT = 1 << 16  # characters; the longest templates in use are two fifths as long
-NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # never part of a text; two of them enclose generation blocks
+SOURCE_LIMIT = 1 << 16  # characters; the longest published templates use two fifths of it
+NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # never part of text; two of them mark generation blocks
 
 
 class CompiledTemplate:
-    """A compiled template, which renders any number of conversations, in any thread.
+    """A compiled template; renders any number of conversations, in any thread.
 
     Raises:
-        TemplateError: the source is not a template, or uses features that a chat template may not use.
+        TemplateError: the source does not compile, or uses features that chat templates must not use.
     """
 
     def __init__(self, source: str) -> None:
@@ -37,7 +37,7 @@ class CompiledTemplate:
             raise TemplateError(f"the chat template has {len(source):,} characters, more than {SOURCE_LIMIT:,}")
         environment = Environment()
         try:
-            source.encode()  # raises for half of a surrogate pair
+            source.encode()  # raises for an unpaired surrogate
             tree = environment.parse(source)
             self.marks_generation = any(map(is_generation, tree.find_all(nodes.CallBlock)))
             self._in_buffer = generation_in_buffer(tree)
@@ -53,16 +53,16 @@ class CompiledTemplate:
         self._used = frozenset(NONCHARACTERS).intersection(source)
 
     def render(self, messages: Sequence[Message], *, tools: Any = None, **variables: Any) -> tuple[str, list[Span]]:
-        """The text, and the spans of it that `{% generation %}` blocks wrote.
+        """Render a conversation. Return the text and the spans of it that `{% generation %}` blocks wrote.
 
         Args:
             messages: the conversation.
-            tools: part of the conversation, so the budget grows with them too.
-            variables: other variables of the template, such as the texts of special tokens.
+            tools: the template's variable `tools`; counts as part of the conversation for the budget.
+            variables: other template variables, such as the texts of special tokens.
 
         Raises:
             ConversationError: the template cannot render these messages.
-            TemplateError: the template tries to escape, or exceeds its budget.
+            TemplateError: the template uses a forbidden operation or exceeds its budget.
         """
         inputs = _PlainData()
         try:
@@ -70,17 +70,19 @@ class CompiledTemplate:
             characters = inputs.characters
             variables = {**conversation, **inputs.of(variables)}
         except RecursionError:
-            raise ConversationError("a message is nested too deep") from None
+            raise ConversationError("a message is nested too deeply") from None
         unused = [mark for mark in NONCHARACTERS if mark not in self._used | inputs.noncharacters]
         if len(unused) < 2:
-            raise ConversationError("the messages hold nearly all Unicode noncharacters, of which two are needed")
+            raise ConversationError(
+                "the messages contain nearly all Unicode noncharacters; rendering needs two unused ones"
+            )
         marks = (unused[0], unused[1]) if self.marks_generation else ("", "")
         marked = self._run(variables, Budget(characters, marks))
         text, spans = _without_marks(marked, marks) if self.marks_generation else (marked, [])
         if self._in_buffer and text != self._run(variables, Budget(characters, ("", ""))):
             raise TemplateError(
                 "the chat template computes with the text of a {% generation %} block; "
-                "remove the block's marks or use another template"
+                "remove the {% generation %} tags or use another template"
             )
         _check_unicode(text)
         return text, spans
@@ -92,11 +94,11 @@ class CompiledTemplate:
         except TemplateError:
             raise
         except jinja2.exceptions.SecurityError as error:
-            raise TemplateError(f"the chat template does what it must not: {_short(error)}") from None
+            raise TemplateError(f"the chat template uses a forbidden operation: {_short(error)}") from None
         except (RecursionError, MemoryError) as error:
             raise TemplateError(f"the chat template recurses or grows without bound: {type(error).__name__}") from None
         except jinja2.UndefinedError as error:
-            raise ConversationError(f"the template misses something in the conversation: {_short(error)}") from None
+            raise ConversationError(f"the template reads an undefined variable: {_short(error)}") from None
         except jinja2.TemplateError as error:  # raised by the template's raise_exception
             raise ConversationError(_short(error)) from None
         except Exception as error:  # an expression can raise anything
@@ -104,18 +106,16 @@ class CompiledTemplate:
 
 
 class _PlainData:
-    """Copies the variables of a template, allowing only JSON types, and measures their size."""
+    """Copies the variables of a template, allows only JSON types, and counts their characters."""
 
     def __init__(self) -> None:
         self.characters = 0
         self.noncharacters: set[str] = set()
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Copies of messages without keys whose value is None, as in transformers."""
+        """Copy messages, dropping keys whose value is None, as transformers does."""
         if not messages or not all(isinstance(message, dict) for message in messages):
-            raise ConversationError(
-                "a conversation is a list of messages, one at least, each with `role` and `content`"
-            )
+            raise ConversationError("a conversation is a list of at least one message, each with `role` and `content`")
         return [self.of({key: value for key, value in message.items() if value is not None}) for message in messages]
 
     def of(self, value: Any) -> Any:
@@ -135,7 +135,7 @@ class _PlainData:
 
 
 def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
-    """The text without marks, and the spans that they enclosed; nested marks are ignored."""
+    """Remove the marks. Return the text and the spans they enclosed; nested marks are ignored."""
     start, end = marks
     parts: list[str] = []
     spans: list[Span] = []
@@ -155,17 +155,17 @@ def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:
 
 
 def _check_unicode(text: str) -> None:
-    """Check that a text can be stored and tokenized."""
+    """Check that a text can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConversationError(
-            f"the text has half of a surrogate pair, U+{ord(text[error.start]):04X}, which is no character"
+            f"the text has an unpaired surrogate U+{ord(text[error.start]):04X}, which cannot be encoded as UTF-8"
         ) from None
 
 
 def _short(error: Exception) -> str:
-    """An error's message with control characters escaped, at most 300 characters long."""
+    """Return an error's message, with control characters escaped, cut to 300 characters."""
     text = str(error) or type(error).__name__
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:300])
     return shown if len(text) <= 300 else shown + " ..."

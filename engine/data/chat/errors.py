@@ -1,10 +1,10 @@
-"""What can be wrong with a chat template, and with a conversation for it."""
+"""Exceptions for invalid chat templates and for conversations they cannot render."""
 
 from engine.errors import ConfigError
 
 
 class TemplateError(ConfigError):
-    """The template itself is unusable: it does not parse, tries to escape, loops forever, grows without bound."""
+    """The template is unusable: it does not parse, leaves the sandbox, loops forever or grows without bound."""
 
 
 class ConversationError(ValueError):

@@ -1,4 +1,4 @@
-"""Where the chat template of a tokenizer is found: among its files, built in, or in a file of its own."""
+"""Finds the chat template for a tokenizer: among the tokenizer's files, built in, or in a separate file."""
 
 import json
 from collections.abc import Mapping
@@ -12,19 +12,20 @@ from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
 
-MAX_TOKEN_CHARACTERS = 1000  # of `bos_token` and the like; a template may write them as often as it likes
+MAX_TOKEN_CHARACTERS = 1000  # of `bos_token` and the like, which a template may write any number of times
 MAX_SPECIAL_TOKENS = 100
 
 
 def find_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTemplate:
-    """The chat template for a tokenizer.
+    """Return the chat template for a tokenizer.
 
     Args:
-        tokenizer: of the model.
-        wanted: None for the tokenizer's own, the name of a built-in one, or the path of a `.jinja` file.
+        tokenizer: the model's tokenizer.
+        wanted: None for the template among the tokenizer's files, the name of a built-in template, or the path of a
+            `.jinja` file.
 
     Raises:
-        ConfigError: there is none, or its special tokens are not in the vocabulary.
+        ConfigError: there is no such template, or its special tokens are not in the vocabulary.
         TemplateError: the template is unusable.
     """
     special_tokens_map, special = _special_tokens_map(tokenizer), tuple(tokenizer.special_tokens)
@@ -35,7 +36,7 @@ def find_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTempla
         if missing := [token for token in BUILTIN[wanted].needs if token not in special]:
             raise ConfigError(
                 f"chat template {wanted}: the vocabulary lacks {', '.join(missing)}; "
-                f"those that work with it: {', '.join(_fitting(tokenizer))}, or the path of a .jinja file"
+                f"templates that work with it: {', '.join(_fitting(tokenizer))}, or the path of a .jinja file"
             )
     else:
         name, source = wanted, _read_template(tokenizer, Path(wanted))
@@ -43,7 +44,7 @@ def find_template(tokenizer: Tokenizer, wanted: str | None = None) -> ChatTempla
 
 
 def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Name and source of the template among a tokenizer's files."""
+    """Return name and source of the template among a tokenizer's files."""
     files = {path.name: path for path in tokenizer.files}
     if path := files.get(CHAT_TEMPLATE):
         return str(path), _read_template(tokenizer, path)
@@ -63,7 +64,7 @@ def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
 def _read_template(tokenizer: Tokenizer, path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
-            return file.read(SOURCE_LIMIT + 1)  # enough to see that it is too long
+            return file.read(SOURCE_LIMIT + 1)  # one more than allowed, to detect that it is too long
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(
@@ -72,7 +73,7 @@ def _read_template(tokenizer: Tokenizer, path: Path) -> str:
 
 
 def _fitting(tokenizer: Tokenizer) -> list[str]:
-    """The built-in templates whose special tokens are in the vocabulary."""
+    """Return the built-in templates whose special tokens are in the vocabulary."""
     return [name for name, template in BUILTIN.items() if set(template.needs) <= tokenizer.special_tokens.keys()]
 
 
@@ -101,7 +102,7 @@ def _check_special_tokens(named: Mapping[str, str]) -> None:
 
 
 def _configuration(tokenizer: Tokenizer) -> dict[str, Any]:
-    """`tokenizer_config.json`, which was checked when the tokenizer was loaded."""
+    """Read `tokenizer_config.json`, which was checked when the tokenizer was loaded."""
     path = next((path for path in tokenizer.files if path.name == "tokenizer_config.json"), None)
     content: dict[str, Any] = json.loads(path.read_bytes()) if path else {}
     return content

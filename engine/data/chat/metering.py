@@ -1,7 +1,7 @@
 """Rewrites a parsed chat template so that its operations are charged to the budget.
 
-Iterations, comparisons, slices and joined texts are wrapped in filters of the sandbox, which charge for them. The cost
-of a loop's body is computed once, here.
+Iterations, comparisons, slices and concatenations are wrapped in filters of the sandbox that charge for them. The cost
+of a loop body is computed once, at compile time.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ class Metering(NodeTransformer):
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         if isinstance(node, _REFUSED_NODES):
             raise TemplateError(
-                f"the chat template uses {type(node).__name__.lower()} (line {node.lineno}); it must stand alone"
+                f"the chat template uses {type(node).__name__.lower()} (line {node.lineno}); "
+                f"expected a self-contained template"
             )
         return super().visit(node, *args, **kwargs)
 
@@ -31,7 +32,7 @@ class Metering(NodeTransformer):
         others = _steps(node.else_)
         self.generic_visit(node)
         node.iter = _filter(node.iter, "counted", steps)
-        if node.recursive:  # `loop(...)` runs it on items that are not counted
+        if node.recursive:  # `loop(...)` runs the body on uncounted items
             paid = nodes.Not(_paid(steps, node), lineno=node.lineno)
             node.test = nodes.And(paid, node.test, lineno=node.lineno) if node.test else paid
             if node.else_:
@@ -51,7 +52,7 @@ class Metering(NodeTransformer):
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        """Charges for both operands, unless one is a constant compared for equality, whose size bounds the cost."""
+        """Charge for both operands, except in an equality test with a constant, whose size bounds the cost."""
         self.generic_visit(node)
         first = node.ops[0]
         if not (first.op in ("eq", "ne") and isinstance(first.expr, nodes.Const) and len(node.ops) == 1):
@@ -87,12 +88,12 @@ def _filter(node: Any, name: str, *arguments: int) -> nodes.Filter:
 
 
 def _paid(steps: int, node: nodes.Node) -> nodes.Filter:
-    """An expression that charges `steps` and evaluates to None."""
+    """Return an expression that charges `steps` and evaluates to None."""
     return _filter(nodes.Const(steps, lineno=node.lineno), "charge")
 
 
 def _steps(body: Sequence[nodes.Node]) -> int:
-    """The maximum cost of running `body` once, without nested bodies, which are charged on their own."""
+    """Return the maximum cost of running `body` once, without nested bodies, which are charged separately."""
     steps, rest = 1, list(body)
     while rest:
         node = rest.pop()

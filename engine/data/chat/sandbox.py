@@ -1,9 +1,9 @@
-"""The sandbox that chat templates run in: what they can call, and what each call costs.
+"""The sandbox that chat templates run in: the names they can call and the cost of each call.
 
-The environment is the one that `transformers` gives chat templates, with two additions. Only the names listed here can
-be called (methods of strings, lists and dicts, the template's own macros, a few functions), so there is nothing to
-escape with. And calls, filters, tests and operators are charged to the budget; `metering.py` adds the charges that need
-a change of the template.
+It is the environment that `transformers` gives chat templates, with two additions. Only the names listed here can be
+called (methods of strings, lists and dicts, the template's own macros, a few functions), so a template cannot reach
+anything outside of the sandbox. Calls, filters, tests and operators are charged to the budget; `metering.py` adds the
+charges that require rewriting the template.
 """
 
 import json
@@ -29,11 +29,11 @@ from engine.data.chat.budget import (
     STEPS_PER_CALL,
     Budget,
     argument_of,
-    checked,
     charge_filter,
     charge_json_whitespace,
     charge_operator,
     charge_string_method,
+    checked,
     size_of,
 )
 from engine.data.chat.errors import TemplateError
@@ -46,7 +46,9 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_LIGHT_FILTERS = _words("count d default first last length")  # these look at their operand, not at its items
+_LIGHT_FILTERS = _words(
+    "count d default first last length"
+)  # constant cost: they do not read the items of their operand
 _FILTERS = _words("""
     abs capitalize dictsort e escape float groupby indent int items join list lower map max min reject rejectattr
     replace reverse round safe select selectattr sort string title trim unique upper wordcount
@@ -61,7 +63,7 @@ _STRING_METHODS = _words("""
     removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title
     upper zfill
 """)
-_REFUSED_TESTS = _words("filter test")  # these hash their operand, which may be a tuple whose hash takes forever
+_REFUSED_TESTS = _words("filter test")  # they hash their operand, possibly a tuple that takes forever to hash
 _METHODS: dict[type, frozenset[str]] = {
     list: _words("copy count index"),
     tuple: _words("count index"),
@@ -75,10 +77,10 @@ _NO_KEYS = (*CONTAINERS, dict)
 
 
 class _Guarded(ImmutableSandboxedEnvironment):
-    """Refuses on access what Jinja's sandbox refuses on use."""
+    """Jinja's sandbox, but forbidden attributes and keys raise on access instead of on use."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Refuses keys that may take arbitrary time to hash, or to show in an error."""
+        """Reject keys that may take arbitrary time to hash or to print in an error."""
         if isinstance(argument, str):
             if len(argument) > LONGEST_KEY:
                 raise SecurityError(f"an index of {len(argument):,} characters")
@@ -87,16 +89,16 @@ class _Guarded(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """As in Jinja, except `mapping`, a view's dict in a wrapper that cannot be weighed."""
+        """As in Jinja, but reject `mapping` of a dict view, a proxy object that `charge_value` cannot charge for."""
         return attr != "mapping" and super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """Raises at once, not only when the attribute is used."""
+        """Raise immediately instead of when the attribute is used."""
         raise SecurityError(f"it reads {attribute!r} of a {type(obj).__name__}")
 
 
 class Environment(_Guarded):
-    """The environment of transformers, restricted to the names listed above."""
+    """The chat template environment of transformers, restricted to the names listed above."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
@@ -105,7 +107,7 @@ class Environment(_Guarded):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
-            optimized=False,  # constants are computed at run time too, charged to the budget
+            optimized=False,  # constant expressions run at run time, too, charged to the budget
             finalize=_charge_value,
         )
         self.globals = {
@@ -128,7 +130,7 @@ class Environment(_Guarded):
         self.tests = {name: test if name in _LIGHT_TESTS else _paid_test(name) for name, test in tests.items()}
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Replaces Jinja's own: `call` formats with the budget."""
+        """Return a placeholder for `str.format`, which `call` runs with the budget."""
         is_method = isinstance(value, (BuiltinMethodType, MethodType)) and isinstance(value.__self__, str)
         return _FormatMethod(value.__self__) if is_method and value.__name__ == "format" else None
 
@@ -146,7 +148,9 @@ class Environment(_Guarded):
         budget.charge_value((args, kwargs))
         if isinstance(__obj, _FormatMethod):
             budget.charge_value(__obj.text)
-            budget.charge(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the parts of their paths
+            budget.charge(
+                STEPS_PER_CALL * sum(map(__obj.text.count, "{.["))
+            )  # fields and the components of their paths
             return _Formatter(__self, budget).vformat(__obj.text, args, kwargs)
         if isinstance(__obj, (BuiltinMethodType, MethodType)):
             _charge_method(budget, __obj, args, kwargs)
@@ -156,7 +160,11 @@ class Environment(_Guarded):
 
 
 def _charge_method(budget: Budget, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Charge for a method call, if the method may be called."""
+    """Charge for a method call.
+
+    Raises:
+        SecurityError: the method is not allowed.
+    """
     owner, name = method.__self__, method.__name__
     if isinstance(owner, str) and name in _STRING_METHODS:
         charge_string_method(budget, owner, name, args, kwargs)
@@ -186,14 +194,14 @@ class _Formatter(SandboxedFormatter):
 
 
 class _FormatMethod:
-    """The bound method `format` of a string."""
+    """The bound method `str.format` of a string."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace without names that Python or Jinja looks up on an object."""
+    """Jinja's namespace; rejects names that Python or Jinja looks up on objects."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         attributes = _make_dict(*args, **kwargs)
@@ -210,9 +218,9 @@ class _Namespace(Namespace):
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: encloses its content in the budget's marks."""
+    """The tag `{% generation %} ... {% endgeneration %}`; encloses its content in the budget's marks."""
 
-    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+    tags = {"generation"}  # noqa: RUF012 - as in the base class
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -274,7 +282,7 @@ def _sliced(context: Context, value: Any) -> Any:
 
 
 def _paid_filter(name: str) -> Callable[..., Any]:
-    """A filter of Jinja that is charged for its operands first, and for the items it yields one by one."""
+    """Wrap a Jinja filter so that it is charged for its operands first, then for each item it yields."""
 
     @pass_context
     def paid(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -309,7 +317,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As in transformers, without HTML escapes."""
+    """Convert to JSON as in transformers, without HTML escapes."""
     budget: Budget = context.parent[BUDGET]
     budget.charge_value(value)
     budget.charge_value(separators)
@@ -343,7 +351,7 @@ def _make_dict(items: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _check_keys(keys: Iterable[Any]) -> None:
-    """Refuses tuples, which can be made to collide, so that every lookup would compare all keys."""
+    """Reject tuples: colliding hashes would make every lookup compare all keys."""
     if any(isinstance(key, tuple) for key in keys):
         raise SecurityError("a tuple as a key")
 

@@ -1,6 +1,6 @@
-"""A chat template: a conversation as one text, and the parts of it that are targets.
+"""A chat template renders a conversation to text and finds the spans of it that are targets.
 
-The text is that of the whole conversation, as a model sees it. `turns.py` finds the assistant's turns in it.
+The text is that of the whole conversation, as the model sees it. `turns.py` finds the assistant turns in it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +16,13 @@ from engine.data.tokenizers.protocol import Span
 TrainOn = Literal["assistant", "all", "last"]
 Tools = Sequence[Mapping[str, Any]]
 
-PROBE = "The answer of the assistant."  # no template changes it
+PROBE = "The answer of the assistant."  # no template alters this text
 _PROBE_CONVERSATION = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": PROBE}]
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as one text, and the spans of it that are targets, in order and apart from each other."""
+    """The text of a conversation and its target spans, which are sorted and do not touch."""
 
     text: str
     targets: tuple[Span, ...]
@@ -33,13 +33,13 @@ class ChatTemplate:
     """The format of conversations for a model.
 
     Args:
-        name: where the template comes from.
-        source: in Jinja.
-        roles: the template's variables for special tokens, such as `eos_token`.
+        name: the name or path of the template, for messages.
+        source: the Jinja source.
+        special_tokens_map: template variables for special tokens, such as `eos_token`, to their texts.
         special: the texts of all special tokens.
 
     Raises:
-        TemplateError: it does not compile. Later: see `CompiledTemplate.render`.
+        TemplateError: it does not compile. Its methods raise as `CompiledTemplate.render` does.
     """
 
     name: str
@@ -52,7 +52,7 @@ class ChatTemplate:
         object.__setattr__(self, "_compiled", CompiledTemplate(self.source))
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
-        """The text that the assistant's next turn continues.
+        """Render the prompt for the next assistant turn (`add_generation_prompt=True`).
 
         Raises:
             ConversationError: the template cannot render it.
@@ -62,16 +62,16 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], train_on: TrainOn = "assistant", tools: Tools | None = None
     ) -> Rendered:
-        """The text of a whole conversation and its targets.
+        """Render a whole conversation and find its targets.
 
         Args:
             messages: the conversation.
-            train_on: the targets: all turns of the assistant, everything, or the assistant's last turn; except turns
-                of `weight` 0, as in OpenAI's format.
-            tools: JSON schemas, for the template's variable of this name.
+            train_on: the targets: `assistant` for all assistant turns, `last` for the last one, without turns of
+                `weight` 0 (OpenAI's format); `all` for the whole text.
+            tools: JSON schemas, passed to the template as `tools`.
 
         Raises:
-            ConversationError: the template cannot render it, or the assistant's turns cannot be found in the text.
+            ConversationError: the template cannot render it, or the assistant turns cannot be found in the text.
         """
         text, marked = self._render(messages, tools)
         if train_on == "all":
@@ -88,26 +88,26 @@ class ChatTemplate:
         return Rendered(text, self._by_generation_blocks(text, marked))
 
     def _by_generation_blocks(self, text: str, marked: Sequence[Span]) -> tuple[Span, ...]:
-        """The contents of `{% generation %}` blocks, each with its end of turn."""
+        """Return the spans of `{% generation %}` blocks, each with its end of turn."""
         return _merged(self._end.extend(text, span) for span in marked)
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The special token that follows the assistant's turns, at which generation stops.
+        """The special token that ends assistant turns; generation stops at it.
 
         Raises:
-            TemplateError: there is none.
+            TemplateError: no special token follows the turn.
         """
         try:
             text = self._render(_PROBE_CONVERSATION)[0]
         except ConversationError as error:
             raise TemplateError(f"chat template {self.name}: fails for a question and its answer: {error}") from None
-        _, found, behind = text.rpartition(PROBE)
+        _, found, rest = text.rpartition(PROBE)
         if not found:
-            raise TemplateError(f"chat template {self.name}: does not write the content of the assistant's message")
-        following = [token for token in self.special if behind.lstrip().startswith(token)]
+            raise TemplateError(f"chat template {self.name}: does not write the content of the assistant message")
+        following = [token for token in self.special if rest.lstrip().startswith(token)]
         if not following:
-            seen = f"{behind[:40]!r}" if behind.strip() else "nothing"
+            seen = f"{rest[:40]!r}" if rest.strip() else "nothing"
             raise TemplateError(
                 f"chat template {self.name}: {seen} follows the assistant's answer, expected a special token of the "
                 f"tokenizer, at which generation stops; let the template write {{{{ eos_token }}}} there"
@@ -126,7 +126,7 @@ class ChatTemplate:
 
 
 def _merged(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Spans in order, with those that touch merged."""
+    """Sort spans and merge those that overlap or touch."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:

@@ -1,10 +1,10 @@
-"""Where the assistant's turns stand in the text of a conversation.
+"""Finds the spans of assistant turns in the text of a conversation.
 
-A template with `{% generation %}` blocks marks them. For one without, `TurnFinder` renders the conversation turn by
-turn: a turn is the text that follows the prompt for it. That text is then looked up in the text of the whole
-conversation, because templates rewrite earlier turns (drop their thoughts, move the system message). A turn that cannot
-be located with certainty is an error, never a guess. Alternative considered: searching for the role's marker strings,
-which differ between templates and may occur in a message.
+A template with `{% generation %}` blocks marks them. For a template without, `TurnFinder` renders the conversation turn
+by turn: a turn is the text that follows its prompt. That text is then located in the text of the whole conversation,
+because templates rewrite earlier turns (drop their thoughts, move the system message). A turn that cannot be located
+with certainty is an error. Alternative considered: searching for the role's marker strings, which differ between
+templates and may occur in a message.
 """
 
 import bisect
@@ -17,16 +17,16 @@ from engine.data.chat.compiled import Message
 from engine.data.chat.errors import ConversationError
 from engine.data.tokenizers.protocol import Span
 
-PLACEHOLDERS = ("\ufdd0", "\ufdd1")  # noncharacters, with which no content starts
-MAX_RENDERED_MESSAGES = 50_000  # for all turns together; one or two seconds of work
-CHARACTERS_PER_MESSAGE = 2000  # rendering so many takes as long as one more message
+PLACEHOLDERS = ("\ufdd0", "\ufdd1")  # noncharacters, so no content starts with them
+MAX_RENDERED_MESSAGES = 50_000  # for all turns of a conversation; one or two seconds of work
+CHARACTERS_PER_MESSAGE = 2000  # rendering this many takes as long as one message
 
 Render = Callable[[Sequence[Message], bool], str]  # messages, add_generation_prompt -> text
 
 
 @dataclass(frozen=True)
 class EndOfTurn:
-    """The special token at which the assistant stops, among all special tokens of the tokenizer."""
+    """The special token that ends an assistant turn, and all special tokens of the tokenizer."""
 
     token: str
     special: tuple[str, ...]
@@ -40,7 +40,7 @@ class EndOfTurn:
         return re.compile(r"\s*" + re.escape(self.token))
 
     def extend(self, text: str, span: Span) -> Span:
-        """A span of `text` with the end of turn that follows it, if it does not end with one."""
+        """Extend a span of `text` by the end of turn that follows it, unless it ends with one already."""
         start, end = span
         if not text[start:end].rstrip().endswith(self.token):
             found = self._pattern.match(text, end)
@@ -48,7 +48,7 @@ class EndOfTurn:
         return start, end
 
     def cut(self, turn: str) -> str | None:
-        """`turn` without anything after its end of turn (white space, an end of text); None if it has no end."""
+        """Remove what follows the end of turn (whitespace, an end of text); None if `turn` has no end of turn."""
         content, found, rest = turn.rpartition(self.token)
         if found and not re.sub(self._special_pattern, "", rest).strip():
             return content + found
@@ -58,9 +58,9 @@ class EndOfTurn:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Message `k` as the template writes it at the end of a conversation: `head`, then `text`, its end included.
+    """Message `k` rendered at the end of a conversation: `head`, then `text`, which includes the end of turn.
 
-    `prompt` is the text that asks for it; it may contain more than `head`, such as a first `<think>`.
+    `prompt` is the generation prompt for it; it may be longer than `head`, for example by a first `<think>`.
     """
 
     k: int
@@ -70,14 +70,14 @@ class _Turn:
 
 
 class TurnFinder:
-    r"""Finds the assistant's turns in the text of a whole conversation, for a template without generation blocks.
+    r"""Finds assistant turns in the text of a whole conversation, for a template without generation blocks.
 
     Three strategies, tried in this order:
 
     - by prefix: the whole text begins with the turn and everything before it, as rendered at the end of a conversation.
     - after shortening: the text before the turn is the same, but the whole text has only the last part of the turn.
-    - by placeholder: the text before the turn differs as well; rendering a placeholder instead of the turn's content
-      shows where it stands.
+    - by placeholder: the text before the turn differs, too; rendering a placeholder instead of the turn's content
+      shows its position.
 
     Example: Qwen3's template drops the thoughts of earlier turns. Of the messages
 
@@ -93,7 +93,7 @@ class TurnFinder:
     thought and is found by prefix.
 
     Args:
-        render: renders messages, with or without the prompt for the assistant's next turn.
+        render: renders messages, with or without the generation prompt for the next assistant turn.
         messages: the conversation.
         text: all messages, rendered.
         end: the end of turn.
@@ -103,12 +103,12 @@ class TurnFinder:
         self._render, self._messages, self._text, self._end = render, messages, text, end
 
     def find(self, chosen: Sequence[int]) -> list[Span]:
-        """Where the messages `chosen`, all of the assistant, stand in the text, ends of turn included.
+        """Return the spans of the assistant messages `chosen` in the text, including their ends of turn.
 
-        Rendering everything before each of them takes time that grows with the square of the conversation.
+        Renders everything before each of them, so the time is quadratic in the length of the conversation.
 
         Raises:
-            ConversationError: there are too many, or one of them cannot be located with certainty.
+            ConversationError: there are too many turns, or one of them cannot be located with certainty.
         """
         self._check_work(len(chosen))
         spans = [self._find(k) for k in chosen]
@@ -121,76 +121,79 @@ class TurnFinder:
             span = strategy(turn)
             if span and _squeezed(turn.text).endswith(_squeezed(self._text[slice(*span)])):
                 return span
-        raise ConversationError(f"message {k}: the template writes this turn of the assistant differently later on")
+        raise ConversationError(
+            f"message {k}: the template renders this assistant turn differently in a longer conversation"
+        )
 
     def by_prefix(self, turn: _Turn) -> Span | None:
-        """The text begins with the turn and what precedes it."""
+        """Match the turn and everything before it at the beginning of the text."""
         start, end = len(turn.head), len(turn.head) + len(turn.text)
         return (start, end) if self._text.startswith(turn.head + turn.text) else None
 
     def after_shortening(self, turn: _Turn) -> Span | None:
-        """The text has the same before the turn, then less of it up to the next end of turn."""
+        """Match everything before the turn; the text then has a shorter turn, up to the next end of turn."""
         start, token = len(turn.head), self._end.token
         end = self._text.find(token, start) + len(token)
         unique = end > start and turn.text.count(token) == 1
         return (start, end) if unique and self._text.startswith(turn.head) else None
 
     def by_placeholder(self, turn: _Turn) -> Span | None:
-        """The text differs before the turn too; it is found by rendering a placeholder instead of its content."""
+        """Locate the turn by rendering a placeholder instead of its content, if the text before it differs."""
         mark, full = PLACEHOLDERS[0], self._text
-        alone = self._render(self._with_content(self._messages[: turn.k + 1], turn.k, mark), False)
-        before, found, behind = self._render(self._with_content(self._messages, turn.k, mark), False).partition(mark)
-        same = full.startswith(before) and full.endswith(behind) and len(full) >= len(before) + len(behind)
-        if not (found and same and alone.startswith(turn.head) and alone.count(mark) == 1):
+        until = self._render(self._with_content(self._messages[: turn.k + 1], turn.k, mark), False)
+        before, found, after = self._render(self._with_content(self._messages, turn.k, mark), False).partition(mark)
+        same = full.startswith(before) and full.endswith(after) and len(full) >= len(before) + len(after)
+        if not (found and same and until.startswith(turn.head) and until.count(mark) == 1):
             return None
-        lead, _, trail = alone[len(turn.head) :].partition(mark)
+        lead, _, trail = until[len(turn.head) :].partition(mark)
         trail = self._cut(trail, turn.k)
-        if not behind.startswith(trail):
+        if not after.startswith(trail):
             return None
         start = len(before) - len(lead) if before.endswith(lead) else min(len(before), _shared([turn.prompt, full]))
-        return start, len(full) - len(behind) + len(trail)
+        return start, len(full) - len(after) + len(trail)
 
     def _at_the_end(self, k: int) -> _Turn:
-        """Message `k` as the template writes it when it is the last message."""
+        """Render message `k` as the last message."""
         until = self._render(self._messages[: k + 1], False)
         try:
             prompt = self._render(self._messages[:k], True)
-        except ConversationError:  # some templates accept no empty or unfinished conversation
+        except ConversationError:  # some templates reject an empty or unfinished conversation
             prompt = until
         start = self._start(k, prompt, until)
         return _Turn(k, prompt, until[:start], self._cut(until[start:], k))
 
     def _start(self, k: int, prompt: str, until: str) -> int:
-        """Where in `until`, which ends with message `k`, the text begins that is not part of its prompt."""
+        """Return the offset in `until`, which ends with message `k`, at which the text after its prompt begins."""
         if until.startswith(prompt) and len(prompt) < len(until):
             return len(prompt)
-        # The prompt has more than the text before the content, such as a first thought. The turn begins where both
-        # differ, and where contents of other first characters do, too, so that no character of the content is lost.
+        # The prompt is longer than the text before the content, for example by the start of a thought. The turn begins
+        # where prompt and text differ, or earlier, where contents with other first characters differ from it, so that
+        # no character of the content is lost.
         messages = self._messages[: k + 1]
         others = [self._render(self._with_content(messages, k, other), False) for other in PLACEHOLDERS]
         start = _shared([prompt, until, *others])
         earlier = "" if prompt == until else self._render(self._messages[:k], False)
         if others[0] == others[1] or start < len(earlier) or not until.startswith(earlier):
-            raise ConversationError(f"message {k}: the template does not show where the assistant's turn begins")
+            raise ConversationError(f"message {k}: the template does not show where this assistant turn begins")
         return start
 
     def _cut(self, turn: str, k: int) -> str:
         ended = self._end.cut(turn)
         if ended is None:
-            raise ConversationError(f"message {k}: the template ends this turn of the assistant with no special token")
+            raise ConversationError(f"message {k}: the template does not end this assistant turn with a special token")
         return ended
 
     def _check_work(self, num_turns: int) -> None:
         messages, characters = len(self._messages), len(self._text)
         if num_turns * (messages + characters // CHARACTERS_PER_MESSAGE) > MAX_RENDERED_MESSAGES:
             raise ConversationError(
-                f"{num_turns:,} turns of the assistant among {messages:,} messages ({characters:,} characters) "
-                f"are too many to find without {{% generation %}} marks in the template; "
-                f"use a template with marks, or split the conversation"
+                f"{num_turns:,} assistant turns among {messages:,} messages ({characters:,} characters) "
+                f"are too many to find without {{% generation %}} blocks in the template; "
+                f"use a template with such blocks, or split the conversation"
             )
 
     def _check_unique(self, chosen: Sequence[int], spans: Sequence[Span]) -> None:
-        """A turn that a later message repeats could be that message, if the template leaves out the turn itself."""
+        """Check turns that a later message repeats: if the template drops the turn, the match is that message."""
         contents = [m.get("content") for m in self._messages]
         said = [_squeezed(content) if isinstance(content, str) else "" for content in contents]
         texts = [_squeezed(self._text[start:end].removesuffix(self._end.token)) for start, end in spans]
@@ -202,14 +205,20 @@ class TurnFinder:
             self._check_written(doubtful)
 
     def _check_written(self, turns: Sequence[int]) -> None:
-        """Whether the template writes the contents of all `turns`."""
+        """Check that the template writes the contents of all `turns`.
+
+        Raises:
+            ConversationError: it drops one of them.
+        """
         start, end = PLACEHOLDERS
         exchanged = [*self._messages]
         for k in turns:
             exchanged[k] = {**exchanged[k], "content": f"{start}{k}{end}"}
         written = re.findall(f"{start}(\\d+){end}", self._render(exchanged, False))
         if lost := [k for k in turns if written.count(str(k)) != 1]:
-            raise ConversationError(f"message {lost[0]}: the template leaves this turn of the assistant out later on")
+            raise ConversationError(
+                f"message {lost[0]}: the template drops this assistant turn in a longer conversation"
+            )
 
     @staticmethod
     def _with_content(messages: Sequence[Message], k: int, content: str) -> list[Message]:
@@ -217,11 +226,11 @@ class TurnFinder:
 
 
 def _squeezed(text: str) -> str:
-    """A text without white space."""
+    """Remove all whitespace."""
     return "".join(text.split())
 
 
 def _shared(texts: Sequence[str]) -> int:
-    """The length of the common prefix of all texts."""
-    first, last = min(texts), max(texts)  # in alphabetical order, so all texts between share what these two share
+    """Return the length of the common prefix of all texts."""
+    first, last = min(texts), max(texts)  # in alphabetical order; all texts between share their prefix
     return bisect.bisect_left(range(min(len(first), len(last))), True, key=lambda i: first[: i + 1] != last[: i + 1])

@@ -1,1 +1,1 @@
-"""Documents and records to token datasets."""
+"""Preprocessing: documents and conversations to token datasets."""

@@ -1,6 +1,6 @@
-"""Files cut into blocks of whole lines: the first half of reading, done in the parent process.
+"""Splits files into blocks of whole lines; runs in the parent process.
 
-It hardly touches the bytes; parsing, the slow half, runs in the workers. Damage in a file does not stop the reading: it
+It does little work per byte; parsing, the slow part, runs in the workers. Damage in a file does not stop reading: it
 becomes a block with a `problem`.
 """
 
@@ -18,19 +18,19 @@ from engine.data.preprocess.sources import Source
 from engine.errors import StorageError
 
 BLOCK_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 1 << 30  # a longer line or text file is taken for a mistake
+MAX_DOCUMENT_BYTES = 1 << 30  # a longer line or text file is rejected
 BOM = b"\xef\xbb\xbf"
-QUOTED = 200  # bytes of a rejected line that are kept
+QUOTED = 200  # bytes kept of a rejected line
 
 
 @dataclass(frozen=True)
 class LineBlock:
-    """Consecutive lines of a file, or a whole text file. Elements of a JSON array and rows of Parquet are lines.
+    """Consecutive lines of a file, or a whole text file. Elements of a JSON array and rows of Parquet count as lines.
 
     Attributes:
         first_line: number of the first line, from 1.
-        position: bytes, as stored, of all files up to the end of this block.
-        problem: why the file is unreadable from here on; such a block has no data.
+        position: stored bytes of all files up to the end of this block.
+        problem: the reason why the rest of the file is unreadable; such a block has no data.
     """
 
     source: Source
@@ -40,7 +40,7 @@ class LineBlock:
     problem: str | None = None
 
     def numbered_lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number and content of each line that is not blank; a text file is one line."""
+        """Yield number and content of each line that is not blank; a text file is one line."""
         data = self.data.removeprefix(BOM) if self.first_line == 1 else self.data
         lines = [data] if self.source.kind == "text" else data.split(b"\n")
         for number, line in enumerate(lines, self.first_line):
@@ -52,10 +52,10 @@ class LineBlock:
 
 
 def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> Iterator[LineBlock]:
-    """All lines of all files in order; memory is a block, or the longest line, or the largest JSON array.
+    """Yield all lines of all files in order. Memory: a block, the longest line or the largest JSON array.
 
     Raises:
-        StorageError: a file vanished or the disk fails.
+        StorageError: a file cannot be read.
     """
     before = 0
     for source in sources:
@@ -65,7 +65,7 @@ def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> It
 
 
 def _file_blocks(source: Source, block_bytes: int) -> Iterator[LineBlock]:
-    """`read_blocks` for one file, with positions inside it."""
+    """`read_blocks` for one file, with positions relative to it."""
     line = 1
     parts = _parquet_parts if source.kind == "parquet" else _file_parts
     try:
@@ -79,10 +79,10 @@ def _file_blocks(source: Source, block_bytes: int) -> Iterator[LineBlock]:
 
 
 def _file_parts(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
-    """Parts of whole lines, the number of lines in each, and the position after it."""
+    """Yield parts of whole lines, with the number of lines in each and the position after it."""
     with open(source.path, "rb") as file:
         for data in _whole_lines(source, file, block_bytes):
-            yield data, data.count(b"\n"), file.tell() if file.seekable() else 0  # a named pipe does not tell
+            yield data, data.count(b"\n"), file.tell() if file.seekable() else 0  # a named pipe has no position
 
 
 def _parquet_parts(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
@@ -91,7 +91,7 @@ def _parquet_parts(source: Source, block_bytes: int) -> Iterator[tuple[bytes, in
 
 
 def _whole_lines(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[bytes]:
-    """Blocks of whole lines of about `block_bytes`; a text file in one."""
+    """Yield blocks of whole lines of about `block_bytes`; a text file as one block."""
     chunks = read_chunks(source.path, file, block_bytes)
     if source.kind == "json":
         first = next(chunks, b"")
@@ -102,18 +102,18 @@ def _whole_lines(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[b
 
 
 def _elements(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
-    """The elements of one JSON array as lines. It is read whole, because nothing marks where an element ends."""
+    """Yield the elements of one JSON array as lines. The array is read at once: nothing marks the end of an element."""
     content = b"".join(_limited(chunks))
     try:
         elements = orjson.loads(content.removeprefix(BOM))
     except orjson.JSONDecodeError as error:
-        raise Unreadable(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno}); left out") from None
+        raise Unreadable(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno}); skipped") from None
     del content
     return _cut(map(_as_line, elements), block_bytes, at_lines=True)
 
 
 def _as_line(element: object) -> bytes:
-    """One that is nested too deep for orjson becomes a line that will be rejected."""
+    """Serialize an element; one that is nested too deeply for orjson becomes a line that will be rejected."""
     try:
         return orjson.dumps(element, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError as error:
@@ -126,14 +126,14 @@ def _limited(chunks: Iterable[bytes]) -> Iterator[bytes]:
         size += len(chunk)
         if size > MAX_DOCUMENT_BYTES:
             raise Unreadable(
-                f"one JSON array of more than {MAX_DOCUMENT_BYTES:,} bytes, left out; make it one object a line, "
-                f"for instance with jq -c '.[]'"
+                f"one JSON array of more than {MAX_DOCUMENT_BYTES:,} bytes, skipped; convert it to one object per "
+                f"line, for instance with jq -c '.[]'"
             )
         yield chunk
 
 
 def _cut(chunks: Iterable[bytes], block_bytes: int, *, at_lines: bool) -> Iterator[bytes]:
-    """Blocks of about `block_bytes`, cut after a line, or everything in one block."""
+    """Yield blocks of about `block_bytes`, split after a line, or everything as one block."""
     rest: list[bytes] = []
     size = 0
     try:
@@ -145,7 +145,7 @@ def _cut(chunks: Iterable[bytes], block_bytes: int, *, at_lines: bool) -> Iterat
             rest.append(chunk[cut:])
             size += len(chunk) - cut
             if size > MAX_DOCUMENT_BYTES:
-                raise Unreadable(f"longer than {MAX_DOCUMENT_BYTES:,} bytes; the file is left out from here on")
+                raise Unreadable(f"longer than {MAX_DOCUMENT_BYTES:,} bytes; the rest of the file is skipped")
     except Unreadable:
         whole = b"".join(rest)
         if at_lines and b"\n" in whole:

@@ -1,8 +1,8 @@
-"""Encoded blocks into datasets, with rejected lines beside them: all of it or nothing.
+"""Writes encoded blocks to datasets, and rejected lines to a separate file: all files or none.
 
-The parent reads and writes; workers parse and encode blocks of lines, whose results come back in the order in which the
-blocks were sent. So the bytes written do not depend on the number of workers. Alternative considered: one output file
-per worker and a merge, which writes everything twice.
+The parent process reads and writes; workers parse and encode blocks of lines. Results arrive in the order in which the
+blocks were sent, so the output does not depend on the number of workers. Alternative considered: one output file per
+worker and a merge, which writes everything twice.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -22,12 +22,12 @@ from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.protocol import Ids, Tokenizer
 from engine.errors import DataError
 
-MAX_LEADING_REJECTS = 1000  # lines rejected before the first document; more mean that the input is something else
+MAX_LEADING_REJECTS = 1000  # lines rejected before the first document; with more, the input has another format
 
 
 @dataclass
 class Counts:
-    """Progress so far. `num_bytes` counts text; `position` is in bytes of the input files, as stored."""
+    """Progress. `num_bytes` counts bytes of text; `position` counts stored bytes of the input files."""
 
     documents: int = 0
     tokens: int = 0
@@ -47,7 +47,7 @@ class Counts:
 
 @dataclass
 class EncodedBlock:
-    """The documents of a block as ids; `ids` and `lengths` have one entry per dataset."""
+    """The encoded documents of a block; `ids` and `lengths` have one entry per dataset."""
 
     position: int
     rejects: list[Reject]
@@ -62,14 +62,14 @@ class EncodedBlock:
 
 
 class DatasetBuild:
-    """Datasets that are being written, and the file of rejected lines.
+    """The datasets being written and the file of rejected lines.
 
-    A context manager: leaving it commits all datasets, then the rejects; an exception removes both.
+    A context manager: exiting commits all datasets, then the rejects; an exception removes both.
 
     Args:
-        writers: of the datasets.
-        output_prefix: of the rejects.
-        counts: updated with every block.
+        writers: one per dataset.
+        output_prefix: prefix of the file of rejected lines.
+        counts: updated after each block.
     """
 
     def __init__(self, writers: Sequence[IndexedDatasetWriter], output_prefix: str, counts: Counts) -> None:
@@ -96,12 +96,12 @@ class DatasetBuild:
         on_progress: Callable[[Counts], None],
         advice: str,
     ) -> None:
-        """Write all blocks; closes the generator. The datasets may still be refused or described before the exit.
+        """Write all blocks and close the generator. Until the exit, the caller may still raise or set descriptions.
 
         Args:
             on_reject: called with each rejected line; may raise.
             on_progress: called with the counts after each block.
-            advice: which setting may be wrong if no line is accepted.
+            advice: the setting to check if no line is accepted.
 
         Raises:
             DataError: the input begins with `MAX_LEADING_REJECTS` rejected lines.
@@ -121,7 +121,7 @@ class DatasetBuild:
 
 
 def dataset_info(tokenizer: Tokenizer, sources: Sequence[Source], counts: Counts) -> DatasetInfo:
-    """The description of a dataset made with `tokenizer` from `sources`."""
+    """Return the description of a dataset made with `tokenizer` from `sources`."""
     return DatasetInfo(
         tokenizer_kind=tokenizer.kind,
         tokenizer_hash=tokenizer.hash,
@@ -134,5 +134,5 @@ def dataset_info(tokenizer: Tokenizer, sources: Sequence[Source], counts: Counts
 
 
 def source_names(sources: Sequence[Source]) -> str:
-    """The sources in an error: the first one, and how many more."""
+    """Return the sources for an error message: the first one and the number of others."""
     return sources[0].path + (f" and {len(sources) - 1} more files" if len(sources) > 1 else "")

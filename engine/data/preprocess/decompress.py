@@ -1,7 +1,7 @@
-"""Reading plain and compressed files in chunks.
+"""Reads plain and compressed files in chunks.
 
-Alternative considered: `gzip.open` and the like, which lose the content read before damage; the one for zstd takes a
-truncated file for a complete one.
+Alternative considered: `gzip.open` and the like, which lose the content read before damage; the one for zstd accepts a
+truncated file as complete.
 """
 
 import zlib
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 import zstandard
 
 COMPRESSED_BYTES = 1 << 13  # read at a time, so that a decompression bomb expands in small pieces
-LARGEST_WINDOW = 1 << 31  # zstd --long=31, as used for large published corpora
+LARGEST_WINDOW = 1 << 31  # zstd --long=31, which large published corpora use
 
 
 class Unreadable(Exception):
@@ -28,10 +28,10 @@ class _Inflater(Protocol):
 
 
 def read_chunks(path: str, file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
-    """The content of a file, decompressed if its suffix says so; uncompressed content in chunks of `chunk_bytes`.
+    """Yield the content of a file, decompressed according to its suffix; plain content in chunks of `chunk_bytes`.
 
     Raises:
-        Unreadable: damaged or truncated; the content before that has been yielded.
+        Unreadable: damaged or truncated; the content before the damage has been yielded.
     """
     compression = Path(path).suffix
     if compression == ".gz":
@@ -43,7 +43,7 @@ def read_chunks(path: str, file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
 
 
 def _inflated(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
-    """The content of a compressed file, which may be several concatenated ones."""
+    """Yield the content of a compressed file, which may be several concatenated files."""
     inflater: _Inflater = make()
     while data := file.read(COMPRESSED_BYTES):
         while data:
@@ -55,9 +55,9 @@ def _inflated(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
             try:
                 content = inflater.decompress(data)
             except (zlib.error, zstandard.ZstdError) as error:
-                raise Unreadable(f"damaged compressed file, left out from here on: {error}") from None
+                raise Unreadable(f"damaged compressed file, rest skipped: {error}") from None
             if content:
                 yield content
             data = inflater.unused_data if inflater.eof else b""
     if not inflater.eof:
-        raise Unreadable("truncated compressed file, left out from here on")
+        raise Unreadable("truncated compressed file, rest skipped")

@@ -1,6 +1,6 @@
-"""Pretraining documents from blocks of lines: JSON objects with texts, or plain text files.
+"""Parses pretraining documents from blocks of lines: JSON objects with texts, or plain text files.
 
-Bad lines do not stop the work: each becomes a `Reject` with file, line and reason.
+An invalid line does not stop preprocessing: it becomes a `Reject` with file, line and reason.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ CONVERSATION_ADVICE = "; for fine-tuning preprocess it with task = sft"
 
 
 def parse_block(block: LineBlock, keys: Sequence[str]) -> tuple[list[tuple[str, ...]], list[Reject]]:
-    """The documents of a block, each with one text per key, and its rejected lines. Blank lines are skipped."""
+    """Return the documents of a block, with one text per key, and its rejected lines. Blank lines are skipped."""
     if block.problem is not None:
         return [], [block.reject(block.first_line, block.problem)]
     parse = _parse_text if block.source.kind == "text" else _parse_line
@@ -30,7 +30,7 @@ def parse_block(block: LineBlock, keys: Sequence[str]) -> tuple[list[tuple[str, 
 
 
 def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """Raises ValueError, as `_parse_text` does; its message is the reason for rejecting the line."""
+    """Parse one line. Raises ValueError, as `_parse_text` does, with the reason for rejecting the line."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:

@@ -1,7 +1,7 @@
-"""Parquet files as JSON lines, one per row, so that no other code handles Parquet.
+"""Reads Parquet files as JSON lines, one per row, so that no other code handles Parquet.
 
-Alternative considered: passing Arrow's own batches to the workers. Making the lines takes a small part of the time of
-reading the file, and encoding them a hundred times as long.
+Alternative considered: passing Arrow batches to the workers. Converting rows to lines takes a small part of the time of
+reading the file; encoding takes a hundred times as long.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ import orjson
 from engine.data.preprocess.decompress import Unreadable
 from engine.errors import ConfigError
 
-INVALID = b"\xff"  # stands for a row that is not text: not valid UTF-8, and rejected like any such line
-MAX_ROWS = 1000  # read at a time, whatever size the metadata state
+INVALID = b"\xff"  # replaces a row that is not text; rejected because it is not valid UTF-8
+MAX_ROWS = 1000  # read at a time, regardless of the size in the metadata
 
 
 def require(path: str) -> None:
-    """Raises ConfigError where the package for reading `path` is missing."""
+    """Raise ConfigError if the package for reading `path` is missing."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
@@ -25,9 +25,9 @@ def require(path: str) -> None:
 
 
 def read_lines(path: str, batch_bytes: int) -> Iterator[tuple[list[bytes], float]]:
-    """Rows in order, about `batch_bytes` at a time, and the share of all rows read so far.
+    """Yield rows in order, about `batch_bytes` at a time, and the fraction of all rows read so far.
 
-    Types that JSON lacks (bytes, decimals) become null, which is rejected as a text. Takes the memory of a row group.
+    Types that JSON lacks (bytes, decimals) become null, which is rejected as text. Uses the memory of one row group.
 
     Raises:
         Unreadable: damaged; the rows before the damage have been yielded.
@@ -45,9 +45,9 @@ def read_lines(path: str, batch_bytes: int) -> Iterator[tuple[list[bytes], float
                     done += batch.num_rows
                     yield _lines(batch), done / total
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # from the disk; damaged pages have no errno
+        if isinstance(error, OSError) and error.errno is not None:  # a disk error; damaged pages have no errno
             raise
-        raise Unreadable(f"damaged Parquet file, left out from here on: {error}") from None
+        raise Unreadable(f"damaged Parquet file, rest skipped: {error}") from None
 
 
 def _lines(batch: Any) -> list[bytes]:

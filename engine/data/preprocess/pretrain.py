@@ -1,4 +1,4 @@
-"""Text files to token datasets for pretraining: one dataset per JSON key."""
+"""Preprocesses text files to token datasets for pretraining: one dataset per JSON key."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +21,8 @@ class DocumentEncoder:
     """Encodes the documents of a block; runs in a worker.
 
     Args:
-        tokenizer: of the model.
-        keys: of the JSON objects; each has a dataset.
+        tokenizer: the model's tokenizer.
+        keys: keys of the JSON objects; one dataset each.
         append_eod: end each document with `tokenizer.eod_id`.
     """
 
@@ -43,7 +43,7 @@ class DocumentEncoder:
         return encoded
 
     def _add(self, encoded: EncodedBlock, documents: list[Ids]) -> None:
-        whole = [ids for ids in documents if ids.size]  # normalization may remove a whole text
+        whole = [ids for ids in documents if ids.size]  # normalization may remove all of a text
         encoded.empty += len(documents) - len(whole)
         flat = np.concatenate([part for ids in whole for part in (ids, self._end)] or [self._end[:0]])
         limit = self._tokenizer.vocab_size
@@ -54,7 +54,7 @@ class DocumentEncoder:
 
 
 def dataset_prefix(output_prefix: str, key: str) -> Path:
-    """Megatron's name for the dataset of a key."""
+    """Return Megatron-LM's name for the dataset of a key."""
     return Path(f"{output_prefix}_{key}_document")
 
 
@@ -73,13 +73,13 @@ def preprocess(
 
     Args:
         sources: see `find_sources`.
-        keys: of the JSON objects; a plain text file has only one text.
+        keys: keys of the JSON objects; a plain text file has only one text.
         append_eod: end each document with `tokenizer.eod_id`.
         on_reject: called with each rejected line; may raise.
         on_progress: called with the counts after each block.
 
     Raises:
-        DataError: there is not a single token, or only rejected lines at the beginning.
+        DataError: no tokens, or the input begins with too many rejected lines; see `DatasetBuild.write_all`.
         EncoderMismatch: see `FastSentencePiece`.
         WorkerFailed: a worker process was killed.
     """

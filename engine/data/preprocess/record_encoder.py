@@ -1,8 +1,8 @@
-"""Records of instruction data to token ids and target masks.
+"""Encodes records of instruction data to token ids and target masks.
 
-A record that cannot be used is rejected and counted by problem; it is never repaired and never stops preprocessing,
-unless the template is unusable. The first token of a document is never a target, because nothing precedes it.
-Plain texts have no beginning-of-text token, as in pretraining, and end with the end of document.
+A record that cannot be used is rejected and counted by problem. It is never repaired, and it stops preprocessing only
+if the template is unusable. The first token of a document is never a target, because nothing precedes it. Plain texts
+have no beginning-of-text token, as in pretraining, and end with the end-of-document token.
 """
 
 import re
@@ -29,15 +29,15 @@ from engine.errors import ConfigError, DataError
 
 OnTooLong = Literal["truncate", "drop", "split", "error"]
 OUTCOMES = {
-    "truncated": "too long, cut to the first tokens",
+    "truncated": "too long, truncated to max_length",
     "dropped": "too long, dropped",
     "split": "too long, split",
     "windows": "parts without a target left out",
     "spelled": "spell a special token of the tokenizer",
 }
 OVER_BUDGET = "over the budget of the template"
-MAX_RECORD_BYTES = 4 << 20  # of a record; encoding it takes a gigabyte
-MAX_OVER_BUDGET = 100  # conversations, each of which takes a fraction of a second, before the template is given up
+MAX_RECORD_BYTES = 4 << 20  # per record; encoding one of this size takes a gigabyte
+MAX_OVER_BUDGET = 100  # conversations, a fraction of a second each, before preprocessing gives up
 TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Document = tuple[TokenIds, Mask]
@@ -45,10 +45,10 @@ Document = tuple[TokenIds, Mask]
 
 @dataclass(frozen=True)
 class Rules:
-    """Which turns are targets, and what happens to conversations of more than `max_length` tokens (None: no limit).
+    """The turns that are targets, and the handling of conversations of more than `max_length` tokens (None: no limit).
 
-    truncate keeps the first tokens; drop leaves the conversation out; split makes documents of `max_length` tokens and
-    leaves out those without a target; error stops preprocessing.
+    truncate keeps the first tokens; drop skips the conversation; split creates documents of `max_length` tokens and
+    skips those without a target; error stops preprocessing.
     """
 
     train_on: TrainOn = "assistant"
@@ -58,12 +58,12 @@ class Rules:
 
 @dataclass
 class SftBlock(EncodedBlock):
-    """The conversations of a block: one entry in `ids` and `lengths`, and its target mask.
+    """The encoded conversations of a block: one entry in `ids` and `lengths`, and the target mask.
 
     Attributes:
-        formats: conversations kept, by format.
-        problems: rejected records, by problem.
-        outcome: conversations by outcome (see `OUTCOMES`), and those that needed the `template`.
+        formats: number of conversations kept, by format.
+        problems: number of rejected records, by problem.
+        outcome: number of conversations by outcome (see `OUTCOMES`); `template` counts those rendered with it.
     """
 
     mask: Mask = field(default_factory=lambda: np.zeros(0, np.bool_))
@@ -80,8 +80,8 @@ class RecordEncoder:
     """Encodes the records of a block; runs in a worker.
 
     Args:
-        tokenizer: of the model.
-        chat: encodes conversations; or the reason why there is none, which matters only for conversations.
+        tokenizer: the model's tokenizer.
+        chat: encodes conversations; or the error to raise at the first conversation if there is no template.
         rules: see `Rules`.
     """
 
@@ -112,7 +112,7 @@ class RecordEncoder:
         return encoded
 
     def _documents(self, line: bytes, encoded: SftBlock) -> list[Document]:
-        """The documents of one record; none if the rules leave it out."""
+        """Encode one record to its documents; none if the rules skip it."""
         if len(line) > MAX_RECORD_BYTES:
             raise BadRecord("too large", f"{len(line):,} bytes, expected at most {MAX_RECORD_BYTES:,}")
         name, content = parse_record(line)
@@ -128,7 +128,7 @@ class RecordEncoder:
         return documents
 
     def _encode(self, content: Conversation | Text | Tokens) -> Document:
-        """Ids in the vocabulary, at least one, and their target mask."""
+        """Return ids in the vocabulary, at least one, and their target mask."""
         if isinstance(content, Conversation):
             return self._conversation(content)
         if isinstance(content, Text):
@@ -143,7 +143,7 @@ class RecordEncoder:
             raise self._chat
         train_on = self._rules.train_on
         if train_on != "all" and not content.answers:
-            raise BadRecord("no assistant turn", f"{len(content.messages)} turns, none of them of the assistant")
+            raise BadRecord("no assistant turn", f"none of its {len(content.messages)} turns has the role assistant")
         if train_on == "assistant":
             train_on = content.train_on
         try:
@@ -151,14 +151,14 @@ class RecordEncoder:
             ids, mask = self._chat.encode(content.messages, train_on, content.tools)
         except ConversationError as error:
             raise BadRecord("refused by the template", str(error)) from None
-        except TemplateError as error:  # a template that fails for every conversation failed earlier
+        except TemplateError as error:  # a template that fails for every conversation was rejected earlier
             raise BadRecord(OVER_BUDGET, str(error)) from None
         if not ids.size:
             raise BadRecord("empty conversation", "the template writes nothing for it")
         return ids, mask
 
     def _text(self, content: Text) -> Document:
-        """A token that extends from the prompt into the completion is a target."""
+        """Encode a text. A token that spans the end of the prompt and the start of the completion is a target."""
         ids, spans = self._tokenizer.encode_special(content.prompt + content.completion)
         start = 0 if self._rules.train_on == "all" else len(content.prompt)
         targets = [stop > start for _, stop in spans]
@@ -173,11 +173,11 @@ class RecordEncoder:
 
 
 def _require_tools_written(template: ChatTemplate, content: Conversation) -> None:
-    """Check that the template writes tools and their calls; if it did not, the assistant would learn to say nothing.
+    """Check that the template writes tools and their calls; otherwise the model would be trained on empty turns.
 
     Raises:
-        BadRecord: the template leaves them out.
-        ConversationError: the template refuses the conversation.
+        BadRecord: the template drops them.
+        ConversationError: the template cannot render the conversation.
     """
     callers = [i for i, message in enumerate(content.messages) if message.get("tool_calls")]
     if not callers and not content.tools:
@@ -187,9 +187,9 @@ def _require_tools_written(template: ChatTemplate, content: Conversation) -> Non
         caller = {key: value for key, value in content.messages[i].items() if key != "tool_calls"}
         without = [*content.messages[:i], caller, *content.messages[i + 1 :]]
         if _text_of(template, without, content.tools) == text:
-            raise BadRecord("tools not written", f"the template leaves out the tool_calls of turn {i}")
+            raise BadRecord("tools not written", f"the template drops the tool_calls of turn {i}")
     if content.tools and _text_of(template, content.messages, None) == text:
-        raise BadRecord("tools not written", "the template leaves out the tools")
+        raise BadRecord("tools not written", "the template drops the tools")
 
 
 def _text_of(template: ChatTemplate, messages: list[Message], tools: list[Any] | None) -> str | None:
@@ -200,7 +200,7 @@ def _text_of(template: ChatTemplate, messages: list[Message], tools: list[Any] |
 
 
 class TooLong(Exception):
-    """A conversation that is too long, where the rules say error."""
+    """A conversation is too long, with `on_too_long` = error."""
 
 
 def _reject(encoded: SftBlock, block: LineBlock, number: int, error: BadRecord, line: bytes) -> None:
@@ -209,24 +209,28 @@ def _reject(encoded: SftBlock, block: LineBlock, number: int, error: BadRecord, 
 
 
 def check_over_budget(problems: Counter[str], last: Reject) -> None:
-    """Give up a template that exceeds its budget for too many conversations, of a block or of all so far.
+    """Check that the template has not exceeded its budget for too many conversations.
+
+    Args:
+        problems: counts of one block, or of all blocks so far.
+        last: the last rejected record.
 
     Raises:
-        DataError: it does.
+        DataError: it has, for `MAX_OVER_BUDGET` or more.
     """
     if problems[OVER_BUDGET] >= MAX_OVER_BUDGET and last.reason.startswith(OVER_BUDGET):
         raise DataError(
             f"{problems[OVER_BUDGET]:,} conversations are {OVER_BUDGET}; {last}; "
-            f"choose another chat_template, or leave such conversations out"
+            f"choose another chat_template, or remove these conversations"
         )
 
 
 def _fit(ids: TokenIds, mask: Mask, rules: Rules, outcome: Counter[str]) -> list[Document]:
-    """The documents of a conversation according to the rules.
+    """Apply the rules for long conversations. Return the documents of a conversation.
 
     Raises:
-        BadRecord: none of them has a target.
-        TooLong: it is too long, and the rules say error.
+        BadRecord: none of the documents has a target.
+        TooLong: the conversation is too long, with `on_too_long` = error.
     """
     limit = rules.max_length
     if limit is None or ids.size <= limit:

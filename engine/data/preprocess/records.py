@@ -1,10 +1,10 @@
-"""Records of instruction data, in any published format, as conversations, texts or tokens.
+"""Parses records of instruction data in the published formats to conversations, texts or tokens.
 
-Pure functions of one line of JSON. The keys of a record determine its format; nothing is guessed from values. An
-invalid record is a `BadRecord` with one of a few `problem` names, by which rejects are counted. Alternative considered:
-one format per run, named by a setting; a mixed collection would lose every record of another format.
+Pure functions of one line of JSON. The keys of a record determine its format; values are not used to guess it. An
+invalid record raises `BadRecord` with one of a few `problem` names, by which rejects are counted. Alternative
+considered: one format per run, chosen by a setting; a mixed collection would lose every record of another format.
 
-ShareGPT's `function_call` turns become turns of the assistant with their text unchanged, so they are targets under any
+ShareGPT's `function_call` turns become assistant turns with their text unchanged, so they are targets with any
 template; OpenAI's `tool_calls` are passed to the template, which may have a format for them.
 """
 
@@ -24,7 +24,7 @@ FORMATS: dict[str, tuple[str, ...]] = {  # the keys that identify each format, c
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-ROLES = {  # name in the data: name in templates
+ROLES = {  # role in the data: role in templates
     "system": "system", "developer": "developer",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -32,13 +32,13 @@ ROLES = {  # name in the data: name in templates
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
     "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
-SPOKEN = ("user", "assistant")  # roles whose turns must not be empty; the answer of a tool may be
+SPOKEN = ("user", "assistant")  # roles whose turns must not be empty; tool results may be
 MASKS = ("loss_mask", "assistant_masks", "completion_mask")
-IGNORE_INDEX = -100  # in `labels`: no target, as in torch's cross_entropy
+IGNORE_INDEX = -100  # in `labels`: not a target, as in torch's cross_entropy
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used. `problem` is the name it is counted by; the message has the details."""
+    """A record that cannot be used. Rejects are counted by `problem`; the message has the details."""
 
     def __init__(self, problem: str, detail: str) -> None:
         super().__init__(f"{problem}: {detail}")
@@ -47,7 +47,7 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for a chat template. `train_on` is "last" if the record makes only the last assistant turn a target."""
+    """Messages for a chat template. `train_on` is "last" if only the last assistant turn of the record is a target."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -60,7 +60,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Text:
-    """A text of which the `completion` is the target."""
+    """A text; the target is `completion`."""
 
     prompt: str
     completion: str
@@ -68,17 +68,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids from another tokenizer run, and whether each is a target."""
+    """Token ids from an earlier tokenization and their target mask."""
 
     ids: list[int]
     target_mask: list[bool]
 
 
 def parse_record(line: bytes) -> tuple[str, Conversation | Text | Tokens]:
-    """The name of a record's format, a key of `FORMATS`, and its content.
+    """Parse one record. Return the name of its format (a key of `FORMATS`) and its content.
 
     Raises:
-        BadRecord: it has no known format, or something in it is wrong.
+        BadRecord: an unknown format, or an invalid value.
     """
     try:
         record = orjson.loads(line)
@@ -117,7 +117,7 @@ def _messages(turns: Any, key: str) -> list[Message]:
 
 
 def _message(turn: Any, where: str) -> Message:
-    """One turn of OpenAI's or ShareGPT's format; other keys are passed to the template, except nulls."""
+    """Parse one turn of OpenAI's or ShareGPT's format; other keys are passed to the template, except nulls."""
     if not isinstance(turn, dict):
         raise BadRecord("wrong type", f"{where} is {_kind(turn)}, expected an object with a role and a content")
     rest = {key: value for key, value in turn.items() if value is not None}
@@ -140,7 +140,7 @@ def _role(role: Any, where: str) -> str:
 
 
 def _content(content: Any, where: str) -> str:
-    """A text, or the concatenated texts of OpenAI's list of parts."""
+    """Return a text, or the concatenated texts of OpenAI's list of parts."""
     if not isinstance(content, list):
         return _text(content, f"the content of {where}")
     for part in content:
@@ -152,27 +152,27 @@ def _content(content: Any, where: str) -> str:
 
 
 def _system(record: Mapping[str, Any]) -> list[Message]:
-    """The system prompt beside the turns, if it is not empty."""
+    """Return the record's separate system prompt as a message, if it is not empty."""
     system = record.get("system")
     text = "" if system is None else _text(system, "system")
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
 def _tools(record: Mapping[str, Any]) -> list[Any] | None:
-    """A list of tools, or its JSON in a string, as in datasets whose columns have one type."""
+    """Return the tools, given as a list or as a JSON string (in datasets whose columns have one type)."""
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
             tools = orjson.loads(tools.strip() or "null")
         except orjson.JSONDecodeError as error:
-            raise BadRecord("wrong type", f"tools is a text that is not JSON: {error.msg}") from None
+            raise BadRecord("wrong type", f"tools is a string that is not JSON: {error.msg}") from None
     if tools is not None and not isinstance(tools, list):
         raise BadRecord("wrong type", f"tools holds {_kind(tools)}, expected a list")
     return tools or None
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
-    """Instruction and input are one turn of the user, separated by a blank line."""
+    """Parse Alpaca's format; instruction and input form one user turn, separated by a blank line."""
     turns: list[Message] = []
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -223,7 +223,7 @@ def _tokens(record: Mapping[str, Any]) -> Tokens:
 
 
 def _integers(values: Any, key: str) -> list[int]:
-    """A list of integers; Booleans are allowed in masks only."""
+    """Check a list of integers; Booleans are allowed only in masks."""
     kinds = (int, bool) if key in MASKS else (int,)
     if not isinstance(values, list) or not all(type(value) in kinds for value in values):
         raise BadRecord("wrong type", f"{key} holds {_kind(values)}, expected a list of integers")
@@ -231,7 +231,7 @@ def _integers(values: Any, key: str) -> list[int]:
 
 
 def _spoken(value: Any, where: str) -> str:
-    """A text that must not be empty."""
+    """Check a text that must not be empty."""
     text = _text(value, where)
     if not text.strip():
         raise BadRecord("empty turn", f"{where} says nothing")

@@ -1,4 +1,4 @@
-"""Rejected lines: what they are, and the file that keeps them."""
+"""Rejected lines and the file that stores them."""
 
 import os
 from collections.abc import Iterable
@@ -15,9 +15,10 @@ REJECTS_SUFFIX = ".rejects.jsonl"
 
 @dataclass(frozen=True)
 class Reject:
-    """A line that is not a document, or the line from which on a file is unreadable.
+    """A rejected line, or the first unreadable line of a file.
 
     Attributes:
+        reason: why it was rejected.
         text: the beginning of the line.
     """
 
@@ -31,9 +32,9 @@ class Reject:
 
 
 class RejectFile:
-    """Writes rejected lines to `PREFIX.rejects.jsonl`, which exists only if there are any.
+    """Writes rejected lines to `PREFIX.rejects.jsonl`, which exists only if any line was rejected.
 
-    A context manager; an exception leaves no file behind.
+    A context manager; after an exception no file is left.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +51,7 @@ class RejectFile:
             self._file.write(orjson.dumps(reject, option=orjson.OPT_APPEND_NEWLINE))
 
     def sync(self) -> None:
-        """Do everything that can fail for lack of space; only the renaming is left."""
+        """Flush to disk everything that can fail for lack of space; only the rename remains."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -58,11 +59,11 @@ class RejectFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # a full disk was reported before
+        with suppress(OSError):  # a full disk was reported earlier
             if self._file is not None:
                 self._file.close()
         if kind is not None:
-            with suppress(OSError):  # the prefix lies below a file, which the original error reports
+            with suppress(OSError):  # the prefix is below a file, which the original error reports
                 self._partial.unlink(missing_ok=True)
         elif self._file is not None:
             self._partial.replace(self.path)

@@ -1,4 +1,4 @@
-"""Conversations to fine-tuning datasets: the tokens, the target mask, and counts of what was left out and why."""
+"""Preprocesses conversations to fine-tuning datasets, and counts skipped records by reason."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from engine.errors import ConfigError, DataError
 
 @dataclass
 class SftCounts(Counts):
-    """The sums of `SftBlock`, with `formats` by file. `num_bytes` counts the records."""
+    """The sums of `SftBlock`, with `formats` by file. `num_bytes` counts bytes of records."""
 
     num_targets: int = 0
     formats: dict[str, Counter[str]] = field(default_factory=dict)
@@ -39,12 +39,12 @@ class SftCounts(Counts):
 
     @property
     def conversations(self) -> int:
-        """The number of conversations kept; fewer than documents if some were split."""
+        """The number of conversations kept; smaller than the number of documents if some were split."""
         return sum(formats.total() for formats in self.formats.values())
 
 
 def sft_prefix(output_prefix: str) -> Path:
-    """The prefix of the fine-tuning dataset."""
+    """Return the prefix of the fine-tuning dataset."""
     return Path(f"{output_prefix}_sft")
 
 
@@ -59,19 +59,19 @@ def preprocess_sft(
     on_reject: Callable[[Reject], None] = lambda reject: None,
     on_progress: Callable[[Counts], None] = lambda counts: None,
 ) -> SftCounts:
-    """Write the dataset `sft_prefix(output_prefix)` with a target mask, one document per conversation; all or nothing.
+    """Write the dataset `sft_prefix(output_prefix)` with a target mask, one document per conversation, atomically.
 
     Args:
         sources: see `find_sources`, with `RECORDS`.
-        template: for conversations, or the reason why there is none.
+        template: for conversations, or the error to raise at the first one if there is no template.
         rules: see `Rules`.
         on_reject: called with each rejected record; may raise.
         on_progress: called with the counts after each block.
 
     Raises:
-        ConfigError: there are conversations and no template for them.
-        DataError: no target is left, a conversation is too long and the rules say error, or too many exceed the
-            template's budget.
+        ConfigError: there are conversations, but no template.
+        DataError: no targets remain, a conversation is too long with `on_too_long` = error, or too many conversations
+            exceed the template's budget.
         WorkerFailed: a worker process was killed.
     """
     counts = SftCounts()
@@ -97,7 +97,7 @@ def preprocess_sft(
 
 
 def describe_outcomes(counts: SftCounts) -> list[str]:
-    """What happened to the conversations, one sentence per problem and outcome."""
+    """Return one line per problem and per outcome, with the number of conversations."""
     rejected = sorted(counts.problems.items(), key=lambda item: (-item[1], item[0]))
     told = [f"{count:,} rejected: {problem}" for problem, count in rejected]
     return told + [f"{counts.outcome[name]:,} {text}" for name, text in OUTCOMES.items() if counts.outcome[name]]

@@ -1,4 +1,4 @@
-"""Which files are read: by name, directory or pattern, and of which kind each of them is."""
+"""Finds input files by name, directory or pattern, and determines their kind by suffix."""
 
 import glob
 import os
@@ -17,10 +17,10 @@ COMPRESSIONS = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Accepted:
-    """The kinds of files that are read, by suffix.
+    """The accepted kinds of files, by suffix.
 
-    Directories are searched only for the suffixes `in_directories`; other files in them have to be named or matched by
-    a pattern. Files that preprocessing itself writes are skipped.
+    Directories are searched only for the suffixes `in_directories`; other files in them must be named or matched by a
+    pattern. Files written by preprocessing are skipped.
     """
 
     kinds: dict[str, Kind]
@@ -38,7 +38,7 @@ RECORDS = Accepted(
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read. `num_bytes` is its size as stored."""
+    """An input file. `num_bytes` is its stored size."""
 
     path: str
     kind: Kind
@@ -46,10 +46,10 @@ class Source:
 
 
 def find_sources(inputs: Sequence[str], accepted: Accepted = TEXTS) -> list[Source]:
-    """The files named by files, directories and glob patterns, in this order; those of a directory or pattern sorted.
+    """Find the files that `inputs` (files, directories and glob patterns) name, in order, sorted within each input.
 
     Raises:
-        ConfigError: something is missing, of an unknown kind, unreadable, or named twice.
+        ConfigError: a file is missing, of an unknown kind, unreadable, or named twice.
     """
     sources = [_source(path, accepted) for name in inputs for path in _paths(name, accepted)]
     seen: set[str] = set()
@@ -77,13 +77,13 @@ def _paths(name: str, accepted: Accepted) -> list[str]:
 
 
 def _is_document_file(path: Path, accepted: Accepted) -> bool:
-    """Whether a file found in a directory is read."""
+    """Whether to read a file found in a directory."""
     written = path.name.endswith(REJECTS_SUFFIX) or (path.suffix == ".json" and path.with_suffix(".idx").exists())
     return _plain_suffix(path) in accepted.in_directories and not written and path.is_file()
 
 
 def _plain_suffix(path: Path) -> str:
-    """The suffix without that of a compression."""
+    """Return the suffix before a compression suffix."""
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
@@ -93,7 +93,7 @@ def _source(path: str, accepted: Accepted) -> Source:
         known = ", ".join(suffix for suffix, kind in accepted.kinds.items() if kind != "parquet")
         parquet_too = ", or .parquet" * ("parquet" in accepted.kinds.values())
         raise ConfigError(
-            f"input: cannot tell what {path} holds; expected {known}, each also with .gz or .zst{parquet_too}"
+            f"input: {path} has an unknown suffix; expected {known}, each also with .gz or .zst{parquet_too}"
         )
     if kind == "parquet":
         parquet.require(path)

@@ -1,8 +1,8 @@
-"""`map` over several processes: results in order, a bounded number in flight, and a dead worker is an error.
+"""Ordered `map` over several processes, with a bounded number of items in flight and an error if a worker dies.
 
-Each worker has its own pipe, which closes when either side dies: the parent notices a killed worker, a worker a killed
-parent. Alternatives considered: `ProcessPoolExecutor` and `multiprocessing.Pool`, whose workers share a queue. A worker
-killed while it writes a result leaves half a message and a held lock there, and all others wait forever.
+Each worker has its own pipe, which closes when either side dies, so the parent detects a killed worker and a worker a
+killed parent. Alternatives considered: `ProcessPoolExecutor` and `multiprocessing.Pool`, whose workers share a queue: a
+worker killed while writing a result leaves half a message and a held lock, and all others wait forever.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from engine.errors import TriaxisError, as_triaxis_error
 
-AHEAD = 4  # items in flight per worker, at most; evens out items of unequal length
+AHEAD = 4  # maximum number of items in flight per worker; balances items of unequal length
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,12 +27,12 @@ class WorkerFailed(TriaxisError):
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """`map(work, items)`, in `workers` forked processes when they are more than one.
+    """Yield `map(work, items)`, computed in `workers` forked processes if there is more than one.
 
-    `work` is inherited and may be anything; items and results are pickled. Close the iterator to stop early.
+    `work` is inherited and need not be picklable; items and results are pickled. Close the iterator to stop early.
 
     Raises:
-        WorkerFailed: see there. A `TriaxisError` of a worker is raised unchanged.
+        WorkerFailed: a worker was killed or raised another error. A `TriaxisError` of a worker is raised unchanged.
     """
     if workers == 1:
         yield from map(work, items)
@@ -42,8 +42,8 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], workers: 
 
 
 def _distribute(items: Iterator[Any], idle: list[Connection], limit: int) -> Iterator[Any]:
-    """Results in order, keeping all workers busy with at most `limit` items in flight."""
-    busy: dict[Connection, int] = {}  # the number of the item that each is working on
+    """Yield results in order, keeping all workers busy with at most `limit` items in flight."""
+    busy: dict[Connection, int] = {}  # the number of each worker's current item
     done: dict[int, Any] = {}
     sent = returned = 0
     while True:
@@ -70,7 +70,7 @@ def _distribute(items: Iterator[Any], idle: list[Connection], limit: int) -> Ite
 
 @contextmanager
 def _worker_processes(work: Callable[[Any], Any], count: int) -> Iterator[list[Connection]]:
-    """Connections to `count` new processes, which are killed on exit."""
+    """Start `count` processes and yield the connections to them; kill them on exit."""
     fork = multiprocessing.get_context("fork")
     processes, connections = [], []
     try:
@@ -84,20 +84,20 @@ def _worker_processes(work: Callable[[Any], Any], count: int) -> Iterator[list[C
         yield list(connections)
     finally:
         for process in processes:
-            process.kill()  # idle, or its result is not needed
+            process.kill()  # idle, or its result is no longer needed
             process.join()
         for connection in connections:
             connection.close()
 
 
 def _serve(work: Callable[[Any], Any], connection: Connection, ends_of_parent: list[Connection]) -> None:
-    """The loop of a worker, until either side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    """Run the loop of a worker until either side exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # for the package tokenizers: the parallelism is in these processes
-    for inherited in ends_of_parent:  # otherwise this pipe would outlive the parent
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # for the package tokenizers: these processes are the parallelism
+    for inherited in ends_of_parent:  # otherwise this pipe would stay open after the parent's death
         inherited.close()
-    with suppress(EOFError, OSError):  # of the pipe: the parent is gone
+    with suppress(EOFError, OSError):  # the parent has exited
         while True:
             connection.send(_attempt(work, connection.recv()))
 

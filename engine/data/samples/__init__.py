@@ -1,1 +1,1 @@
-"""Samples as pure functions of their number, and the loader that prefetches batches."""
+"""Samples, each a pure function of its number, and the prefetching batch loader."""

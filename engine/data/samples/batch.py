@@ -1,4 +1,4 @@
-"""Batch: the samples of one microbatch as tensors.
+"""`Batch`: the samples of one microbatch as tensors.
 
 Legend: b sequences of a microbatch, s sequence length.
 """
@@ -12,7 +12,7 @@ import torch
 from engine.data.samples.sample import Sample
 from engine.data.storage.files import Array
 
-ROUND = 64  # target counts are rounded up to this, so that the head's matmuls have only a few different shapes
+ROUND = 64  # target counts are padded to a multiple of this, so that the head's matmuls have only a few shapes
 Numbers = tuple[int, ...]
 
 
@@ -22,14 +22,14 @@ class Batch:
 
     Attributes:
         tokens: int64 [b, s].
-        labels: int64 [b, s], the token after each.
-        loss_mask: float32 [b, s], 1 where the label is a target, else 0.
+        labels: int64 [b, s], the next token of each.
+        loss_mask: float32 [b, s], 1 if the label is a target, else 0.
         positions: int64 [b, s], from 0 in each document (with document_mask) or sequence.
-        cu_seqlens: on the host; start offsets of the attention segments among the b * s tokens, then b * s.
+        cu_seqlens: start offsets of the attention segments in the b * s tokens, then b * s; on the host.
         sample_numbers: one per sequence.
-        num_tokens: number of target labels, on the host, so that no step waits for a sum on the device.
-        target_indices: int64, increasing indices into the b * s labels: all targets, padded with other positions to a
-            multiple of `ROUND`, so that the head computes logits only there. None: compute them everywhere.
+        num_tokens: number of target labels; on the host, so that no step waits for a reduction on the device.
+        target_indices: int64, increasing indices into the b * s labels at which the head computes logits: all targets,
+            padded with other positions to a multiple of `ROUND`. None: compute logits at all positions.
     """
 
     tokens: torch.Tensor
@@ -42,19 +42,20 @@ class Batch:
     target_indices: torch.Tensor | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[object, ...]]:
-        """Pickle as plain bytes. Torch would use shared memory, which crashes where /dev/shm is small (containers)
-        or after the sending worker has died.
+        """Pickle as plain bytes.
+
+        Torch would use shared memory, which crashes if /dev/shm is small (containers) or the sending worker has died.
         """
         arrays = [tensor.numpy() for tensor in (self.tokens, self.labels, self.loss_mask, self.positions)]
         target_indices = None if self.target_indices is None else self.target_indices.numpy()
         return _batch_of_arrays, (arrays, self.cu_seqlens, self.sample_numbers, self.num_tokens, target_indices)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device; from pinned memory the copy is asynchronous."""
+        """Copy the batch to a device; asynchronous from pinned memory."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in pinned memory; called by torch's `DataLoader` with `pin_memory=True`."""
+        """Copy the batch to pinned memory; called by torch's `DataLoader` with `pin_memory=True`."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -69,11 +70,11 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], numbers: Numbers, *, document_mask: bool) -> Batch:
-    """Samples of one length as a batch.
+    """Stack samples of equal length to a batch.
 
     Args:
-        numbers: of the samples.
-        document_mask: let each document attend only to itself, with positions from 0.
+        numbers: the numbers of the samples.
+        document_mask: each document attends only to itself, with positions from 0.
     """
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))  # [b, s]
     labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))

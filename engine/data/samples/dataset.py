@@ -1,4 +1,4 @@
-"""The data of a run as training sees them: pretraining and fine-tuning samples behind one protocol."""
+"""The dataset interface that training uses, for pretraining and fine-tuning."""
 
 from typing import Protocol
 
@@ -7,14 +7,15 @@ from engine.data.storage.reader import IndexedDataset
 
 
 class SampleDataset(Samples, Protocol):
-    """Numbered samples, and the facts about them that a run needs; `PretrainDataset` and `SftDataset` are two.
+    """Numbered samples and their properties; implemented by `PretrainDataset` and `SftDataset`.
 
     Attributes:
-        datasets: the files behind it.
-        num_tokens: places that an epoch fills, over all datasets.
-        num_rows: sequences of an epoch; None where samples follow one another without end.
-        efficiency: the share of the places of a sequence that hold tokens.
-        mean_length: tokens of the conversation that a filled place belongs to, over all places; None: a whole sequence.
+        datasets: the underlying files.
+        num_tokens: tokens of an epoch without padding, over all datasets.
+        num_rows: sequences of an epoch; None if the samples are endless.
+        efficiency: the fraction of the tokens of a sequence that are not padding.
+        mean_length: tokens of the conversation that a token belongs to, averaged over all tokens; None: the
+            whole sequence.
     """
 
     @property
@@ -33,7 +34,7 @@ class SampleDataset(Samples, Protocol):
     def mean_length(self) -> float | None: ...
 
     def fingerprint(self) -> str:
-        """Identifies the data and their order; independent of the directory they lie in."""
+        """Return a hash of the data and their order, independent of their directory."""
 
     def summary(self) -> str | None:
-        """How conversations are packed into sequences, for people; None where nothing is packed."""
+        """Return a line about the packing of conversations into sequences; None for pretraining."""

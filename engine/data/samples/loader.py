@@ -1,12 +1,12 @@
-"""The data loader: batches, prefetched by worker processes.
+"""The data loader: batches prefetched by worker processes.
 
-It turns sample numbers into batches and does not know what a sample is. Its order is arithmetic: step g reads samples
-[g B, (g + 1) B), each data-parallel rank a contiguous share of them, so the samples of a step do not depend on the
-number of ranks, workers or microbatches.
+It converts sample numbers to batches and is independent of the content of samples. The order is arithmetic: step g
+reads samples [g B, (g + 1) B), each data-parallel rank a contiguous share of them, so the samples of a step do not
+depend on the number of ranks, workers or microbatches.
 
-Workers are forked, read files, compute with numpy, and return errors as values: torch would re-raise an error of a
-worker as another type and keep the workers alive. Alternative considered: threads, which compete with the training
-loop for the interpreter lock.
+Workers are forked, read files, compute with numpy, and return errors as values: torch would re-raise a worker's error
+as another type and keep the workers alive. Alternative considered: threads, which compete with the training loop for
+the interpreter lock.
 
 Legend: b sequences of a microbatch, s sequence length, B global batch size.
 """
@@ -25,11 +25,11 @@ from engine.data.samples.batch import Batch, Numbers, collate
 from engine.data.samples.sample import Sample
 from engine.errors import ConfigError, TriaxisError, as_triaxis_error
 
-MICROBATCHES_AHEAD = 4  # of each worker
+MICROBATCHES_AHEAD = 4  # prefetched by each worker
 
 
 class Samples(Protocol):
-    """A dataset: any object with numbered samples."""
+    """Any dataset with numbered samples."""
 
     def sample(self, i: int) -> Sample: ...
 
@@ -47,18 +47,18 @@ def batches(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[list[Batch]]:
-    """One list of microbatches for each optimizer step of this data-parallel rank.
+    """Yield the list of microbatches of each optimizer step for this data-parallel rank.
 
-    Step g holds samples `first_sample + [g B, (g + 1) B)`; rank r has the r-th of dp_size equal shares, cut into
-    microbatches in order. Closing the iterator ends the workers.
+    Step g consists of samples `first_sample + [g B, (g + 1) B)`; rank r reads the r-th of dp_size equal shares, split
+    into microbatches in order. Closing the iterator stops the workers.
 
     Args:
         num_samples: over all ranks, a multiple of the global batch size; None: endless.
         num_workers: prefetching processes; 0 reads in this process.
 
     Raises:
-        ConfigError: sizes that do not divide.
-        TriaxisError: an error raised in a worker, or a worker died.
+        ConfigError: sizes that are not divisible.
+        TriaxisError: a worker raised an error or died.
     """
     per_step, rest = divmod(global_batch_size, micro_batch_size * dp_size)
     if rest or (num_samples or 0) % global_batch_size:
@@ -83,13 +83,13 @@ def batches(
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the loader draws from the global one
+        generator=torch.Generator(),  # otherwise the loader would use the global generator
     )
     return _steps(iter(loader), per_step)  # workers start now, not at the first step
 
 
 def _steps(microbatches: Iterator[Batch | Exception], per_step: int) -> Iterator[list[Batch]]:
-    """Group microbatches into steps; raises the errors of workers, and their death."""
+    """Group microbatches into steps. Raises errors of workers, and an error if a worker dies."""
     step: list[Batch] = []
     try:
         for item in microbatches:
@@ -107,11 +107,11 @@ def _steps(microbatches: Iterator[Batch | Exception], per_step: int) -> Iterator
             "start again, or set data.num_workers = 0 to read in the training process"
         ) from error
     finally:
-        del microbatches  # ends the workers now, and not when the error's traceback is garbage collected
+        del microbatches  # stops the workers now, not when the error's traceback is garbage collected
 
 
 class _Microbatches(Dataset[Batch | Exception]):
-    """The map-style dataset that a worker evaluates: a tuple of sample numbers to a batch, or the error."""
+    """Map-style dataset evaluated by the workers: a tuple of sample numbers to a batch or an error."""
 
     def __init__(self, dataset: Samples, document_mask: bool) -> None:
         self._dataset = dataset
@@ -128,8 +128,8 @@ class _Microbatches(Dataset[Batch | Exception]):
 def _start_worker(worker: int) -> None:
     """Shield a worker from signals to the training process, which may still be saving a checkpoint.
 
-    Ctrl-C goes to the terminal's whole process group, and torchrun kills the whole group of a rank. A SIGTERM sent to
-    the worker itself ends it, and so does the end of its parent.
+    Ctrl-C goes to the terminal's process group, and torchrun kills the process group of a rank. A worker ends on a
+    SIGTERM sent to it, and when its parent ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)

@@ -1,7 +1,7 @@
-"""The mixture of datasets: which draw of which dataset is sample i, by pure arithmetic, without an index.
+"""Mixes datasets: maps sample i to a dataset and a draw from it, by arithmetic, without an index.
 
-A mixture consists of blocks of 2^20 samples, to which each dataset contributes a whole number. Inside a block the
-datasets are interleaved as evenly as whole numbers allow, each in its own order: every range of samples has the stated
+A mixture consists of blocks of 2^20 samples, to which each dataset contributes a fixed number. In a block, the datasets
+are interleaved as evenly as integers allow, each in its own order, so every range of samples has the configured
 proportions, and an epoch of a dataset ends before its next one begins. Alternative considered: shuffling the positions
 of a block; a dataset smaller than its share of a block would then be drawn at random with repetition.
 """
@@ -33,10 +33,10 @@ class Mixture:
         self.counts = block_counts(weights)  # samples of each dataset in a block
 
     def draw(self, i: int) -> tuple[int, int]:
-        """Sample `i` as (dataset, number of the draw from that dataset over the whole run).
+        """Return the dataset of sample `i`, and the number of the draw from that dataset since the start of the run.
 
-        A block is a stream of positions. The first dataset takes the positions at which its proportional count
-        increases; the second one does the same with the remaining positions, and so on.
+        The first dataset takes the positions of a block at which its proportional count increases; the second does the
+        same with the remaining positions, and so on.
         """
         block, position = divmod(i, SAMPLES_PER_BLOCK)
         left = SAMPLES_PER_BLOCK
@@ -49,7 +49,7 @@ class Mixture:
         raise AssertionError("the last dataset takes every remaining position")
 
     def many(self, numbers: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], UInts]:
-        """`draw` for each of `numbers`, as two vectors."""
+        """Vectorized `draw`: datasets, int64, and draws, uint64, in the shape of `numbers`."""
         block, position = np.divmod(numbers.astype(np.uint64), np.uint64(SAMPLES_PER_BLOCK))
         datasets = np.full(numbers.shape, -1, np.int64)
         draws = np.zeros(numbers.shape, np.uint64)
@@ -65,7 +65,7 @@ class Mixture:
 
 
 def block_counts(weights: Sequence[float]) -> tuple[int, ...]:
-    """Samples of each dataset in a block: proportional, whole, adding up exactly (largest remainder)."""
+    """Return the samples of each dataset in a block: integers with the exact sum, by the largest-remainder method."""
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ConfigError(f"data.train weight = {weight}; expected a positive number")
@@ -78,7 +78,7 @@ def block_counts(weights: Sequence[float]) -> tuple[int, ...]:
     for weight, count in zip(weights, counts, strict=True):
         if count == 0:
             raise ConfigError(
-                f"data.train weight = {weight} of {float(total)} in all is less than one sample in "
-                f"{SAMPLES_PER_BLOCK:,}; raise this weight or leave the dataset out"
+                f"data.train weight = {weight} of a total of {float(total)} is less than one sample in "
+                f"{SAMPLES_PER_BLOCK:,}; raise this weight or remove the dataset"
             )
     return tuple(counts)

@@ -1,10 +1,10 @@
-"""Packing conversations of different lengths into rows of one length: best fit, longest first.
+"""Packs conversations of different lengths into rows of fixed length with best-fit decreasing.
 
-The packing depends only on lengths, so it is computed for lengths instead of conversations: items are counted by
-length, and those of one length are placed together. It takes a second for ten million conversations and stays the same
-in every epoch; only the choice of conversations of each length is new. The result is that of best-fit decreasing over
-single items, because equal items are interchangeable. Alternatives considered: first fit in the order of the data,
-whose rows are less full; cutting conversations to fill the gaps, which separates answers from their questions.
+The packing depends only on lengths, so it is computed on counts by length, and items of equal length are placed
+together. It takes a second for ten million conversations and is the same in every epoch; only the assignment of
+conversations of each length changes. The result equals best-fit decreasing over single items, because equal items are
+interchangeable. Alternatives considered: first fit in the order of the data, whose rows are less full; splitting
+conversations to fill the gaps, which separates answers from their questions.
 """
 
 from bisect import bisect_left, insort
@@ -21,7 +21,7 @@ Pattern = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Packing:
-    """`counts[i]` rows with the contents `patterns[i]`. `capacity` is the length of a row in tokens."""
+    """Rows of `capacity` tokens: `counts[i]` of them have the contents `patterns[i]`."""
 
     capacity: int
     patterns: tuple[Pattern, ...]
@@ -33,24 +33,24 @@ class Packing:
 
     @property
     def efficiency(self) -> float:
-        """The share of the rows' tokens that are not padding."""
+        """The fraction of the rows' tokens that are not padding."""
         sizes = (sum(length * many for length, many in pattern) for pattern in self.patterns)
         used = sum(size * count for size, count in zip(sizes, self.counts, strict=True))
         return used / (self.num_rows * self.capacity)
 
 
-def alone(lengths: Ints, capacity: int) -> Packing:
-    """One item per row."""
+def one_per_row(lengths: Ints, capacity: int) -> Packing:
+    """Pack one item per row."""
     sizes, counts = np.unique(lengths, return_counts=True)
     return Packing(capacity, tuple(((size, 1),) for size in sizes.tolist()), tuple(counts.tolist()))
 
 
 def best_fit(lengths: Ints, capacity: int) -> Packing:
-    """Best-fit decreasing: from the longest item on, each goes into the fullest row with room for it.
+    """Pack by best-fit decreasing: from longest to shortest, each item goes into the fullest row with room for it.
 
     Args:
-        lengths: of the items, each in [1, capacity].
-        capacity: of a row.
+        lengths: lengths of the items, each in [1, capacity].
+        capacity: length of a row.
     """
     rows = _OpenRows(capacity)
     sizes, counts = np.unique(lengths, return_counts=True)
@@ -69,12 +69,13 @@ class _OpenRows:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.by_room: dict[int, list[tuple[Pattern, int]]] = defaultdict(list)  # by the room left in the row
+        self.by_room: dict[int, list[tuple[Pattern, int]]] = defaultdict(list)  # by remaining room in the row
         self.rooms: list[int] = []  # the keys of `by_room`, increasing
 
     def place(self, size: int, count: int) -> None:
-        """Place `count` items. The row with the least sufficient room takes items until it is full: after each item it
-        still has the least room.
+        """Place `count` items of `size`.
+
+        The row with the least sufficient room is filled first: after each item it still has the least room.
         """
         while count:
             at = bisect_left(self.rooms, size)
@@ -88,7 +89,7 @@ class _OpenRows:
             taken = min(rows, full)
             self._add(room - many * size, (*pattern, (size, many)), taken)
             count -= taken * many
-            if taken < rows and count:  # fewer than a row would take
+            if taken < rows and count:  # fewer items left than one row takes
                 self._add(room - rest * size, (*pattern, (size, rest)), 1)
                 taken, count = taken + 1, 0
             self._add(room, pattern, rows - taken)

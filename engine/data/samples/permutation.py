@@ -1,9 +1,9 @@
-"""Keyed permutations: the order of an epoch, and the source of all randomness of the data.
+"""Keyed permutations: the shuffle of an epoch, and the only source of randomness in the data.
 
-An order is a keyed bijection of `[0, n)`: a Feistel network over the next power of two, applied until the value is
-below n. It needs no memory and costs the same for every number, so there is nothing to build, cache or send to other
-ranks. The same code works on single numbers and on vectors of uint64. Alternative considered: shuffled index files,
-which take minutes and gigabytes for 10^12 tokens.
+A permutation is a keyed bijection of `[0, n)`: a Feistel network over the next power of two, applied until the value is
+below n. It needs no memory, and nothing has to be built, cached or broadcast to other ranks. The same code works on
+single numbers and on vectors of uint64. Alternative considered: shuffled index files, which take minutes and gigabytes
+for 10^12 tokens.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ UInts = npt.NDArray[np.uint64]
 
 
 def keyed_bytes(count: int, *parts: str | int) -> bytes:
-    """`count` pseudorandom bytes that depend on every part."""
+    """Return `count` pseudorandom bytes, keyed by `parts`."""
     return hashlib.shake_128(json.dumps(parts).encode()).digest(count)
 
 
 def keyed_below(limit: int, *parts: str | int) -> int:
-    """A pseudorandom number in `[0, limit)` that depends on every part."""
+    """Return a pseudorandom number in `[0, limit)`, keyed by `parts`."""
     return int.from_bytes(keyed_bytes(16, *parts), "little") % limit
 
 
 class Permutation:
-    """A bijection of `[0, size)`, size up to 2^62, that depends on every part of its key."""
+    """A keyed bijection of `[0, size)`, for sizes up to 2^62."""
 
     def __init__(self, size: int, *key: str | int) -> None:
         if not 1 <= size <= 1 << 62:
@@ -42,7 +42,7 @@ class Permutation:
         self._round_keys = np.frombuffer(keyed_bytes(8 * ROUNDS, "permutation", *key), "<u8").tolist()
 
     def __call__(self, i: int) -> int:
-        """The image of `i`. Takes fewer than two steps on average, because the network spans less than `2 * size`."""
+        """Return the image of `i`. Takes fewer than two steps on average, as the network spans less than `2 * size`."""
         if not 0 <= i < self.size:
             raise IndexError(f"{i} is not in [0, {self.size})")
         i = self._network(i)
@@ -51,7 +51,7 @@ class Permutation:
         return i
 
     def many(self, numbers: npt.NDArray[np.integer]) -> UInts:
-        """The images of `numbers`, as if called for each of them."""
+        """Return the images of `numbers`; vectorized `__call__`."""
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.size:
             raise IndexError(f"{numbers.min()} .. {numbers.max()} is not in [0, {self.size})")
         result = self._network(numbers.astype(np.uint64))
@@ -60,7 +60,7 @@ class Permutation:
         return result
 
     def _network(self, x: Any) -> Any:
-        """Each round changes one part of the bits by a function of the other, so it is invertible."""
+        """Apply the Feistel rounds; each is invertible: it XORs one part of the bits with a function of the other."""
         low_mask, high_mask = self._masks
         low, high = x & low_mask, x >> self._low_bits
         for even, odd in zip(self._round_keys[::2], self._round_keys[1::2], strict=True):

@@ -1,14 +1,14 @@
-"""Pretraining samples: sample i is a pure function of its number.
+"""Pretraining samples; sample i is a pure function of its number.
 
 `sample(i)` computes dataset, epoch, location and document boundaries by arithmetic and a binary search in the document
-table. So resuming takes one integer, and the samples do not depend on the layout, the number of workers, a restart, or
-the length of the run. Alternative considered: sample indices built before the first step and shared by a file or a
-broadcast.
+table. Resuming therefore needs one integer, and the samples do not depend on the layout, the number of workers,
+restarts, or the length of the run. Alternative considered: sample indices that are built before the first step and
+shared through a file or a broadcast.
 
-The order is keyed by the last part of a dataset's path, so moving a directory of datasets changes nothing; datasets of
-a mixture with the same name are distinguished by a number.
+The order is keyed by the last component of a dataset's path, so a directory of datasets can be moved; datasets of a
+mixture with the same name are distinguished by a number.
 
-Legend: T tokens of a dataset's part, S sequence length.
+Legend: S sequence length.
 """
 
 import hashlib
@@ -27,25 +27,25 @@ from engine.data.samples.sample import Location, Sample, Split, part_documents
 from engine.data.storage.reader import IndexedDataset
 from engine.errors import DataError
 
-IDENTITY_TOKENS = 4096  # at each end of a dataset, in its fingerprint
+IDENTITY_TOKENS = 4096  # hashed at each end of a dataset for its fingerprint
 
 
 class PretrainDataset:
-    """An endless, ordered set of samples drawn from weighted datasets.
+    """An endless sequence of samples drawn from weighted datasets.
 
     Args:
-        datasets: their prefixes and weights.
-        split: shares of train, valid and test; each dataset is cut by contiguous documents.
-        part: the one to read.
-        seq_length: S; a sample holds S + 1 tokens.
-        seed: of the order.
+        datasets: prefixes and weights of the datasets.
+        split: relative sizes of train, valid and test; each dataset is split into contiguous ranges of documents.
+        part: the split to read.
+        seq_length: S; a sample reads S + 1 tokens.
+        seed: seed of the order.
 
     Attributes:
-        num_rows, efficiency, mean_length: as in `SampleDataset`; there is no last sample, and every place is filled.
+        num_rows, efficiency, mean_length: see `SampleDataset`; samples are endless and have no padding.
 
     Raises:
         DataError: a file is missing or damaged, or a dataset has too few tokens for one sample.
-        ConfigError: invalid shares or weights.
+        ConfigError: invalid splits or weights.
     """
 
     num_rows = None
@@ -87,7 +87,7 @@ class PretrainDataset:
         return sum(source.end - source.begin for source in self._sources)
 
     def sample(self, i: int) -> Sample:
-        """Sample `i >= 0`; there is no last one, because epochs follow each other."""
+        """Return sample `i >= 0`; epochs follow each other without end."""
         here, length = self.where(i), self.seq_length
         data = self._sources[here.dataset].data
         tokens = data.tokens(here.start, length + 1).astype(np.int64)
@@ -95,7 +95,7 @@ class PretrainDataset:
         return Sample.following(tokens, boundaries)
 
     def where(self, i: int) -> Location:
-        """The location of sample `i`, without reading it."""
+        """Return the location of sample `i`, without reading it."""
         if i < 0:
             raise IndexError(f"sample {i}; samples count from 0")
         dataset, draw = self._mixture.draw(i)
@@ -103,24 +103,24 @@ class PretrainDataset:
         return Location(dataset, source.name, *source.locate(draw))
 
     def fingerprint(self) -> str:
-        """Identifies the data and their order, independent of their directory.
+        """Return a hash of the data and their order, independent of their directory.
 
-        Covers seed, split, mixture, sizes and the first and last tokens of each dataset's part.
+        Covers seed, split, mixture, sizes and the first and last tokens of each dataset's split.
         """
         content = [self._mixture.counts, [source.identity() for source in self._sources]]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
     def summary(self) -> None:
-        """Nothing is packed."""
+        """Return None: pretraining samples are not packed."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Tokens [begin, end) of one dataset as epochs of `num_samples` samples each."""
+    """Tokens [begin, end) of one dataset, read in epochs of `num_samples` samples."""
 
     data: IndexedDataset
     name: str
-    occurrence: int  # how many datasets of this name come before it in the mixture
+    occurrence: int  # number of earlier datasets with this name in the mixture
     begin: int
     end: int
     num_samples: int
@@ -128,7 +128,7 @@ class _Source:
     seed: int
 
     def locate(self, draw: int) -> tuple[int, int, int]:
-        """The epoch, the sample's number in file order, and its first token. Sample boundaries shift every epoch."""
+        """Return epoch, number in file order and first token of a draw. Sample boundaries shift every epoch."""
         epoch, i = divmod(draw, self.num_samples)
         key = (self.seed, self.name, self.occurrence, epoch)
         number = Permutation(self.num_samples, *key)(i)

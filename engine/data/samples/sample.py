@@ -1,4 +1,4 @@
-"""The shared types: a sample, its location in a dataset, and the splits of a dataset into train, valid and test.
+"""Shared types: a sample, its location in a dataset, and the splits train, valid and test.
 
 Legend: S sequence length.
 """
@@ -25,9 +25,9 @@ class Sample:
 
     Attributes:
         tokens: int64 [S].
-        labels: int64 [S], the next token after each of them.
-        boundaries: offsets in (0, S) at which a document starts.
-        target_mask: bool [S], which labels are targets of the loss; None: all.
+        labels: int64 [S], the next token of each.
+        boundaries: int64, offsets in (0, S) at which documents start.
+        target_mask: bool [S], True if the label is a target of the loss; None: all are.
     """
 
     tokens: Ints
@@ -37,13 +37,13 @@ class Sample:
 
     @classmethod
     def following(cls, tokens: Ints, boundaries: Ints) -> "Sample":
-        """From consecutive tokens [S + 1]; the last is only a label."""
+        """Build a sample from S + 1 consecutive tokens."""
         return cls(tokens[:-1], tokens[1:], boundaries)
 
 
 @dataclass(frozen=True)
 class Location:
-    """Sample `number` of an epoch of a dataset; it starts at token `start` of the `.bin`."""
+    """The location of a sample: dataset, epoch, number in file order, and first token in the `.bin`."""
 
     dataset: int
     name: str
@@ -53,10 +53,10 @@ class Location:
 
 
 def part_documents(num_documents: int, split: Sequence[float], part: Split) -> tuple[int, int]:
-    """The documents [begin, end) of one split: its share, counted cumulatively and rounded.
+    """Return the documents [begin, end) of one split, with rounded cumulative boundaries.
 
     Raises:
-        ConfigError: shares that are negative, not finite or all zero.
+        ConfigError: sizes that are negative, not finite or all zero.
     """
     if not all(math.isfinite(share) and share >= 0 for share in split) or sum(split) <= 0:
         raise ConfigError(f"data.split = {list(split)}: shares must be finite, >= 0 and not all zero")

@@ -1,9 +1,9 @@
-"""Fine-tuning samples: rows of whole conversations, each a pure function of its number.
+"""Fine-tuning samples: rows of whole conversations; row i is a pure function of its number.
 
-A conversation of n tokens is n − 1 pairs of a token and the next one. Packing (see `packing.py`) determines which
-lengths share a row; the conversation at each place and the order of the rows are keyed bijections, new in every epoch.
-So every epoch reads every conversation `weight` times, none is cut, and resuming needs no state but a number.
-Alternative considered: packing on the fly, which depends on the number of readers and fills rows less.
+A conversation of n tokens gives n − 1 pairs of a token and the next token. Packing (see `packing.py`) determines which
+lengths share a row; keyed permutations, new in every epoch, determine the conversation at each place and the order of
+the rows. Every epoch therefore reads every conversation `weight` times, none is split, and resuming needs only a
+number. Alternative considered: packing on the fly, which depends on the number of readers and fills rows less.
 
 Legend: S tokens in a row.
 """
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.config.schema import DatasetConfig
-from engine.data.samples.packing import Packing, alone, best_fit
+from engine.data.samples.packing import Packing, best_fit, one_per_row
 from engine.data.samples.permutation import Permutation
 from engine.data.samples.sample import SPLITS, Sample, Split, part_documents
 from engine.data.storage.files import Ints
 from engine.data.storage.reader import IndexedDataset
 from engine.errors import ConfigError, DataError
 
-MAX_WEIGHT = 1000  # reads of a conversation per epoch
-SEGMENT = 64  # padding attends to itself in segments of this size, which costs almost nothing
+MAX_WEIGHT = 1000  # maximum number of reads of a conversation per epoch
+SEGMENT = 64  # padding attends to itself in segments of this size, at almost no cost
 
 
 class SftDataset:
@@ -33,16 +33,16 @@ class SftDataset:
 
     Args:
         datasets: prefixes of datasets with masks; the weight is the number of times an epoch reads each conversation.
-        split: shares of train, valid and test; conversations are assigned at random, independent of `seed`.
-        part: the one to read.
+        split: relative sizes of train, valid and test; conversations are assigned at random, independent of `seed`.
+        part: the split to read.
         seq_length: S.
-        seed: of the order.
-        packed: put several conversations into a row if they fit.
-        epochs: rows after these are empty; None: endless.
+        seed: seed of the order.
+        packed: pack several conversations into a row if they fit.
+        epochs: rows after this many epochs are empty; None: endless.
 
     Attributes:
-        packing: the contents of an epoch's `num_rows` rows, which hold `num_conversations`.
-        mean_length: of the conversation that a token belongs to, averaged over all tokens.
+        packing: the contents of an epoch's `num_rows` rows with `num_conversations` conversations.
+        mean_length: tokens of the conversation that a token belongs to, averaged over all tokens.
 
     Raises:
         DataError: a file is missing or damaged, has no mask, or a conversation is longer than S + 1 tokens.
@@ -72,7 +72,7 @@ class SftDataset:
                 "data.valid; to train without evaluations: data.split = [1, 0, 0], train.eval_steps = 0, "
                 "train.early_stopping = 0, checkpoint.keep_best = false"
             )
-        self.packing = (best_fit if packed else alone)(lengths, seq_length)
+        self.packing = (best_fit if packed else one_per_row)(lengths, seq_length)
         self.num_rows = self.packing.num_rows
         pairs = lengths.astype(np.float64)
         self.mean_length = float((pairs**2).sum() / pairs.sum())
@@ -87,21 +87,21 @@ class SftDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an epoch without padding, over all datasets."""
+        """The tokens of an epoch without padding, over all datasets."""
         return round(self.efficiency * self.num_rows * self.seq_length)
 
     @property
     def efficiency(self) -> float:
-        """The share of the rows' tokens that are not padding."""
+        """The fraction of the rows' tokens that are not padding."""
         return self.packing.efficiency
 
     def summary(self) -> str:
-        """How conversations are packed into rows, for a person to read."""
+        """Return a line with the number of conversations and sequences, and how full these are."""
         rows = f"{self.num_conversations:,} conversations in {self.num_rows:,} sequences"
         return f"{rows}, {self.efficiency:.1%} full"
 
     def sample(self, i: int) -> Sample:
-        """Row `i >= 0`, padded with tokens 0 that are no targets."""
+        """Return row `i >= 0`, padded with token 0, which is not a target."""
         tokens, labels = np.zeros((2, self.seq_length), np.int64)
         target_mask, boundaries = np.zeros(self.seq_length, bool), []
         end = 0
@@ -117,7 +117,7 @@ class SftDataset:
         return Sample(tokens, labels, np.array([b for b in boundaries if b < self.seq_length], np.int64), target_mask)
 
     def conversations(self, i: int) -> list[tuple[int, int]]:
-        """The contents of row `i`: (dataset, number of the conversation in it); empty after the last epoch."""
+        """Return the contents of row `i` as (dataset, conversation) pairs; empty after the last epoch."""
         if i < 0:
             raise IndexError(f"row {i}; rows count from 0")
         epoch, row = divmod(i, self.num_rows)
@@ -131,7 +131,7 @@ class SftDataset:
         return [(int(self._owners[at]), int(self._conversations[at])) for at in found]
 
     def fingerprint(self) -> str:
-        """Identifies the data and their order, independent of their directory."""
+        """Return a hash of the data and their order, independent of their directory."""
         content = [self._seed, self.seq_length, [source.identity() for source in self._sources], self.num_rows]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
@@ -141,8 +141,8 @@ class _Source:
     """One split of a dataset.
 
     Attributes:
-        conversations: their numbers, each repeated as often as an epoch reads it.
-        lengths: the number of (token, next token) pairs of each.
+        conversations: numbers of the conversations, each repeated as often as an epoch reads it.
+        lengths: number of (token, next token) pairs of each.
     """
 
     data: IndexedDataset
@@ -167,16 +167,18 @@ class _Places:
         self._patterns = packing.patterns
         self._ends = np.cumsum(packing.counts)
         sizes, counts = np.unique(lengths, return_counts=True)
-        firsts = np.cumsum(counts) - counts  # of each length, among all items by length
+        firsts = np.cumsum(counts) - counts  # index of the first item of each length, among all items sorted by length
         self._group = {s: (f, c) for s, f, c in zip(sizes.tolist(), firsts.tolist(), counts.tolist(), strict=True)}
-        self._before: list[list[int]] = []  # for each pattern and length in it, items in earlier patterns
+        self._before: list[
+            list[int]
+        ] = []  # for each pattern and each of its lengths: items of that length in earlier patterns
         seen: Counter[int] = Counter()
         for pattern, rows in zip(packing.patterns, packing.counts, strict=True):
             self._before.append([seen[length] for length, _ in pattern])
             seen.update({length: many * rows for length, many in pattern})
 
     def of_row(self, row: int) -> Iterator[tuple[int, int, int, int]]:
-        """For each item: its length, the first item of that length, their count, and its number among them."""
+        """Yield for each item its length, the first item of that length, their count, and its number among them."""
         at = int(np.searchsorted(self._ends, row, side="right"))
         within = row - (int(self._ends[at - 1]) if at else 0)
         for (length, many), before in zip(self._patterns[at], self._before[at], strict=True):
@@ -192,7 +194,7 @@ def _open(
         data, name = IndexedDataset(dataset.path), dataset.path.name
         if not data.has_mask:
             raise DataError(
-                f"{dataset.path} has no .mask.bin, which says which tokens are targets; "
+                f"{dataset.path} has no .mask.bin, which marks the target tokens; "
                 "preprocess conversations with task = sft (tools/preprocess_data.py), or train with task = pretrain"
             )
         if dataset.weight not in range(1, MAX_WEIGHT + 1):
@@ -214,9 +216,9 @@ def _open(
 
 
 def _deal(count: int, key: tuple[str, int], split: tuple[float, float, float], part: Split) -> Ints:
-    """The conversations of a split, in file order."""
+    """Return the conversations of a split, in file order."""
     cuts = [0, *(part_documents(count, split, each)[1] for each in SPLITS)]
-    for k in (2, 1):  # a small share of a few conversations is at least one
+    for k in (2, 1):  # a nonzero share gets at least one conversation
         cuts[k] = max(min(1, count), min(cuts[k], cuts[k + 1] - (split[k] > 0)))
     begin, end = cuts[SPLITS.index(part)], cuts[SPLITS.index(part) + 1]
     if end - begin == count:

@@ -5,13 +5,13 @@ import numpy as np
 from engine.data.storage.reader import IndexedDataset
 from engine.errors import DataError
 
-PROBES = 64  # places of a dataset at which its token ids are checked
+PROBES = 64  # places of a dataset at which token ids are checked
 PROBE_TOKENS = 4096
 
 
 def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
-    """Check about a quarter of a million token ids, spread over the dataset, so that a run with the wrong tokenizer
-    ends before its first step. `IndexedDataset.verify` checks all of them.
+    """Check about 250,000 token ids, spread over the dataset, so that a run with the wrong tokenizer fails before its
+    first step. `IndexedDataset.verify` checks all of them.
 
     Raises:
         DataError: an id is not below `vocab_size`.
@@ -22,7 +22,7 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
             f"model.vocab_size = {vocab_size}; raise model.vocab_size or use the model's tokenizer"
         )
     count = min(PROBE_TOKENS, data.num_tokens)
-    places = np.linspace(0, data.num_tokens - count, PROBES).astype(np.int64)  # the first and the last among them
+    places = np.linspace(0, data.num_tokens - count, PROBES).astype(np.int64)  # including the first and the last
     for start in np.unique(places).tolist():
         ids = data.tokens(start, count)
         wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
@@ -30,7 +30,7 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
             raise DataError(
                 f"{data.prefix}.bin: token {start + int(wrong[0])} has id {int(ids[wrong[0]])}; "
                 f"expected 0 .. {vocab_size - 1} for model.vocab_size = {vocab_size}; "
-                "were the data made with another tokenizer?"
+                "was the dataset made with another tokenizer?"
             )
 
 

@@ -1,10 +1,10 @@
-"""Untrusted binary files, read by position; errors name the file, the field, its value and the expected one.
+"""Reads untrusted binary files by position; errors name the file, the field, its value and the expected value.
 
-Tokens are read from a memory map without read-ahead (`MADV_RANDOM`: samples are at random offsets, and on a cold file
-of 2 TB the kernel's read-ahead made 4097 tokens cost 5,500 µs instead of 21). Each of these reads checks the file size
-first, because accessing the map of a file that has shrunk kills the process with a bus error. Index entries, and the
-long sequential reads of complete checks, use `pread`: a binary search that maps a page at each step would let the
-process grow by the whole index.
+Tokens are read from a memory map without read-ahead (`MADV_RANDOM`): samples are at random offsets, and with the
+kernel's read-ahead, reading 4097 tokens of a cold 2 TB file took 5,500 µs instead of 21. Each of these reads first
+checks the file size, because accessing the map of a file that has shrunk kills the process with a bus error. Index
+entries and the long sequential reads of complete checks use `pread`: a binary search on a map touches a page per step,
+and the process would grow by the whole index.
 """
 
 import mmap
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from engine.errors import DataError, DataFormatError
 
-CHUNK = 1 << 20  # table entries held in memory at a time
+CHUNK = 1 << 20  # table entries in memory at a time
 LARGEST_MAPPED_READ = 1 << 20  # bytes
 
 Array = npt.NDArray[Any]
@@ -33,7 +33,7 @@ class CheckedFile:
         mapped: use a memory map for short reads.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist, or is not a regular file.
     """
 
     def __init__(self, path: Path, *, mapped: bool = False) -> None:
@@ -52,10 +52,10 @@ class CheckedFile:
             self._map.madvise(mmap.MADV_RANDOM)
 
     def read(self, position: int, count: int) -> bytes:
-        """Exactly `count` bytes at `position`; the caller has checked them against the size at opening.
+        """Read exactly `count` bytes at `position`; the caller has checked the range against `size`.
 
         Raises:
-            DataFormatError: the file has become shorter.
+            DataFormatError: the file has shrunk.
         """
         if self._map is not None and count <= LARGEST_MAPPED_READ:
             self.check_size()
@@ -70,7 +70,7 @@ class CheckedFile:
         return data
 
     def check_size(self) -> None:
-        """Raises DataFormatError if the file is now shorter than at opening."""
+        """Raise DataFormatError if the file has shrunk since it was opened."""
         size = os.fstat(self._descriptor).st_size
         if size < self.size:
             expected = f"{self.size} as when it was opened; it shrank while in use"
@@ -96,12 +96,12 @@ class Table:
         return int.from_bytes(data, "little", signed=self._signed)
 
     def span(self, start: int, stop: int) -> Array:
-        """Entries `[start, stop)`, read-only, in the table's dtype."""
+        """Read the entries `[start, stop)`; read-only, in the table's dtype."""
         data = self.file.read(self.offset + start * self._itemsize, (stop - start) * self._itemsize)
         return np.frombuffer(data, self.dtype)
 
     def gather(self, indices: Ints) -> Array:
-        """The entries at increasing indices, reading at most a chunk of entries at a time."""
+        """Read the entries at increasing `indices`, at most a chunk of entries at a time."""
         parts = [np.empty(0, self.dtype)]
         while indices.size:
             start = int(indices[0])
@@ -122,7 +122,7 @@ class Table:
 
 
 def format_error(path: Path, field: str, value: object, expected: str) -> DataFormatError:
-    """An error that names the file, the field, its value and the expected one."""
+    """Return an error that names the file, the field, its value and the expected value."""
     return DataFormatError(f"{path}: {field} = {value}; expected {expected}")
 
 

@@ -1,9 +1,9 @@
-"""Token datasets on disk: `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM's IndexedDataset.
+"""The format of token datasets: `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM's IndexedDataset.
 
-`.bin` holds the tokens of all documents, one after another. `.idx` holds a header (magic, version, dtype code, n, d)
+`.bin` contains the tokens of all documents, concatenated. `.idx` contains a header (magic, version, dtype code, n, d)
 and three tables: sequence lengths int32 [n], byte offsets of the sequences int64 [n], and the first sequence of each
-document int64 [d], with n as its last entry. Fine-tuning datasets have a `PREFIX.mask.bin` too: one byte per token, 1
-where the token is a target. `PREFIX.json` describes the dataset (see `info.py`).
+document int64 [d], with n as its last entry. Fine-tuning datasets also have a `PREFIX.mask.bin`: one byte per token, 1
+if the token is a target, else 0. `PREFIX.json` describes the dataset (see `info.py`).
 
 Legend: n sequences; d document indices, one more than documents.
 """
@@ -25,20 +25,20 @@ MAX_SEQUENCE_LENGTH = (1 << 31) - 1  # lengths are int32
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype of stored tokens: uint16 for fewer than 65,500 entries, else int32."""
+    """Return the dtype of stored tokens: uint16 for vocabularies of fewer than 65,500 entries, else int32."""
     return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
 
 
 def dataset_file(prefix: Path | str, kind: str) -> Path:
-    """`PREFIX.bin`, `.idx`, `.json` or `.mask.bin`; the prefix may itself contain dots."""
+    """Return the path `PREFIX.kind` (kinds: bin, idx, json, mask.bin); the prefix may contain dots."""
     return Path(f"{prefix}.{kind}")
 
 
 def read_header(index: CheckedFile) -> tuple[np.dtype[Any], int, int]:
-    """Token dtype, n and d; the counts are compared with the size of the file before any use.
+    """Read token dtype, n and d, and check the counts against the file size.
 
     Raises:
-        DataFormatError: this is no index of a token dataset.
+        DataFormatError: not the index of a token dataset.
     """
     index.expect(index.size >= HEADER.size, "size", f"{index.size} bytes", f"at least {HEADER.size}, a header")
     magic, version, code, n, d = HEADER.unpack(index.read(0, HEADER.size))
@@ -55,5 +55,5 @@ def read_header(index: CheckedFile) -> tuple[np.dtype[Any], int, int]:
 
 
 def chunks(count: int) -> Iterator[tuple[int, int]]:
-    """`[start, stop)` of the chunks of a table with `count` entries."""
+    """Yield `[start, stop)` of the chunks of a table with `count` entries."""
     return ((start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))

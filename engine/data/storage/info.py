@@ -12,7 +12,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]{1,100}$")]  # safe to 
 
 
 class SourceFile(BaseModel):
-    """A file that the dataset was made from, and its size in bytes."""
+    """An input file of the dataset and its size in bytes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,7 +21,7 @@ class SourceFile(BaseModel):
 
 
 class DatasetInfo(BaseModel):
-    """The description in `PREFIX.json`. Reading tokens works without it."""
+    """The description in `PREFIX.json`; optional for reading tokens."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,15 +34,15 @@ class DatasetInfo(BaseModel):
     version: str = ""
     sources: tuple[SourceFile, ...] = ()
     skipped: NonNegativeInt = 0
-    chat_template: str | None = None  # of fine-tuning datasets, Jinja
+    chat_template: str | None = None  # Jinja source; fine-tuning datasets only
     end_of_turn_id: NonNegativeInt | None = None
 
 
 def read_info(prefix: Path, num_tokens: int, num_documents: int) -> DatasetInfo | None:
-    """The description of a dataset with these counts; None if there is none.
+    """Read the description of a dataset with these counts; None if the file does not exist.
 
     Raises:
-        DataFormatError: it is damaged or belongs to another dataset.
+        DataFormatError: the description is damaged or belongs to another dataset.
     """
     path = dataset_file(prefix, "json")
     try:

@@ -1,9 +1,9 @@
-"""Reading token datasets, without trusting the files.
+"""Reads token datasets without trusting the files.
 
-The header, the sizes and both ends of every table are checked at each opening. Whole tables are checked at opening if
-they are small, otherwise entry by entry on access, and completely by `verify`. So a dataset of 10^12 tokens opens in
+Opening a dataset checks the header, the sizes and both ends of every table. Small tables are checked completely at
+opening, large ones entry by entry on access, and completely by `verify`. A dataset of 10^12 tokens therefore opens in
 milliseconds, and damage raises a `DataFormatError`. Alternative considered: trusting the index, as other readers of
-this format do; a truncated copy then trains on garbage, or kills the run days later.
+this format do; with a truncated copy, a run then trains on garbage or fails days later.
 """
 
 from bisect import bisect_right
@@ -16,18 +16,18 @@ from engine.data.storage.files import Array, CheckedFile, Ints, Table
 from engine.data.storage.format import HEADER, chunks, dataset_file, read_header
 from engine.data.storage.info import read_info
 
-CHECKED_AT_OPENING = 1 << 20  # entries; tables up to this size are checked completely at opening
-OnVerified = Callable[[int, int], None]  # (bytes verified, bytes in all)
+CHECKED_AT_OPENING = 1 << 20  # entries; tables up to this size are completely checked at opening
+OnVerified = Callable[[int, int], None]  # (bytes verified, total bytes)
 
 
 class IndexedDataset:
-    """A dataset opened for reading. Offsets count tokens from the start of the `.bin`.
+    """A dataset opened for reading. Offsets are in tokens from the start of the `.bin`.
 
-    A pickled copy (in a worker process) reopens the files by name.
+    Unpickling (in a worker process) reopens the files by name.
 
     Raises:
         DataError: a file is missing.
-        DataFormatError: a file is damaged. Later reads raise it too when they find damage.
+        DataFormatError: a file is damaged. Later reads raise it if they find damage.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -52,16 +52,16 @@ class IndexedDataset:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files except the description."""
+        """Total size of all files except the description."""
         return self._index.size + self._data.size + (len(self._mask) if self._mask else 0)
 
     @property
     def has_mask(self) -> bool:
-        """Whether this is a fine-tuning dataset, which marks each token as a target or not."""
+        """Whether this is a fine-tuning dataset, with a target mask."""
         return self._mask is not None
 
     def mask(self, start: int, count: int) -> Array:
-        """Which of the tokens `[start, start + count)` are targets: uint8, read-only, 0 or 1.
+        """Return the target mask of the tokens `[start, start + count)`: uint8, read-only, 0 or 1.
 
         Raises:
             DataFormatError: an entry is neither 0 nor 1.
@@ -75,14 +75,14 @@ class IndexedDataset:
         return values
 
     def tokens(self, start: int, count: int) -> Array:
-        """Tokens `[start, start + count)`: read-only, in the stored dtype."""
+        """Return the tokens `[start, start + count)`: read-only, in the stored dtype."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens} in {self.prefix}")
         self._data.check_size()
         return self._tokens.span(start, start + count)
 
     def document_start(self, j: int) -> int:
-        """Token offset of document `j`; `j = num_documents` gives `num_tokens`."""
+        """Return the token offset of document `j`; `num_tokens` for `j = num_documents`."""
         if not 0 <= j <= self.num_documents:
             raise IndexError(f"document {j} of {self.num_documents} in {self.prefix}")
         sequence = self._documents[j]
@@ -96,24 +96,24 @@ class IndexedDataset:
         return offset
 
     def document_starts_in(self, start: int, stop: int) -> Ints:
-        """Token offsets, increasing, at which documents start inside `(start, stop)`, both excluded."""
+        """Return the increasing token offsets at which documents start in `(start, stop)`, both exclusive."""
         j = bisect_right(range(self.num_documents), start, key=self.document_start)
         starts = [start]
         while j < self.num_documents and (offset := self.document_start(j)) < stop:
             self._documents.expect(offset >= starts[-1], j, offset, f"a token from {starts[-1]} on")
-            if offset > starts[-1]:  # an empty document starts where the next one does
+            if offset > starts[-1]:  # an empty document starts at the same offset as the next one
                 starts.append(offset)
             j += 1
         return np.array(starts[1:], np.int64)
 
     def document_at(self, offset: int) -> int:
-        """The document that holds token `offset`."""
+        """Return the number of the document that contains token `offset`."""
         if not 0 <= offset < self.num_tokens:
             raise IndexError(f"token {offset} of {self.num_tokens} in {self.prefix}")
         return bisect_right(range(self.num_documents), offset, key=self.document_start) - 1
 
     def document_lengths(self) -> Iterator[Ints]:
-        """Tokens of each document, in order, a chunk at a time."""
+        """Yield the lengths of all documents in tokens, in order, a chunk at a time."""
         for start, stop in chunks(self.num_documents):
             sequences = self._documents.span(start, stop + 1)
             sound = (sequences >= 0) & (sequences <= self.num_sequences)
@@ -128,7 +128,7 @@ class IndexedDataset:
         """Check every entry of the index and every token id (against `vocab_size` if given).
 
         Raises:
-            DataFormatError: names the first offending entry.
+            DataFormatError: with the first invalid entry.
         """
         done = 0
 
@@ -155,7 +155,7 @@ class IndexedDataset:
         return Table(file, "mask", "u1", 0, self.num_tokens)
 
     def _check_ends(self) -> None:
-        """Both ends of every table and the size of the data, in constant time."""
+        """Check both ends of every table and the size of the data, in constant time."""
         n, documents, pointers = self.num_sequences, self._documents, self._pointers
         documents.expect(documents[0] == 0, 0, documents[0], "0")
         last = len(documents) - 1
@@ -172,7 +172,7 @@ class IndexedDataset:
 
     def _check_tables(self, advance: Callable[[int], None]) -> None:
         """Check every length, pointer and document index, a chunk at a time."""
-        end = 0  # of the sequences so far, in bytes
+        end = 0  # byte offset after the sequences so far
         for start, stop in chunks(self.num_sequences):
             lengths, pointers = self._lengths.span(start, stop), self._pointers.span(start, stop)
             self._lengths.expect_all(lengths >= 0, start, lengths, "0 or more")

@@ -1,4 +1,4 @@
-"""Writing token datasets: all files of a dataset appear complete, or none of them does."""
+"""Writes token datasets atomically: all files of a dataset, or none."""
 
 import os
 from array import array
@@ -20,14 +20,14 @@ from engine.errors import DataError, StorageError
 class IndexedDatasetWriter:
     """Writes a dataset with one sequence per document. A context manager.
 
-    Files are written under `*.partial` names. Leaving the block syncs and renames them, the index last, so an index
-    exists only when its data are complete; an exception removes them. Takes four bytes of memory per document.
+    Files are written under `*.partial` names. Exiting syncs and renames them, the index last, so an index exists only
+    if its data are complete; an exception removes them. Uses four bytes of memory per document.
 
     Args:
-        prefix: files are `PREFIX.bin`, `PREFIX.idx` and, with `info`, `PREFIX.json`. Existing ones are replaced.
+        prefix: files are `PREFIX.bin`, `PREFIX.idx` and, with `info`, `PREFIX.json`. Existing files are replaced.
         dtype: an integer type; see `token_dtype`.
-        info: is written to `PREFIX.json` with the counts filled in. May be set until the block is left.
-        masked: a fine-tuning dataset; every document has a target mask, which is written to `PREFIX.mask.bin`.
+        info: written to `PREFIX.json` with the counts filled in. May be set until the context exits.
+        masked: a fine-tuning dataset: every document has a target mask, written to `PREFIX.mask.bin`.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class IndexedDatasetWriter:
             self._discard()
 
     def add_document(self, tokens: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
-        """Append one document; it may be empty."""
+        """Append one document, which may be empty; see `add_documents`."""
         ids = np.asarray(tokens, dtype=None if len(tokens) else self.dtype)  # type: ignore[arg-type]
         self.add_documents(ids, [len(ids)], mask)
 
     def add_documents(self, flat_ids: npt.ArrayLike, lengths: Iterable[int], mask: npt.ArrayLike | None = None) -> None:
-        """Append documents, given as their concatenated ids and, if the dataset is masked, their concatenated mask.
+        """Append documents: their concatenated ids, their lengths and, for a masked dataset, their concatenated mask.
 
         Raises:
             DataError: an id does not fit the dtype, or a document is too long for the format.
@@ -96,7 +96,7 @@ class IndexedDatasetWriter:
         self.num_tokens += ids.size
 
     def _check_ids(self, ids: Array) -> None:
-        """Refuse ids that the dtype would silently wrap around."""
+        """Reject ids that would overflow the dtype."""
         if ids.size == 0:
             return
         low, high, top = int(ids.min()), int(ids.max()), int(np.iinfo(self.dtype).max)
@@ -121,7 +121,7 @@ class IndexedDatasetWriter:
         with self._partial("idx").open("wb") as file:
             self._write_index(file)
             _sync(file)
-        for kind in ("idx", "json", "mask.bin"):  # an index must never stand beside data that are not its own
+        for kind in ("idx", "json", "mask.bin"):  # an index must never exist next to data of another dataset
             dataset_file(self.prefix, kind).unlink(missing_ok=True)
         for kind in (*kinds, "idx"):
             os.replace(self._partial(kind), dataset_file(self.prefix, kind))
@@ -141,7 +141,7 @@ class IndexedDatasetWriter:
             file.write(np.arange(start, stop, dtype="<i8").data)
 
     def _discard(self) -> None:
-        """Remove partial files; there are none after a commit."""
+        """Remove partial files; after a commit there are none."""
         for file in (self._data, self._mask):
             with suppress(OSError):
                 if file is not None:

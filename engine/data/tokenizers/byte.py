@@ -12,10 +12,10 @@ BYTES_END = "<|endoftext|>"  # the text of the end-of-document token
 
 
 class ByteTokenizer:
-    """256 ids for the bytes of UTF-8, and one for the end of document.
+    """A tokenizer with one id per byte of UTF-8 (256), and one for the end of document.
 
     Args:
-        template: the chat template file that belongs to it.
+        template: a chat template file to keep with it.
     """
 
     kind = "byte"
@@ -43,5 +43,5 @@ class ByteTokenizer:
         return self.encode(text), [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; the end of document has none."""
+        """Decode `ids`, without the end of document."""
         return bytes(i for i in ids if i != self.eod_id).decode(errors="replace")

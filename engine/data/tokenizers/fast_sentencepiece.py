@@ -1,13 +1,12 @@
-"""SentencePiece BPE models through `gigatoken`: the same ids, more than ten times as fast.
+"""Encodes with SentencePiece BPE models through `gigatoken`: the same ids, more than ten times as fast.
 
-SentencePiece runs its merges over a whole document at once. gigatoken splits the text where no piece of the vocabulary
-can cross the boundary, and caches the ids of each part. SentencePiece still normalizes the text, so its many rules have
-one implementation. The ids of another program are not trusted: a model is accepted only if both programs define its
-kind in the same way and a self-test over the whole vocabulary passes, and one document in `CHECK_INTERVAL` is encoded
-by both.
+SentencePiece runs its merges over a whole document at once. gigatoken splits the text at boundaries that no piece of
+the vocabulary can cross, and caches the ids of each part. SentencePiece still normalizes the text, so its rules are not
+reimplemented. gigatoken's ids are verified: a model is accepted only if both libraries define its kind in the same way
+and a self-test over the whole vocabulary passes, and one document in `CHECK_INTERVAL` is encoded by both.
 
 Alternatives considered: `kitoken` (only twice as fast as SentencePiece; wrong ids with normalization rules, and it
-aborts the whole process on some texts); gigatoken's own model reader (encodes `</s>` in a text as the end token).
+aborts the process on some texts); gigatoken's own model reader (encodes `</s>` in a text as the end token).
 """
 
 import json
@@ -36,29 +35,29 @@ from engine.data.tokenizers.sentencepiece_model import (
 )
 from engine.errors import TriaxisError
 
-CHECK_INTERVAL = 512  # documents; SentencePiece is so slow that this costs a few percent
-REBUILD_CHARACTERS = 1 << 27  # gigatoken's cache grows without bound, so it is rebuilt after so many
+CHECK_INTERVAL = 512  # documents; SentencePiece is slow, so this costs a few percent of the time
+REBUILD_CHARACTERS = 1 << 27  # rebuild gigatoken after this many: its cache grows without bound
 
 
 class UnsupportedModel(Exception):
-    """The fast encoder does not support this model; the message says why."""
+    """The fast encoder does not support this model; the message gives the reason."""
 
 
 class EncoderMismatch(TriaxisError):
-    """The fast encoder gave different ids from SentencePiece."""
+    """The fast encoder and SentencePiece gave different ids."""
 
     advice = "start again with the plain encoder"
 
 
 class FastSentencePiece:
-    """Encodes a text into the same ids as `processor`.
+    """Encodes text with gigatoken to the same ids as `processor`.
 
     Args:
         processor: a `SentencePieceProcessor`.
         model: the content of its model file.
 
     Raises:
-        UnsupportedModel: gigatoken is absent, the model is of another kind, or the self-test failed.
+        UnsupportedModel: gigatoken is not installed, the model is of another kind, or the self-test failed.
     """
 
     def __init__(self, processor: Any, model: bytes) -> None:
@@ -78,10 +77,10 @@ class FastSentencePiece:
         self._self_test(pieces)
 
     def encode(self, text: str) -> Ids:
-        """The ids of `text`.
+        """Encode `text`.
 
         Raises:
-            EncoderMismatch: this text was compared, and SentencePiece gave different ids.
+            EncoderMismatch: this text was checked, and SentencePiece gave different ids.
         """
         ids = self._encode(text)
         self._count += 1
@@ -92,7 +91,7 @@ class FastSentencePiece:
     def _encode(self, text: str) -> Ids:
         normalized = self._normalize(text)
         if self._symbols is not None and self._symbols.search(normalized):
-            return np.array(self._processor.encode(text), np.uint32)  # it cuts these symbols out first
+            return np.array(self._processor.encode(text), np.uint32)  # it splits at these symbols first
         self._characters += len(normalized)
         if self._characters > REBUILD_CHARACTERS:
             self._rebuild()
@@ -117,7 +116,7 @@ class FastSentencePiece:
 
 
 def self_test_texts(pieces: Iterable[str]) -> Iterator[str]:
-    """Every piece in two orders, runs of every length, and known edge cases of tokenizers."""
+    """Yield every piece in two orders, runs of all lengths, and known edge cases of tokenizers."""
     words = [piece.replace(SPACE, " ") for piece in pieces]
     yield "".join(words)
     random.Random(0).shuffle(words)
@@ -130,10 +129,10 @@ def self_test_texts(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _supported_pieces(fields: Fields) -> list[Piece]:
-    """The vocabulary, if both programs define this kind of model in the same way.
+    """Return the vocabulary of a model whose kind both libraries define in the same way.
 
     Raises:
-        UnsupportedModel: they do not.
+        UnsupportedModel: another kind of model.
     """
     pieces = [piece_of(value) for number, value in fields if number == 1]
     trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
@@ -143,7 +142,7 @@ def _supported_pieces(fields: Fields) -> list[Piece]:
     obstacles = {
         "it is not a BPE model": trainer.get(3) != BPE,
         "it has no byte fallback": not trainer.get(35),
-        "it writes spaces behind words": bool(trainer.get(24)),
+        "it writes spaces after words": bool(trainer.get(24)),
         "it does not escape spaces": normalizer.get(5) == 0,
         "it has unused pieces": UNUSED in types,
         "a piece has a space inside": any(SPACE in p.text.lstrip(SPACE) or " " in p.text for p in ordinary),
@@ -156,7 +155,7 @@ def _supported_pieces(fields: Fields) -> list[Piece]:
 
 
 def _normalization(fields: Fields) -> Callable[[str], str] | None:
-    """SentencePiece's normalization for models without rules, in a third of the time; None if the model has rules."""
+    """Return a faster normalization (a third of the time) for models without rules; None if the model has rules."""
     normalizer = submessage(fields, 3)
     if normalizer.get(2) or normalizer.get(4, 1):  # character rules; removal of extra spaces
         return None
@@ -165,7 +164,7 @@ def _normalization(fields: Fields) -> Callable[[str], str] | None:
 
 
 def _definition(pieces: list[Piece]) -> dict[str, Any]:
-    """The model as a Hugging Face `tokenizer.json`, without normalization and special tokens."""
+    """Return the model as a Hugging Face `tokenizer.json`, without normalization and special tokens."""
     model = {
         "type": "BPE",
         "unk_token": next(piece.text for piece in pieces if piece.type == UNKNOWN),

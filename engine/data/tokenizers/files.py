@@ -1,4 +1,4 @@
-"""The files of a tokenizer: the model file, its companions, and how they are read."""
+"""Finds and reads the files of a tokenizer: the model file and its companions."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,18 @@ import xxhash
 
 from engine.errors import ConfigError
 
-MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # looked for in a directory, in this order
+MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # names to look for in a directory, in this order
 CHAT_TEMPLATE = "chat_template.jinja"
-COMPANIONS = (  # files that transformers keeps beside the model file
+COMPANIONS = (  # files that transformers keeps next to the model file
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json"
 )  # fmt: skip
 
 
 def find_model_file(path: Path) -> Path:
-    """`path` itself, or the model file in the directory `path`.
+    """Return `path` itself, or the model file in the directory `path`.
 
     Raises:
-        ConfigError: there is none, or there are several.
+        ConfigError: there is no model file, or more than one.
     """
     if path.is_file():
         return path
@@ -36,12 +36,16 @@ def find_model_file(path: Path) -> Path:
 
 
 def companions(path: Path) -> list[Path]:
-    """The existing companions of a model file."""
+    """Return the existing companions of a model file."""
     return [path.with_name(name) for name in COMPANIONS if name != path.name and path.with_name(name).is_file()]
 
 
 def read_tokenizer_file(path: Path) -> bytes:
-    """Raises ConfigError where the file cannot be read."""
+    """Return the content of a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -49,22 +53,22 @@ def read_tokenizer_file(path: Path) -> bytes:
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty without the file.
+    """Return the JSON object in a file; an empty one if the file does not exist.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: the file is unreadable or not a JSON object.
     """
     if not path.is_file():
         return {}
     try:
         content = json.loads(read_tokenizer_file(path))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON, or nested too deep: {error}") from None
+        raise ConfigError(f"{path} is not JSON, or nested too deeply: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
 
 
 def content_hash(content: bytes) -> str:
-    """xxh3-64 in hexadecimal."""
+    """Return the xxh3-64 hash in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(content)

@@ -1,4 +1,4 @@
-"""Tokenizers from a Hugging Face `tokenizer.json`."""
+"""Loads tokenizers from a Hugging Face `tokenizer.json`."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,15 +30,17 @@ class HuggingFaceTokenizer:
             self._backend = Backend.from_buffer(content)
         except Exception as error:  # tokenizers raises bare Exceptions
             raise ConfigError(f"{path} is not a tokenizer.json or damaged: {error}") from None
-        self._backend.no_truncation()  # some trainers save it; it would silently truncate documents
+        self._backend.no_truncation()  # some training scripts save truncation, which would silently cut documents
         self._backend.no_padding()
-        self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # others trim spaces off the spans
+        self._backend.post_processor = processors.ByteLevel(
+            trim_offsets=False
+        )  # other post-processors trim spaces off the spans
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         end = self._special_id(path, "eos_token", END_NAMES)
         if end is None:
             raise ConfigError(
-                f"{path} does not say which token ends a document; "
-                f"put a tokenizer_config.json with `eos_token` beside it"
+                f"{path} does not define the token that ends a document; "
+                f"put a tokenizer_config.json with `eos_token` next to it"
             )
         self.eod_id = end
         self.bos_id = self._special_id(path, "bos_token", BEGIN_NAMES)
@@ -47,18 +49,18 @@ class HuggingFaceTokenizer:
         added = self._backend.get_added_tokens_decoder().items()
         self.special_tokens: dict[str, int] = {token.content: i for i, token in added if token.special}
 
-    def _special_id(self, path: Path, role: str, usual_names: Iterable[str]) -> int | None:
-        """The id of a role in `tokenizer_config.json`, else of the first usual name among the special tokens.
+    def _special_id(self, path: Path, key: str, usual_names: Iterable[str]) -> int | None:
+        """Return the id of the token under `key` in `tokenizer_config.json`, else of the first usual name that exists.
 
         Raises:
-            ConfigError: the token of this role is not in the vocabulary.
+            ConfigError: the token under `key` is not in the vocabulary.
         """
-        named = read_tokenizer_json(path.with_name("tokenizer_config.json")).get(role)
+        named = read_tokenizer_json(path.with_name("tokenizer_config.json")).get(key)
         name = named.get("content") if isinstance(named, dict) else named
         if name is not None:
             found: int | None = self._backend.token_to_id(str(name))
             if found is None:
-                raise ConfigError(f"{role} = {name!r} of tokenizer_config.json is not in the vocabulary of {path}")
+                raise ConfigError(f"{key} = {name!r} of tokenizer_config.json is not in the vocabulary of {path}")
             return found
         special = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         return next((special[name] for name in usual_names if name in special), None)

@@ -1,6 +1,6 @@
-"""Loading a tokenizer by its name or path.
+"""Loads a tokenizer by name or path.
 
-The kind is read from the file's content, not from its name, because people rename these files.
+The kind is detected from the file's content, because users rename these files.
 """
 
 from pathlib import Path
@@ -13,19 +13,19 @@ from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
 def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
-    """The tokenizer that `spec` names: `byte`, a SentencePiece model, a `tokenizer.json`, or a directory with one.
+    """Load the tokenizer `spec`: `byte`, a SentencePiece model, a `tokenizer.json`, or a directory with one of these.
 
     Args:
-        spec: as in `data.tokenizer`.
-        fast: SentencePiece only: allow the fast encoder.
+        spec: the value of `data.tokenizer`.
+        fast: for SentencePiece, use the fast encoder if possible.
 
     Raises:
-        ConfigError: there is no tokenizer there, or it is unusable.
+        ConfigError: no tokenizer is found, or it is unusable.
     """
     if str(spec) == "byte":
         return ByteTokenizer()
     if Path(spec).is_dir() and [path.name for path in Path(spec).iterdir()] == [CHAT_TEMPLATE]:
-        return ByteTokenizer(Path(spec) / CHAT_TEMPLATE)  # in a checkpoint, where it has no other file
+        return ByteTokenizer(Path(spec) / CHAT_TEMPLATE)  # in a checkpoint, the only file of this tokenizer
     path = find_model_file(Path(spec))
     if read_tokenizer_file(path)[:64].lstrip().startswith(b"{"):
         return HuggingFaceTokenizer(path)
@@ -37,7 +37,7 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
 
 
 def _adds_ids(path: Path, vocab_size: int) -> bool:
-    """Whether a `tokenizer.json` has tokens that the model file beside it lacks, such as those of a chat template."""
+    """Whether a `tokenizer.json` has tokens that the model file lacks, such as those of a chat template."""
     added = read_tokenizer_json(path).get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     return any(isinstance(token.get("id"), int) and token["id"] >= vocab_size for token in tokens)

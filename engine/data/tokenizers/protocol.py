@@ -1,9 +1,10 @@
-"""The interface of a tokenizer, and nothing else of it is used in the engine.
+"""The tokenizer interface, the only one that the engine uses.
 
-Each kind of tokenizer has a file of its own here, and `load.py` chooses between them. A new kind is a new file and a
-line there. `encode` never adds a beginning or an end; the code that
-builds documents appends `eod_id`. Alternative considered: `transformers.AutoTokenizer`, which takes seconds to import
-and may run code that comes with a model.
+Each kind of tokenizer has a separate file in this package, and `load.py` chooses between them. A new kind also needs
+the name of its model file in `MODEL_FILES` of `files.py`, and its export in
+`engine/checkpoint/huggingface/tokenizer_files.py`, which rejects unknown kinds. `encode` never adds a beginning or end
+token; the code that builds documents appends `eod_id`. Alternative considered: `transformers.AutoTokenizer`, which
+takes seconds to import and may run code that comes with a model.
 """
 
 from collections.abc import Sequence
@@ -23,30 +24,31 @@ class Tokenizer(Protocol):
     kind: str
     """`sentencepiece`, `huggingface` or `byte`."""
     vocab_size: int
-    """Number of ids: the largest plus one."""
+    """The largest id plus one."""
     eod_id: int
-    """Ends a document."""
+    """The end-of-document token."""
     bos_id: int | None
+    """The beginning-of-text token; None if the tokenizer has none."""
     hash: str
-    """xxh3-64 of the model file; tokenizers with the same hash give the same ids."""
+    """The xxh3-64 hash of the model file; tokenizers with the same hash give the same ids."""
     files: list[Path]
-    """The files that a checkpoint or an export has to copy."""
+    """The files that a checkpoint or an export must copy."""
     special_tokens: dict[str, int]
     """Ids of the special tokens, by their text."""
 
     @property
     def encoder(self) -> str:
-        """The program that encodes text, and why it was chosen."""
+        """The library that encodes text, with the reason if it is not the fast one."""
 
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]: ...
 
     def encode_special(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids of a text in which spelled-out special tokens become these tokens, and the span of text of each id.
+        """Encode a text; spelled-out special tokens become these tokens. Return ids and the span of text of each id.
 
-        Spans never go backwards. Several ids of one character have the same span.
+        Spans are in order. Ids that share one character have the same span.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; invalid UTF-8 becomes U+FFFD."""
+        """Decode `ids`; invalid UTF-8 becomes U+FFFD."""

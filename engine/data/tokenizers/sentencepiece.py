@@ -1,4 +1,4 @@
-"""Tokenizers from a SentencePiece model file (`tokenizer.model`)."""
+"""Loads tokenizers from a SentencePiece model file (`tokenizer.model`)."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,11 +16,11 @@ from engine.errors import ConfigError
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. `encode` treats control symbols in a text as plain text, as SentencePiece does.
+    """A tokenizer from a SentencePiece model. `encode` treats control symbols in a text as plain text.
 
     Args:
         path: the model file.
-        fast: let `encode_batch` use gigatoken if it gives the same ids; see `fast_sentencepiece`.
+        fast: use gigatoken in `encode_batch` if it gives the same ids; see `fast_sentencepiece`.
     """
 
     kind = "sentencepiece"
@@ -51,9 +51,9 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _fast(self) -> FastSentencePiece | str:
-        """The fast encoder, or the reason why it is not used."""
+        """The fast encoder, or the reason for not using it."""
         if not self._use_fast:
-            return "as asked"
+            return "as requested"
         try:
             return FastSentencePiece(self._processor, self._model)
         except UnsupportedModel as reason:
@@ -68,7 +68,7 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """`encode` for many texts.
+        """Encode many texts.
 
         Raises:
             EncoderMismatch: a check found that the fast encoder gives different ids.
@@ -84,7 +84,9 @@ class SentencePieceTokenizer:
 
     def _encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
         content = text.encode()
-        characters = np.cumsum((np.frombuffer(content, np.uint8) & 0xC0) != 0x80)  # begun up to and including each byte
+        characters = np.cumsum(
+            (np.frombuffer(content, np.uint8) & 0xC0) != 0x80
+        )  # characters that start at or before each byte
         if self._sizes is not None:
             ids: list[int] = self._processor.encode(text)
             ends = np.cumsum(self._sizes[ids])
@@ -105,7 +107,7 @@ class SentencePieceTokenizer:
 
 
 def _fill_empty(spans: list[Span]) -> list[Span]:
-    """Give an empty span the first character of the next other one: SentencePiece maps a character to its last byte."""
+    """Replace empty spans by the next span's first character: SentencePiece assigns a character to its last byte."""
     following: Span | None = None
     for i in range(len(spans) - 1, -1, -1):
         start, end = spans[i]
@@ -117,7 +119,7 @@ def _fill_empty(spans: list[Span]) -> list[Span]:
 
 
 def _piece_sizes(model: bytes) -> npt.NDArray[np.int64] | None:
-    """Bytes of text per id of a SentencePiece model; None if the model rewrites texts or has unknown pieces."""
+    """Return the bytes of text per id; None if the model normalizes text or may produce unknown pieces."""
     fields = list(fields_of(model))
     normalizer = submessage(fields, 3)
     if normalizer.get(2) or normalizer.get(4, 1) or not submessage(fields, 2).get(35):  # rules, spaces, byte fallback

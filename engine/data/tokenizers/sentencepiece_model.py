@@ -1,14 +1,14 @@
-"""The content of a SentencePiece model file: its pieces, its settings, and the merges of a BPE model.
+"""Reads a SentencePiece model file: its pieces, its settings, and the merges of a BPE model.
 
-The file is a protobuf message. It is read here, in a few lines, because the generated reader in SentencePiece requires
-the newest protobuf package.
+The file is a protobuf message. This module parses it in a few lines, because the generated reader in SentencePiece
+requires the newest protobuf package.
 """
 
 import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece's symbol for a space
 BPE = 2  # TrainerSpec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.type
 
@@ -17,7 +17,7 @@ Fields = list[tuple[int, Any]]  # of a protobuf message: (number, value)
 
 
 class Piece(NamedTuple):
-    """An entry of the vocabulary in the model file."""
+    """A vocabulary entry of the model file."""
 
     text: str
     score: float
@@ -25,9 +25,9 @@ class Piece(NamedTuple):
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces whose concatenation is a piece, in SentencePiece's order: best score of the result first.
+    """Return every pair of pieces whose concatenation is a piece, in SentencePiece's order: best score first.
 
-    Runs of spaces may share a score; SentencePiece then merges from the left, which is the longest left part first.
+    Runs of spaces may have equal scores; SentencePiece then merges from the left, so the longest left part comes first.
     """
     pairs = [
         (piece[:cut], piece[cut:])
@@ -46,12 +46,12 @@ def piece_of(message: bytes) -> Piece:
 
 
 def submessage(fields: Fields, number: int) -> dict[int, Any]:
-    """The fields of the message in field `number`."""
+    """Parse the message in field `number`."""
     return {key: value for outer, message in fields if outer == number for key, value in fields_of(message)}
 
 
 def fields_of(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the fields of a protobuf message that SentencePiece has accepted.
+    """Yield (number, value) of the fields of a protobuf message that SentencePiece has accepted.
 
     https://protobuf.dev/programming-guides/encoding
     """
@@ -69,7 +69,7 @@ def fields_of(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, lowest first, and where it ends."""
+    """Decode a number of seven bits per byte, lowest first. Return the number and the offset after it."""
     value = shift = 0
     while message[at] & 0x80:
         value |= (message[at] & 0x7F) << shift

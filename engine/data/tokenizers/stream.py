@@ -1,4 +1,4 @@
-"""Text from ids that arrive one by one, as a model generates them."""
+"""Decodes ids that arrive one by one during generation."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,13 +8,13 @@ REPLACEMENT = "\ufffd"  # the replacement character, decoded from incomplete UTF
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yields the text that each id makes final; joined it is `decode` of all ids. One more string comes at the end.
+    """Yield the text that each id completes, then one last string; joined, they are `decode` of all ids.
 
-    A character whose bytes span several ids comes with the last of them; the earlier strings are empty. Only a few ids
-    are decoded at each step, so the cost does not grow with the text.
+    A character whose bytes span several ids is yielded with the last of them; the earlier strings are empty. Each step
+    decodes only a few ids, so its cost does not grow with the text.
     """
     recent: list[int] = []
-    shown = 0  # how many of `recent` were yielded; they stay as context, because decoders strip a leading space
+    shown = 0  # ids of `recent` already yielded, kept as context because decoders strip a leading space
     for token in ids:
         recent.append(token)
         text = tokenizer.decode(recent)
@@ -22,7 +22,7 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             yield ""
             continue
         yield text[len(tokenizer.decode(recent[:shown])) :]
-        if tokenizer.decode(recent[shown:]):  # ids without text of their own are no context
+        if tokenizer.decode(recent[shown:]):  # ids that decode to no text cannot be the context
             recent = recent[shown:]
         shown = len(recent)
     yield tokenizer.decode(recent)[len(tokenizer.decode(recent[:shown])) :]

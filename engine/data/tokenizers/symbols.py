@@ -1,4 +1,4 @@
-"""Special tokens spelled out in a text, for tokenizers whose own encoder treats them as plain text."""
+"""Encodes special tokens spelled out in a text, for tokenizers whose encoder treats them as plain text."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -7,7 +7,7 @@ from engine.data.tokenizers.protocol import Span
 
 
 def split_pattern(symbols: Iterable[str]) -> re.Pattern[str]:
-    """A pattern whose `split` cuts a text at symbols and keeps them; the longest symbol wins."""
+    """Return a pattern whose `split` splits a text at symbols and keeps them; the longest symbol wins."""
     return re.compile(f"({'|'.join(map(re.escape, sorted(symbols, key=len, reverse=True)))})")
 
 
@@ -17,7 +17,7 @@ def encode_with_symbols(
     symbols: Mapping[str, int],
     encode: Callable[[str], tuple[list[int], list[Span]]],
 ) -> tuple[list[int], list[Span]]:
-    """Ids and spans of a text: symbols become their ids, and `encode` encodes the text between them.
+    """Encode a text: symbols become their ids, `encode` encodes the text between them. Return ids and their spans.
 
     Args:
         pattern: `split_pattern(symbols)`.

@@ -62,7 +62,7 @@ ESCAPES = [
 
 @pytest.mark.parametrize("source", ESCAPES)
 def test_escapes_are_refused(source):
-    with pytest.raises(TemplateError, match=r"must not|must stand alone|No filter named"):
+    with pytest.raises(TemplateError, match=r"forbidden operation|expected a self-contained template|No filter named"):
         text_of(source)
     assert MESSAGES == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
@@ -207,7 +207,8 @@ RUNAWAYS = [
 def test_what_runs_away_is_refused(source):
     with pytest.raises(
         TemplateError,
-        match=r"loops forever or grows|recurses or grows|No (filter|test) named|a number|must not|numbers|loop itself",
+        match=r"loops forever or grows|recurses or grows|No (filter|test) named|a number|forbidden operation|numbers|"
+        r"loop itself",
     ):
         text_of(source)
 
@@ -338,13 +339,13 @@ def test_a_template_that_measures_marked_text_is_refused():
     ("source", "messages", "reason"),
     [
         ("{{ raise_exception('Only user first') }}", MESSAGES, "^Only user first$"),
-        ("{{ messages[0].content + messages[0].absent }}", MESSAGES, "misses something.*absent"),
+        ("{{ messages[0].content + messages[0].absent }}", MESSAGES, "reads an undefined variable.*absent"),
         ("{{ messages[0]['content'] + 'x' }}", [{"role": "user", "content": 3}], "TypeError"),
         ("{{ 1 / 0 }}", MESSAGES, "ZeroDivisionError"),
-        ("x", [], "one at least"),
-        ("x", ["hi"], "list of messages"),
+        ("x", [], "at least one message"),
+        ("x", ["hi"], "a list of at least one message"),
         ("x", [{"role": "user", "content": object()}], "a object in a message"),
-        ("{{ messages[0].content + 'x' }}", [{"role": "user", "content": None}], "misses something"),
+        ("{{ messages[0].content + 'x' }}", [{"role": "user", "content": None}], "reads an undefined variable"),
     ],
 )
 def test_conversations_that_do_not_fit(source, messages, reason):
@@ -355,7 +356,7 @@ def test_conversations_that_do_not_fit(source, messages, reason):
 @pytest.mark.parametrize("source", ["{{ messages[0].content }}", "{{ '\\ud83d' }}"])
 def test_half_of_a_surrogate_pair_is_no_text(source):
     messages = [{"role": "user", "content": "\ud83d"}]
-    with pytest.raises(ConversationError, match=r"half of a surrogate pair, U\+D83D"):
+    with pytest.raises(ConversationError, match=r"unpaired surrogate U\+D83D"):
         text_of(source, messages)
 
 
@@ -368,5 +369,5 @@ def test_a_message_that_is_nested_too_deep():
     nested = []
     for _ in range(5000):
         nested = [nested]
-    with pytest.raises(ConversationError, match="nested too deep"):
+    with pytest.raises(ConversationError, match="nested too deeply"):
         text_of("x", [{"role": "user", "content": nested}])

@@ -1,4 +1,4 @@
-"""Turns of the assistant in the text of a conversation, for templates that rewrite earlier turns."""
+"""Assistant turns in the text of a conversation, for templates that rewrite earlier turns."""
 
 import pytest
 
@@ -125,10 +125,10 @@ def test_earlier_turns_that_become_others_are_an_error(tokenizer):
     source = "{% set roles = ['user'] %}" + CHATML.replace(said, changed)
     template = encoder(tokenizer, source).template
     assert targets(template, conversation("u", "a")) == ["a<|im_end|>"]
-    with pytest.raises(ConversationError, match=r"message 1: .*differently later on"):
+    with pytest.raises(ConversationError, match=r"message 1: .*differently in a longer conversation"):
         template.render(conversation("u", "a", "v", "b"))
     template = encoder(tokenizer, source.replace("['user']", "['assistant']")).template
-    with pytest.raises(ConversationError, match=r"message 1: .*where the assistant's turn begins"):
+    with pytest.raises(ConversationError, match=r"message 1: .*where this assistant turn begins"):
         template.render(conversation("u", "a"))
 
 
@@ -139,7 +139,7 @@ def test_earlier_turns_that_are_left_out_are_an_error(tokenizer):
 {%- if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"""
     template = encoder(tokenizer, source).template
     assert targets(template, conversation("u", "a")) == ["a<|im_end|>"]
-    with pytest.raises(ConversationError, match=r"message 1: .*leaves this turn of the assistant out"):
+    with pytest.raises(ConversationError, match=r"message 1: .*drops this assistant turn"):
         template.render(conversation("u", "same", "same", "b"))
 
 
@@ -148,6 +148,6 @@ def test_more_turns_than_can_be_searched_for(tokenizer):
     assert len(targets(encoder(tokenizer, BUILTIN["chatml"].source).template, many)) == 160
     template = encoder(tokenizer, CHATML).template
     for messages in (many, conversation(*["hi" * 100_000] * 40)):
-        with pytest.raises(ConversationError, match=r"turns .* too many to find without {% generation %} marks"):
+        with pytest.raises(ConversationError, match=r"turns .* too many to find without {% generation %} blocks"):
             template.render(messages)
     assert len(targets(template, many, "last")) == 1

@@ -17,11 +17,11 @@ def test_truncated_compression_keeps_what_came_before(tmp_path, suffix, block_by
     for cut in (1, 5, 10_000):
         path.write_bytes(compress(content, suffix)[:-cut])
         texts, ((line, reason),) = read_documents(path, block_bytes=block_bytes)
-        assert reason == "truncated compressed file, left out from here on"
+        assert reason == "truncated compressed file, rest skipped"
         assert line == len(texts) + 1
         assert all(f'"{text}"'.encode() in content for text in texts)
     path.write_bytes(b"")
-    assert read_documents(path) == ([], [(1, "truncated compressed file, left out from here on")])
+    assert read_documents(path) == ([], [(1, "truncated compressed file, rest skipped")])
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

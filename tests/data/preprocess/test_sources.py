@@ -38,9 +38,9 @@ def test_directories_of_records(tmp_path, monkeypatch):
         (["empty"], "no .jsonl or .txt files below the directory empty"),
         (
             ["a.csv"],
-            r"cannot tell what a.csv holds; expected .jsonl, .json, .txt, .md, .rst, .py, each also with .gz or .zst$",
+            r"a.csv has an unknown suffix; expected .jsonl, .json, .txt, .md, .rst, .py, each also with .gz or .zst$",
         ),
-        (["a.gz"], "cannot tell what a.gz holds"),
+        (["a.gz"], "a.gz has an unknown suffix"),
         (["a.jsonl", "./a.jsonl"], "twice"),
         (["a.jsonl", "b.jsonl"], "twice"),
     ],

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.samples.packing import Packing, alone, best_fit
+from engine.data.samples.packing import Packing, best_fit, one_per_row
 
 
 def rooms(packing: Packing) -> Counter[int]:
@@ -59,7 +59,7 @@ def test_long_tailed_lengths_fill_98_percent(seed, count):
 
 
 def test_unpacked_every_item_has_a_row_of_its_own():
-    packing = alone(np.array([3, 5, 3]), 8)
+    packing = one_per_row(np.array([3, 5, 3]), 8)
     assert packing == Packing(8, (((3, 1),), ((5, 1),)), (2, 1))
     assert packing.num_rows == 3 and packing.efficiency == 11 / 24
 

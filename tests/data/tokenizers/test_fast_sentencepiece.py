@@ -82,7 +82,7 @@ def test_control_symbols_in_a_text_are_text(train):
     [
         ({"model_type": "unigram", "vocab_size": 400}, "not a BPE model"),
         ({"byte_fallback": False}, "no byte fallback"),
-        ({"treat_whitespace_as_suffix": True}, "spaces behind words"),
+        ({"treat_whitespace_as_suffix": True}, "spaces after words"),
         ({"split_by_whitespace": False}, "a space inside"),
     ],
 )

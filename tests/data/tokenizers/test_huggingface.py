@@ -39,7 +39,7 @@ def test_huggingface_end_from_its_configuration(tmp_path, value):
     ("special", "configuration", "message"),
     [
         ([], None, "tokenizer_config.json"),
-        (["<end>"], {}, "which token ends a document"),
+        (["<end>"], {}, "the token that ends a document"),
         (["</s>"], {"eos_token": "<gone>"}, "'<gone>'.*not in the vocabulary"),
         (["</s>"], [1], "a list, expected an object"),
     ],

@@ -35,7 +35,7 @@ def test_sentencepiece(sentencepiece_file):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eod_id) == (500, 1, 2)
     assert tokenizer.files == [sentencepiece_file]
     assert "gigatoken" in tokenizer.encoder
-    assert load_tokenizer(sentencepiece_file, fast=False).encoder == "sentencepiece (as asked)"
+    assert load_tokenizer(sentencepiece_file, fast=False).encoder == "sentencepiece (as requested)"
 
 
 def test_the_hash_tells_models_apart(tmp_path, sentencepiece_model, sentencepiece_file):

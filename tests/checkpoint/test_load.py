@@ -74,5 +74,5 @@ def test_each_rank_loads_its_part_of_the_model(directory, tmp_path, ranks):
 
 
 def test_a_model_that_so_many_ranks_cannot_share(directory):
-    with pytest.raises(RuntimeError, match=r"3 ranks cannot share .*--nproc-per-node\) can be 1, 2, 4"):
+    with pytest.raises(RuntimeError, match=r"cannot be sharded over 3 ranks: 3 .*--nproc-per-node\) can be 1, 2, 4"):
         run_ranks(3, load_part, directory)

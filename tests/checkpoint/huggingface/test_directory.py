@@ -72,7 +72,10 @@ def make_pipe(hf: Path, name: str) -> None:
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle": (use_pickle, r"pytorch_model\.bin may run code"),
     "pickle with a false name": (disguise_pickle, r"model\.safetensors is damaged"),
-    "code": (lambda hf: (hf / "modeling_evil.py").write_text("print('boom')"), r"modeling_evil\.py.*own code"),
+    "code": (
+        lambda hf: (hf / "modeling_evil.py").write_text("print('boom')"),
+        r"modeling_evil\.py.*directories with code are rejected",
+    ),
     "auto_map": (lambda hf: set_config(hf, auto_map={"AutoConfig": "evil.Config"}), "auto_map"),
     "unknown architecture": (lambda hf: set_config(hf, architectures=["EvilForCausalLM"]), "EvilForCausalLM"),
     "no architecture": (lambda hf: set_config(hf, architectures=None), "architectures = None"),

@@ -28,12 +28,12 @@ def warn(message: str) -> None:
 
 
 def checkpoints_dir(run_dir: Path | str) -> Path:
-    """The directory of a run's checkpoints, which may not exist yet."""
+    """Return the directory of a run's checkpoints, which may not exist yet."""
     return Path(run_dir) / "checkpoints"
 
 
 def step_name(step: int) -> str:
-    """Name of the checkpoint directory of a step; names sort by step up to 10⁸ steps."""
+    """Return the name of the checkpoint directory of a step; names sort by step up to 10⁸ steps."""
     return f"step_{step:08d}"
 
 

@@ -166,12 +166,10 @@ def sample_next(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor)
         return logits.argmax(-1)
     probabilities, order = torch.softmax(logits / sampling.temperature, -1).sort(descending=True, stable=True)
     reached = probabilities.double().cumsum(-1)
-    kept = (reached - probabilities < sampling.top_p).sum(
-        -1, keepdim=True
-    )  # tokens before which the cumulative probability is below top_p
-    wanted = uniform.to(logits.device)[:, None] * reached.gather(
-        1, kept - 1
-    )  # in fp64, so that rounding cannot reach past the last kept token
+    # Keep the tokens before which the cumulative probability is below top_p.
+    kept = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)
+    # In fp64, so that rounding cannot reach past the last kept token.
+    wanted = uniform.to(logits.device)[:, None] * reached.gather(1, kept - 1)
     return order.gather(1, torch.searchsorted(reached, wanted, right=True))[:, 0]
 
 

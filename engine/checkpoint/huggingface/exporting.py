@@ -40,7 +40,7 @@ def export(
         tokenizer: the run's tokenizer; None to export without one.
         shapes: names and shapes that the model implies, in model order.
         dtype: dtype of the exported weights.
-        shard_bytes: maximum size of a weight file in bytes.
+        shard_bytes: maximum size of a weight file in bytes; a larger tensor has a separate file.
         progress: called after each tensor.
 
     Returns:

@@ -42,7 +42,7 @@ def write_json(files: Storage, path: Path, content: Mapping[str, Any]) -> None:
 
 
 def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
-    """Assign tensors, in order, to files of at most `shard_bytes`. Return tensor names by file name."""
+    """Assign tensors, in order, to files of up to `shard_bytes` (or one larger tensor). Return names by file name."""
     groups: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():

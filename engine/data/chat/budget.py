@@ -17,9 +17,7 @@ BASE_BUDGET = 1_000_000  # steps
 STEPS_PER_CHARACTER = 8  # per character of the conversation
 CHARACTERS_PER_STEP = 16  # or items of a copied list
 STEPS_PER_CALL = 8
-LARGEST_INTEGER = (
-    1 << 60
-)  # arithmetic on larger integers costs more than a step, and their hashes can be made to collide
+LARGEST_INTEGER = 1 << 60  # arithmetic on larger ones costs more than a step, and their hashes can be made to collide
 ATTRIBUTE_AT = {  # filters that look up an attribute of each item: position of the argument that names it
     "groupby": 0, "join": 1, "map": 0, "max": 1, "min": 1, "rejectattr": 0, "selectattr": 0, "sort": 2, "unique": 1
 }  # fmt: skip

@@ -31,9 +31,8 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._special = re.compile("|".join(map(re.escape, tokenizer.special_tokens)))
         self._texts = {i: text for text, i in tokenizer.special_tokens.items()}
-        self._lengths = np.zeros(
-            max(tokenizer.vocab_size, *self._texts) + 1, np.int64
-        )  # characters of special tokens, 0 for others
+        # characters of special tokens, 0 for others
+        self._lengths = np.zeros(max(tokenizer.vocab_size, *self._texts) + 1, np.int64)
         self._lengths[list(self._texts)] = list(map(len, self._texts.values()))
 
     def encode(

@@ -46,9 +46,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_LIGHT_FILTERS = _words(
-    "count d default first last length"
-)  # constant cost: they do not read the items of their operand
+_LIGHT_FILTERS = _words("count d default first last length")  # constant cost: they do not read their operand's items
 _FILTERS = _words("""
     abs capitalize dictsort e escape float groupby indent int items join list lower map max min reject rejectattr
     replace reverse round safe select selectattr sort string title trim unique upper wordcount
@@ -148,9 +146,7 @@ class Environment(_Guarded):
         budget.charge_value((args, kwargs))
         if isinstance(__obj, _FormatMethod):
             budget.charge_value(__obj.text)
-            budget.charge(
-                STEPS_PER_CALL * sum(map(__obj.text.count, "{.["))
-            )  # fields and the components of their paths
+            budget.charge(STEPS_PER_CALL * sum(map(__obj.text.count, "{.[")))  # fields and the parts of their paths
             return _Formatter(__self, budget).vformat(__obj.text, args, kwargs)
         if isinstance(__obj, (BuiltinMethodType, MethodType)):
             _charge_method(budget, __obj, args, kwargs)

@@ -72,5 +72,5 @@ class RejectFile:
 
 
 def rejects_path(output_prefix: str) -> Path:
-    """The file of rejected lines that belongs to a dataset, PREFIX.rejects.jsonl."""
+    """Return the path of the rejected lines of a dataset, PREFIX.rejects.jsonl."""
     return Path(output_prefix + REJECTS_SUFFIX)

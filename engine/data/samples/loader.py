@@ -89,7 +89,7 @@ def batches(
 
 
 def _steps(microbatches: Iterator[Batch | Exception], per_step: int) -> Iterator[list[Batch]]:
-    """Group microbatches into steps. Raises errors of workers, and an error if a worker dies."""
+    """Group microbatches into steps. Raise errors of workers, and TriaxisError if a worker dies."""
     step: list[Batch] = []
     try:
         for item in microbatches:

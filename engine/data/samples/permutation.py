@@ -70,7 +70,7 @@ class Permutation:
 
 
 def _mix(x: Any) -> Any:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): each input bit changes half of the output bits."""
+    """Mix bits by the finalizer of splitmix64 (Steele, Lea and Flood 2014); each input bit flips half of the output."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)

@@ -32,9 +32,7 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"{path} is not a tokenizer.json or damaged: {error}") from None
         self._backend.no_truncation()  # some training scripts save truncation, which would silently cut documents
         self._backend.no_padding()
-        self._backend.post_processor = processors.ByteLevel(
-            trim_offsets=False
-        )  # other post-processors trim spaces off the spans
+        self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # others trim spaces off the spans
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         end = self._special_id(path, "eos_token", END_NAMES)
         if end is None:

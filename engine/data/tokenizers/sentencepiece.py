@@ -79,14 +79,13 @@ class SentencePieceTokenizer:
         return [fast.encode(text) for text in texts]
 
     def encode_special(self, text: str) -> tuple[list[int], list[Span]]:
-        """As in `Tokenizer`. Text between control symbols is encoded separately, as by an exported `tokenizer.json`."""
+        """Encode as `Tokenizer` says. Text between control symbols is encoded separately, as by a `tokenizer.json`."""
         return encode_with_symbols(text, self._pattern, self._added, self._encode_with_spans)
 
     def _encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
         content = text.encode()
-        characters = np.cumsum(
-            (np.frombuffer(content, np.uint8) & 0xC0) != 0x80
-        )  # characters that start at or before each byte
+        # characters that start at or before each byte
+        characters = np.cumsum((np.frombuffer(content, np.uint8) & 0xC0) != 0x80)
         if self._sizes is not None:
             ids: list[int] = self._processor.encode(text)
             ends = np.cumsum(self._sizes[ids])

@@ -39,7 +39,7 @@ def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def piece_of(message: bytes) -> Piece:
-    """The piece in a message ModelProto.SentencePiece; absent fields have protobuf's defaults."""
+    """Parse a message ModelProto.SentencePiece; absent fields have protobuf's defaults."""
     fields = dict(fields_of(message))
     (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
     return Piece(fields.get(1, b"").decode(), score, fields.get(3, NORMAL))

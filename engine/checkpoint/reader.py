@@ -108,7 +108,7 @@ class Checkpoint:
         Raises:
             CheckpointError: listing what is missing, unexpected or of another shape.
         """
-        require_shapes(self.tensors(), shapes, f"{self.path} is of another model:")
+        require_shapes(self.tensors(), shapes, f"{self.path} belongs to another model:")
 
     def read(self, name: str, rectangle: Rectangle | None = None, *, kind: str = "param") -> Tensor:
         """A rectangle (default: all) of a tensor, whatever rectangles it was stored in; on the CPU, as stored.

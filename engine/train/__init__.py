@@ -1,1 +1,1 @@
-"""The training loop: the only place where everything meets."""
+"""The training loop; the only package that imports all others."""

@@ -102,7 +102,7 @@ def test_every_stop_signal_saves(workspace, number):
 
 def test_a_stop_before_the_first_step_does_not_claim_a_checkpoint(workspace, monkeypatch):
     monkeypatch.setattr(Evaluation, "before_training", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted, match="after step 0; there is nothing to save yet"):
+    with pytest.raises(Interrupted, match="after step 0; nothing to save yet"):
         train(run_config(workspace))
     assert not (workspace / "run/checkpoints").exists()
 

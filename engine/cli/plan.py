@@ -48,7 +48,7 @@ def _num_chunks(name: str, options: argparse.Namespace) -> int:
 
 
 def _title(schedule: Schedule) -> str:
-    chunks = f", {schedule.num_chunks} chunks a stage" if schedule.num_chunks > 1 else ""
+    chunks = f", {schedule.num_chunks} chunks per stage" if schedule.num_chunks > 1 else ""
     return f"{schedule.name}{chunks}"
 
 

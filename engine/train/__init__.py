@@ -1,1 +1,1 @@
-"""The training loop; the only package that imports all others."""
+"""The training loop and its hooks: start, steps, evaluation, checkpoints, logs."""

@@ -159,7 +159,7 @@ def test_what_fp8_cannot_do_is_said_before_the_start(tmp_path):
     with pytest.raises(ConfigError, match="is more than model"):
         fp8_config(tmp_path, "--precision.bf16_last_layers", "99")
     write_dataset(tmp_path / "corpus")
-    with pytest.raises(RuntimeError, match=r"data\.seq_length\) = 24.* and FP8 takes multiples of 16"):
+    with pytest.raises(RuntimeError, match=r"data\.seq_length\) = 24.* but FP8 needs multiples of 16"):
         run_training(fp8_config(tmp_path, "--data.seq_length", "24"))
 
 

@@ -147,7 +147,7 @@ def _named(raw: Mapping[str, Any], source: str) -> bool:
 
 
 def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None) -> str | None:
-    """Fill the model's fields from its source, and the tokenizer if a trained model has one; return the problem, if any."""
+    """Fill the model's fields, and a trained model's tokenizer, from the source; return the problem, if any."""
     given = [name for name in SOURCES if _named(raw, name)]
     if not given:
         return None

@@ -91,8 +91,8 @@ class ParallelConfig(Section):
 
     tp: PositiveInt | Literal["auto"] = Field(
         1,
-        description="tensor-parallel size, best within a node; auto: with pp, the smallest tp × pp that fits in 90 % of "
-        "the memory (of two equally small, the one with the larger tp); tp divides the ranks of a node",
+        description="tensor-parallel size, best within a node; auto: with pp, the smallest tp × pp that fits in 90 % "
+        "of the memory (of two equally small, the one with the larger tp); tp divides the ranks of a node",
     )
     pp: PositiveInt | Literal["auto"] = Field(1, description="pipeline-parallel size (stages); auto: see tp")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field("1f1b", description="pipeline schedule")

@@ -1,8 +1,8 @@
 """AdamW on this rank's shard of every bucket, with fp32 master weights.
 
-Each bucket is updated by at most two calls on flat tensors, one with and one without weight decay. If the model is fp32,
-its shard is the master. The decision to skip a step with non-finite gradients is made on the device from the reduced
-norm, so all ranks skip together and the host does not wait.
+Each bucket is updated by at most two calls on flat tensors, with and without weight decay. If the model is fp32, its
+shard is the master. The decision to skip a step with non-finite gradients is made on the device from the reduced norm,
+so all ranks skip together and the host does not wait.
 """
 
 from collections.abc import Iterator

@@ -1,10 +1,10 @@
 """Choice of the layout of a run from its configuration and its ranks.
 
-`parallel.tp: auto` and `parallel.pp: auto` choose the smallest tp × pp whose fullest rank fits in 90 % of its memory; of
-two equally small, the one with the larger tp; tp divides the ranks of a node. The model is thus sharded no further than
-necessary, first over the fast links within a node, and data parallelism, which communicates once per step, uses all
-other ranks (Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). If one of them is explicit, only the other is
-chosen.
+`parallel.tp: auto` and `parallel.pp: auto` choose the smallest tp × pp whose fullest rank fits in 90 % of its memory;
+of two equally small, the one with the larger tp; tp divides the ranks of a node. The model is thus sharded no further
+than necessary, first over the fast links within a node, and data parallelism, which communicates once per step, uses
+all other ranks (Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). If one of them is explicit, only the other
+is chosen.
 Alternatives considered: a model of the step time, which would need the speed of every link; and choosing
 `parallel.recompute` too, but trading time for memory is left to the user (if nothing fits, the error says whether
 recomputing would help).

@@ -69,8 +69,8 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
 def text(timeline: Timeline) -> str:
     """Render the timeline as text: one row per stage, one column per shortest action; dots are idle.
 
-    Times are rounded to columns. This is exact if all durations are multiples of the shortest, as in simulated timelines
-    with equal costs; use `draw` for measured ones.
+    Times are rounded to columns. This is exact if all durations are multiples of the shortest, as in simulated
+    timelines with equal costs; use `draw` for measured ones.
     """
     timeline = _from_zero(timeline)
     unit = min(span.end - span.start for span in _spans(timeline))

@@ -26,8 +26,10 @@ def adamw_step(
     found_inf: Tensor | None = None,
     rounded: Tensor | None = None,
 ) -> None:
-    """Update `param`, `exp_avg` and `exp_avg_sq` in place: flat tensors of one size; `param` and `grad` fp32, the moments
-    fp32 or bf16. If `rounded` is given, the new `param` is written to it in its dtype.
+    """Update `param`, `exp_avg` and `exp_avg_sq` in place.
+
+    All tensors are flat and of one size; `param` and `grad` are fp32, the moments fp32 or bf16. If `rounded`
+    is given, the new `param` is written to it in its dtype.
 
     `step` (fp32, one element) is the number of this update, from 1; it is not modified. The gradient is divided by
     `grad_scale` (fp32, one element) and may be overwritten. If `found_inf` (fp32, one element) is not 0, nothing is

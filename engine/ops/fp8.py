@@ -84,7 +84,7 @@ def _require_supported(a: QuantizedTensor, b: QuantizedTensor) -> None:
 def _on_gpu(
     a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, out: Tensor | None, fast: bool, impl: Fp8MatmulImpl
 ) -> Tensor:
-    """Resolve `auto` and run: cuBLASLt through csrc, which accumulates into `out`, or without csrc PyTorch's matmul, which
+    """Resolve `auto` and run: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which
     is TENSORWISE and does not accumulate. The custom kernel (Hopper, scales per block) must be requested by name."""
     if impl == "auto":
         impl = "torch" if native.WHY_NOT else "cublaslt"

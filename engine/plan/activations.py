@@ -87,8 +87,8 @@ class ActivationSizes:
         return int(self.tokens * elements) * self.itemsize + 4 * self.hidden * (self.tokens + self.vocabulary)
 
     def waiting(self, part: Part) -> int:
-        """Return the bytes that `part` saves for the weight gradients: input and output gradient of each matmul, those of
-        [t, h] with all tokens."""
+        """Return the bytes that `part` saves for the weight gradients: input and output gradient of each matmul, those
+        of [t, h] with all tokens."""
         elements = 4 * self.hidden + (self.q + 2 * self.kv) + self.q + self.up + self.ffn
         return int(self.tokens * len(part.layers) * elements) * self.itemsize
 

@@ -23,7 +23,7 @@ def main(line: str) -> None:
 def test_one_schedule(capsys):
     main("--schedule 1f1b --stages 2 --microbatches 3")
     assert capsys.readouterr().out == (
-        "1f1b: proven for 2 stages and 3 microbatches\n"
+        "1f1b: verified for 2 stages and 3 microbatches\n"
         "stage 0  F0 F1 .  .  B0--- F2 B1--- .  B2---\n"
         "stage 1  .  F0 B0--- F1 B1--- F2 B2--- .  .\n"
         "bubble  33.3% of the ideal time\n"

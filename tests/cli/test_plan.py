@@ -35,7 +35,7 @@ def test_all_schedules_in_one_picture(capsys, tmp_path):
     main(f"--schedule all --stages 4 --microbatches 8 --output {tmp_path / 'all.png'}")
     out = capsys.readouterr().out
     titles = ["gpipe", "1f1b", "interleaved, 2 chunks per stage", "zero_bubble"]
-    assert [line.split(":")[0] for line in out.splitlines() if "proven" in line] == titles
+    assert [line.split(":")[0] for line in out.splitlines() if "verified" in line] == titles
     assert [line.split()[1] for line in out.splitlines() if line.startswith("bubble")] == [
         "37.5%",
         "37.5%",

@@ -256,7 +256,7 @@ def test_help_names_every_flag(folder):
     assert code == 0
     for flag in ("--input", "--json-keys", "--append-eod", "--workers", "--log-interval", "--on-bad-line"):
         assert flag in out
-    assert ".txt (a file is one document)" in out
+    assert ".txt, .md, .rst and .py (one document per file)" in out
 
 
 def test_the_command_of_the_smallest_configuration(main, tmp_path, monkeypatch):

@@ -86,7 +86,8 @@ def _measure(problem: Problem, cases: Sequence[Case]) -> list[Outcome]:
 
 def rounding(presets: Sequence[str]) -> list[Rounded]:
     """Measure the effect of rounding: compare one process with itself with other microbatches, with the settings of
-    the campaign and with usual training settings."""
+    the campaign and with usual training settings.
+    """
     found = []
     for preset, settings in itertools.product(presets, HARSH):
         whole = PROBLEMS[preset]["batch.global"]

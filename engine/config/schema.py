@@ -122,7 +122,7 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Dtype of parameters and activations, and which layers run their matmuls in FP8 with which scales."""
+    """Dtype of parameters and activations, FP8 recipe, and layers kept in bf16."""
 
     mode: Literal["auto", "fp32", "bf16", "fp8"] = Field(
         "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with the layers' matmuls in FP8"
@@ -134,7 +134,7 @@ class PrecisionConfig(Section):
 
 
 class OpsConfig(Section):
-    """Which implementation an operator with several uses; a run refuses to start if the one named is not installed."""
+    """Operator implementations. The run fails at startup if one requested by name is not available."""
 
     norm: NormImpl = Field("auto", description="auto: csrc's, else PyTorch's")
     attention: AttentionImpl = Field(
@@ -153,7 +153,7 @@ class DatasetConfig(Section):
 
 
 class DataConfig(Section):
-    """Datasets, tokenizer, and how documents become sequences of `seq_length` tokens."""
+    """Datasets, tokenizer, and construction of sequences of `seq_length` tokens."""
 
     tokenizer: str = Field(
         description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
@@ -192,7 +192,7 @@ class OptimizerConfig(Section):
 
 
 class LrScheduleConfig(Section):
-    """Learning rate by step: linear warmup to `optimizer.lr`, then by `kind`, which may fall to `min_lr`."""
+    """Learning-rate schedule: linear warmup to `optimizer.lr`, then `kind`, which decays to `min_lr`."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
@@ -222,7 +222,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, and which of them are kept."""
+    """Checkpoint interval and retention."""
 
     interval: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: PositiveInt = 3
@@ -232,7 +232,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """How often metrics are reported, and where beside `metrics.jsonl`."""
+    """Interval and outputs of metrics, in addition to `metrics.jsonl`."""
 
     interval: PositiveInt = 10
     tensorboard: bool = True

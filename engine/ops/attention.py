@@ -57,7 +57,8 @@ def choose_impl(
     impl: AttentionImpl, q: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
 ) -> AttentionImpl:
     """Resolve `auto`. On a GPU, sequences of equal length without a window use SDPA, whose cuDNN kernel is the fastest;
-    others use variable-length kernels, which take all documents in one call but only half precision."""
+    others use variable-length kernels, which take all documents in one call but only half precision.
+    """
     if impl != "auto":
         return impl
     lengths = {b - a for a, b in pairwise(cu_seqlens)}

@@ -61,7 +61,7 @@ def linear_cross_entropy(
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, z_loss: float = 0.0
 ) -> Tensor:
-    """`linear_cross_entropy` of a whole vocabulary, with all logits [t, v] in memory at once."""
+    """Reference of `linear_cross_entropy` for an unsharded vocabulary; materializes the logits [t, v]."""
     logits = (hidden @ weight.t()).to(_wide(hidden))
     z = torch.logsumexp(logits, -1)
     losses = z - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] + z_loss * z.square()

@@ -52,7 +52,7 @@ def add_scaled_matmul(out: Tensor, a: QuantizedTensor, b: QuantizedTensor, *, im
 
 
 def dequantize(x: QuantizedTensor) -> Tensor:
-    """The values times their `scale_inv`, fp32 [m, k]."""
+    """Return values · scale_inv, fp32 [m, k]."""
     values = x.values.float()
     if x.scaling == TENSORWISE:
         return values.mul_(x.scale_inv)
@@ -85,7 +85,8 @@ def _on_gpu(
     a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, out: Tensor | None, fast: bool, impl: Fp8MatmulImpl
 ) -> Tensor:
     """Resolve `auto` and run: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which
-    is TENSORWISE and does not accumulate. The custom kernel (Hopper, scales per block) must be requested by name."""
+    is TENSORWISE and does not accumulate. The custom kernel (Hopper, scales per block) must be requested by name.
+    """
     if impl == "auto":
         impl = "torch" if native.WHY_NOT else "cublaslt"
     operands = (a.values, b.values, a.scale_inv, b.scale_inv, a.scaling, b.scaling)

@@ -23,5 +23,5 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def square_sum_reference(x: Tensor) -> Tensor:
-    """Σ x² added up in fp64, then in the dtype of `x`."""
+    """Reference of `square_sum`: Σ x² accumulated in fp64, returned in the dtype of `x`."""
     return x.double().square().sum().to(x.dtype)

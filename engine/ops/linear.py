@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` by PyTorch's own `F.linear`."""
+    """Reference of `linear`: PyTorch's `F.linear`."""
     return F.linear(x, weight, bias)
 
 

@@ -123,7 +123,8 @@ def quantize_reference(
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reference of `triaxis::quantize` in PyTorch: values, their transpose, and the `scale_inv` of each; empty if not
-    requested."""
+    requested.
+    """
     wide = x.float()
     no_values, no_scales = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
     if scaling == TENSORWISE:

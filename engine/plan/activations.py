@@ -88,7 +88,8 @@ class ActivationSizes:
 
     def waiting(self, part: Part) -> int:
         """Return the bytes that `part` saves for the weight gradients: input and output gradient of each matmul, those
-        of [t, h] with all tokens."""
+        of [t, h] with all tokens.
+        """
         elements = 4 * self.hidden + (self.q + 2 * self.kv) + self.q + self.up + self.ffn
         return int(self.tokens * len(part.layers) * elements) * self.itemsize
 

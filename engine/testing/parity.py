@@ -266,7 +266,8 @@ def _train(segment: _Segment) -> Digests:
 
 class _Watched(ShardedParameters):
     """Records a digest of its parameters when the gradients of a step are complete. By then every layer has waited
-    for its parameters."""
+    for its parameters.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

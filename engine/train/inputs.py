@@ -166,7 +166,8 @@ def chat_template(data: SampleDataset) -> str | None:
 
 def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Reject a checkpoint of another architecture whose tensors have the same shapes. Only settings that do not affect
-    trained weights may differ, and those that users change to extend the context."""
+    trained weights may differ, and those that users change to extend the context.
+    """
     stored, wanted = checkpoint.model.model_dump(), model.model_dump()
     may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
     different = [

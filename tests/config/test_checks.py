@@ -37,7 +37,10 @@ def test_settings_that_do_not_fit_together(changes, expected):
             "train.epochs, train.neftune_alpha and data.packing = false apply only to task = sft",
         ),
         ({"data": {"packing": False}}, "apply only to task = sft"),
-        ({"task": "sft", "data": {"document_mask": False}}, "data.document_mask = false would let conversations attend to each other"),
+        (
+            {"task": "sft", "data": {"document_mask": False}},
+            "data.document_mask = false would let conversations attend",
+        ),
         ({"train": {"early_stopping": 2}}, "train.early_stopping and checkpoint.keep_best compare evaluations"),
         ({"model": {"preset": "tiny", "from_hf": "a"}}, "model.preset and model.from_hf exclude each other"),
     ],

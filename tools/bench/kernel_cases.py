@@ -1,6 +1,6 @@
-"""What each row of kernel_table.py runs on a GPU: our kernel, the reference that checks it, and the alternatives.
+"""Benchmark cases for the rows of kernel_table.py: our kernel, the reference that checks it, and the alternatives.
 
-Every case has buffers of its own for a few calls, since one set that fits into the L2 would measure the L2.
+Every case allocates several sets of buffers, as a single set that fits into the L2 cache would measure the L2 cache.
 """
 
 from collections.abc import Callable
@@ -24,24 +24,24 @@ from tools.bench.kernel_table import ADAMW_STATE_BYTES, FFN, HEADS, HIDDEN, PARA
 
 DEVICE = "cuda"
 EPS, SETS = 1e-5, 4
-PIECE = 2**28  # elements at a time of what PyTorch takes as a list of tensors
-BF16, ROUNDING = torch.bfloat16, 4e-3  # relative L2 error of results that are rounded to bf16
+PIECE = 2**28  # elements per tensor of the tensor lists that PyTorch takes
+BF16, ROUNDING = torch.bfloat16, 4e-3  # tolerance (relative L2 error) of results rounded to bf16
 _SETTINGS = (1e-4, 0.9, 0.95, 1e-8, 0.1)
 
 Call = Callable[[], Any]
 Maker = Callable[..., Call]
-"""From the tensors of a buffer set to what is timed."""
+"""Makes the timed call from the tensors of a buffer set."""
 
 
 @dataclass
 class Case:
-    """What a row runs. `calls` and each of `others` hold one call for each buffer set.
+    """Benchmark of a row. `calls` and each of `others` have one call per buffer set.
 
     Attributes:
-        check: raises where the result is wrong.
-        others: alternatives by name; made when it is their turn.
-        refresh: puts back, outside of the timing, what the calls overwrite.
-        share: of the row's work that one call does, where all of it does not fit into this GPU's memory.
+        check: raises if the result is wrong.
+        others: alternatives by name, created when they are measured.
+        refresh: restores, outside of the timing, the buffers that the calls overwrite.
+        share: fraction of the row's work per call, if the whole does not fit into this GPU's memory.
     """
 
     calls: list[Call]

@@ -260,7 +260,7 @@ def test_ranks_with_unlike_memory_choose_one_layout(workspace):
 def test_the_run_directory_of_another_model(workspace):
     run_training(run_config(workspace, steps=2))
     changed = ("--model.hidden_size", "32", "--train.steps", "4")
-    refused(workspace, CheckpointError, "of another model", *changed)
+    refused(workspace, CheckpointError, "belongs to another model", *changed)
 
 
 def test_resume_never_refuses_a_used_directory(workspace):

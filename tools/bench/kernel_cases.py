@@ -63,8 +63,9 @@ def _case(
     gradients: int = 0,
     others: dict[str, Callable[..., Any] | None] | None = None,
 ) -> Case:
-    """A case of `plain` in PyTorch: in fp32 the reference, as it is and compiled two alternatives. Where the first
-    `gradients` tensors of a set are gradients of the results, what is wanted are those of the other tensors.
+    """Create a case from the PyTorch function `plain`: in fp32 the reference; eager and compiled, alternatives.
+    If `gradients` > 0, the first tensors of a set are gradients of the results, and the gradients of the other tensors
+    are computed.
     """
     made = [buffers() for _ in range(SETS)]
     wrap = partial(_differentiated, gradients) if gradients else _called
@@ -100,7 +101,11 @@ def _differentiated(count: int, function: Callable[..., Any]) -> Maker:
 
 
 def require_close(got: Any, expected: Any, limit: float) -> None:
-    """Raises: ValueError: a tensor of `expected` and its peer in `got` differ by more than `limit`, in relative L2."""
+    """Compare tensors.
+
+    Raises:
+        ValueError: a tensor of `got` differs from the one in `expected` by more than `limit`, in relative L2.
+    """
     for number, (a, b) in enumerate(zip(_tensors(got), _tensors(expected), strict=False)):
         error = ((a.float() - b.float()).norm() / b.float().norm()).item()
         if a.shape != b.shape or not error <= limit:  # what is not a number is wrong
@@ -108,13 +113,13 @@ def require_close(got: Any, expected: Any, limit: float) -> None:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Those that hold something, in order."""
+    """Return the non-empty tensors, in order."""
     flat = [values] if isinstance(values, Tensor) else [x for x in values if isinstance(x, Tensor)]
     return [x for x in flat if x.numel()]
 
 
 def _optional(module: str, name: str) -> Any:
-    """A function of another package; None where that is not installed."""
+    """Return a function of another package, or None if that is not installed."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
@@ -122,7 +127,7 @@ def _optional(module: str, name: str) -> Any:
 
 
 def _norm(centered: bool, *, residual: bool = False, impl: str = "torch") -> Callable[..., Any]:
-    """Of (x, [residual,] weight [, bias]); with a residual the sum too."""
+    """Norm of (x, [residual,] weight [, bias]); with a residual, also the sum."""
 
     def function(x: Tensor, *rest: Tensor) -> Any:
         total = x + rest[0] if residual else x
@@ -174,7 +179,7 @@ def _norm_forward(residual: bool, centered: bool) -> Case:
 
 
 def _norm_backward(residual: bool, centered: bool) -> Case:
-    """With a residual, the gradient of the sum comes in and is added: for PyTorch the input is a result too."""
+    """With a residual, the gradient of the sum is an input and is added: for PyTorch, the input is also a result."""
     weights, count = _weights(centered), 2 if residual else 1
 
     def ours(*tensors: Tensor) -> Call:
@@ -197,7 +202,7 @@ def _norm_backward(residual: bool, centered: bool) -> Case:
 
 
 def _norm_to_fp8() -> Case:
-    """Quantizes the rounded output, as the two kernels would one after the other."""
+    """Quantize the rounded output, as two separate kernels would."""
     norm, given = _norm(False), (torch.float8_e4m3fn, "block_1x128", True, False, None, None, True)
 
     def ours(x: Tensor, weight: Tensor) -> Call:
@@ -295,7 +300,7 @@ def _cross_entropy() -> Case:
 
 
 def _adamw() -> Case:
-    """As many parameters as fit; only the ends and the middle are checked, which is where an index would overflow."""
+    """Use as many parameters as fit; check only the ends and the middle, where an index would overflow."""
     count = min(PARAMETERS, int(torch.cuda.mem_get_info()[0] * 0.9) // ADAMW_STATE_BYTES)
     master, grad, average = (torch.empty(count, device=DEVICE).normal_() for _ in range(3))
     square = torch.empty(count, device=DEVICE).uniform_()
@@ -352,7 +357,7 @@ def _quantized(x: Tensor, scaling: str) -> QuantizedTensor:
 def _operands(
     m: int, n: int, k: int, scalings: tuple[str, str]
 ) -> list[tuple[Tensor, Tensor, QuantizedTensor, QuantizedTensor]]:
-    """Both operands of each set, in bf16 and quantized."""
+    """Create both operands of each set, in bf16 and quantized."""
     made = [(_random(m, k), _random(n, k)) for _ in range(SETS)]
     return [(a, b, _quantized(a, scalings[0]), _quantized(b, scalings[1])) for a, b in made]
 
@@ -362,7 +367,7 @@ def _given(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Any, ...]:
 
 
 def _matmul(scaling: str, impl: str, width: int) -> Case:
-    """x·Wᵀ for x [t, h] and W [width, h]: one scale for each, or blocks of 1×128 and 128×128."""
+    """x·Wᵀ for x [t, h] and W [width, h]: one scale per tensor, or per block of 1×128 and 128×128."""
     tensorwise = scaling == "tensorwise"
     made = _operands(
         TOKENS, width, HIDDEN, ("tensorwise", "tensorwise") if tensorwise else ("block_1x128", "block_128x128")
@@ -423,7 +428,7 @@ def _weight_gradient(impl: str, width: int) -> Case:
 
 
 def case_of(row: Row) -> Case:
-    """The case of a row, with its buffers on the current GPU."""
+    """Create the case of a row, with its buffers on the current GPU."""
     name, width = row.name, int(row.shape.split("×")[1].split()[0]) if "GEMM" in row.name else 0
     makers: dict[str, Callable[[], Case]] = {
         "RMSNorm forward": partial(_norm_forward, False, False),

@@ -1,7 +1,7 @@
 """The engine's exceptions and their exit codes.
 
-An error's text carries the value seen, what was expected, and the setting to change. Codes follow
-BSD's sysexits where one fits, so that schedulers and scripts can tell "start me again" from "fix the file".
+An error message contains the actual value, the expected one, and the setting to change. Exit codes follow BSD's
+sysexits if one applies, so that schedulers and scripts can distinguish "restart" from "fix the configuration".
 """
 
 import errno
@@ -13,9 +13,9 @@ from typing import NoReturn
 
 
 class TriaxisError(Exception):
-    """Base of all errors that end a program with a message instead of a traceback.
+    """Base class of errors that end a program with a message instead of a traceback.
 
-    `reported_elsewhere` is set on ranks whose peers print the same error.
+    `reported_elsewhere` is set if another rank prints the same error.
     """
 
     exit_code = 1
@@ -24,7 +24,7 @@ class TriaxisError(Exception):
 
 
 class ConfigError(TriaxisError):
-    """The configuration cannot be run as it stands."""
+    """The configuration is invalid."""
 
     exit_code = 64
     advice = "fix the configuration and start again"
@@ -38,7 +38,7 @@ class DataError(TriaxisError):
 
 
 class DataFormatError(DataError):
-    """A dataset file is damaged or is not what its name says."""
+    """A dataset file is damaged or not of the expected format."""
 
 
 class CheckpointError(TriaxisError):
@@ -49,7 +49,7 @@ class CheckpointError(TriaxisError):
 
 
 class NonFiniteError(TriaxisError):
-    """Loss or gradients stayed NaN or infinite."""
+    """Loss or gradients were NaN or infinite for too many steps."""
 
     exit_code = 71
     advice = "resume from an earlier checkpoint with a lower optimizer.lr"
@@ -63,7 +63,7 @@ class OutOfMemoryError(TriaxisError):
 
 
 class StorageError(TriaxisError):
-    """Reading or writing failed: disk full, input/output error, no permission."""
+    """Reading or writing failed: disk full, I/O error, no permission."""
 
     exit_code = 74
     advice = "free or repair the storage and start again"
@@ -81,7 +81,7 @@ _TORCH_OUT_OF_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: can't allocate
 
 
 def as_triaxis_error(error: BaseException) -> TriaxisError | None:
-    """The error as a `TriaxisError`, or None where only a traceback helps."""
+    """Convert an error to a `TriaxisError`; None if it needs a traceback."""
     if isinstance(error, TriaxisError):
         return error
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
@@ -93,21 +93,21 @@ def as_triaxis_error(error: BaseException) -> TriaxisError | None:
 
 
 def error_of(exit_code: int, message: str) -> TriaxisError:
-    """An error of the class that has `exit_code`: what one rank raises for another's failure."""
+    """Create an error of the class with `exit_code`, to raise another rank's failure on this one."""
     kinds = (kind for kind in TriaxisError.__subclasses__() if kind.exit_code == exit_code)
     return next(kinds, TriaxisError)(message)
 
 
 def run_program(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program's `main` and end the process with the right exit code.
+    """Run a program's `main` and exit with its exit code.
 
-    Errors meant for people become one message on stderr, whose last line names the code and what to do; all others
-    keep their traceback.
+    A `TriaxisError` is printed to stderr as a message whose last line gives the exit code and advice; other errors keep
+    their traceback.
     """
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has left, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except KeyboardInterrupt:
@@ -115,12 +115,12 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         code = 130
     except Exception as error:
         code = _report(error)
-    gc.collect()  # an error's traceback holds process groups, which must not die in the interpreter's shutdown
+    gc.collect()  # a traceback holds process groups, which must not be destroyed during interpreter shutdown
     sys.exit(code)
 
 
 def _report(error: Exception) -> int:
-    """Say what went wrong, unless another rank does; the exit code."""
+    """Print the error, unless another rank does; return the exit code."""
     known = as_triaxis_error(error)
     if known is None:
         raise error

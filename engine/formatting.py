@@ -2,7 +2,7 @@
 
 
 def duration(seconds: float) -> str:
-    """`1d 02:03:04`, `2:03:04` or `3:04`."""
+    """Format as `1d 02:03:04`, `2:03:04` or `3:04`."""
     days, rest = divmod(round(seconds), 86400)
     hours, rest = divmod(rest, 3600)
     minutes, second = divmod(rest, 60)
@@ -12,10 +12,10 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str, plural: str = "s") -> str:
-    """`1 file`, `1,024 files`; `plural` is what the noun's plural adds."""
+    """Format as `1 file` or `1,024 files`; `plural` is the suffix of the plural."""
     return f"{number:,} {noun}{plural if number != 1 else ''}"
 
 
 def megabytes(num_bytes: float) -> str:
-    """`1,234.5 MB`, in units of 10^6 bytes."""
+    """Format as `1,234.5 MB`, in units of 10^6 bytes."""
     return f"{num_bytes / 1e6:,.1f} MB"

@@ -1,5 +1,5 @@
-# Sourced by examples/quickstart.sh and tests/run.sh, in the repository's root: goes into .venv (made if need be) unless
-# a virtual environment is active, and installs PyTorch and this package there unless that has been done.
+# Sourced by examples/quickstart.sh and tests/run.sh in the repository root: activates .venv (created if missing) unless
+# a virtual environment is active, and installs PyTorch and this package there if they are not installed yet.
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
         || { echo "error: Python 3.10 or newer is needed, python3 is $(python3 --version)" >&2; exit 1; }

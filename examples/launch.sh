@@ -1,5 +1,5 @@
-# Sourced by examples/pretrain_7b.sh and sft_7b.sh: starts torchrun with the script, or, in a rank that torchrun has
-# started, Python. Reads NPROC_PER_NODE (default: the GPUs, or 2 on a CPU), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+# Sourced by examples/pretrain_7b.sh and sft_7b.sh: starts torchrun with the script, or Python in a rank that torchrun
+# has started. Reads NPROC_PER_NODE (default: the GPUs, or 2 on a CPU), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 set -euo pipefail
 
 if [ -n "${LOCAL_RANK:-}" ]; then
@@ -14,7 +14,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(( $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE ))
     export OMP_NUM_THREADS=$(( threads > 0 ? threads : 1 ))
 fi
-# After SIGTERM torchrun gives the ranks 30 s and kills them; a step and a checkpoint of this size need more.
+# torchrun kills the ranks 30 s after SIGTERM by default; a step and a checkpoint of this size take longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}"
 if [ "${NNODES:-1}" -gt 1 ]; then
     meet=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?NNODES is set, so NODE_RANK must be}" \

@@ -1,7 +1,7 @@
-"""The quickstart: Python's standard library in, a small language model out that writes Python and answers questions.
+"""The quickstart: train a small language model on Python's standard library, then fine-tune it to answer questions.
 
-Started by examples/quickstart.sh. Each stage prints what it does and the commands it runs, so that they can be repeated
-by hand; everything is written below data/quickstart and runs/quickstart.
+Started by examples/quickstart.sh. Each stage prints a description and its commands, so that they can be repeated by
+hand; all output is in data/quickstart and runs/quickstart.
 """
 
 import ast
@@ -34,7 +34,7 @@ QUESTION = "What does `json.dumps` do?"
 def main() -> None:
     """Run all stages, starting from empty directories; exit with an error at the first one that fails."""
     started = time.perf_counter()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks; torchrun would set it too, with a warning
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the ranks; torchrun would also set it, with a warning
     for leftover in (RUN, TWIN, EXPORT, TUNED, TUNED_EXPORT, DATA):
         shutil.rmtree(leftover, ignore_errors=True)
     with stage(1, "Corpus: the sources of Python's standard library, which every machine has"):
@@ -96,7 +96,7 @@ def stage(number: int, title: str) -> Iterator[None]:
 
 
 def collect_corpus() -> None:
-    """One JSON line per module, in an order that mixes the packages (so that the held-out part is not all of one)."""
+    """Write one JSON line per module, in an order that mixes packages, so that the held-out part is not just one."""
     DATA.mkdir(parents=True)
     documents = num_bytes = 0
     with (DATA / "stdlib.jsonl").open("w", encoding="utf-8") as file:
@@ -107,7 +107,7 @@ def collect_corpus() -> None:
 
 
 def modules() -> Iterator[tuple[Path, str]]:
-    """Path and source of the library's modules."""
+    """Yield path and source of the library's modules."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = LEFT_OUT | {"site-packages", "dist-packages", "__pycache__"}
     paths = [path.relative_to(root) for path in root.rglob("*.py") if not left_out & set(path.parts)]
@@ -121,7 +121,7 @@ def modules() -> Iterator[tuple[Path, str]]:
 
 
 def collect_questions() -> None:
-    """What does each function and class of the library do? The first paragraph of its docstring says so."""
+    """Write a question for each function and class of the library, answered by the first paragraph of its docstring."""
     count = 0
     with (DATA / "questions.jsonl").open("w", encoding="utf-8") as file:
         for path, text in modules():
@@ -135,7 +135,7 @@ def collect_questions() -> None:
 
 
 def documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    """Names of functions and classes with the first paragraph of their docstrings."""
+    """Yield the names of functions and classes with the first paragraph of their docstrings."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
@@ -167,7 +167,7 @@ def show(command: list[str]) -> None:
 
 
 def train(directory: Path, stop_after: int | None = None, log: Path | None = None) -> None:
-    """Train on four ranks; with `stop_after`, send SIGTERM once that step is recorded; with `log`, print into it."""
+    """Train on four ranks. Send SIGTERM once step `stop_after` is recorded; redirect the output to `log`, if given."""
     command = [*TORCHRUN, "train", CONFIG, "--run.dir", str(directory), "--train.steps", str(STEPS)]
     if stop_after is None:
         return run(command, log)
@@ -188,14 +188,14 @@ def train(directory: Path, stop_after: int | None = None, log: Path | None = Non
 
 
 def records(path: Path) -> list[dict]:
-    """The complete lines of a JSONL file."""
+    """Read the complete lines of a JSONL file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def losses(directory: Path, key: str = "loss") -> dict[int, float]:
-    """Loss by step."""
+    """Return the loss by step."""
     return {record["step"]: record[key] for record in records(directory / "metrics.jsonl") if key in record}
 
 
@@ -219,7 +219,7 @@ def report_tuning() -> None:
 
 
 def ask_transformers() -> None:
-    """The same question through transformers, with the template and the end of turn that the export carries."""
+    """Ask transformers the same question, with the chat template and end of turn of the export."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import transformers
 
@@ -239,7 +239,7 @@ def compare_losses() -> None:
 
 
 def compare_logits() -> None:
-    """Logits of the exported model in transformers beside ours, on a text of the corpus."""
+    """Compare the logits of the exported model in transformers with ours, on a text of the corpus."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import torch
     import transformers

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 """:"
-# Fine-tunes Llama-2-7B on conversations (examples/configs/sft_llama2_7b.yaml). As examples/pretrain_7b.sh it is valid bash
-# and valid Python:
+# Fine-tunes Llama-2-7B on conversations (examples/configs/sft_llama2_7b.yaml). Like examples/pretrain_7b.sh, it is
+# valid bash and valid Python:
 #
 #   bash examples/sft_7b.sh [--section.key VALUE ...]                           starts torchrun itself
 #   torchrun --nproc-per-node 8 examples/sft_7b.sh [--section.key VALUE ...]    torchrun hands it to Python
 #   torchrun --no-python --nproc-per-node 8 examples/sft_7b.sh [...]            torchrun executes it
 #
-# Make the data first, with the tokenizer and the chat template of the model:
+# First preprocess the data, with the tokenizer and the chat template of the model:
 #   python tools/preprocess_data.py --task sft --input chats.jsonl --tokenizer-model DIR --max-length 4097 \
 #       --output-prefix data/chats
 . "$(dirname "$0")/launch.sh"

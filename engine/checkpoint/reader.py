@@ -108,7 +108,7 @@ class Checkpoint:
         Raises:
             CheckpointError: lists tensors that are missing, unexpected or of another shape.
         """
-        require_shapes(self.tensors(), shapes, f"{self.path} is of another model:")
+        require_shapes(self.tensors(), shapes, f"{self.path} belongs to another model:")
 
     def read(self, name: str, rectangle: Rectangle | None = None, *, kind: str = "param") -> Tensor:
         """Read a rectangle (default: all) of a tensor, independent of the stored rectangles; on the CPU, stored dtype.

@@ -1,4 +1,4 @@
-"""Shared by the command lines: a parser made from a docstring, and checks of lower bounds."""
+"""Argument parsing shared by all commands: parser construction, and checks of lower bounds."""
 
 import argparse
 
@@ -6,14 +6,14 @@ from engine.errors import ConfigError
 
 
 def program_parser(description: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser whose help shows a program's docstring, then its options, then `epilog`, with their line breaks."""
+    """Create a parser whose help shows the description, the options, and `epilog`, with line breaks preserved."""
     return argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def require_at_least(lowest: int, **options: int | None) -> None:
-    """Check options by name, as argparse stores them; None is an option that was not given.
+    """Check lower bounds of options, by their argparse names; None is an option that was not given.
 
     Raises:
         ConfigError: one of them is below `lowest`.

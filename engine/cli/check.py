@@ -1,4 +1,4 @@
-"""`python -m engine check`: validate a run and show its plan without starting it."""
+"""`python -m engine check`: validate a configuration and print its plan, without starting the run."""
 
 from pathlib import Path
 
@@ -21,15 +21,15 @@ from engine.train.inputs import describe_template, open_data, open_tokenizer, pa
 def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
     """Validate `config` for `world_size` ranks and print layout, pipeline stages, memory, batch and steps.
 
-    Files that are not on this machine are listed but are no error: the check may run on another machine than the run.
+    Missing files are reported but are not an error, as the check may run on another machine than the training.
 
     Args:
         gpu_memory_gib: memory of each GPU of the run.
         ranks_per_node: GPUs of each node of the run.
 
     Raises:
-        ConfigError: no such layout or batch, or model and tokenizer do not fit together.
-        DataError: data that are here do not fit the run.
+        ConfigError: no layout or batch works, or model and tokenizer do not match.
+        DataError: the data on this machine do not match the run.
         OutOfMemoryError: the run does not fit in the GPUs' memory.
     """
     require_at_least(1, world_size=world_size, ranks_per_node=ranks_per_node)
@@ -45,11 +45,11 @@ def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_
     gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
     where = gpus if ranks.device_type == "cuda" else "this machine's memory"
     dtype = str(ranks.dtype).removeprefix("torch.")
-    print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) a node (--ranks-per-node)")
+    print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) per node (--ranks-per-node)")
     for path in missing:
         ending = path.with_suffix("").suffix
         hint = f" (data.train takes it without {ending})" if ending in (".bin", ".idx") else ""
-        print(f"data        {path} is not on this machine and not checked{hint}")
+        print(f"data        {path} is not on this machine, so it is not checked{hint}")
     parts: tuple[Split, ...] = ("train", "valid")
     for part, data in zip(parts, opened, strict=False):
         print(f"data        {data.num_tokens:,} tokens to {part}")
@@ -62,7 +62,7 @@ def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_
 
 
 def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> ClusterSpec:
-    """The ranks of the run; CPU ranks are assumed to be on this machine."""
+    """Describe the ranks of the run; CPU ranks are assumed to be on this machine."""
     on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
     per_node = min(world_size, ranks_per_node)
     capacity = available(torch.device("cpu"), per_node) if on_cpu else int(gpu_memory_gib * GIB)
@@ -71,7 +71,7 @@ def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_nod
 
 
 def _open(config: Config, tokenizer: Tokenizer) -> list[SampleDataset]:
-    """The data to train with and, where there are evaluations, to validate with."""
+    """Open the training data and, if the run evaluates, the validation data."""
     parts: list[Split] = ["train", "valid"] if config.train.eval_steps else ["train"]
     return [open_data(config, part, tokenizer) for part in parts]
 

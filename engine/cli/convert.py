@@ -1,6 +1,6 @@
-"""Convert a Hugging Face directory into a run directory, or a run or checkpoint into a Hugging Face directory.
+"""Convert a Hugging Face directory to a run directory, or a run or checkpoint to a Hugging Face directory.
 
-The input decides the direction. Memory is bounded by the largest tensor, whatever the model's size.
+The direction is inferred from the input. Memory use is bounded by the largest tensor, not by the size of the model.
 """
 
 import argparse
@@ -27,7 +27,7 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class TensorProgress(ProgressDisplay):
-    """Progress of a conversion: tensors, speed and the time left."""
+    """Progress of a conversion: tensors, speed, time left."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._num_tensors = len(shapes)
@@ -51,10 +51,10 @@ class TensorProgress(ProgressDisplay):
 
 def _parser() -> argparse.ArgumentParser:
     parser = program_parser(__doc__)
-    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR", help="what to convert")
+    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR", help="input directory")
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR", help="new or empty directory")
     parser.add_argument(
-        "--dtype", choices=EXPORT_DTYPES, help="of the exported weights (default bf16); imports keep fp32 masters"
+        "--dtype", choices=EXPORT_DTYPES, help="dtype of the exported weights (default bf16); imports keep fp32 masters"
     )
     return parser
 
@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         export_checkpoint(source, options.target, EXPORT_DTYPES[options.dtype or "bf16"])
     elif (source / "config.json").exists():
         if options.dtype:
-            raise ConfigError(f"--dtype {options.dtype} is for exports; an import always keeps fp32 master weights")
+            raise ConfigError(
+                f"--dtype {options.dtype} applies only to exports; an import always keeps fp32 master weights"
+            )
         import_model(source, options.target)
     else:
         raise CheckpointError(

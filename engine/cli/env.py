@@ -1,4 +1,4 @@
-"""`python -m engine env`: the machine, the installed packages, and the implementation of each operator here."""
+"""`python -m engine env`: show the machine, the installed packages, and the implementation of each operator."""
 
 import ctypes
 import platform
@@ -16,7 +16,7 @@ _ON_CPU = {
     "norm": "custom RMSNorm in three passes, PyTorch's LayerNorm",
     "linear": "oneDNN for large fp32 matmuls, else PyTorch",
     "attention": "PyTorch's scaled_dot_product_attention, documents of one length at a time",
-    "swiglu": "PyTorch, keeping the input alone",
+    "swiglu": "PyTorch, saving only the input",
     "rope": "PyTorch, each half written in place",
     "cross_entropy": "fused with the output projection, in chunks of tokens",
     "adamw": "PyTorch's fused AdamW",
@@ -26,7 +26,7 @@ _ON_CPU = {
 
 
 def environment() -> Iterator[str]:
-    """The lines of the report."""
+    """Yield the lines of the report."""
     yield f"python      {platform.python_version()} on {platform.machine()}"
     yield f"torch       {torch.__version__}, {_cuda()}"
     yield f"csrc        {_csrc()}"

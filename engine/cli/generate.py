@@ -1,7 +1,7 @@
-"""Text generation: continue a text with a trained model, chat with it, or let it answer a file of prompts.
+"""Generate text with a trained model: complete a prompt, chat, or answer a file of prompts.
 
-Generated text is streamed to stdout; everything else goes to stderr. Several ranks share the layers: all of them sample
-the same tokens, the first one reads and prints.
+Generated text is streamed to stdout, everything else goes to stderr. Multiple ranks run tensor-parallel: all sample the
+same tokens, and rank 0 reads the input and prints.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from engine.generate.text_generator import TextGenerator
 from engine.parallel.agreement import run_on_all_ranks
 from engine.parallel.layout import Layout, World, build_process_groups, init_distributed, shutdown_distributed
 
-WAIT_S = 7 * 24 * 3600  # how long the other ranks wait for the next input
+WAIT_S = 7 * 24 * 3600  # timeout of the other ranks for the next input
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +70,7 @@ def _serve(options: argparse.Namespace, generator: TextGenerator, prompts: list[
 
 
 def _write_once(options: argparse.Namespace, generator: TextGenerator) -> None:
-    """Continue one text, or answer one question."""
+    """Complete one prompt, or answer one message."""
     text = utf8(sys.stdin.read, "--prompt") if options.prompt == "-" else options.prompt
     started, given = time.perf_counter(), 0
     if options.chat:
@@ -93,7 +93,7 @@ def _converse(options: argparse.Namespace, generator: TextGenerator) -> None:
             messages = _opening(options)
             continue
         if re.match(r"/\w*(\s|$)", turn):  # not a path
-            print(f"{turn.split()[0]} is no command: {COMMANDS}", file=sys.stderr)
+            print(f"{turn.split()[0]} is not a command: {COMMANDS}", file=sys.stderr)
             continue
         asked = [*messages, {"role": "user", "content": turn}]
         try:
@@ -112,7 +112,7 @@ def _answer(generator: TextGenerator, messages: list[Message]) -> Iterator[str]:
 
 
 def _turn() -> str:
-    """The next turn of the user; empty at the end of the input."""
+    """Read the next user turn; empty at the end of the input."""
     if not sys.stdin.isatty():
         return sys.stdin.readline()
     try:
@@ -126,7 +126,7 @@ def _opening(options: argparse.Namespace) -> list[Message]:
 
 
 def _print(pieces: Iterable[str]) -> list[str]:
-    """Print the pieces as they come and return them; on a terminal, escape control sequences."""
+    """Print the pieces as they arrive and return them; on a terminal, escape control sequences."""
     printed, terminal = [], sys.stdout.isatty()
     for piece in pieces:
         print(printable(piece) if terminal else piece, end="", flush=True)
@@ -136,7 +136,7 @@ def _print(pieces: Iterable[str]) -> list[str]:
 
 
 def _answer_file(options: argparse.Namespace, generator: TextGenerator, prompts: list[dict[str, Any]]) -> None:
-    """Answer the prompts that have no answer yet, a batch at a time."""
+    """Answer the prompts that have no answer yet, in batches."""
     ids = [_prompt_ids(options, generator, prompt, number) for number, prompt in enumerate(prompts, start=1)]
     with closing(AnswerFile(options.output, prompts, _settings(options, generator))) as file:
         if file.answered:
@@ -151,7 +151,7 @@ def _answer_file(options: argparse.Namespace, generator: TextGenerator, prompts:
 
 
 def _settings(options: argparse.Namespace, generator: TextGenerator) -> dict[str, Any]:
-    """Settings that an answer depends on beside its prompt, but not those that change only rounding."""
+    """Settings that affect an answer in addition to its prompt, without those that affect only rounding."""
     template = generator.chat and hashlib.sha256(generator.chat.template.source.encode()).hexdigest()[:16]
     names = ("temperature", "top_p", "seed", "max_new_tokens", "system", "bos")
     flags = {f"--{name.replace('_', '-')}": vars(options)[name] for name in names}
@@ -170,7 +170,7 @@ def _prompt_ids(
 
 
 class PromptProgress(ProgressDisplay):
-    """Progress through a file of prompts, and a line at the end."""
+    """Progress through a file of prompts, with a summary line."""
 
     def __init__(self, done: int, total: int) -> None:
         super().__init__(total, done=done, interval_s=2.0)
@@ -194,7 +194,7 @@ class PromptProgress(ProgressDisplay):
 
 
 def _model_directory(path: Path) -> Path:
-    """The checkpoint or export itself; for a run directory, its newest checkpoint."""
+    """Resolve a run directory to its newest checkpoint; a checkpoint or an export is returned as it is."""
     return open_model(path).path.resolve()
 
 

@@ -1,4 +1,4 @@
-"""The command line of text generation: its options and their checks."""
+"""Command-line options of text generation, and their checks."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from engine.cli.arguments import program_parser, require_at_least
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling
 
-DESCRIPTION = "Continue a text with a trained model, chat with it, or let it answer a file of prompts."
+DESCRIPTION = "Generate text with a trained model: complete a prompt, chat, or answer a file of prompts."
 COMMANDS = "an empty line, Ctrl-D, /exit or /quit ends; /reset starts over"
 EXAMPLES = """
 DIR: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory.
@@ -22,12 +22,12 @@ examples:
   python tools/generate.py DIR --chat                                  # a conversation on the terminal
   python tools/generate.py DIR --chat --system 'Be brief.' --prompt 'What is a mutex?'
   python tools/generate.py DIR --chat --input questions.jsonl --output answers.jsonl --batch-size 16
-  torchrun --nproc-per-node 2 tools/generate.py DIR --prompt 'def main('      # layers shared by two ranks
+  torchrun --nproc-per-node 2 tools/generate.py DIR --prompt 'def main('      # two tensor-parallel ranks
 
 A line of --input is {"prompt": "..."} or, with --chat, {"messages": [{"role": "user", "content": "..."}]}. Its answer
 is the same object with completion, num_tokens and stopped ("end of turn" or "length"), or error for a prompt that is
 too long. Rerun the same command to resume an interrupted one; ANSWERS.settings.json keeps the settings of the answers,
-and other settings are refused. The answer to a prompt depends on --seed and on its number in the file, not on
+and other settings are an error. The answer to a prompt depends on --seed and on its number in the file, not on
 --batch-size.
 """
 
@@ -36,32 +36,32 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line.
 
     Raises:
-        ConfigError: options that do not go together or are out of range.
+        ConfigError: options conflict or are out of range.
     """
     parser = program_parser(DESCRIPTION, f"{EXAMPLES}\nIn a conversation, {COMMANDS}.")
     add = parser.add_argument
-    add("dir", type=Path, metavar="DIR", help="where the model is")
-    add("--prompt", metavar="TEXT", help="the text to continue, or the user's message; `-` reads it from stdin")
+    add("dir", type=Path, metavar="DIR", help="directory of the model")
+    add("--prompt", metavar="TEXT", help="the text to complete, or the user message; `-` reads it from stdin")
     add("--input", type=Path, metavar="FILE", help="answer the prompts of a JSONL file")
     add(
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the answers go; existing answers are kept and the rest is added",
+        help="file for the answers; existing answers are kept and the rest is added",
     )
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once, with --input (default: 8)")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch, with --input (default: 8)")
     add("--chat", action="store_true", help="use the model's chat template; without --prompt, an interactive chat")
     add(
         "--chat-template",
         metavar="NAME|FILE",
-        help="another one: chatml, llama2, llama3, mistral, or a .jinja file",
+        help="another chat template: chatml, llama2, llama3, mistral, or a .jinja file",
     )
     add("--system", metavar="TEXT", help="the system message of a conversation")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default: 0.95)")
-    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    add("--bos", action="store_true", help="begin with the beginning-of-text token, for models that need it")
+    add("--seed", type=int, default=0, help="seed for sampling (default: 0)")
+    add("--bos", action="store_true", help="start with the beginning-of-text token, for models that need it")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     options = parser.parse_args(arguments)
     _check(options)
@@ -69,32 +69,32 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Check what argparse cannot."""
+    """Checks that argparse cannot do."""
     require_at_least(1, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
     if (options.input is None) != (options.output is None):
-        raise ConfigError("--input and --output belong together: where the prompts are, and where the answers go")
+        raise ConfigError("--input (file of prompts) and --output (file for the answers) must be given together")
     if options.input and options.prompt is not None:
         raise ConfigError("--prompt and --input are both given; give one of them")
     if options.input and options.output.exists() and options.output.samefile(options.input):
-        raise ConfigError(f"--output {options.output} is the file of the prompts; name another file")
+        raise ConfigError(f"--output {options.output} is the file of prompts; choose another file")
     if not (options.chat or options.input or options.prompt is not None):
         raise ConfigError("nothing to generate; give --prompt TEXT, --input FILE, or --chat for a conversation")
     if not options.chat and (options.system is not None or options.chat_template):
-        raise ConfigError("--system and --chat-template are for conversations; add --chat")
+        raise ConfigError("--system and --chat-template apply only to conversations; add --chat")
     if options.chat and options.bos:
-        raise ConfigError("--bos is for texts; a chat template writes its own beginning")
+        raise ConfigError("--bos does not apply to --chat; a chat template writes its own beginning")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: this machine shows no GPU; use --device cpu, or auto")
+        raise ConfigError("--device cuda: no GPU found on this machine; use --device cpu, or auto")
     Sampling(options.temperature, options.top_p, options.seed)
     for name in ("prompt", "system"):
         utf8(partial(getattr, options, name), f"--{name}")
 
 
 def utf8(read: Callable[[], str | None], source: str) -> str:
-    """The text that `read` returns, empty for None.
+    """Return the text that `read` returns, empty for None.
 
     Raises:
-        ConfigError: it is not UTF-8; names `source`.
+        ConfigError: the text is not UTF-8; the message names `source`.
     """
     try:
         text = read() or ""

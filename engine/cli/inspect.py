@@ -1,4 +1,4 @@
-"""Inspect a token dataset: count it, verify it, read documents and samples."""
+"""Inspect a token dataset: statistics, verification, documents and samples."""
 
 import argparse
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ examples:
   python tools/inspect_data.py data/corpus_text_document --tokenizer tok.model --sample 7 --seq-length 512
   python tools/inspect_data.py data/chats_sft --tokenizer models/base --sample 7
 
-A sample of a fine-tuning dataset is a conversation: target tokens are green, or in «» where there are no colors.
+A sample of a fine-tuning dataset is a conversation: target tokens are green, or in «» without colors.
 """
-HEAD_TOKENS = 64  # shown of each document with --head
+HEAD_TOKENS = 64  # shown per document with --head
 DOCUMENT_TOKENS = 4096  # shown with --document
 IDS_SHOWN = 32
 
@@ -65,12 +65,12 @@ def _examine(options: argparse.Namespace) -> dict[str, Any]:
         report["document"] = documents(data, [options.document], tokenizer, DOCUMENT_TOKENS)
     if options.sample is not None and data.has_mask:
         if options.seq_length is not None:
-            raise ConfigError(f"--seq-length has no meaning for {data.prefix}: with a mask, a sample is a conversation")
+            raise ConfigError(f"--seq-length does not apply to {data.prefix}: with a mask, a sample is a conversation")
         report["document"] = documents(data, [options.sample], tokenizer, DOCUMENT_TOKENS)
     elif options.sample is not None:
         if options.seq_length is None:
             raise ConfigError(
-                "--sample needs --seq-length, and the seed and split of the run where they are not the default"
+                "--sample needs --seq-length, and --seed and --split if the run does not use the defaults"
             )
         dataset = DatasetConfig(path=options.prefix, weight=1.0)
         samples = PretrainDataset([dataset], options.split, options.part, options.seq_length, options.seed)
@@ -85,10 +85,10 @@ def _vocab_size(data: IndexedDataset, tokenizer: Tokenizer | None) -> int | None
 
 
 class VerifyProgress(ProgressDisplay):
-    """Progress of a verification: rate and time left, and a last line when it is complete."""
+    """Progress of a verification: rate and time left, with a last line when complete."""
 
     def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` bytes are verified."""
+        """Show that `done` of `total` bytes are verified."""
         self.update(done, f"verified  {done / self.seconds / 1e6:,.0f} MB/s", due=done >= total or None)
 
 
@@ -129,13 +129,13 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
         rows.append(("skipped", f"{info['skipped']:,} lines"))
     else:
-        rows.append(("tokenizer", "not recorded (no .json beside the dataset)"))
+        rows.append(("tokenizer", "not recorded (no .json next to the dataset)"))
     if (verified := report.get("verified")) is not None:
         size = verified["vocab_size"]
         against = (
             f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check an upper bound"
         )
-        mask = "; the mask has one of 0 and 1 for each" if targets is not None else ""
+        mask = "; the mask has a 0 or 1 for each" if targets is not None else ""
         rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
     return rows
 
@@ -185,10 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = program_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("prefix", type=Path, help="the dataset, without .bin or .idx")
-    add("--tokenizer", metavar="SPEC", help="shows text: a .model, a tokenizer.json, a directory, or `byte`")
+    add("--tokenizer", metavar="SPEC", help="decode to text with a .model, a tokenizer.json, a directory, or `byte`")
     add("--verify", action="store_true", help="check every pointer and every token id")
     add("--vocab-size", type=int, metavar="V", help="upper bound of ids (default: from the tokenizer, or as recorded)")
-    add("--head", type=int, default=0, metavar="N", help="show the beginnings of the first N documents")
+    add("--head", type=int, default=0, metavar="N", help="show the start of the first N documents")
     add("--document", type=int, metavar="J", help="show document (or conversation) J, counted from 0")
     add("--sample", type=int, metavar="I", help="show training sample I of only this dataset (needs "
         "--seq-length), or conversation I of a fine-tuning dataset")  # fmt: skip

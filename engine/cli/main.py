@@ -52,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         command.epilog, command.allow_abbrev = EPILOG, False
         command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
     check.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
-    check.add_argument("--gpu-memory-gib", type=float, default=80, metavar="N", help="of each GPU (default 80)")
-    check.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
+    check.add_argument("--gpu-memory-gib", type=float, default=80, metavar="N", help="memory per GPU (default 80)")
+    check.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs per node (default 8)")
     show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
     return parser
 
 
-# Commands import what they need when they run: torch takes seconds, and `config` needs none of it.
+# Commands import their dependencies when they run: torch takes seconds to import, and `config` does not need it.
 
 
 def _run(options: argparse.Namespace, config: Config) -> None:
@@ -81,7 +81,7 @@ def _show_environment() -> None:
 
 
 def _load(path: str, overrides: list[str]) -> Config:
-    """The configuration; of the ranks on a machine, only the first one reports its errors."""
+    """Load the configuration; only the first rank on a machine reports errors."""
     try:
         return load(path, overrides, presets=PRESETS, trained=_trained)
     except ConfigError as error:

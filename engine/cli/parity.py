@@ -1,7 +1,7 @@
-"""The parity campaign: many layouts of every family against one process, and a table of their deviations.
+"""Parity campaign: compare many layouts of every family with a single process, and tabulate the deviations.
 
-Each row is a complete training run on real ranks (gloo, fp32), compared with the run of a single process;
-engine/testing/parity.py says how. The program fails when a tolerance is exceeded.
+Each row is a complete training run on real ranks (gloo, fp32), compared with the run of a single process; see
+engine/testing/parity.py. The program fails if a tolerance is exceeded.
 """
 
 import argparse
@@ -27,7 +27,7 @@ examples:
   python tools/parity.py --ranks 4 --presets tiny-qwen2
 """
 HARSH: list[dict[str, Any]] = [{}, {"model.init_std": 0.02}, {"optimizer.eps": 1e-8}]
-AT_A_TIME = 8  # cases in one set of processes
+AT_A_TIME = 8  # cases per set of processes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     require_at_least(2, ranks=options.ranks)
     if options.output and not options.output.parent.is_dir():
-        raise ConfigError(f"--output {options.output}: there is no directory {options.output.parent}")
+        raise ConfigError(f"--output {options.output}: no such directory: {options.output.parent}")
     started = time.perf_counter()
     rows = _measure_all(plan_cases(options.presets, options.ranks))
     if failed := [text for row in rows for text in row.problems]:
-        raise TriaxisError("\n  ".join([f"{len(failed)} deviations out of tolerance; nothing is written:", *failed]))
+        raise TriaxisError("\n  ".join([f"{len(failed)} deviations out of tolerance; nothing was written:", *failed]))
     print(f"{len(rows)} runs agree with one process")
     if options.output:
         text = report(rows, rounding(options.presets), options, time.perf_counter() - started)
@@ -85,8 +85,8 @@ def _measure(problem: Problem, cases: Sequence[Case]) -> list[Outcome]:
 
 
 def rounding(presets: Sequence[str]) -> list[Rounded]:
-    """What rounding alone does: one process against itself with other microbatches, with the settings of the campaign
-    and with those that training usually has.
+    """Measure the effect of rounding: compare one process with itself with other microbatches, with the settings of
+    the campaign and with usual training settings.
     """
     found = []
     for preset, settings in itertools.product(presets, HARSH):

@@ -1,4 +1,4 @@
-"""Show a pipeline schedule before a run uses it: its check, timeline, bubble and activations in flight."""
+"""Check a pipeline schedule and show its timeline, bubble and activations in flight, without starting a run."""
 
 import argparse
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def _costs(options: argparse.Namespace) -> Costs:
 
 
 def _num_chunks(name: str, options: argparse.Namespace) -> int:
-    """--chunks; with `all` it applies only to the interleaved schedule."""
+    """Return --chunks or its default; with --schedule all, it applies only to the interleaved schedule."""
     default = 2 if name == INTERLEAVED else 1
     if options.chunks is None or (options.schedule == "all" and name != INTERLEAVED):
         return default
@@ -48,13 +48,13 @@ def _num_chunks(name: str, options: argparse.Namespace) -> int:
 
 
 def _title(schedule: Schedule) -> str:
-    chunks = f", {schedule.num_chunks} chunks a stage" if schedule.num_chunks > 1 else ""
+    chunks = f", {schedule.num_chunks} chunks per stage" if schedule.num_chunks > 1 else ""
     return f"{schedule.name}{chunks}"
 
 
 def _print(schedule: Schedule, times: Timeline) -> None:
     peaks = [f"{peak / schedule.num_chunks:g}" for peak in peak_activations(schedule)]
-    print(f"{_title(schedule)}: proven for {schedule.num_stages} stages and {schedule.num_microbatches} microbatches")
+    print(f"{_title(schedule)}: verified for {schedule.num_stages} stages and {schedule.num_microbatches} microbatches")
     print(timeline.text(times))
     print(f"bubble  {bubble_fraction(times):.1%} of the ideal time")
     print(f"most activations in flight, in microbatches per stage  {' '.join(peaks)}\n")
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--microbatches", type=int, required=True, metavar="M", help="per step and data-parallel rank")
     add("--chunks", type=int, metavar="V", help=f"parallel.virtual_stages (default 2 for {INTERLEAVED}, else 1)")
     add("--costs", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("F", "I", "W"),
-        help="time of a stage's forward, and of its backward's input and weight parts (default 1 1 1)")  # fmt: skip
-    add("--send", type=float, default=0.0, metavar="S", help="time between two stages (default 0)")
-    add("--output", type=Path, metavar="FILE", help="draw the timelines into this picture (.png, .svg, .pdf)")
+        help="time of a stage's forward, and of its input and weight backward (default 1 1 1)")  # fmt: skip
+    add("--send", type=float, default=0.0, metavar="S", help="transfer time between stages (default 0)")
+    add("--output", type=Path, metavar="FILE", help="write the timelines to this image (.png, .svg, .pdf)")
     return parser

@@ -1,4 +1,4 @@
-"""Preprocessing: turn text into a token dataset, or conversations into a fine-tuning dataset, and sum up the result."""
+"""Preprocess text into a token dataset, or conversations into a fine-tuning dataset, and summarize the result."""
 
 import argparse
 import shlex
@@ -27,7 +27,7 @@ from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError, DataError
 from engine.formatting import counted, duration, megabytes
 
-QUOTED_REASONS = 5  # reject reasons shown on the terminal, one line of each; the file has all
+QUOTED_REASONS = 5  # reject reasons shown on the terminal, with one line each; the rejects file has all
 QUOTED_FILES = 10
 
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(options, sources, tokenizer)
     except EncoderMismatch as error:
-        print(f"warning: {error}; starting again with plain SentencePiece", file=sys.stderr)
+        print(f"warning: {error}; restarting with plain SentencePiece", file=sys.stderr)
         _run(options, sources, _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=False))
 
 
@@ -89,7 +89,7 @@ def _run_sft(options: argparse.Namespace, sources: list[Source], tokenizer: Toke
 
 
 def _template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate | ConfigError:
-    """The template, or the reason why there is none; plain texts and token ids need none."""
+    """Return the template, or the error if there is none: plain texts and token ids do not need one."""
     try:
         return find_template(tokenizer, wanted)
     except ConfigError as error:
@@ -99,7 +99,7 @@ def _template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate | Config
 
 
 class _RejectReporter:
-    """Quotes one rejected line for each of the first reasons, or ends the program at the first rejected line."""
+    """Print one rejected line for each of the first reasons, or fail at the first rejected line."""
 
     def __init__(self, fail: bool) -> None:
         self._fail = fail
@@ -115,7 +115,7 @@ class _RejectReporter:
 
 
 class DocumentProgress(ProgressDisplay):
-    """Progress through the bytes of the input; with an `interval`, a line every so many documents."""
+    """Progress in bytes of the input; with an `interval`, one line per `interval` documents."""
 
     def __init__(self, sources: list[Source], interval: int | None) -> None:
         super().__init__(sum(source.num_bytes for source in sources), file=sys.stdout)
@@ -138,7 +138,7 @@ class DocumentProgress(ProgressDisplay):
 def _summarize(options: argparse.Namespace, counts: Counts, seconds: float) -> None:
     print(
         f"done       {counted(counts.documents, 'document')}, {counts.tokens:,} tokens in {duration(seconds)}\n"
-        f"           {megabytes(counts.num_bytes)} of text, {counts.num_bytes / counts.tokens:.2f} bytes a token, "
+        f"           {megabytes(counts.num_bytes)} of text, {counts.num_bytes / counts.tokens:.2f} bytes per token, "
         f"{megabytes(counts.num_bytes / max(seconds, 1e-9))}/s"
     )
     if counts.empty:
@@ -163,21 +163,24 @@ def _summarize_sft(options: argparse.Namespace, counts: SftCounts, tokenizer: To
         f"done       {counted(kept, 'conversation')}, {counts.tokens:,} tokens in {duration(seconds)}, "
         f"{kept / max(seconds, 1e-9):,.0f} conversations/s\n"
         f"           {counts.num_targets:,} target tokens, {counts.num_targets / counts.tokens:.1%}\n"
-        f"           tokens a document: median {lengths['median']:,}, longest {lengths['max']:,}"
+        f"           tokens per document: median {lengths['median']:,}, longest {lengths['max']:,}"
     )
     _summarize_rejected(options, counts)
     for sentence in describe_outcomes(counts):
         print(f"           {sentence}")
     if counts.outcome["spelled"]:
         spelled = f"{counts.outcome['spelled']:,}"
-        print(f"warning: conversations that spell a special token, which becomes it: {spelled}", file=sys.stderr)
+        print(
+            f"warning: conversations whose text contains a special token, which is encoded as such: {spelled}",
+            file=sys.stderr,
+        )
     tokenizer_flag = "" if tokenizer.kind == "byte" else f" --tokenizer {shlex.quote(options.tokenizer_model)}"
     print(f"           {data.prefix}.bin .idx .mask.bin .json")
     print(f"next       python tools/inspect_data.py {data.prefix}{tokenizer_flag} --sample 0")
 
 
 def _summarize_rejected(options: argparse.Namespace, counts: SftCounts) -> None:
-    """How many records were rejected, with a warning where it was most of them."""
+    """Print the number of rejected records, with a warning if they are more than half."""
     total = counts.conversations + counts.outcome["dropped"] + counts.rejected
     if counts.rejected:
         rejected = f"{counts.rejected:,} of {counted(total, 'record')} rejected"
@@ -187,7 +190,7 @@ def _summarize_rejected(options: argparse.Namespace, counts: SftCounts) -> None:
 
 
 def _formats(counts: SftCounts) -> list[str]:
-    """A line for all files and, with several, one for each of the first."""
+    """Format the counts of all files and, if there are several, of each of the first files."""
     total = sum(counts.formats.values(), Counter[str]())
     lines = [f"formats    {_format_counts(total)}"]
     if len(counts.formats) > 1:

@@ -1,4 +1,4 @@
-"""The command line of preprocessing: its options and their checks. Flags have Megatron's names where it has them."""
+"""Command-line options of preprocessing, and their checks. Flags that Megatron also has keep their names."""
 
 import argparse
 import os
@@ -31,10 +31,10 @@ OF_TASK = {  # flags that apply only to one task
 DESCRIPTION = """Turn text into a token dataset: OUTPUT_PREFIX_KEY_document.bin, .idx and .json. With --task sft, turn
 conversations into a fine-tuning dataset: OUTPUT_PREFIX_sft.bin, .idx, .mask.bin and .json.
 
-Flags have Megatron's names where Megatron has them."""
+Flags that Megatron also has keep their names."""
 EXAMPLES = """
-inputs: .jsonl and .json (one object a line), .txt (a file is one document), as are .md, .rst and .py;
-each also as .gz and .zst. Directories are searched for .jsonl and .txt; others are named, or matched by a pattern.
+inputs: .jsonl and .json (one object per line); .txt, .md, .rst and .py (one document per file); all also as .gz and
+.zst. Directories are searched for .jsonl and .txt; name other files, or match them by a pattern.
 
 with --task sft: .jsonl, .json (objects or one array) and .parquet, of records in any of these formats, recognized by
 their keys: messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, text, or
@@ -48,10 +48,10 @@ examples: python tools/preprocess_data.py --input corpus/ --output-prefix data/c
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line; `json_keys` has its default.
+    """Parse and check the command line, and set the default of `json_keys`.
 
     Raises:
-        ConfigError: options that do not go together or are out of range, or output that exists.
+        ConfigError: options conflict or are out of range, or the output exists.
     """
     options = _parser().parse_args(arguments)
     _check_task(options)
@@ -61,9 +61,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Check what argparse cannot."""
+    """Checks that argparse cannot do."""
     if not options.output_prefix:
-        raise ConfigError("--output-prefix is empty; expected where to write, as in data/corpus")
+        raise ConfigError("--output-prefix is empty; expected a path prefix, as in data/corpus")
     name = options.tokenizer_type
     if name and name.lower() not in KINDS:
         raise ConfigError(
@@ -73,7 +73,7 @@ def _check(options: argparse.Namespace) -> None:
     if not options.tokenizer_model and KINDS.get((name or "").lower()) != "byte":
         raise ConfigError(
             "--tokenizer-model is missing: "
-            "a SentencePiece model, a tokenizer.json, a directory that holds one, or `byte`"
+            "a SentencePiece model, a tokenizer.json, a directory that contains one, or `byte`"
         )
     require_at_least(1, workers=options.workers, log_interval=options.log_interval)
     require_at_least(2, max_length=options.max_length)
@@ -92,36 +92,40 @@ def _check_task(options: argparse.Namespace) -> None:
     other = "pretrain" if options.task == "sft" else "sft"
     for flag in OF_TASK[other]:
         if vars(options)[flag.removeprefix("--").replace("-", "_")] not in (None, False):
-            raise ConfigError(f"{flag} has no meaning with --task {options.task}, only with --task {other}")
+            raise ConfigError(f"{flag} applies only to --task {other}, not to --task {options.task}")
     if options.on_too_long is not None and options.max_length is None:
-        raise ConfigError(f"--on-too-long {options.on_too_long} needs --max-length, the most tokens of a conversation")
+        raise ConfigError(
+            f"--on-too-long {options.on_too_long} needs --max-length, the maximum tokens per conversation"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = program_parser(DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, directories or glob patterns")
-    add("--task", choices=tuple(OF_TASK), default="pretrain", help="what the data are for (default: %(default)s)")
-    add("--json-keys", nargs="+", metavar="KEY", help="a dataset is written for each (default: text)")
-    add("--output-prefix", required=True, help="where to write, without extensions")
+    add(
+        "--task", choices=tuple(OF_TASK), default="pretrain", help="training task of the dataset (default: %(default)s)"
+    )
+    add("--json-keys", nargs="+", metavar="KEY", help="write one dataset per key (default: text)")
+    add("--output-prefix", required=True, help="path prefix of the output files")
     add("--tokenizer-type", help="SentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or ByteTokenizer; "
         "by default inferred from the model")  # fmt: skip
     add("--tokenizer-model", metavar="PATH",
-        help="SentencePiece model, tokenizer.json, a directory that holds one, or `byte`")  # fmt: skip
+        help="SentencePiece model, tokenizer.json, a directory that contains one, or `byte`")  # fmt: skip
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
-    add("--chat-template", metavar="TEMPLATE", help="sft: the name of a built-in one (chatml, llama2, llama3, mistral) "
-        "or a Jinja file (default: the tokenizer's own)")  # fmt: skip
-    add("--train-on", choices=get_args(TrainOn), help="sft: which turns are target tokens (default: assistant)")
-    add("--max-length", type=int, metavar="TOKENS", help="sft: longer conversations are too long; a training sequence "
+    add("--chat-template", metavar="TEMPLATE", help="sft: a built-in template (chatml, llama2, llama3, mistral) or a "
+        "Jinja file (default: the tokenizer's)")  # fmt: skip
+    add("--train-on", choices=get_args(TrainOn), help="sft: turns whose tokens are targets (default: assistant)")
+    add("--max-length", type=int, metavar="TOKENS", help="sft: maximum tokens per conversation; a training sequence "
         "fits data.seq_length + 1 (default: no limit)")  # fmt: skip
     add("--on-too-long", choices=get_args(OnTooLong),
         help="sft: truncate keeps the first tokens (default), drop, split into several, error: stop")  # fmt: skip
-    add("--workers", type=int, default=_num_cores(), help="processes that encode (default: the cores, %(default)s)")
+    add("--workers", type=int, default=_num_cores(), help="encoder processes (default: number of cores, %(default)s)")
     add("--log-interval", type=int, metavar="DOCUMENTS", help="documents between progress lines (default: by time)")
     add("--on-bad-line", choices=("skip", "fail"), default="skip",
         help="skip: count, report and keep bad lines in OUTPUT_PREFIX.rejects.jsonl (default); fail: stop")  # fmt: skip
     add("--encoder", choices=("auto", "sentencepiece"),
-        help="auto: gigatoken where it gives the ids of SentencePiece (default)")  # fmt: skip
+        help="auto: gigatoken if its ids match SentencePiece's (default)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace existing output")
     return parser
 

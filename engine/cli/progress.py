@@ -1,7 +1,7 @@
-"""Progress of long work: a bar on a terminal, a line every few seconds in a file or a pipe.
+"""Progress display: a bar on a terminal, or a line every few seconds in a file or a pipe.
 
-Both show the share that is done, a text of the program, and the time left. The bar is redrawn when the work reports,
-not by a thread, because worker processes may be forked meanwhile.
+Both show the completed percentage, a text of the program, and the time left. The bar is redrawn in `update`, not by a
+thread, because worker processes may be forked meanwhile.
 """
 
 import sys
@@ -13,15 +13,15 @@ from rich.console import Console
 
 from engine.formatting import duration
 
-_REDRAW_S = 0.1  # between two states of the bar
+_REDRAW_S = 0.1  # minimum time between redraws of the bar
 
 
 class ProgressDisplay:
     """Progress towards `total`, in any unit. Close it to remove the bar (`contextlib.closing`).
 
     Args:
-        done: the part done by an earlier run, which does not count for the speed.
-        file: where to show it; by default stderr.
+        done: the part done by an earlier run, excluded from the speed.
+        file: output stream; by default stderr.
         interval_s: seconds between lines.
     """
 
@@ -45,14 +45,14 @@ class ProgressDisplay:
 
     @property
     def seconds(self) -> float:
-        """Since the start; never 0."""
+        """Seconds since the start; never 0."""
         return max(time.monotonic() - self._start, 1e-9)
 
     def update(self, done: float, text: str, *, due: bool | None = None) -> None:
-        """Show that `done` of the total is done, and `text`; by default only when enough time has passed.
+        """Show that `done` of the total is done, and `text`; rate-limited by default.
 
         Args:
-            due: whether to print a line now, instead of by time; the bar always goes by time.
+            due: whether to print a line now; None: decide by time, as the bar always does.
         """
         passed = time.monotonic() - self._shown_at
         if self._bar is not None:

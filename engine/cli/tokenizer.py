@@ -1,7 +1,7 @@
 """Train a SentencePiece tokenizer on JSONL or text files.
 
 Text is not normalized, runs of spaces are pieces, and characters outside the vocabulary fall back to bytes, so that
-every text survives a round trip.
+every text survives encoding and decoding.
 """
 
 import argparse
@@ -25,7 +25,7 @@ EXAMPLES = """
 example:
   python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 4000 --output data/tokenizer
 """
-MAX_SENTENCE_BYTES = 4000  # the trainer leaves out longer ones
+MAX_SENTENCE_BYTES = 4000  # the trainer skips longer ones
 MIN_LINES = 101  # the smallest limit that the trainer accepts
 MAX_VOCABULARY = 1_000_000
 QUOTED_REJECTS = 5
@@ -48,11 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--input", nargs="+", required=True, help=".jsonl or .txt files, or directories of them")
     add("--json-key", default="text", help="key of the text in a JSON line (default: text)")
-    add("--output", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.model; may end in it")
-    add("--vocab-size", type=int, required=True, help="entries, 256 of them for single bytes")
+    add("--output", type=Path, required=True, metavar="PREFIX", help="output PREFIX.model; the suffix is optional")
+    add("--vocab-size", type=int, required=True, help="number of entries, 256 of them single bytes")
     add("--model-type", choices=("bpe", "unigram"), default="bpe", help="(default: bpe)")
     add("--max-lines", type=int, default=1_000_000,
-        help="lines to learn from, drawn at random from all (default: a million)")  # fmt: skip
+        help="training lines, sampled at random from all (default: a million)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing model")
     return parser
 
@@ -85,15 +85,15 @@ def _write(target: Path, model: bytes) -> None:
 
 
 def train_model(sentences: Iterator[str], vocab_size: int, model_type: str, max_lines: int) -> bytes:
-    """Train a serialized SentencePiece model with ids 0 unknown, 1 beginning, 2 end of a document.
+    """Train a SentencePiece model and return it serialized. Ids: 0 unknown, 1 beginning, 2 end of a document.
 
     Raises:
-        ConfigError: the trainer cannot make such a vocabulary from this text.
-        DataError: there is no text.
+        ConfigError: the trainer cannot build such a vocabulary from this text.
+        DataError: the input has no text.
     """
     first = next(sentences, None)
     if first is None:
-        raise DataError("--input holds no text to learn from")
+        raise DataError("--input contains no text to train on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -117,18 +117,18 @@ def train_model(sentences: Iterator[str], vocab_size: int, model_type: str, max_
 
 
 def _reason(error: str) -> str:
-    """The trainer's message in words for a person."""
+    """Translate an error of the trainer into advice."""
     if found := re.search(r"too high.* <= (\d+)", error):
         return f"is too large for this text; lower it to {found[1]} or less, or give more text"
     if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return f"is too small for the bytes and characters of this text; raise it to {found[1]} or more"
     if "sentences_.empty()" in error:
-        return f"cannot be learned: every line is longer than {MAX_SENTENCE_BYTES} bytes; break the lines of --input"
+        return f"cannot be trained: every line is longer than {MAX_SENTENCE_BYTES} bytes; break the lines of --input"
     return f"does not work with this text: {error}"
 
 
 def training_lines(inputs: list[str], json_key: str) -> Iterator[str]:
-    """Every non-empty line of every document. Invalid input lines are counted, and the first ones quoted."""
+    """Yield every non-empty line of every document. Invalid input lines are counted, and the first ones printed."""
     skipped = 0
     for block in read_blocks(find_sources(inputs)):
         documents, rejects = parse_block(block, [json_key])

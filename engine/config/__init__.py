@@ -1,1 +1,1 @@
-"""Every setting of a run: the schema, loading, and checks across settings."""
+"""Configuration of a run: schema, loading, and checks across settings."""

@@ -15,7 +15,7 @@ from engine.config.schema import (
 
 
 def cross_checks(config: Config) -> list[str]:
-    """All problems of `config`, in the order of its sections."""
+    """List all problems of `config`, in the order of its sections."""
     return [
         *_task(config),
         *_model(config.model, config.data),
@@ -30,11 +30,11 @@ def cross_checks(config: Config) -> list[str]:
 def _task(config: Config) -> Iterator[str]:
     train, data, sft = config.train, config.data, config.task == "sft"
     if not train.steps and not (sft and train.epochs):
-        yield f"train.steps{' or train.epochs' if sft else ''}: is required and not given"
+        yield f"train.steps{' or train.epochs' if sft else ''}: required, but not given"
     if not sft and any((train.epochs, train.neftune_alpha, not data.packing)):
-        yield "train.epochs, train.neftune_alpha and data.packing are for task = sft"
+        yield "train.epochs, train.neftune_alpha and data.packing = false apply only to task = sft"
     if sft and not data.document_mask:
-        yield "data.document_mask = false would let conversations see each other; task = sft needs true"
+        yield "data.document_mask = false would let conversations attend to each other; task = sft needs true"
     if (train.early_stopping > 0 or config.checkpoint.keep_best) and not train.eval_steps:
         yield (
             "train.early_stopping and checkpoint.keep_best compare evaluations: set train.eval_steps and eval_interval "
@@ -84,8 +84,8 @@ def _parallel(parallel: ParallelConfig, precision: PrecisionConfig) -> Iterator[
         yield f"parallel.recompute_layers = {parallel.recompute_layers} needs parallel.recompute = selective or full"
     if parallel.compile and parallel.schedule == "zero_bubble":
         yield (
-            "parallel.compile = true compiles both halves of the backward pass into one, which parallel.schedule = "
-            "zero_bubble needs apart; choose one of the two"
+            "parallel.compile = true compiles both halves of the backward pass into one, but parallel.schedule = "
+            "zero_bubble runs them separately; choose one of the two"
         )
     if parallel.compile and precision.mode == "fp8":
         yield (
@@ -102,7 +102,7 @@ def _precision(precision: PrecisionConfig, model: ModelConfig) -> Iterator[str]:
 def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
     if optimizer.moments == "bf16" and optimizer.betas[1] > 0.99:
         yield (
-            f"optimizer.moments = bf16 cannot follow betas[1] = {optimizer.betas[1]}: a change below 0.4 % is "
+            f"optimizer.moments = bf16 is too coarse for betas[1] = {optimizer.betas[1]}: changes below 0.4 % are "
             "rounded away; use betas[1] <= 0.99 or moments = fp32"
         )
     if not all(0 <= beta < 1 for beta in optimizer.betas):

@@ -7,13 +7,13 @@ from engine.errors import ConfigError
 
 
 def with_steps(config: Config, rows: int | None = None) -> Config:
-    """`config` with `train.steps` and `lr_schedule.warmup_steps` computed from epochs and ratios.
+    """Return `config` with `train.steps` and `lr_schedule.warmup_steps` computed from epochs and ratios.
 
     Args:
-        rows: sequences in an epoch of fine-tuning.
+        rows: sequences per epoch in fine-tuning; None if the data have no epochs.
 
     Raises:
-        ConfigError: the warm-up and the decay take longer than the run.
+        ConfigError: warmup and decay are longer than the run.
     """
     train, schedule = config.train, config.lr_schedule
     steps = train.steps
@@ -35,10 +35,10 @@ def with_steps(config: Config, rows: int | None = None) -> Config:
 
 
 def microbatches(batch: BatchConfig, dp: int) -> int:
-    """Microbatches per rank and optimizer step, for `dp` data-parallel ranks.
+    """Return the microbatches per rank and optimizer step, for `dp` data-parallel ranks.
 
     Raises:
-        ConfigError: the global batch is not divisible so; names the nearest sizes that are.
+        ConfigError: the global batch is not divisible by batch.micro × dp; names the nearest sizes that are.
     """
     micro, total = batch.micro, batch.global_
     if total % (micro * dp):

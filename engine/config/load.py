@@ -1,7 +1,7 @@
-"""Loading: a YAML file and dotted overrides become a `Config`, or an error with all problems at once.
+"""Load a `Config` from a YAML file and command-line overrides.
 
-Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion, and all problems
-are reported together, because a cluster job that fails on its second typo has waited in the queue twice.
+Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion. All problems are
+reported in one error, so that a cluster job does not queue again for each typo.
 """
 
 import difflib
@@ -25,13 +25,13 @@ Trained = Callable[[str, Path], tuple[Mapping[str, Any], str | None]]
 def load(
     path: Path | str, overrides: Sequence[str] = (), *, presets: Presets, trained: Trained | None = None
 ) -> Config:
-    """Read a YAML file and apply command-line overrides.
+    """Load a `Config` from a YAML file and command-line overrides.
 
     Args:
         path: the YAML file.
-        overrides: `["--batch.micro", "2", "--run.dir=runs/a"]`; values are YAML.
+        overrides: for example `["--batch.micro", "2", "--run.dir=runs/a"]`; values are YAML.
         presets: model fields by preset name.
-        trained: reads the directory of a trained model; without it only presets are known.
+        trained: reads the directory of a trained model; if None, only presets are supported.
 
     Raises:
         ConfigError: with every problem found, one per line.
@@ -40,7 +40,11 @@ def load(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """Read the mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, or not a YAML mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -69,7 +73,9 @@ def resolve(
         merged["model"] = {}  # a preset or a trained model on the command line replaces the file's model
     problems = [_apply_override(merged, key, value) for key, value in pairs]
     problems += [_apply_source(merged, presets, trained)]
-    filled = {"model"} if problems[-1] is not None else set()  # fields of a source that failed are not reported missing
+    filled = (
+        {"model"} if problems[-1] is not None else set()
+    )  # fields of a source that failed are not reported as missing
     problems += [_family_problem(merged, presets)]
     filled |= {"data.tokenizer"} if filled and not _named(merged, "preset") else set()
     config: Config | None = None
@@ -88,7 +94,7 @@ def resolve(
 
 
 def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Settings in both the mapping of an earlier configuration and `config` whose values differ."""
+    """List the settings whose values in `config` differ from an earlier configuration, as `key: old -> new`."""
     old, new = _flat(before), _flat(yaml.safe_load(config.to_yaml()))
     expected = {"run.dir", "run.resume", *(f"model.{name}" for name in SOURCES)}
     keys = [key for key in old if key in new and old[key] != new[key] and key not in expected]
@@ -96,7 +102,7 @@ def changed_settings(before: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -104,7 +110,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """`--key value` and `--key=value` as pairs."""
+    """Parse `--key value` and `--key=value` into pairs."""
     pairs, rest = [], list(overrides)
     while rest:
         item = rest.pop(0)
@@ -141,7 +147,7 @@ def _named(raw: Mapping[str, Any], source: str) -> bool:
 
 
 def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None) -> str | None:
-    """Fill the model's fields from its source, and the tokenizer where a trained model has one."""
+    """Fill the model's fields, and a trained model's tokenizer, from the source; return the problem, if any."""
     given = [name for name in SOURCES if _named(raw, name)]
     if not given:
         return None
@@ -166,7 +172,7 @@ def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None
 
 
 def _family_problem(raw: Mapping[str, Any], presets: Presets) -> str | None:
-    """Every family has a preset, so the presets say which families there are."""
+    """Check `model.family` against the presets, which cover every family."""
     model = raw.get("model")
     name = model.get("family") if isinstance(model, dict) else None
     known = list(dict.fromkeys(preset["family"] for preset in presets.values()))
@@ -181,13 +187,13 @@ def _describe(item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{path}: no such setting{_did_you_mean(location[-1], _siblings(location))}"
     if item["type"] == "missing":
-        return f"{path}: is required and not given"
+        return f"{path}: required, but not given"
     message = item["msg"][0].lower() + item["msg"][1:]
     return f"{path} = {item['input']!r}: {message}"
 
 
 def _siblings(location: Sequence[str]) -> list[str]:
-    """Names that would have been valid at the last part of `location`."""
+    """List the names that are valid in place of the last part of `location`."""
     section: Any = Config
     for name in location[:-1]:
         if name.isdigit():

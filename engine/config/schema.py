@@ -1,7 +1,7 @@
-"""Every setting of a run: one frozen pydantic model for each section, with types, defaults, ranges and descriptions.
+"""Schema of the configuration: one frozen pydantic model per section, with types, defaults, ranges and descriptions.
 
-`load.py` fills them from a YAML file and overrides, `checks.py` holds settings against each other, and `derived.py`
-computes what follows from several. Functions take the section they need.
+`load.py` fills it from a YAML file and overrides, `checks.py` checks settings against each other, and `derived.py`
+computes values from several settings. Functions take the section that they need.
 Alternatives considered: argparse flags (two hundred of them and no structure) and Python config files (code, not data).
 """
 
@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-SOURCES = ("preset", "from_hf", "from_checkpoint")  # of the architecture
+SOURCES = ("preset", "from_hf", "from_checkpoint")  # settings that give the architecture
 NormImpl = Literal["auto", "triaxis", "torch", "apex", "te"]
 AttentionImpl = Literal["auto", "sdpa", "varlen", "flash_attn", "te"]
 Fp8MatmulImpl = Literal["auto", "cublaslt", "triaxis", "torch"]
@@ -30,7 +30,7 @@ Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
 class Section(BaseModel):
-    """A group of settings: immutable, unknown keys refused."""
+    """A group of settings; immutable, rejects unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
@@ -38,17 +38,17 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """Where a run writes, what it resumes, its seed and its device."""
+    """Output directory, resuming, seed and device."""
 
-    dir: Path = Field(Path("runs/default"), description="everything the run writes goes below this directory")
-    seed: int = Field(1234, description="seed of initial weights and of the order of the samples")
+    dir: Path = Field(Path("runs/default"), description="output directory of the run")
+    seed: int = Field(1234, description="seed of the initial weights and the order of the samples")
     resume: str = Field("auto", description="auto (newest checkpoint in run.dir), never, or a checkpoint directory")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    deterministic: bool = Field(False, description="bitwise repeats on a GPU, at some cost; a CPU always repeats")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if available")
+    deterministic: bool = Field(False, description="bitwise reproducible on a GPU, but slower; a CPU always is")
 
 
 class RopeScaling(Section):
-    """Llama-3 frequency scaling: low frequencies are slowed down by `factor`."""
+    """Llama-3 RoPE scaling: low frequencies are divided by `factor`."""
 
     factor: PositiveFloat
     low_freq_factor: PositiveFloat = 1.0
@@ -64,7 +64,7 @@ class ModelConfig(Section):
     from_checkpoint: Path | None = Field(
         None, description="a run or a checkpoint, of any layout: only its architecture and initial weights"
     )
-    family: str = Field("llama", description="parameter names and config.json; a row of `engine/model/families.py`")
+    family: str = Field("llama", description="defines parameter names and config.json; see `engine/model/families.py`")
     num_layers: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -72,7 +72,7 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     vocab_size: PositiveInt
-    max_position: PositiveInt = Field(description="longest sequence that the model supports")
+    max_position: PositiveInt = Field(description="maximum sequence length of the model")
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: PositiveFloat = 1e-5
     activation: Literal["swiglu", "gelu"] = "swiglu"
@@ -87,34 +87,34 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is sharded. Data parallelism takes the remaining ranks: dp = ranks / (tp · pp)."""
+    """Sharding of the model. Data parallelism uses the remaining ranks: dp = ranks / (tp · pp)."""
 
     tp: PositiveInt | Literal["auto"] = Field(
         1,
-        description="ranks that share each layer, best within a node; auto: with pp, the smallest tp × pp that fits in "
-        "90 % of the memory (of two equally small, the one with the larger tp); tp divides the ranks of a node",
+        description="tensor-parallel size, best within a node; auto: with pp, the smallest tp × pp that fits in 90 % "
+        "of the memory (of two equally small, the one with the larger tp); tp divides the ranks of a node",
     )
-    pp: PositiveInt | Literal["auto"] = Field(1, description="stages that share the layers; auto: see tp")
+    pp: PositiveInt | Literal["auto"] = Field(1, description="pipeline-parallel size (stages); auto: see tp")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = Field("1f1b", description="pipeline schedule")
-    virtual_stages: PositiveInt = Field(1, description="parts of the model on each stage, for the interleaved schedule")
+    virtual_stages: PositiveInt = Field(1, description="model chunks per stage, for the interleaved schedule")
     layers_per_stage: tuple[NonNegativeInt, ...] | None = Field(
-        None, description="layers of each stage (each part, in model order, with virtual stages); null: by cost"
+        None, description="layers per stage (per chunk, in model order, with virtual stages); null: by cost"
     )
     sharded_optimizer: bool = Field(True, description="shard the optimizer state over the data-parallel ranks")
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="activations recomputed in the backward pass: none; selective (attention, the outputs of norms "
-        "and activation functions); full (all but the input of each layer)",
+        description="activations to recompute in the backward pass: none; selective (attention, outputs of norms and "
+        "activation functions); full (all but the input of each layer)",
     )
     recompute_layers: PositiveInt | None = Field(
-        None, description="layers of each stage (each part) that recompute; null: all"
+        None, description="layers to recompute per stage (per chunk); null: all"
     )
-    compile: bool = Field(False, description="torch.compile each layer: saves time on GPUs, costs it on CPUs")
+    compile: bool = Field(False, description="torch.compile each layer: faster on GPUs, slower on CPUs")
 
     @field_validator("tp", "pp", mode="wrap")
     @classmethod
     def _one_problem(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        """One error, instead of one for each type in the union."""
+        """Report one error instead of one per type in the union."""
         try:
             return validate(value)
         except ValidationError:
@@ -122,19 +122,19 @@ class ParallelConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Dtype of parameters and activations, and which layers run their matmuls in FP8 with which scales."""
+    """Dtype of parameters and activations, FP8 recipe, and layers kept in bf16."""
 
     mode: Literal["auto", "fp32", "bf16", "fp8"] = Field(
-        "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16, but the layers' matmuls in FP8"
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with the layers' matmuls in FP8"
     )
     recipe: Fp8Recipe = Field("tensorwise", description="how FP8 scales are computed")
     amax_history: PositiveInt = Field(1024, description="steps in the amax history of `delayed`")
-    bf16_first_layers: int = Field(0, ge=0, description="layers at the start that stay in bf16")
-    bf16_last_layers: int = Field(0, ge=0, description="layers at the end that stay in bf16")
+    bf16_first_layers: int = Field(0, ge=0, description="number of first layers kept in bf16")
+    bf16_last_layers: int = Field(0, ge=0, description="number of last layers kept in bf16")
 
 
 class OpsConfig(Section):
-    """Which implementation an operator with several uses; a run refuses to start if the one named is not installed."""
+    """Operator implementations. The run fails at startup if one requested by name is not available."""
 
     norm: NormImpl = Field("auto", description="auto: csrc's, else PyTorch's")
     attention: AttentionImpl = Field(
@@ -153,24 +153,24 @@ class DatasetConfig(Section):
 
 
 class DataConfig(Section):
-    """Datasets, tokenizer, and how documents become sequences of `seq_length` tokens."""
+    """Datasets, tokenizer, and construction of sequences of `seq_length` tokens."""
 
     tokenizer: str = Field(
         description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
     )
     train: list[DatasetConfig] = Field(
-        min_length=1, description="sft: the weight, a whole number, is how often an epoch reads the dataset"
+        min_length=1, description="sft: the weight must be an integer, the repeats of the dataset per epoch"
     )
-    valid: list[DatasetConfig] = Field([], description="evaluate on these instead of a split of `train`")
+    valid: list[DatasetConfig] = Field([], description="validation datasets, instead of a split of `train`")
     split: tuple[float, float, float] = Field(
-        (98, 1, 1), description="shares of train, validation, test; by documents: contiguous, or at random (sft)"
+        (98, 1, 1), description="fractions of train, validation and test documents; contiguous, or random (sft)"
     )
     seq_length: PositiveInt
     packing: bool = Field(
-        True, description="sft: several conversations per sequence, which do not attend to each other"
+        True, description="sft: pack several conversations per sequence; they do not attend to each other"
     )
     document_mask: bool = Field(True, description="tokens do not attend across documents")
-    num_workers: int = Field(1, ge=0, description="prefetching processes per rank")
+    num_workers: int = Field(1, ge=0, description="data-loading processes per rank")
 
 
 class BatchConfig(Section):
@@ -184,7 +184,7 @@ class OptimizerConfig(Section):
     """AdamW with decoupled weight decay (arXiv 1711.05101) and gradient clipping."""
 
     lr: PositiveFloat = 3e-4
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; never on norms and biases")
+    weight_decay: float = Field(0.1, ge=0, description="applied to matrices, not to norms and biases")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     clip_grad: float = Field(1.0, ge=0, description="maximum global gradient norm; 0 disables clipping")
@@ -192,30 +192,28 @@ class OptimizerConfig(Section):
 
 
 class LrScheduleConfig(Section):
-    """Learning rate by step: linear warmup to `optimizer.lr`, then by `kind`, which may fall to `min_lr`."""
+    """Learning-rate schedule: linear warmup to `optimizer.lr`, then `kind`, which decays to `min_lr`."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps, if warmup_steps is 0")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="fraction of all steps, if warmup_steps is 0")
     decay_steps: int | None = Field(None, ge=1, description="wsd only: steps of the final decay (default 10 %)")
     min_lr: float = Field(0.0, ge=0)
 
 
 class TrainConfig(Section):
-    """Length of the run, evaluation, extra terms of the loss, and when to stop early."""
+    """Length of the run, evaluation, extra terms of the loss, and early stopping."""
 
-    steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as train.epochs take")
+    steps: int = Field(0, ge=0, description="optimizer steps; 0: computed from train.epochs")
     epochs: int = Field(
-        0, ge=0, description="sft: passes over the data, unless train.steps ends the run before; 0: no limit"
+        0, ge=0, description="sft: passes over the data; train.steps may end the run earlier; 0: no limit"
     )
     eval_interval: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     eval_steps: int = Field(
-        0, ge=0, description="global batches per evaluation; 0: no evaluation; sft: at most all there are"
+        0, ge=0, description="global batches per evaluation; 0: no evaluation; sft: at most one epoch"
     )
     early_stopping: int = Field(0, ge=0, description="stop after this many evaluations without a new best; 0: never")
-    neftune_alpha: float = Field(
-        0.0, ge=0, description="sft: strength of the noise on embeddings (NEFTune); 5 is usual"
-    )
+    neftune_alpha: float = Field(0.0, ge=0, description="sft: scale of the noise on embeddings (NEFTune); typically 5")
     z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits in the training loss")
     max_nonfinite_steps: PositiveInt = Field(
         3,
@@ -224,7 +222,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written, and which of them are kept."""
+    """Checkpoint interval and retention."""
 
     interval: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: PositiveInt = 3
@@ -234,14 +232,14 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """How often metrics are reported, and where beside `metrics.jsonl`."""
+    """Interval and outputs of metrics, in addition to `metrics.jsonl`."""
 
     interval: PositiveInt = 10
     tensorboard: bool = True
 
 
 class Config(Section):
-    """The whole configuration of a run."""
+    """Configuration of a run."""
 
     task: Literal["pretrain", "sft"] = Field("pretrain", description="sft: supervised fine-tuning on conversations")
     run: RunConfig = RunConfig()
@@ -258,7 +256,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     def to_yaml(self) -> str:
-        """The resolved configuration, a line or two for each section; loading it gives an equal `Config`."""
+        """Dump the resolved configuration as YAML, a line or two per section; loading it gives an equal `Config`."""
         plain = self.model_dump(mode="json", by_alias=True)
         return "".join(f"{_flow_style({key: value})[1:-1]}\n" for key, value in plain.items())
 

@@ -1,1 +1,1 @@
-"""Fused operators, one file each: a reference in plain PyTorch, a fast path, and the rule that chooses."""
+"""Fused operators, one file each: a PyTorch reference, a fast path, and the rule that selects between them."""

@@ -1,7 +1,7 @@
 """AdamW on flat tensors, in place (Loshchilov and Hutter, arXiv 1711.05101).
 
-The kernel also writes the rounded parameter, which the model computes with, in the same pass over memory. PyTorch's
-fused AdamW takes only fp32 moments: without the kernel, bf16 moments are widened in pieces.
+The kernel also writes the rounded parameter that the model computes with, in the same pass over memory. PyTorch's fused
+AdamW supports only fp32 moments: without the kernel, bf16 moments are converted to fp32 in pieces.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.ops import native
 
-_PIECE = 1 << 24  # elements of bf16 moments that are widened at a time, so that their fp32 copies take 128 MiB
+_PIECE = 1 << 24  # elements of bf16 moments converted at a time; the two fp32 copies take 128 MiB
 
 
 def adamw_step(
@@ -26,12 +26,14 @@ def adamw_step(
     found_inf: Tensor | None = None,
     rounded: Tensor | None = None,
 ) -> None:
-    """One update, in place, of `param`, `exp_avg` and `exp_avg_sq`, flat and of one size; `param` and `grad` are fp32,
-    the moments fp32 or bf16. `rounded` gets the new `param` in its own dtype.
+    """Update `param`, `exp_avg` and `exp_avg_sq` in place.
 
-    `step` (fp32, one element) is the number of this update, 1 for the first; it is not changed. The gradient is
-    divided by `grad_scale` (fp32, one element) and may be overwritten. If `found_inf` (fp32, one element) is not 0,
-    nothing changes. The host reads none of them.
+    All tensors are flat and of one size; `param` and `grad` are fp32, the moments fp32 or bf16. If `rounded`
+    is given, the new `param` is written to it in its dtype.
+
+    `step` (fp32, one element) is the number of this update, from 1; it is not modified. The gradient is divided by
+    `grad_scale` (fp32, one element) and may be overwritten. If `found_inf` (fp32, one element) is not 0, nothing is
+    updated. The host reads none of them.
     """
     if native.runs(param):
         settings = (lr, *betas, eps, weight_decay)
@@ -40,7 +42,7 @@ def adamw_step(
     size = max(1, param.numel()) if exp_avg.dtype == torch.float32 else _PIECE
     tensors = [x.split(size) for x in (param, grad, exp_avg, exp_avg_sq)]
     for param_part, grad_part, *moments in zip(*tensors, strict=True):
-        widened = [moment.float() for moment in moments]  # fp32 moments are themselves
+        widened = [moment.float() for moment in moments]  # no copy if already fp32
         torch._fused_adamw_(
             [param_part],
             [grad_part],

@@ -1,8 +1,9 @@
 """Causal attention over segments of a flat token dimension.
 
-Segment boundaries are integers on the host, so that choosing a path never waits for a device. Consecutive segments of
-the same length share a call of `F.scaled_dot_product_attention`, which has a fast kernel for each device. Alternative
-considered: one call with a block-diagonal mask (quadratic in the microbatch, and masked flash kernels are slower).
+Segment boundaries are integers on the host, so that selecting a path does not synchronize with the device. Consecutive
+segments of the same length share a call of `F.scaled_dot_product_attention`, which has a fast kernel for each device.
+Alternative considered: one call with a block-diagonal mask (quadratic in the microbatch, and masked flash kernels are
+slower).
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def attention(
 ) -> Tensor:
     """Softmax attention of `q` [t, n, d] over `k`, `v` [t, n_kv, d], causal within each segment: [t, n, d].
 
-    Segment i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. With `sliding_window` a token sees itself and the
+    Segment i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. With `sliding_window`, a token attends to itself and the
     window − 1 tokens before it.
     """
     if (impl := choose_impl(impl, q, cu_seqlens, sliding_window)) != "sdpa":
@@ -55,8 +56,8 @@ def attention(
 def choose_impl(
     impl: AttentionImpl, q: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
 ) -> AttentionImpl:
-    """The rule: on a GPU, sequences of one length without a window go to SDPA, whose cuDNN kernel is the fastest;
-    others to kernels that take documents of any length in one call, but only half precision.
+    """Resolve `auto`. On a GPU, sequences of equal length without a window use SDPA, whose cuDNN kernel is the fastest;
+    others use variable-length kernels, which take all documents in one call but only half precision.
     """
     if impl != "auto":
         return impl
@@ -70,7 +71,7 @@ def choose_impl(
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None = None
 ) -> Tensor:
-    """One masked softmax over all pairs of tokens."""
+    """Reference: one masked softmax over all pairs of tokens."""
     segment = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
     segment[list(cu_seqlens[1:-1])] = 1
     segment = segment.cumsum(0)
@@ -84,9 +85,9 @@ def attention_reference(
 def attention_with_cache(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], sliding_window: int | None = None
 ) -> Tensor:
-    """Attention of the newest tokens of b sequences, `q` [b, t_new, n, d], over all of each: [b, t_new, n, d].
+    """Attention of the newest tokens of b sequences, `q` [b, t_new, n, d], over the KV cache: [b, t_new, n, d].
 
-    Of `k` and `v` [b, capacity, n_kv, d], sequence i uses the first lengths[i]; the others must be finite.
+    Sequence i uses the first lengths[i] entries of `k` and `v` [b, capacity, n_kv, d]; the others must be finite.
     """
     new = q.shape[1]
     first = 0 if sliding_window is None else max(0, min(lengths) - new + 1 - sliding_window)
@@ -109,7 +110,7 @@ def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, sliding_window
 def _all_segments(
     impl: AttentionImpl, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
 ) -> Tensor:
-    """One call of flash attention for documents of any lengths."""
+    """Variable-length flash attention: one call for documents of any length."""
     offsets, longest = _offsets(cu_seqlens, q.device), max(b - a for a, b in pairwise(cu_seqlens))
     reach = None if sliding_window is None else sliding_window - 1  # tokens before the query
     if impl == "varlen":
@@ -131,14 +132,14 @@ def _all_segments(
         options["window_size"] = (reach, 0)
     flash_attn = _flash_attn(torch.cuda.get_device_capability(q.device)[0])
     if flash_attn is None:
-        raise ValueError("ops.attention = flash_attn: no version of it that is installed runs on this GPU; use varlen")
+        raise ValueError("ops.attention = flash_attn: no installed version of flash-attn runs on this GPU; use varlen")
     out = flash_attn(q, k, v, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
 @cache
 def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
-    """PyTorch's varlen_attn and the names of its arguments: in torch 2.11 it does not support grouped heads."""
+    """PyTorch's varlen_attn and its argument names: in torch 2.11 it does not support grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, frozenset(signature(varlen_attn).parameters)
@@ -146,9 +147,9 @@ def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
 
 @cache
 def _flash_attn(capability: int) -> Callable[..., Any] | None:
-    """The newest of versions 4, 3 (both for Hopper and later) and 2 that is installed, if any.
+    """The newest installed version of flash-attn: 4, 3 (both for Hopper and later) or 2; None if there is none.
 
-    Their arguments have the same names, and they infer grouped heads from the shapes.
+    All have the same argument names and infer grouped heads from the shapes.
     """
     modules = ["flash_attn.cute", "flash_attn_interface"] if capability >= 9 else []
     for name in [*modules, "flash_attn"]:
@@ -171,14 +172,14 @@ def _te_attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., Ten
     return attend
 
 
-@lru_cache(maxsize=8)  # all layers of a microbatch use the same
+@lru_cache(maxsize=8)  # shared by all layers of a microbatch
 def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     host = torch.tensor(cu_seqlens, dtype=torch.int32, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-    """SDPA of tensors [b, s, n, d], which it takes as [b, n, s, d]."""
+    """SDPA for tensors [b, s, n, d], transposed to [b, n, s, d] as it expects."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True) if q.is_cuda else nullcontext():
@@ -187,15 +188,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool 
 
 
 def _seen(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """Mask [queries, keys]: True where a query sees a key; the last query is at the last key."""
+    """Mask [queries, keys]: True where a query attends to a key; the last query is at the last key."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     seen = distance >= 0
     return seen if sliding_window is None else seen & (distance < sliding_window)
 
 
-@lru_cache(maxsize=8)  # all layers of a step use the same
+@lru_cache(maxsize=8)  # shared by all layers of a step
 def _seen_of_each(new: int, ends: tuple[int, ...], sliding_window: int | None, device: torch.device) -> Tensor:
-    """Mask [b, 1, new, longest]: True where a query sees a key; the last query of sequence i is at key ends[i] - 1."""
+    """Mask [b, 1, new, longest]: True where a query attends to a key. Sequence i ends at key ends[i] - 1."""
     queries = _offsets(ends, device)[:, None] + torch.arange(-new, 0, device=device)  # [b, new]
     distance = queries[..., None] - torch.arange(max(ends), device=device)
     seen = distance >= 0

@@ -1,7 +1,8 @@
-"""Chooses and checks operator implementations.
+"""Selection and checks of operator implementations.
 
-`auto` takes the fastest available implementation and never fails; one that is requested by name runs, or is an error
-before the first step. Packages are detected by a module that only the right one has: PyPI's "apex" is a web toolkit.
+`auto` selects the fastest available implementation and never fails. An implementation requested by name is an error
+before the first step if it cannot run. Packages are detected by a module that only the right one has: PyPI's "apex" is
+a web toolkit.
 """
 
 from importlib.util import find_spec
@@ -21,7 +22,11 @@ _PACKAGES = {
 
 
 def require_implementations(ops: OpsConfig, device: torch.device) -> None:
-    """Raises: ConfigError: an implementation that was requested by name cannot run on `device`."""
+    """Check that the implementations requested by name can run on `device`.
+
+    Raises:
+        ConfigError: one of them cannot.
+    """
     for name, wanted in ops.model_dump().items():
         if wanted in ("auto", "torch", "sdpa") or name == "fp8_matmul":  # checked with its recipe in parallel/fp8.py
             continue
@@ -35,7 +40,11 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
 
 
 def require_fp8(precision: PrecisionConfig, ops: OpsConfig, device: torch.device) -> None:
-    """Raises: ConfigError: the GPU has no FP8 matmuls of this recipe. A CPU emulates all of them."""
+    """Check that the device supports FP8 matmuls of the recipe. A CPU emulates all of them.
+
+    Raises:
+        ConfigError: the GPU does not support them.
+    """
     if precision.mode != "fp8" or device.type != "cuda":
         return
     found = torch.cuda.get_device_capability(device)
@@ -50,12 +59,14 @@ def require_fp8(precision: PrecisionConfig, ops: OpsConfig, device: torch.device
             f"precision.recipe = {precision.recipe} with ops.fp8_matmul = {impl} needs csrc: {native.WHY_NOT}"
         )
     if impl == ("torch" if precision.recipe == "blockwise" else "triaxis"):
-        has = "one scale a tensor" if impl == "torch" else "scales of blocks"
-        raise ConfigError(f"ops.fp8_matmul = {impl} has {has}, not precision.recipe = {precision.recipe}; use cublaslt")
+        has = "one scale per tensor" if impl == "torch" else "scales per block"
+        raise ConfigError(
+            f"ops.fp8_matmul = {impl} has {has}, and cannot run precision.recipe = {precision.recipe}; use cublaslt"
+        )
 
 
 def describe_ops(ops: OpsConfig, device: torch.device) -> str:
-    """One line for the start of a run: the kernels in use and every setting of `ops`."""
+    """Describe the kernels in use and every setting of `ops`, in one line."""
     if device.type != "cuda":
         kernels = "plain PyTorch (no GPU)"
     elif native.has_kernels():
@@ -73,5 +84,5 @@ def installed(package: str) -> bool:
 def _found(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
+    except ModuleNotFoundError:  # no parent package
         return False

@@ -1,8 +1,8 @@
 """FP8 matmuls with fp32 accumulation, and their emulation on a CPU.
 
-Both operands have their rows along the dimension that is summed, as Hopper's FP8 instructions require. On a CPU the
-operands are dequantized and multiplied in fp32: every rounding of the FP8 matmul except that of its accumulator. What a
-GPU would refuse is refused everywhere.
+Both operands are contiguous along the reduction dimension, as Hopper's FP8 instructions require. On a CPU, the operands
+are dequantized and multiplied in fp32, which reproduces all roundings of the FP8 matmul but those of its accumulator.
+Inputs that a GPU does not support are errors on a CPU, too.
 """
 
 import torch
@@ -13,7 +13,7 @@ from engine.ops import native
 from engine.ops.linear import matmul_transposed
 from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, BLOCK_SIZE, TENSORWISE, QuantizedTensor, quantize
 
-_SIZE_MULTIPLE = 16  # of m, n and k
+_SIZE_MULTIPLE = 16  # m, n and k must be multiples of it
 _SCALINGS = {
     (TENSORWISE, TENSORWISE),
     (BLOCK_1X128, BLOCK_128X128),
@@ -27,10 +27,10 @@ def scaled_matmul(
 ) -> Tensor:
     """a·bᵀ for `a` [m, k] and `b` [n, k]: [m, n] of `dtype`.
 
-    `fast` lets a GPU accumulate in fewer bits; only TENSORWISE matmuls have that.
+    `fast` lets a GPU accumulate in fewer bits; only TENSORWISE matmuls support it.
 
     Raises:
-        ValueError: no GPU has a matmul of these sizes, formats or scalings.
+        ValueError: no GPU supports a matmul of these sizes, formats or scalings.
     """
     _require_supported(a, b)
     if a.values.is_cuda:
@@ -39,7 +39,11 @@ def scaled_matmul(
 
 
 def add_scaled_matmul(out: Tensor, a: QuantizedTensor, b: QuantizedTensor, *, impl: Fp8MatmulImpl = "auto") -> None:
-    """Adds a·bᵀ to `out` fp32 [m, n]. Raises: ValueError: as `scaled_matmul`."""
+    """Add a·bᵀ to `out` fp32 [m, n].
+
+    Raises:
+        ValueError: as `scaled_matmul`.
+    """
     _require_supported(a, b)
     if a.values.is_cuda:
         _on_gpu(a, b, torch.float32, out, False, impl)
@@ -48,7 +52,7 @@ def add_scaled_matmul(out: Tensor, a: QuantizedTensor, b: QuantizedTensor, *, im
 
 
 def dequantize(x: QuantizedTensor) -> Tensor:
-    """The values times their `scale_inv`, fp32 [m, k]."""
+    """Return values · scale_inv, fp32 [m, k]."""
     values = x.values.float()
     if x.scaling == TENSORWISE:
         return values.mul_(x.scale_inv)
@@ -58,7 +62,7 @@ def dequantize(x: QuantizedTensor) -> Tensor:
 
 
 def transpose(x: QuantizedTensor) -> QuantizedTensor:
-    """The transpose: exact for TENSORWISE; BLOCK_1X128 is quantized again, in blocks along the other dimension."""
+    """Transpose. Exact for TENSORWISE; BLOCK_1X128 is quantized again, in blocks along the other dimension."""
     if x.scaling == TENSORWISE:
         return QuantizedTensor(x.values.t().contiguous(), x.scale_inv, TENSORWISE)
     wide = dequantize(x).to(torch.bfloat16)
@@ -72,23 +76,23 @@ def _require_supported(a: QuantizedTensor, b: QuantizedTensor) -> None:
         if any(size % _SIZE_MULTIPLE for size in x.values.shape):
             raise ValueError(f"FP8 matmuls take multiples of {_SIZE_MULTIPLE}, not {list(x.values.shape)}")
     if a.values.dtype == b.values.dtype == torch.float8_e5m2:
-        raise ValueError("there is no FP8 matmul of two E5M2 matrices")
+        raise ValueError("no FP8 matmul supports two E5M2 matrices")
     if (a.scaling, b.scaling) not in _SCALINGS:
-        raise ValueError(f"there is no FP8 matmul of matrices scaled {a.scaling} and {b.scaling}")
+        raise ValueError(f"no FP8 matmul supports matrices scaled {a.scaling} and {b.scaling}")
 
 
 def _on_gpu(
     a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, out: Tensor | None, fast: bool, impl: Fp8MatmulImpl
 ) -> Tensor:
-    """The rule: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which is TENSORWISE
-    and does not accumulate. The custom kernel, for Hopper and scales of blocks, has to be requested by name.
+    """Resolve `auto` and run: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which
+    is TENSORWISE and does not accumulate. The custom kernel (Hopper, scales per block) must be requested by name.
     """
     if impl == "auto":
         impl = "torch" if native.WHY_NOT else "cublaslt"
     operands = (a.values, b.values, a.scale_inv, b.scale_inv, a.scaling, b.scaling)
     if impl == "torch":
         if a.scaling != TENSORWISE:
-            raise ValueError("PyTorch's FP8 matmul has one scale a tensor; scales of blocks need csrc")
+            raise ValueError("PyTorch's FP8 matmul has one scale per tensor; scales per block need csrc")
         scales = {"scale_a": a.scale_inv, "scale_b": b.scale_inv}
         result = torch._scaled_mm(a.values, b.values.t(), **scales, out_dtype=dtype, use_fast_accum=fast)
         return result if out is None else out.add_(result)

@@ -1,10 +1,10 @@
 """Linear layers, y = x·Wᵀ + b, and the matmuls of their gradients.
 
-On a CPU, PyTorch's fp32 matmuls use MKL, which takes only half of the vector width of processors that are not Intel's.
-oneDNN, which PyTorch includes as well, takes all of it (twice as fast on an AMD EPYC with AVX-512) and needs no copy of
-transposed operands; small matmuls stay with MKL, whose calls have less overhead. Alternatives considered: 1×1
-convolutions, the public way into oneDNN (their gradients are slower than MKL's), and the settings of
-`torch.backends.mkldnn` (global, and they lower the precision if the processor can).
+On a CPU, PyTorch's fp32 matmuls use MKL, which uses only half of the vector width on processors of other vendors than
+Intel. oneDNN, which PyTorch also includes, uses all of it (twice as fast on an AMD EPYC with AVX-512) and needs no copy
+of transposed operands; small matmuls use MKL, which has less overhead per call. Alternatives considered: 1×1
+convolutions, the public API of oneDNN (their gradients are slower than MKL's), and the settings of
+`torch.backends.mkldnn` (global, and they lower the precision if the processor supports it).
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_MIN_ROWS = 16  # below, oneDNN's reordering of the weight costs more than it gains
-_MIN_MULTIPLICATIONS = 2**21  # below, its call costs more: about 15 µs
+_MIN_ROWS = 16  # below, oneDNN's reordering of the weight takes longer than it saves
+_MIN_MULTIPLICATIONS = 2**21  # below, its overhead per call of about 15 µs dominates
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` by PyTorch's own `F.linear`."""
+    """Reference of `linear`: PyTorch's `F.linear`."""
     return F.linear(x, weight, bias)
 
 
@@ -36,7 +36,7 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Adds the weight's gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype.
+    """Add the weight gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype.
 
     On a GPU the matmul itself accumulates into `out`.
     """
@@ -47,14 +47,14 @@ def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ·x [out, in]; oneDNN copies its first operand, so the narrower one comes first."""
+    """Compute gradᵀ·x [out, in]. oneDNN copies its first operand, so the narrower one comes first."""
     if grad.shape[1] > x.shape[1]:
         return matmul_transposed(x.t(), grad.t()).t()
     return matmul_transposed(grad.t(), x.t())
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """The rule: large fp32 matmuls on a CPU, if this PyTorch has oneDNN and torch.compile does not choose itself."""
+    """Whether oneDNN is used: for large fp32 matmuls on a CPU, if PyTorch has it, and not under torch.compile."""
     rows = x.numel() // max(1, x.shape[-1])
     return (
         not torch.compiler.is_compiling()

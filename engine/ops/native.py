@@ -1,6 +1,6 @@
-"""The compiled operators `torch.ops.triaxis`: whether they are available, and the shapes of their results.
+"""Loading of the compiled operators `torch.ops.triaxis`, and their fake (meta) implementations.
 
-The library is loaded once, when this module is imported. Without it the engine runs on plain PyTorch.
+The library is loaded once, when this module is imported. Without it, the engine runs on plain PyTorch.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(x: Tensor) -> bool:
-    """The rule of every operator with a kernel: `x` is on a GPU, the kernels know its dtype, and csrc has CUDA."""
+    """Whether operators use their kernels for `x`: on a GPU, of a supported dtype, and with csrc built with CUDA."""
     return x.is_cuda and x.dtype in _DTYPES and has_kernels()
 
 
@@ -25,11 +25,11 @@ def has_kernels() -> bool:
 
 
 def why_no_kernels() -> str:
-    """For messages, if `has_kernels` is false."""
+    """Return the reason for messages, if `has_kernels` is false."""
     return WHY_NOT or "csrc was built without CUDA"
 
 
-# The functions below return what the operator of their name does, for fake tensors: only shapes and dtypes count.
+# Fake implementations: outputs with the shapes and dtypes of the operator of the same name.
 
 
 def _norm_forward(
@@ -125,7 +125,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 def _load() -> str:
-    """Loads the library; returns why it cannot be used, or an empty string."""
+    """Load the library; return why it cannot be used, or an empty string."""
     if not LIBRARY.exists():
         return "csrc was not built"
     try:
@@ -134,7 +134,9 @@ def _load() -> str:
         return f"{LIBRARY} cannot be loaded: {error}"
     known = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "triaxis::" in name}
     if missing := _FAKES.keys() - known:
-        return f"{LIBRARY} is of another version of this package (without {min(missing)}); install the package again"
+        return (
+            f"{LIBRARY} belongs to another version of this package ({min(missing)} is missing); reinstall the package"
+        )
     return ""
 
 

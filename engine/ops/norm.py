@@ -1,7 +1,7 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension, alone or of a residual sum.
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension, also with a residual add.
 
-Statistics are in fp32 (or wider), whatever the dtype of the input; eps is inside the square root; the result is rounded
-once, after the weight.
+Statistics are in fp32 (or wider) for any input dtype; eps is inside the square root; the result is rounded once, after
+multiplication by the weight.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
 
 AddGradient = Callable[[Tensor], None]
 Sinks = tuple[AddGradient | None, AddGradient | None]
-"""Of weight and bias: what takes the fp32 gradient that a kernel sums, which autograd would round to the parameter's
-dtype. None: the gradient goes to autograd. Implementations without a kernel leave all gradients to autograd."""
+"""Gradient sinks of weight and bias. A sink receives the fp32 gradient of a kernel, which autograd would round to the
+parameter's dtype. If it is None, or without a kernel, the gradient goes to autograd."""
 _NO_SINKS: Sinks = (None, None)
 
 
@@ -59,7 +59,7 @@ def add_norm(
     impl: NormImpl = "auto",
     sinks: Sinks = _NO_SINKS,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual (LayerNorm with a bias, else RMSNorm), and that sum; one pass over memory on a GPU."""
+    """Return the norm of x + residual (LayerNorm with a bias, else RMSNorm) and the sum; one memory pass on a GPU."""
     if _uses_kernel(x, weight, impl):
         return _KernelNorm.apply(x, residual, weight, bias, eps, sinks)
     total = x + residual
@@ -77,7 +77,7 @@ def norm_to_fp8(
     output: Fp8Output,
     sinks: Sinks = _NO_SINKS,
 ) -> tuple[Fp8Activation, Tensor]:
-    """The norm of x [t, h] (or of x + residual) in FP8, and that sum; only if `output.supports` it."""
+    """Return the norm of x [t, h] (or of x + residual) in FP8, and the sum. Requires `output.supports`."""
     carrier, total, values, scale_inv = _KernelNorm.apply(x, residual, weight, bias, eps, sinks, output)
     return Fp8Activation(output.quantized(values, scale_inv), carrier), total
 
@@ -101,7 +101,7 @@ def _uses_kernel(x: Tensor, weight: Tensor, impl: NormImpl) -> bool:
 
 
 def _package_norm(impl: NormImpl, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """The norm of apex or Transformer Engine, which `require_implementations` has found."""
+    """Norm of apex or Transformer Engine; `require_implementations` has checked that it is installed."""
     if impl == "te":
         return _te_norm(bias is not None, weight.shape[0], eps)(x, weight, bias)
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
@@ -113,7 +113,7 @@ def _package_norm(impl: NormImpl, x: Tensor, weight: Tensor, bias: Tensor | None
 
 @cache
 def _te_norm(centered: bool, hidden_size: int, eps: float) -> Callable[..., Tensor]:
-    """Transformer Engine's module, called with our parameters instead of its own."""
+    """Transformer Engine's module as a function of (x, weight, bias)."""
     import transformer_engine.pytorch as te
 
     module = (te.LayerNorm if centered else te.RMSNorm)(hidden_size, eps=eps)
@@ -126,7 +126,7 @@ def _te_norm(centered: bool, hidden_size: int, eps: float) -> Callable[..., Tens
 
 
 def uses_fewer_passes(x: Tensor) -> bool:
-    """The rule without a kernel: on a CPU, where PyTorch's own RMSNorm makes five passes over memory."""
+    """Whether `_RmsNorm` is used: on a CPU, where PyTorch's makes five passes over memory; not under torch.compile."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -135,7 +135,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 class _KernelNorm(torch.autograd.Function):
-    """The kernels: (x, residual or None, weight, bias or None) -> (norm, sum[, values and scale_inv of the norm])."""
+    """Kernels: (x, residual or None, weight, bias or None) -> (norm, sum[, values and scale_inv of the norm])."""
 
     @staticmethod
     def forward(
@@ -194,7 +194,7 @@ class _KernelNorm(torch.autograd.Function):
 
 
 def _deliver(sink: AddGradient | None, grad: Tensor) -> Tensor | None:
-    """Hands a parameter's gradient to its sink; without one, returns it for autograd."""
+    """Pass a parameter gradient to its sink, or return it for autograd if there is none."""
     if sink is None:
         return grad
     sink(grad)
@@ -202,7 +202,7 @@ def _deliver(sink: AddGradient | None, grad: Tensor) -> Tensor | None:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Three passes over memory in the forward; saves the input and one number a row."""
+    """RMSNorm with three passes over memory in the forward pass; saves the input and one value per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

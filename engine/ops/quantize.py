@@ -1,7 +1,7 @@
 """Quantization to FP8 (E4M3 and E5M2: Micikevicius et al., arXiv 2209.05433) and its scales.
 
-A quantized matrix is FP8 values and `scale_inv`, what they are multiplied by to dequantize: one number for the tensor,
-one for each 1 × 128 block of a row, or one for each 128 × 128 block. Conversions saturate; NaN stays NaN.
+A quantized matrix consists of FP8 values and `scale_inv`, the dequantization factor: one per tensor, per 1 × 128 block
+of a row, or per 128 × 128 block. Conversions saturate; NaN stays NaN.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from torch import Tensor
 from engine.ops import native
 
 Scaling = Literal["tensorwise", "block_1x128", "block_128x128"]
-TENSORWISE: Final = "tensorwise"  # one scale a tensor
-BLOCK_1X128: Final = "block_1x128"  # one for 128 elements along a row: activations and gradients
-BLOCK_128X128: Final = "block_128x128"  # one for a square: weights
+TENSORWISE: Final = "tensorwise"  # one scale per tensor
+BLOCK_1X128: Final = "block_1x128"  # one per 128 elements of a row: activations and gradients
+BLOCK_128X128: Final = "block_128x128"  # one per 128 × 128 block: weights
 BLOCK_SIZE = 128
 
 _MIN_AMAX = 1e-4  # so that a block of zeros has a finite scale
@@ -39,7 +39,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Fp8Output:
-    """How a fused operator quantizes its output to E4M3; the arguments are those of `quantize`."""
+    """E4M3 output spec of a fused operator; the fields are arguments of `quantize`."""
 
     scaling: Literal["tensorwise", "block_1x128"]
     scale: Tensor | None = None
@@ -47,8 +47,8 @@ class Fp8Output:
     power_of_two: bool = False
 
     def supports(self, x: Tensor, columns: int) -> bool:
-        """Whether the kernels can write an output of `columns` elements a row, computed from `x`."""
-        vector = 16 // x.element_size()  # elements of a 16-byte access; a block holds at most 2048 vectors of a row
+        """Whether the kernels support an output with `columns` elements per row, computed from `x`."""
+        vector = 16 // x.element_size()  # elements per 16-byte access; a block handles at most 2048 vectors of a row
         return native.runs(x) and columns % 16 == 0 and columns <= 2048 * vector and x.data_ptr() % 16 == 0
 
     @property
@@ -57,7 +57,7 @@ class Fp8Output:
         return self.scaling, self.scale, self.amax, self.power_of_two
 
     def quantized(self, values: Tensor, scale_inv: Tensor) -> QuantizedTensor:
-        """The output of a fused operator, which returns no `scale_inv` for TENSORWISE."""
+        """Wrap the output of a fused operator, which returns no `scale_inv` for TENSORWISE."""
         return QuantizedTensor(values, scale_inv if self.scale is None else self.scale.reciprocal(), self.scaling)
 
 
@@ -66,8 +66,8 @@ class Fp8Activation:
     """An activation [t, h] that exists only in FP8.
 
     Attributes:
-        quantized: what matmuls read.
-        carrier: a tensor of the activation's shape and dtype without memory, to which autograd attaches the gradient.
+        quantized: the FP8 values, which matmuls read.
+        carrier: tensor without memory, of the activation's shape and dtype, to which autograd attaches the gradient.
     """
 
     quantized: QuantizedTensor
@@ -75,7 +75,7 @@ class Fp8Activation:
 
 
 def carrier_of(like: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of `shape`, with the dtype and device of `like`, that takes no memory."""
+    """Create a tensor of `shape`, with the dtype and device of `like`, that takes no memory."""
     return like.new_zeros(()).expand(shape)
 
 
@@ -90,10 +90,10 @@ def quantize(
     amax: Tensor | None = None,
     power_of_two: bool = False,
 ) -> tuple[QuantizedTensor | None, QuantizedTensor | None]:
-    """Quantizes `x` [m, k] to `dtype`: as [m, k] (`row_major`) and transposed to [k, m], each if requested.
+    """Quantize `x` [m, k] to `dtype`: as [m, k] (`row_major`) and transposed to [k, m], each if requested.
 
-    TENSORWISE multiplies x by `scale` (fp32, one element) and raises `amax` (fp32, one element) to the largest |x|.
-    The scales of blocks are computed here; `power_of_two` rounds their `scale_inv` up to powers of two.
+    TENSORWISE multiplies x by `scale` (fp32, one element) and updates `amax` (fp32, one element) to at least max |x|.
+    Scales per block are computed here; `power_of_two` rounds their `scale_inv` up to powers of two.
 
     Raises:
         ValueError: k (or m, for the transpose) is not a multiple of 16, which FP8 matmuls need.
@@ -122,8 +122,8 @@ def quantize_reference(
     amax: Tensor | None,
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator `triaxis::quantize` in plain PyTorch: values, their transpose, and the `scale_inv` of each; empty
-    where not requested.
+    """Reference of `triaxis::quantize` in PyTorch: values, their transpose, and the `scale_inv` of each; empty if not
+    requested.
     """
     wide = x.float()
     no_values, no_scales = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
@@ -142,19 +142,19 @@ def quantize_reference(
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds to nearest even and saturates. PyTorch's own conversion lets E5M2 overflow to infinity."""
+    """Round to nearest even, with saturation. PyTorch's conversion to E5M2 overflows to infinity."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype)
 
 
 def scale_inv_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
-    """The factor amax / max(dtype), which dequantizes FP8 values if the largest of them stands for `amax`."""
+    """Return the dequantization factor amax / max(dtype), which maps the largest FP8 value to `amax`."""
     scale_inv = amax.clamp(min=_MIN_AMAX) / torch.finfo(dtype).max
     return torch.exp2(torch.ceil(torch.log2(scale_inv.double()))).float() if power_of_two else scale_inv
 
 
 def _quantize_blocks(x: Tensor, dtype: torch.dtype, scaling: Scaling, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Values [m, k] and the `scale_inv` of their blocks, for `x` [m, k]."""
+    """Quantize `x` [m, k] with scales per block: values [m, k] and their `scale_inv`."""
     rows, columns = x.shape
     height = BLOCK_SIZE if scaling == BLOCK_128X128 else 1
     padded = F.pad(x, (0, -columns % BLOCK_SIZE, 0, -rows % height))

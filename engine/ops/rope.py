@@ -1,7 +1,7 @@
-"""Rotary positions in the half-rotation convention of Hugging Face Llama: element i pairs with i + d/2.
+"""Rotary position embeddings in the half-rotation convention of Hugging Face Llama: element i pairs with i + d/2.
 
 Source: Su et al., RoFormer (arXiv 2104.09864); the Llama-3 frequency scaling as published with Llama 3.1.
-The rotation is linear and its transpose is the inverse rotation, so the backward needs only the tables.
+The rotation is linear and its transpose is the inverse rotation, so the backward pass needs only the tables.
 """
 
 import math
@@ -18,7 +18,7 @@ from engine.ops import native
 def rope_tables(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles at `positions` [t]: two fp32 tensors [t, head_dim/2]."""
+    """Compute cosines and sines of the angles at `positions` [t]: two fp32 tensors [t, head_dim/2]."""
     angles = positions.float()[:, None] * _frequencies(head_dim, theta, scaling, positions.device)
     return angles.cos(), angles.sin()
 
@@ -36,7 +36,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [t, n, d] and keys, and the values, from `qkv` [t, n + 2 n_kv, d]; one pass on a GPU."""
+    """Split `qkv` [t, n + 2 n_kv, d] and rotate: queries [t, n, d], keys and values [t, n_kv, d]; one pass on a GPU."""
     if native.runs(qkv):
         return _KernelRotateQkv.apply(qkv, cos, sin, kv_heads)
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
@@ -51,7 +51,7 @@ def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def uses_in_place(x: Tensor) -> bool:
-    """The rule without a kernel: on a CPU, each half is computed in its place in the output."""
+    """Whether `_Rotate` is used: on a CPU, each half is written directly to the output; not under torch.compile."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -94,7 +94,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """The rotation (`sign` 1) or its inverse (−1)."""
+    """Rotate (`sign` 1), or rotate back (−1)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     out = torch.empty(x.shape, dtype=wide.dtype, device=x.device)
     cos, sin = cos[:, None], sin[:, None]
@@ -110,8 +110,8 @@ def _frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, devic
     frequencies = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
-    # Wavelengths up to original/high keep their frequency, those above original/low are slowed down by
-    # `factor`, and between the two the change is gradual.
+    # Frequencies with wavelengths up to original/high are kept, those above original/low are divided by `factor`,
+    # and those in between are interpolated.
     turns = scaling.original_max_position * frequencies / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)

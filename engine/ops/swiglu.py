@@ -1,4 +1,4 @@
-"""SwiGLU: silu(gate) · up (Shazeer, arXiv 2002.05202), gate and up side by side in one tensor."""
+"""SwiGLU: silu(gate) · up (Shazeer, arXiv 2002.05202), with gate and up concatenated in one tensor."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`gate_up` [..., 2f], gate first: [..., f]."""
+    """SwiGLU of `gate_up` [..., 2f], gate first: [..., f]."""
     if native.runs(gate_up):
         return _KernelSwiGlu.apply(gate_up)
     if uses_recompute(gate_up):
@@ -21,7 +21,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_to_fp8(gate_up: Tensor, output: Fp8Output) -> Fp8Activation:
-    """SwiGLU of `gate_up` [t, 2f] in FP8, [t, f]; only if `output.supports` it."""
+    """SwiGLU of `gate_up` [t, 2f] in FP8: [t, f]. Requires `output.supports`."""
     carrier, values, scale_inv = _KernelSwiGluFp8.apply(gate_up, output)
     return Fp8Activation(output.quantized(values, scale_inv), carrier)
 
@@ -33,7 +33,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 def uses_recompute(gate_up: Tensor) -> bool:
-    """The rule without a kernel: always, except under torch.compile, which fuses the reference itself."""
+    """Whether `_SwiGlu` is used without a kernel: always, except under torch.compile, which fuses the reference."""
     return not torch.compiler.is_compiling()
 
 
@@ -68,7 +68,7 @@ class _KernelSwiGluFp8(torch.autograd.Function):
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Saves only its input, and writes both gradients into one tensor."""
+    """SwiGLU that saves only its input, and writes both gradients into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """AdamW on this rank's shard of every bucket, with fp32 master weights.
 
-Each bucket is updated by at most two flat calls: the part that decays and the part that does not. Where the model
-itself is fp32, its shard is the master. Skipping a step with non-finite gradients is decided on the device from the
-reduced norm, so all ranks skip together and the host never waits.
+Each bucket is updated by at most two calls on flat tensors, with and without weight decay. If the model is fp32, its
+shard is the master. The decision to skip a step with non-finite gradients is made on the device from the reduced norm,
+so all ranks skip together and the host does not wait.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from engine.parallel.data import Bucket, ShardedParameters
 
 @dataclass(frozen=True)
 class ShardState:
-    """What the optimizer keeps for a bucket: tensors of the shard's size, by kind. `param` is fp32."""
+    """Optimizer state of a bucket: flat tensors of the shard's size. `param` is the fp32 master."""
 
     bucket: Bucket
     param: torch.Tensor
@@ -26,19 +26,19 @@ class ShardState:
 
     @property
     def kinds(self) -> dict[str, torch.Tensor]:
-        """Every kind of state, under its name in a checkpoint."""
+        """The state tensors by their name in a checkpoint."""
         return {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     @property
     def rounded(self) -> torch.Tensor | None:
-        """The shard of what the model computes with, or None where that is `param` itself."""
+        """The shard of the model's parameters, in the model's dtype, or None if that is `param` itself."""
         shard = self.bucket.param_shard
         return None if shard.data_ptr() == self.param.data_ptr() else shard
 
 
 @dataclass(frozen=True)
 class Update:
-    """What all parameters share in one step. Tensors are fp32 [1] on the device."""
+    """Values common to all parameters in one step. Tensors are fp32 [1] on the device."""
 
     lr: float
     step: torch.Tensor
@@ -57,15 +57,15 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def update(self, step: int, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Finish the gradients' reduction, clip, update, and start broadcasting the new parameters to all ranks.
+        """Finish the gradient reduction, clip, update, and start broadcasting the new parameters to all ranks.
 
         Args:
             step: number of this step, from 1.
             lr: learning rate of this step.
 
         Returns:
-            The gradient norm before clipping, and 1 where the step was skipped because that norm is not finite, else
-            0; both fp32 [1] on the device.
+            The gradient norm before clipping, and 1 if the step was skipped because that norm is not finite, else 0;
+            both fp32 [1] on the device.
         """
         self.parameters.reduce_gradients()
         norm = self.parameters.gradient_norm()
@@ -111,7 +111,7 @@ def _shard_state(bucket: Bucket, moments: torch.dtype) -> ShardState:
 
 
 def _decay_ranges(bucket: Bucket, weight_decay: float) -> Iterator[tuple[slice, float]]:
-    """Parts of the shard and their weight decay; empty ones are left out."""
+    """Yield the non-empty slices of the shard with their weight decay."""
     boundary = min(max(bucket.plan.decay_end - bucket.begin, 0), bucket.end - bucket.begin)
     for first, last, decay in ((0, boundary, weight_decay), (boundary, bucket.end - bucket.begin, 0.0)):
         if first < last:

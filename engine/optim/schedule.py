@@ -6,10 +6,10 @@ from engine.config.schema import LrScheduleConfig
 
 
 def learning_rate(step: int, peak: float, schedule: LrScheduleConfig, total_steps: int) -> float:
-    """The rate of optimizer step `step` (the first is 1, the last `total_steps`).
+    """Return the learning rate of optimizer step `step` (from 1 to `total_steps`).
 
-    Warmup rises linearly and reaches `peak` at step `warmup_steps`. Then: `constant` stays; `linear` and `cosine` fall
-    to `min_lr` at the last step; `wsd` stays and falls linearly to `min_lr` over the last `decay_steps`
+    Warmup rises linearly and reaches `peak` at step `warmup_steps`. Then `constant` stays at `peak`; `linear` and
+    `cosine` decay to `min_lr` at the last step; `wsd` stays and decays linearly to `min_lr` over the last `decay_steps`
     (default: a tenth of all steps; Hu et al. 2024, arXiv 2404.06395).
     """
     if step < schedule.warmup_steps:

@@ -1,1 +1,1 @@
-"""Who holds what, and who talks to whom."""
+"""Parallelism: what each rank holds, and how ranks communicate."""

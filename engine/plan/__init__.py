@@ -1,1 +1,1 @@
-"""What a run will need: pure arithmetic on the configuration and the parameter table, before anything is allocated."""
+"""Layout, memory and throughput of a run, computed from the configuration before anything is allocated."""

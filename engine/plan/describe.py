@@ -1,4 +1,4 @@
-"""The plan of a run in words: model, layout, batch, steps, and the pipeline stages with their memory."""
+"""Summary of a run: model, layout, batch, steps, and the pipeline stages with their memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,11 +22,11 @@ _LABEL = 12  # width of the first column
 
 
 def describe_run(config: Config, layout: Layout, reason: str, dtype: torch.dtype, device_type: str) -> Iterator[str]:
-    """Lines on model, layout, batch and steps, and a table of the pipeline stages: contents and memory of each.
+    """Yield lines on model, layout, batch and steps, and a table of the pipeline stages: contents and memory of each.
 
     Args:
-        reason: why this layout was chosen.
-        dtype: of the weights.
+        reason: reason for this layout, from `choose_layout`.
+        dtype: dtype of the weights.
     """
     batch, count, table = config.batch, microbatches(config.batch, layout.dp), parameter_table(config.model)
     per_step = batch.global_ * config.data.seq_length
@@ -42,13 +42,13 @@ def describe_run(config: Config, layout: Layout, reason: str, dtype: torch.dtype
     if layout.pp > 1:
         schedule = build_schedule(config.parallel.schedule, layout.pp, count, config.parallel.virtual_stages)
         bubble = bubble_fraction(simulate(schedule))
-        chunks = f", {schedule.num_chunks} parts a stage" if schedule.num_chunks > 1 else ""
+        chunks = f", {schedule.num_chunks} chunks per stage" if schedule.num_chunks > 1 else ""
         yield f"pipeline    {schedule.name}{chunks}; its bubble adds {bubble:.1%} to the time of a step"
     yield from _stages(config, layout, dtype, device_type)
 
 
 def _grid(layout: Layout) -> str:
-    """The sizes of the axes and, where there are several, the order of the ranks on them."""
+    """Format the sizes of the axes, and the rank order if several axes are larger than 1."""
     cut = [axis for axis, size in (("tp", layout.tp), ("dp", layout.dp), ("pp", layout.pp)) if size > 1]
     order = f"; neighbors differ in {', then in '.join(cut)}" if len(cut) > 1 else ""
     return f"tp {layout.tp} × pp {layout.pp} × dp {layout.dp}{order}"
@@ -78,14 +78,14 @@ def _stages(config: Config, layout: Layout, dtype: torch.dtype, device_type: str
 
 
 def _holds(parts: Sequence[Part]) -> str:
-    """What a stage holds, such as `embedding, 0–3, 16–19`."""
+    """Format the contents of a stage, as in `embedding, 0–3, 16–19`."""
     layers = [part.layers for part in parts if part.layers]
     ranges = [f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in layers]
     return ", ".join([*["embedding"] * parts[0].has_embedding, *ranges, *["head"] * parts[-1].has_head])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns aligned, numbers to the right."""
+    """Align the columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for label, ranks, layers, *numbers in rows:
         words = f"{label:{_LABEL}}{ranks:{widths[1]}}  {layers:{widths[2]}}"

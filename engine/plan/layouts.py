@@ -1,13 +1,13 @@
-"""The layout of a run, from its configuration and its ranks.
+"""Choice of the layout of a run from its configuration and its ranks.
 
-`parallel.tp: auto` and `parallel.pp: auto` follow one rule: the smallest tp × pp whose fullest rank fits in 90 % of its
-memory; of two equally small, the one with the larger tp; tp divides the ranks of a node. So the model is sharded no
-further than necessary, first over the fast links within a node, and data parallelism, which communicates once a step,
-takes all other ranks (Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). An explicit value is kept, and the
-rule chooses the other.
+`parallel.tp: auto` and `parallel.pp: auto` choose the smallest tp × pp whose fullest rank fits in 90 % of its memory;
+of two equally small, the one with the larger tp; tp divides the ranks of a node. The model is thus sharded no further
+than necessary, first over the fast links within a node, and data parallelism, which communicates once per step, uses
+all other ranks (Narayanan et al. 2021, arXiv 2104.04473, takeaways 1 and 2). If one of them is explicit, only the other
+is chosen.
 Alternatives considered: a model of the step time, which would need the speed of every link; and choosing
-`parallel.recompute` too, a trade of time for memory that is the user's (but where nothing fits, the error says what
-recomputing would do).
+`parallel.recompute` too, but trading time for memory is left to the user (if nothing fits, the error says whether
+recomputing would help).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,15 +22,15 @@ from engine.parallel.layout import Layout
 from engine.plan.memory import GIB, ClusterSpec, estimate, estimate_fullest
 from engine.plan.stages import model_parts
 
-_USABLE = 0.9  # of a rank's memory; the rest is for fragmentation and for what the estimate leaves out
-_NODE = 8  # ranks of a full node, when a remedy adds ranks to a single node that has fewer
+_USABLE = 0.9  # fraction of a rank's memory; the rest is for fragmentation and errors of the estimate
+_NODE = 8  # ranks of a full node, when a remedy adds ranks to a single node with fewer
 
 
 def choose_layout(config: Config, ranks: ClusterSpec) -> tuple[Layout, str]:
-    """The layout of `ranks` and the reason for it. It may not fit in their memory: see `require_fit`.
+    """Return the layout of `ranks` and the reason for it. It may not fit in their memory: see `require_fit`.
 
     Raises:
-        ConfigError: with every problem of the layouts that the configuration allows, and what would work.
+        ConfigError: no allowed layout works; lists the problems and what would work.
     """
     layouts = _possible(config, ranks)
     sizes = {"tp": config.parallel.tp, "pp": config.parallel.pp}
@@ -51,10 +51,10 @@ def choose_layout(config: Config, ranks: ClusterSpec) -> tuple[Layout, str]:
 
 
 def require_fit(config: Config, layout: Layout, ranks: ClusterSpec) -> None:
-    """Refuse a run that cannot fit, before anything is allocated.
+    """Check that the run fits in memory, before anything is allocated.
 
     Raises:
-        OutOfMemoryError: with the numbers, and what would fit.
+        OutOfMemoryError: it does not fit; lists the estimate and what would fit.
     """
     needed = estimate_fullest(config, layout, ranks.dtype, ranks.device_type)
     if needed.total <= ranks.capacity:
@@ -72,7 +72,7 @@ def _grid(layout: Layout) -> str:
 
 
 def _possible(config: Config, ranks: ClusterSpec) -> list[Layout]:
-    """Layouts that suit the configuration, in order of tp × pp."""
+    """List the layouts that the configuration allows, in order of tp × pp."""
     tp, pp = config.parallel.tp, config.parallel.pp
     tps = _divisors(ranks.per_node) if tp == "auto" else [tp]
     pps = [n for n in _divisors(ranks.count) if n <= config.model.num_layers] if pp == "auto" else [pp]
@@ -91,7 +91,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str]:
-    """Every problem of a layout, each with what would work."""
+    """Yield the problems of a layout, each with what would work."""
     parallel = config.parallel
     if rest := world_size % (tp * pp):
         counts = [n for n in (world_size - rest, world_size - rest + tp * pp) if n]
@@ -127,16 +127,16 @@ def _problem(attempt: Callable[[], object]) -> Iterator[str]:
 
 
 def _tp_problem(model: ModelConfig, tokens: int, tp: int, *, fp8: bool) -> str:
-    """Why `tp` ranks cannot share the layers of a microbatch of `tokens`; empty where they can."""
+    """Return why `tp` tensor-parallel ranks do not work for a microbatch of `tokens`; empty if they do."""
     if problem := tp_problem(model, tp, **{"batch.micro × data.seq_length": tokens}):
         return problem
     if fp8 and (odd := _no_fp8_sizes(model, tokens, tp)):
-        return f"gives matmuls of {' and '.join(odd)}, and FP8 takes multiples of 16"
+        return f"gives matmuls of {' and '.join(odd)}, but FP8 needs multiples of 16"
     return ""
 
 
 def _no_fp8_sizes(model: ModelConfig, tokens: int, tp: int) -> list[str]:
-    """Dimensions of a rank's linear layers that FP8 matmuls do not support."""
+    """List the dimensions of a rank's linear layers that FP8 matmuls do not support."""
     queries, kv = model.num_heads // tp, max(1, model.num_kv_heads // tp)
     sizes = {
         "tokens (batch.micro × data.seq_length)": tokens,
@@ -151,7 +151,7 @@ def _no_fp8_sizes(model: ModelConfig, tokens: int, tp: int) -> list[str]:
 def _crossing(layout: Layout, ranks: ClusterSpec) -> str:
     if ranks.per_node % layout.tp == 0:
         return ""
-    return f"; tp {layout.tp} reaches across nodes of {ranks.per_node} rank(s), over slower links"
+    return f"; tp {layout.tp} spans nodes of {ranks.per_node} rank(s), over slower links"
 
 
 def _needed(config: Config, layout: Layout, ranks: ClusterSpec) -> int:
@@ -159,7 +159,7 @@ def _needed(config: Config, layout: Layout, ranks: ClusterSpec) -> int:
 
 
 def _first_fitting(config: Config, layouts: list[Layout], ranks: ClusterSpec) -> tuple[Layout, int] | None:
-    """The layout that `auto` takes, and the memory that its fullest rank needs."""
+    """Return the layout that `auto` chooses, and the memory that its fullest rank needs."""
     limit = _USABLE * ranks.capacity
     for layout in layouts:
         stages = (estimate(config, layout, s, ranks.dtype, ranks.device_type) for s in range(layout.pp))
@@ -169,7 +169,7 @@ def _first_fitting(config: Config, layouts: list[Layout], ranks: ClusterSpec) ->
 
 
 def _remedies(config: Config, ranks: ClusterSpec) -> Iterator[str]:
-    """Changes with which the run would fit, the first of each kind, with numbers."""
+    """Yield changes with which the run would fit, one of each kind, with the resulting memory."""
     for changes in _changes(config, ranks):
         for name, changed, more in changes:
             try:
@@ -183,7 +183,7 @@ def _remedies(config: Config, ranks: ClusterSpec) -> Iterator[str]:
 
 
 def _changes(config: Config, ranks: ClusterSpec) -> Iterator[list[tuple[str, Config, ClusterSpec]]]:
-    """Possible changes, in groups of one kind, the smallest change first."""
+    """Yield possible changes, grouped by kind, the smallest change first."""
     parallel = config.parallel
     if "auto" not in (parallel.tp, parallel.pp):
         name = "parallel.tp = auto and parallel.pp = auto"
@@ -205,6 +205,6 @@ def _with_parallel(config: Config, **changes: object) -> Config:
 
 
 def _grown(ranks: ClusterSpec, count: int) -> ClusterSpec:
-    """`ranks` with `count` of them; a single node is assumed to be full before there are more nodes."""
+    """Return `ranks` with another count; a single node is filled before nodes are added."""
     one_node = ranks.count <= ranks.per_node
     return replace(ranks, count=count, per_node=min(count, max(_NODE, ranks.per_node)) if one_node else ranks.per_node)

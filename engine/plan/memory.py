@@ -1,4 +1,4 @@
-"""How much memory a rank will need, and how much it has."""
+"""Memory that a rank needs, and memory that it has."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _GPU_ALLOWANCE = 2 * GIB  # CUDA context, libraries and their workspaces, commun
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank while training."""
+    """Training memory of one rank, in bytes."""
 
     parameters: int
     gradients: int
@@ -43,13 +43,13 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """The ranks of a run, all alike.
+    """The ranks of a run, assumed to be identical.
 
     Attributes:
-        count: how many.
-        per_node: how many share a node, and so the fast links between them.
-        capacity: bytes of memory that each may use.
-        dtype: of the weights.
+        count: number of ranks.
+        per_node: ranks per node, connected by fast links.
+        capacity: bytes of memory per rank.
+        dtype: dtype of the weights.
     """
 
     count: int
@@ -60,17 +60,17 @@ class ClusterSpec:
 
 
 def unit_of(size: int) -> tuple[int, str]:
-    """The unit in which to show `size` bytes, and its name."""
+    """Return the unit in which to show `size` bytes, and its name."""
     return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
 
 
 def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
-    """Memory of a rank of pipeline stage `stage`.
+    """Estimate the memory of a rank of pipeline stage `stage`.
 
-    Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed; gradients in fp32; moments (and fp32
-    master weights where the model is not fp32) are sharded over the data-parallel ranks; activations are those kept for
-    backward passes at the schedule's activation peak (FP8 counts those of bf16, an upper bound); the workspace is the
-    temporary memory of a layer or of the loss, and on a GPU an allowance for libraries.
+    Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed. Gradients are in fp32. Moments, and
+    fp32 master weights if the model is not fp32, are sharded over the data-parallel ranks. Activations are those saved
+    for backward passes at the schedule's activation peak (for FP8 those of bf16, an upper bound). The workspace is the
+    temporary memory of a layer or of the loss and, on a GPU, an allowance for libraries.
     """
     model, parallel = config.model, config.parallel
     parts = stage_parts(model, parallel, config.data.seq_length, layout.pp, stage)
@@ -90,14 +90,14 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
 
 
 def estimate_fullest(config: Config, layout: Layout, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
-    """Memory of a rank of the stage that needs most."""
+    """Estimate the memory of a rank of the stage that needs most."""
     estimates = (estimate(config, layout, stage, dtype, device_type) for stage in range(layout.pp))
     return max(estimates, key=lambda needed: needed.total)
 
 
 def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], device_type: str) -> int:
-    """Temporary bytes of a layer's backward pass (what it recomputes, the gradients inside the feed-forward) or of the
-    loss (a chunk of logits, a copy of the head's gradient), whichever is more; and an allowance for libraries.
+    """Temporary bytes of a layer's backward pass (recomputed activations, gradients inside the feed-forward) or of the
+    loss (a chunk of logits, a copy of the head's gradient), whichever is more, plus an allowance for libraries.
 
     Tensor parallelism gathers all tokens of a layer's input, of that input's gradient, and of the loss's input.
     """
@@ -108,19 +108,19 @@ def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], de
     if parts[-1].has_head:
         rows = sizes.vocabulary
         chunk = min(tokens, chunk_rows(rows, device_type))
-        wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, beside the matmul's output before or after it is rounded
+        wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, and the rounded matmul output or gradient
         logits, gradient = chunk * rows * wide, 4 * rows * hidden
-        # the gradient that the loss kept is freed before the backward pass reaches the layers
+        # the gradient saved by the loss is freed before the backward pass reaches the layers
         largest = max(largest - gradient, logits + gradient + tokens * gathered * itemsize)
     return largest + (_GPU_ALLOWANCE if device_type == "cuda" else 0)
 
 
 def available(device: torch.device, local_size: int) -> int:
-    """Bytes that one rank may use: its GPU, or its share of this machine's memory."""
+    """Return the bytes that one rank may use: its GPU's memory, or its share of this machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of the container
+    limit = Path("/sys/fs/cgroup/memory.max")  # limit of the container
     if limit.exists() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
         memory = min(memory, int(text))
     return memory // local_size

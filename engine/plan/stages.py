@@ -1,4 +1,4 @@
-"""What each pipeline stage of a layout holds."""
+"""Parts of the model on each pipeline stage of a layout."""
 
 from engine.config.schema import ModelConfig, ParallelConfig
 from engine.model.parameters import parameter_table
@@ -6,22 +6,22 @@ from engine.parallel.pipeline.partition import Part, partition
 
 
 def model_parts(model: ModelConfig, parallel: ParallelConfig, seq_length: int, pp: int) -> list[Part]:
-    """The parts of the model in order, for `pp` stages; part k is on stage k mod pp.
+    """Partition the model for `pp` stages, in model order; part k is on stage k mod pp.
 
     Raises:
-        ConfigError: the layers cannot be divided so.
+        ConfigError: the layers cannot be partitioned as configured.
     """
     num_parts = pp * parallel.virtual_stages
     return partition(model.num_layers, num_parts, head_cost(model, seq_length), parallel.layers_per_stage)
 
 
 def stage_parts(model: ModelConfig, parallel: ParallelConfig, seq_length: int, pp: int, stage: int) -> list[Part]:
-    """The parts that stage `stage` of `pp` holds, one for each of its chunks."""
+    """Return the parts of the model on stage `stage` of `pp`, one per chunk."""
     return model_parts(model, parallel, seq_length, pp)[stage::pp]
 
 
 def head_cost(model: ModelConfig, seq_length: int) -> float:
-    """FLOPs of the head per token, in layers."""
+    """Return the FLOPs of the output head per token, in units of one layer."""
     one_layer = model.model_copy(update={"num_layers": 1})
     head = model.vocab_size * model.hidden_size
     attention = seq_length * model.num_heads * model.head_dim

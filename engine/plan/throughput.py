@@ -1,4 +1,4 @@
-"""Model FLOPs, and the peak FLOP/s of GPUs, which MFU compares them with."""
+"""Model FLOPs and peak FLOP/s of GPUs, for the MFU (model FLOPs utilization)."""
 
 import torch
 
@@ -20,13 +20,13 @@ _PEAK_BF16_TFLOPS = {  # dense, by datasheet
 
 
 def flops_per_token(model: ModelConfig, table: ParameterTable, seq_length: float) -> float:
-    """FLOPs of a forward and backward pass per token of a sequence of `seq_length`; see `FLOPS_FORMULA`."""
+    """Return the forward and backward FLOPs per token of a sequence of `seq_length`; see `FLOPS_FORMULA`."""
     attention = 6 * model.num_layers * seq_length * model.num_heads * model.head_dim
     return 6 * table.num_parameters_in_flops + attention
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """bf16 peak of a GPU in TFLOP/s; None where it is not known, as on every CPU."""
+    """Return the dense bf16 peak of a GPU in TFLOP/s, or None if unknown, as on any CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

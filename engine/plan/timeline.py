@@ -1,8 +1,7 @@
-"""Pictures of pipeline timelines, simulated or measured: as an image, and as text for a terminal.
+"""Plots of pipeline timelines, simulated or measured, as an image or as text for a terminal.
 
-A timeline says for each stage when which action runs (`engine.parallel.pipeline.check`).
-Alternative considered: a trace file for a browser's viewer, which cannot put schedules below each other on one time
-axis.
+A timeline lists the start and end of each action of each stage (`engine.parallel.pipeline.check`). Alternative
+considered: a trace file for a browser's viewer, which cannot show several schedules on one time axis.
 """
 
 from collections.abc import Mapping
@@ -27,20 +26,20 @@ _NAMES = {
     ActionKind.BACKWARD_INPUT: "backward, inputs",
     ActionKind.BACKWARD_WEIGHT: "backward, weights",
 }
-_LIGHTEST = 0.6  # share of white in the last chunk's color
+_LIGHTEST = 0.6  # fraction of white in the last chunk's color
 _BOX_INCHES, _ROW_INCHES = 0.2, 0.3
 _MAX_INCHES = 24.0
-_MIN_FONT, _MAX_FONT = 3.5, 9.0  # points; boxes too narrow for their number stay empty
-_DIGIT = 0.6  # width of a digit in parts of the font's size
+_MIN_FONT, _MAX_FONT = 3.5, 9.0  # points; boxes too narrow for their number are not labeled
+_DIGIT = 0.6  # width of a digit relative to the font size
 
 
 def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
-    """Draw a panel for each title, below each other on a common time axis, and write the picture to `path`.
+    """Draw one panel per timeline, stacked on a common time axis, and write the image to `path`.
 
-    Stages are rows, actions are boxes with the number of their microbatch; of several chunks, later ones are lighter.
+    Stages are rows, and actions are boxes labeled with their microbatch; later chunks are lighter.
 
     Raises:
-        ConfigError: matplotlib is missing, or knows no such kind of file.
+        ConfigError: matplotlib is missing, or does not support the file type.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,10 +67,10 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
 
 
 def text(timeline: Timeline) -> str:
-    """The timeline in characters: one row per stage, one column per shortest action; dots are idle.
+    """Render the timeline as text: one row per stage, one column per shortest action; dots are idle.
 
-    Times are rounded to columns, so that it is exact where all durations are multiples of the shortest, as in simulated
-    timelines with equal costs; a measured one is better drawn.
+    Times are rounded to columns. This is exact if all durations are multiples of the shortest, as in simulated
+    timelines with equal costs; use `draw` for measured ones.
     """
     timeline = _from_zero(timeline)
     unit = min(span.end - span.start for span in _spans(timeline))
@@ -104,17 +103,17 @@ def _from_zero(timeline: Timeline) -> Timeline:
 
 
 def _column(time: float, unit: float) -> int:
-    return int(time / unit + 0.5)  # not `round`, which would round 0.5 and 1.5 apart by 2
+    return int(time / unit + 0.5)  # not `round`, which rounds 0.5 to 0 and 1.5 to 2
 
 
 def _short(timeline: Timeline) -> float:
-    """The duration that all but a tenth of the actions have: the shortest, without the outliers of a measurement."""
+    """Return the 10th percentile of the durations: the shortest one, without the outliers of a measurement."""
     durations = sorted(span.end - span.start for span in _spans(timeline))
     return durations[len(durations) // 10]
 
 
 def _inches(timeline: Timeline) -> float:
-    """Width of a picture in which the numbers in short boxes can be read."""
+    """Return the width of the image, in inches, at which the labels of short boxes are readable."""
     return min(max(8.0, 0.8 + _BOX_INCHES * _end(timeline) / _short(timeline)), _MAX_INCHES)
 
 
@@ -136,7 +135,7 @@ def _draw_boxes(panel: Any, timeline: Timeline) -> None:
 
 
 def _number_boxes(panel: Any, timeline: Timeline, points: float) -> None:
-    """Write microbatch numbers in one size; `points` is the width of a unit of time."""
+    """Label the boxes with microbatch numbers in one font size; `points` is the width of a unit of time."""
     digits = max(len(str(span.action.microbatch)) for span in _spans(timeline))
     size = min(points * _short(timeline) / (digits * _DIGIT + 0.2), _MAX_FONT)
     for stage, stage_spans in enumerate(timeline if size >= _MIN_FONT else ()):

@@ -1,1 +1,1 @@
-"""Machinery for tests: real ranks in a fraction of a second."""
+"""Test support: ranks that start in a fraction of a second, small models, runs, and the parity campaign."""

@@ -1,8 +1,8 @@
-"""Real gloo ranks inside a test.
+"""Run functions on real gloo ranks inside a test.
 
-Ranks are forked from a server process that has imported torch and done nothing else (no threads, no autograd), so a
-rank starts in a fraction of a second and never inherits a held lock. They meet through a file.
-Alternatives considered: torchrun (seconds per start) and forking the test process itself (inherits its thread pools).
+Ranks are forked from a server process that has only imported torch (no threads, no autograd), so a rank starts in a
+fraction of a second and never inherits a held lock. They rendezvous through a file. Alternatives considered: torchrun
+(seconds per start) and forking the test process itself (inherits its thread pools).
 """
 
 import multiprocessing
@@ -23,13 +23,13 @@ _PRELOADED = ["torch", "torch.distributed", "engine.train.run", "engine.testing.
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
-    """Call `function(*arguments)` on every rank of a gloo world and return the results in the order of the ranks.
+    """Call `function(*arguments)` on every rank of a gloo world and return the results by rank.
 
-    `function` must be importable by name. It finds its rank where torchrun would have put it: in RANK and WORLD_SIZE,
-    and the default process group is connected (for more than one rank).
+    `function` must be importable by name. RANK and WORLD_SIZE are set as torchrun does; with several ranks, the default
+    process group is initialized.
 
     Raises:
-        RuntimeError: a rank failed or was too slow; the text holds its traceback.
+        RuntimeError: a rank failed or timed out; the message contains its traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -52,13 +52,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 
 
 def world_of(layout: Layout | None = None, *, kv_replicas: int = 1) -> World:
-    """The calling rank in `layout`; by default all ranks are data-parallel. A collective."""
+    """Return the calling rank's world in `layout`; by default all ranks are data-parallel. A collective."""
     world = init_distributed("cpu")
     return build_process_groups(world, layout or world.layout, kv_replicas=kv_replicas)
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
-    """Every rank's result. When one fails, the others have two seconds to say what they saw."""
+    """Collect every rank's result. After one fails, wait two more seconds for errors of the others."""
     results: dict[int, Any] = {}
     problems: dict[int, str] = {}
     while waiting := [rank for rank in range(len(pipes)) if rank not in results]:
@@ -70,7 +70,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
             try:
                 problem, results[rank] = pipes[rank].recv()
             except EOFError:
-                problem, results[rank] = "died without a word", None
+                problem, results[rank] = "died without an error message", None
             if problem is not None:
                 problems[rank] = problem
     if problems:
@@ -96,4 +96,6 @@ def _run_rank(
         sender.send((None, function(*arguments)))
     except BaseException:
         sender.send((traceback.format_exc(), None))
-    sender.poll(None)  # tensors travel through this process's memory: stay until the caller has them and ends us
+    sender.poll(
+        None
+    )  # tensors are sent through shared memory: wait until the caller has read them and ends this process

@@ -12,12 +12,12 @@ from engine.parallel.table import initialize
 
 
 def tiny_config(preset: str = "tiny", **changes: object) -> ModelConfig:
-    """A preset with some fields changed."""
+    """Return a preset with some fields changed."""
     return ModelConfig(**{**PRESETS[preset], **changes})
 
 
 def new_parameters(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    """Initialized parameters by path, each a tensor of its own."""
+    """Return initialized parameters by path, each a separate tensor."""
     parameters = {}
     for parameter in parameter_table(model).parameters:
         values = torch.empty(parameter.shape, dtype=dtype)
@@ -32,12 +32,12 @@ def new_decoder(model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.fl
 
 
 def logical_state(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The logical tensors of `parameters`, by Hugging Face name."""
+    """Return the logical tensors of `parameters`, by Hugging Face name."""
     return _logical(model, {path: parameter.detach() for path, parameter in parameters.items()})
 
 
 def logical_gradients(model: ModelConfig, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Their gradients, by the same names."""
+    """Return the gradients of the logical tensors, by Hugging Face name."""
     return _logical(model, {path: parameter.grad for path, parameter in parameters.items()})  # type: ignore[misc]
 
 

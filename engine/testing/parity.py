@@ -1,19 +1,19 @@
-"""Parity: a run in any layout gives the numbers of one process.
+"""Parity checks: a run in any layout gives the same numbers as a single process.
 
-A `Case` is a way to cut a `Problem` over ranks. `train` itself runs it from end to end, so that what is compared are
-the files that a user gets: losses and gradient norms of `metrics.jsonl`, fp32 parameters of the checkpoint, which is
-thereby shown to be complete. Each rank also notes a digest of every parameter it holds at every step: ranks that hold
-the same part of a tensor must hold the same bits. Alternative considered: comparing gradients inside the engine, which
-needs hooks that training itself does not have.
+A `Case` is a way to partition a `Problem` over ranks. It runs `train` end to end and compares the files that a user
+gets: losses and gradient norms in `metrics.jsonl`, and fp32 parameters of the checkpoint, which is thereby shown to be
+complete. Each rank also records a digest of every parameter at every step: ranks with the same part of a tensor must
+have the same bits. Alternative considered: comparing gradients inside the engine, which needs hooks that training does
+not have.
 
-Two settings keep the problems well conditioned. They have nothing to do with layouts; their effect was measured in one
-process by cutting the same batch into different microbatches:
-- `model.init_std` is 0.1. With 0.02 the embedding of a rare token comes close to zero after a few steps, its norm layer
-  multiplies rounding errors, and the gradient norm of that one step moves by 6e-4; attention is also almost
-  uniform, so that mistakes in it would hardly count.
-- `optimizer.eps` is 1e-4. Slowly rotating dimensions of a key bias add nearly the same to all scores of a query,
-  which softmax ignores: their gradients of 1e-8 are right to 1e-10, and with an eps of 1e-8 Adam turns that into
-  3e-3 of the bias.
+Two settings keep the problems well conditioned, independently of the layout. Their effect was measured in one process
+by splitting the same batch into different microbatches:
+- `model.init_std` is 0.1. With 0.02, the embedding of a rare token comes close to zero after a few steps, its norm
+  layer amplifies rounding errors, and the gradient norm of that one step changes by 6e-4; attention is also almost
+  uniform, so that errors in it would have little effect.
+- `optimizer.eps` is 1e-4. Slowly rotating dimensions of a key bias add nearly the same value to all scores of a query,
+  which softmax ignores: their gradients of 1e-8 are accurate to 1e-10, and with an eps of 1e-8 Adam turns that error
+  into 3e-3 of the bias.
 """
 
 import gc
@@ -48,7 +48,7 @@ TOLERANCES = {"loss": 1e-5, "gradient norm": 1e-4, "parameters": 1e-4}
 _COMMON = {
     "model.init_std": 0.1,
     "optimizer.eps": 1e-4,
-    "optimizer.clip_grad": 2.0,  # some steps are clipped and some are not
+    "optimizer.clip_grad": 2.0,  # some steps are clipped, some are not
     "lr_schedule.kind": "constant",
     "train.eval_steps": 1,
     "train.eval_interval": STEPS // 2,
@@ -58,7 +58,7 @@ Digests = dict[tuple[str, Rectangle], list[int]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and its training: a preset and settings that no layout may change, as `section.key`."""
+    """A training problem: a preset and settings common to all layouts, as `section.key`."""
 
     preset: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -66,11 +66,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to cut a problem over ranks; by default one process.
+    """A layout in which to train a problem; by default one process.
 
     Attributes:
-        micro: sequences in a microbatch.
-        bucket_size: elements in a bucket of gradients; None leaves it to the engine.
+        micro: sequences per microbatch.
+        bucket_size: elements per gradient bucket; None: the engine's default.
         after: the case that trains the first half of the steps; None: this one trains all of them.
     """
 
@@ -96,9 +96,9 @@ class Outcome:
     """The results of a case.
 
     Attributes:
-        losses: of each step, then of each evaluation.
+        losses: loss of each step, then of each evaluation.
         parameters: logical tensors by name, fp32.
-        torn: names of tensors of which two ranks have held different bits for the same part.
+        torn: names of tensors for which two ranks had different bits for the same part.
     """
 
     losses: list[float]
@@ -109,7 +109,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest relative deviation of each kind; of parameters the relative L2 of the `worst` logical tensor."""
+    """The largest relative deviations; for parameters, the relative L2 of the `worst` logical tensor."""
 
     loss: float
     grad_norm: float
@@ -117,7 +117,7 @@ class Deviation:
     worst: str
 
     def problems(self) -> list[str]:
-        """What is out of tolerance, one line each."""
+        """List what is out of tolerance, one line each."""
         found = {"loss": self.loss, "gradient norm": self.grad_norm, "parameters": self.parameters}
         return [
             f"{name} off by {value:.1e} (tolerance {TOLERANCES[name]:.0e})" + f", {self.worst}" * (name == "parameters")
@@ -127,11 +127,11 @@ class Deviation:
 
 
 def deviation(outcome: Outcome, reference: Outcome) -> Deviation:
-    """How far `outcome` is from `reference`. NaN deviates most."""
+    """Compute the deviation of `outcome` from `reference`. NaN counts as the largest."""
     assert outcome.parameters.keys() == reference.parameters.keys()
     names = list(reference.parameters)
     errors = torch.stack([_l2(outcome.parameters[name], reference.parameters[name]) for name in names])
-    worst = int(errors.argmax())  # of a NaN, if there is one
+    worst = int(errors.argmax())  # a NaN, if any
     return Deviation(
         _largest(outcome.losses, reference.losses),
         _largest(outcome.grad_norms, reference.grad_norms),
@@ -150,10 +150,10 @@ def _largest(values: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def measure(directory: Path, problem: Problem, cases: Sequence[Case], *, timeout_s: float = 300) -> list[Outcome]:
-    """Train every case, one after another in one set of processes, below the fresh `directory`.
+    """Train all cases sequentially in one set of processes, in the empty `directory`.
 
     Raises:
-        RuntimeError: a case failed or hangs; the text names it and holds the traceback of the rank.
+        RuntimeError: a case failed or hangs; the message names it and contains the traceback of the rank.
     """
     write_dataset(directory / "corpus")
     write_conversations(directory / "chats")
@@ -173,7 +173,7 @@ def measure(directory: Path, problem: Problem, cases: Sequence[Case], *, timeout
 
 @dataclass(frozen=True)
 class _Segment:
-    """Steps of a case that are trained by one call of `train`."""
+    """Steps of a case, trained by one call of `train`."""
 
     case: Case
     config: Config
@@ -217,19 +217,19 @@ def _outcome(run: Path, torn: list[str]) -> Outcome:
 
 
 def _torn(notes: Sequence[Digests]) -> list[str]:
-    """Tensors of which two ranks noted different digests for the same part."""
+    """List the tensors for which two ranks recorded different digests of the same part."""
     seen: Digests = {}
     parts = (item for note in notes for item in note.items())
     return sorted({name for (name, where), digests in parts if seen.setdefault((name, where), digests) != digests})
 
 
 def _train_in_turn(segments: Sequence[_Segment], directory: Path) -> dict[int, Digests]:
-    """Train, on one rank, the segments that need this rank, each in a new world; its digests by segment."""
+    """Train the segments that use this rank, each in a new world; return the digests by segment."""
     rank = int(os.environ["RANK"])
     if dist.is_initialized():
-        dist.barrier()  # nobody leaves while others still connect
+        dist.barrier()  # no rank leaves while others still connect
         shutdown_distributed()
-    gc.freeze()  # imported objects need not be scanned after every run
+    gc.freeze()  # so that imported objects are not scanned after every run
     noted = {}
     for number, segment in enumerate(segments):
         ranks = segment.case.ranks
@@ -259,13 +259,13 @@ def _train(segment: _Segment) -> Digests:
         finally:
             if (
                 torch.are_deterministic_algorithms_enabled()
-            ):  # asking first: to set it, even to what it is, takes a second
+            ):  # query first: setting it takes a second, even without a change
                 torch.use_deterministic_algorithms(False)
     return made[0].digests
 
 
 class _Watched(ShardedParameters):
-    """Notes a digest of its parameters whenever the gradients of a step are complete. By then every layer has waited
+    """Records a digest of its parameters when the gradients of a step are complete. By then every layer has waited
     for its parameters.
     """
 

@@ -1,4 +1,4 @@
-"""The cases of the parity campaign: every grid with every schedule, sharded and not, and resumes in other layouts."""
+"""Cases of the parity campaign: every grid with every schedule, sharded or not, and resumes in other layouts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,8 +16,8 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "tiny-qwen3": {"batch.global": 8, "data.document_mask": False},
     "tiny-starcoder2": {"batch.global": 12, "train.z_loss": 1e-3, "model.sliding_window": 12},
 }
-# Microbatches of a rank, by sequences in a step and pipeline stages: multiples of the stages, and others. Where data
-# parallelism leaves fewer, as many as there are.
+# Microbatches per rank, by sequences per step and pipeline stages: multiples of the stages, and others. Fewer if data
+# parallelism leaves fewer sequences.
 MICROBATCHES = {8: {1: 2, 2: 4, 4: 4}, 12: {1: 2, 2: 3, 4: 6}}
 RECOMPUTE: list[dict[str, Any]] = [
     {},
@@ -25,18 +25,18 @@ RECOMPUTE: list[dict[str, Any]] = [
     {"recompute": "full"},
     {"recompute": "full", "recompute_layers": 1},
 ]
-SMALL_BUCKET = 10_000  # elements: about a bucket a layer
+SMALL_BUCKET = 10_000  # elements: about one bucket per layer
 
 
 def grids(ranks: int) -> list[Grid]:
-    """Every grid of the sizes that has more than one rank and at most `ranks`."""
+    """List all grids of these sizes with more than one and at most `ranks` ranks."""
     return [(tp, pp, dp) for tp in SIZES for pp in SIZES for dp in SIZES if 1 < tp * pp * dp <= ranks]
 
 
 def plan_cases(presets: Sequence[str], ranks: int) -> list[tuple[Problem, list[Case]]]:
-    """The cases of each problem: every grid with every schedule, sharded and not, and resumes in another layout.
+    """List the cases of each problem: every grid with every schedule, sharded or not, and resumes in another layout.
 
-    Kinds of recomputation take turns, so that each of these combinations meets every kind in one of the four families.
+    Kinds of recomputation alternate, so that each combination runs with every kind in one of the four families.
     """
     found: dict[tuple[str, int], list[Case]] = {}
     for family, preset in enumerate(presets):
@@ -71,7 +71,7 @@ def _case(grid: Grid, sequences: int, bucket_size: int | None = None, **options:
 
 
 def _resumes(sequences: int) -> list[Case]:
-    """The second half of the steps in another layout than the first."""
+    """Cases that train the second half of the steps in another layout than the first."""
     pairs = [
         (_case((4, 1, 2), sequences), _case((2, 2, 2), sequences, schedule="zero_bubble")),
         (_case((1, 1, 4), sequences, SMALL_BUCKET), _case((2, 4, 1), sequences)),

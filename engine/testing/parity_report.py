@@ -1,4 +1,4 @@
-"""The page that the parity campaign writes: a summary, a table for each preset, and what rounding alone does."""
+"""Report of the parity campaign: a summary, a table per preset, and the effect of rounding alone."""
 
 import argparse
 import shlex
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Row:
-    """A measured case."""
+    """Result of a case."""
 
     problem: Problem
     case: Case
@@ -35,12 +35,12 @@ class Row:
 
 
 def report(rows: Sequence[Row], rounded: Sequence[Rounded], options: argparse.Namespace, seconds: float) -> str:
-    """The page docs/parity.md.
+    """Render the page docs/parity.md.
 
     Args:
-        rounded: what rounding alone changes, of each preset and set of changed settings.
-        options: of the program.
-        seconds: that the campaign took.
+        rounded: deviations by rounding alone, for each preset and set of changed settings.
+        options: options of the program.
+        seconds: duration of the campaign.
     """
     by_preset = {preset: [row for row in rows if row.problem.preset == preset] for preset in options.presets}
     summary = [f"| {preset} | {len(of)} | " + " | ".join(largest(of)) + " |" for preset, of in by_preset.items()]
@@ -66,7 +66,7 @@ def report(rows: Sequence[Row], rounded: Sequence[Rounded], options: argparse.Na
 
 
 def largest(rows: Sequence[Row]) -> list[str]:
-    """The largest deviations of several rows: loss, gradient norm, parameters."""
+    """Format the largest deviations of several rows: loss, gradient norm, parameters."""
     found = [(row.deviation.loss, row.deviation.grad_norm, row.deviation.parameters) for row in rows]
     return [f"{max(values):.1e}" for values in zip(*found, strict=True)]
 
@@ -77,7 +77,7 @@ def _cells(found: Deviation) -> str:
 
 
 def _describe(case: Case) -> str:
-    """Layout, schedule and options, as cells."""
+    """Format layout, schedule and options as table cells."""
     parallel = case.parallel
     layout = _layout(case) if case.after is None else f"{_layout(case.after)} then {_layout(case)}"
     recomputed = "" if parallel.recompute == "none" else f"recompute {parallel.recompute}"

@@ -1,4 +1,4 @@
-"""Small real runs for tests: a dataset on disk, a configuration, and training on real ranks."""
+"""Small training runs for tests: datasets, configuration, and training on real ranks."""
 
 import os
 import signal
@@ -27,11 +27,11 @@ from engine.testing.distributed import run_ranks
 from engine.train.run import train
 
 CONVERSATIONS = (33, 20, 14, 4, 17, 17, 25, 9, 12, 11, 11, 22, 12, 5, 5, 16, 8, 10, 3, 9)
-"""Bytes of each of twenty conversations; packed, they fill eight sequences of 32."""
+"""Lengths of twenty conversations in bytes; packed, they fill eight sequences of 32."""
 
 
 def write_dataset(prefix: Path, *, num_documents: int = 60, seed: int = 0) -> Path:
-    """Documents of a few hundred bytes that a model can learn: each repeats a short random phrase."""
+    """Write documents of a few hundred bytes that a model can learn: each repeats a short random phrase."""
     random = np.random.default_rng(seed)
     info = _described()
     with IndexedDatasetWriter(prefix, token_dtype(info.vocab_size), info) as writer:
@@ -45,7 +45,7 @@ def write_dataset(prefix: Path, *, num_documents: int = 60, seed: int = 0) -> Pa
 def write_conversations(
     prefix: Path, lengths: Sequence[int] = CONVERSATIONS, *, seed: int = 0, chat_template: str | None = None
 ) -> Path:
-    """Conversations of so many bytes. The second half of each repeats the first, and its tokens are the targets."""
+    """Write conversations of these lengths. The second half of each repeats the first; its tokens are the targets."""
     random = np.random.default_rng(seed)
     info = _described(chat_template=chat_template)
     with IndexedDatasetWriter(prefix, token_dtype(info.vocab_size), info, masked=True) as writer:
@@ -68,7 +68,7 @@ def _described(**fields: Any) -> DatasetInfo:
 
 
 def run_config(directory: Path, *overrides: str, preset: str = "tiny", steps: int = 10) -> Config:
-    """A run of seconds below `directory`, which holds a dataset `corpus`."""
+    """Return the configuration of a run of a few seconds in `directory`, which contains a dataset `corpus`."""
     raw: dict[str, Any] = {
         "run": {"dir": str(directory / "run"), "device": "cpu"},
         "model": {"preset": preset},
@@ -89,7 +89,7 @@ def run_config(directory: Path, *overrides: str, preset: str = "tiny", steps: in
 
 
 def random_batches(config: Config, *, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
-    """The microbatches of one step of random tokens for one data-parallel rank; the same tokens in every layout."""
+    """Return one step's microbatches of random tokens for a data-parallel rank; the same tokens in every layout."""
     length, micro = config.data.seq_length, config.batch.micro
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.model.vocab_size, (config.batch.global_, length + 1), generator=generator).numpy()
@@ -100,10 +100,10 @@ def random_batches(config: Config, *, dp_rank: int = 0, dp_size: int = 1) -> lis
 
 
 def run_training(config: Config, world_size: int = 1) -> list[dict[str, Any]]:
-    """Train on real ranks; the records of `metrics.jsonl`.
+    """Train on real ranks and return the records of `metrics.jsonl`.
 
     Raises:
-        RuntimeError: with the traceback of the rank that failed.
+        RuntimeError: a rank failed; the message contains its traceback.
     """
     run_ranks(world_size, train, config)
     return read_records(config.run.dir / "metrics.jsonl")
@@ -112,7 +112,7 @@ def run_training(config: Config, world_size: int = 1) -> list[dict[str, Any]]:
 def run_until_signal(
     config: Config, world_size: int, step: int, number: int = signal.SIGTERM, rank: int = 0
 ) -> list[str]:
-    """Train, and send `rank` a signal once `step` has been recorded; each rank's account of why it stopped."""
+    """Train, and signal `rank` once `step` is recorded; return each rank's reason for stopping."""
     return run_ranks(world_size, _train_and_signal, config, step, number, rank)
 
 
@@ -132,7 +132,7 @@ def _train_and_signal(config: Config, step: int, number: int, rank: int) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none when there is no file. A line still being written is left out."""
+    """Read the objects of a JSONL file, without an incomplete last line; empty if the file does not exist."""
     if not path.exists():
         return []
     return [orjson.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -1,4 +1,4 @@
-"""Texts and small tokenizer models for tests and benchmarks, made on the spot from files that every machine has."""
+"""Texts and small tokenizer models for tests and benchmarks, built from files that every Python installation has."""
 
 import io
 import re
@@ -42,7 +42,7 @@ NASTY_TEXTS = (
 
 
 def standard_library_texts(limit_bytes: int | None = None) -> Iterator[str]:
-    """The modules of Python's standard library in a fixed order, then the docstrings in them."""
+    """Yield the modules of Python's standard library in a fixed order, then their docstrings."""
     docstrings: list[str] = []
     used = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
@@ -58,7 +58,7 @@ def standard_library_texts(limit_bytes: int | None = None) -> Iterator[str]:
 
 
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: str = "bpe", **options: Any) -> bytes:
-    """A SentencePiece model of the kind that language models use; `options` are the trainer's."""
+    """Train a SentencePiece model with the usual settings of language models; `options` are passed to the trainer."""
     from sentencepiece import SentencePieceTrainer
 
     usual = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -75,7 +75,7 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, model_type: st
 
 
 def write_chatml_tokenizer(folder: Path) -> Path:
-    """A directory with a `tokenizer.json` of an end of document, ChatML's tokens (ids 0, 1, 2) and single bytes."""
+    """Write a `tokenizer.json` with an end-of-document token, ChatML's tokens (ids 0, 1, 2) and single bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -90,7 +90,7 @@ def write_chatml_tokenizer(folder: Path) -> Path:
 
 
 def _read(path: Path) -> str | None:
-    """None for the few modules that test encodings."""
+    """Read a file as UTF-8; None for the few modules that test encodings."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

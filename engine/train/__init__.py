@@ -1,1 +1,1 @@
-"""The training loop: the only place where everything meets."""
+"""The training loop and its hooks: start, steps, evaluation, checkpoints, logs."""

@@ -1,4 +1,4 @@
-"""Loss on held-out data, the same samples every time and in every layout; the best so far; early stopping."""
+"""Evaluation on held-out data (the same samples every time, in any layout), the best evaluation, early stopping."""
 
 import math
 import time
@@ -22,7 +22,7 @@ from engine.train.trainer import Trainer
 
 
 class Evaluation(Hook):
-    """Evaluates, also before the first step of a fresh run, and notes the best so far. Without data it does nothing."""
+    """Evaluate, including before step 1 of a fresh run, and track the best evaluation. A no-op if `data` is None."""
 
     def __init__(self, data: SampleDataset | None, log: RunLog) -> None:
         self.data, self.log = data, log
@@ -48,7 +48,7 @@ class Evaluation(Hook):
 
 
 class EarlyStopping(Hook):
-    """Saves and ends the run when `train.early_stopping` evaluations in a row were no new best."""
+    """Save and end the run after `train.early_stopping` consecutive evaluations without a new best."""
 
     def __init__(self, saving: Saving, log: RunLog) -> None:
         self.saving, self.log = saving, log
@@ -57,17 +57,17 @@ class EarlyStopping(Hook):
         if stops_early(trainer):
             self.saving.save(trainer)
             patience = trainer.config.train.early_stopping
-            self.log.say(f"stops early: {patience} evaluations in a row without a new best")
+            self.log.say(f"early stopping: {patience} evaluations in a row without a new best")
             trainer.end()
 
 
 def compares_evaluations(config: Config) -> bool:
-    """Whether anything depends on which evaluation is the best."""
+    """Whether a setting depends on the best evaluation."""
     return config.checkpoint.keep_best or config.train.early_stopping > 0
 
 
 def note_evaluation(trainer: Trainer, loss: float) -> bool:
-    """Compare with the best evaluation so far; whether this one is better. NaN never is."""
+    """Update the best evaluation; return whether this one is better. NaN never is."""
     step, best = trainer.progress.step, trainer.best
     if not compares_evaluations(trainer.config):
         return False
@@ -80,17 +80,17 @@ def note_evaluation(trainer: Trainer, loss: float) -> bool:
 
 
 def stops_early(trainer: Trainer) -> bool:
-    """Whether `train.early_stopping` evaluations in a row were not better than the best."""
+    """Whether the last `train.early_stopping` evaluations were no better than the best."""
     patience = trainer.config.train.early_stopping
     return trainer.best is not None and 0 < patience <= trainer.best.worse
 
 
 @torch.no_grad()
 def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, world: World) -> float:
-    """Mean loss per target token, in nats, over the first `train.eval_steps` global batches, or one epoch if shorter.
+    """Compute the mean loss per target token, in nats, over `train.eval_steps` global batches, or one epoch if shorter.
 
     Raises:
-        DataError: none of the tokens is a target.
+        DataError: the batches have no target tokens.
     """
     steps = config.train.eval_steps
     if dataset.num_rows is not None:
@@ -115,5 +115,5 @@ def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, wo
     world.sum_on_device(total)
     (all_tokens,) = sum_ints(world, [tokens])
     if all_tokens == 0:
-        raise DataError("none of the tokens to evaluate is a target; look at the masks of the validation data")
+        raise DataError("the evaluated batches have no target tokens; check the masks of the validation data")
     return total.item() / all_tokens

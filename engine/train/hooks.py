@@ -1,8 +1,7 @@
-"""Hooks: the work of every n steps, beside the steps themselves.
+"""Training hooks: callbacks that run every n steps around the training loop.
 
-A run is a list of `(every, hook)` around the loop below. Reports, evaluation, saving and early stopping are hooks, each
-in the file of its subject; `_hooks` in `run.py` lists them. To add a profiler, write a class like this, and the line
-`(1, Profiler()),` there:
+Reports, evaluation, checkpoints and early stopping are hooks, each defined in its own file; `_hooks` in `run.py` lists
+them as `(every, hook)`. To add a profiler, write a class like this, and add `(1, Profiler()),` to that list:
 
     class Profiler(Hook):
         def before_training(self, trainer):
@@ -15,7 +14,7 @@ in the file of its subject; `_hooks` in `run.py` lists them. To add a profiler, 
         def after_training(self, trainer):
             self.profile.stop()
 
-A tracker of experiments (Weights & Biases, MLflow) wants the reported numbers, not the steps: it is a `Tracker`, in
+An experiment tracker (Weights & Biases, MLflow) needs the logged metrics, not every step: implement `Tracker` in
 `log.py`.
 """
 
@@ -27,31 +26,32 @@ from engine.train.trainer import Trainer
 
 
 class Hook:
-    """Work beside the steps, called on all ranks: it may use collectives, and what it decides must be the same on all.
+    """Base class for training callbacks, called on every rank.
 
-    What takes long happens inside `trainer.clock.paused()`, which leaves it out of the reported speed.
+    A hook may use collectives, and any decision must be identical on all ranks. Run slow work inside
+    `trainer.clock.paused()`, which excludes it from throughput.
     """
 
     def before_training(self, trainer: Trainer) -> None:
-        """Once, before the first step; `trainer.progress` is where the run starts or resumes."""
+        """Called once, before the first step; `trainer.progress` is where the run starts or resumes."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """After a step that is due; `trainer.progress` counts it. Reading `result` waits for the device."""
+        """Called after each step that is due; `trainer.progress` includes it. Reading `result` waits for the device."""
 
     def after_training(self, trainer: Trainer) -> None:
-        """Once, after the last step, an early end or a stop signal; not after an error."""
+        """Called once, after the last step, early stopping or a stop signal; not after an error."""
 
 
 def is_due(step: int, every: int, last_step: int) -> bool:
-    """Whether a hook is called: at multiples of `every` and at the last step; with 0, at the last step alone."""
+    """Whether a hook is called after `step`: at multiples of `every` and at the last step; if 0, only at the last."""
     return step == last_step or (every > 0 and step % every == 0)
 
 
 def train_with_hooks(trainer: Trainer, hooks: Sequence[tuple[int, Hook]], stop: StopRequest) -> None:
-    """Train to the end, or until a hook or a signal ends it.
+    """Train to the last step, or until a hook or a signal ends the run.
 
     Args:
-        hooks: (every, hook) in the order in which they are called; see `is_due`.
+        hooks: (every, hook), called in this order; see `is_due`.
     """
     for _, hook in hooks:
         hook.before_training(trainer)

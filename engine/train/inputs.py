@@ -31,13 +31,13 @@ from engine.parallel.table import ParameterTable
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, open and checked.
+    """Opened and checked inputs of a run.
 
     Attributes:
-        dtype: of the parameters that matmuls read.
-        valid_data: None where the run never evaluates.
-        checkpoints: those the run may resume from, the newest first; empty for a fresh start.
-        weights: those of a fresh start from a trained model.
+        dtype: dtype of the parameters that matmuls read.
+        valid_data: None if the run never evaluates.
+        checkpoints: checkpoints to resume from, newest first; empty for a fresh start.
+        weights: initial weights of a fresh start from a trained model.
     """
 
     table: ParameterTable
@@ -50,17 +50,17 @@ class Inputs:
 
 
 def model_dtype(mode: str, device_type: str) -> torch.dtype:
-    """The dtype of the parameters that matmuls read, for `precision.mode` on a device."""
+    """Return the dtype of the parameters that matmuls read, for `precision.mode` on a device."""
     bf16 = mode in ("bf16", "fp8") or (mode == "auto" and device_type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def open_inputs(config: Config, world: World) -> Inputs:
-    """Open everything the run reads.
+    """Open and check all inputs of the run.
 
     Raises:
-        ConfigError: a setting does not suit the device, the tokenizer or an export; the run directory is in use.
-        DataError: a dataset is damaged, too small, or made with another tokenizer.
+        ConfigError: a setting is not supported by the device, the tokenizer or an export; the run directory is in use.
+        DataError: a dataset is damaged, too small, or written with another tokenizer.
         CheckpointError: a checkpoint or the initial weights belong to another model.
     """
     require_fp8(config.precision, config.ops, world.device)
@@ -82,10 +82,10 @@ def open_inputs(config: Config, world: World) -> Inputs:
 
 
 def open_tokenizer(path: str, vocab_size: int) -> Tokenizer:
-    """The tokenizer `data.tokenizer` for a model of `model.vocab_size` tokens.
+    """Load the tokenizer at `path` (`data.tokenizer`) and check that `model.vocab_size` covers it.
 
     Raises:
-        ConfigError: there is none, or the model's vocabulary is smaller.
+        ConfigError: no such tokenizer, or the model's vocabulary is smaller.
     """
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
@@ -97,10 +97,10 @@ def open_tokenizer(path: str, vocab_size: int) -> Tokenizer:
 
 
 def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> SampleDataset:
-    """The training or validation data, checked against the tokenizer and the vocabulary.
+    """Open the training or validation data, and check it against the tokenizer and the vocabulary.
 
     Raises:
-        DataError: a file is missing, damaged, too small, or made with another tokenizer or vocabulary.
+        DataError: a file is missing, damaged, too small, or written with another tokenizer or vocabulary.
     """
     wanted = config.data
     datasets = wanted.valid if wanted.valid and part == "valid" else wanted.train
@@ -119,7 +119,7 @@ def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> SampleDatase
 
 
 def packing_summary(data: SampleDataset, part: Split, global_batch_size: int) -> Iterator[str]:
-    """How conversations are packed into sequences, for people; nothing in pretraining."""
+    """Yield log lines on how conversations are packed into sequences; none in pretraining."""
     summary, rows = data.summary(), data.num_rows
     if summary is None or rows is None:
         return
@@ -127,12 +127,12 @@ def packing_summary(data: SampleDataset, part: Split, global_batch_size: int) ->
     if part == "train" and rows < global_batch_size:
         yield (
             f"warning     batch.global = {global_batch_size} is more than the {rows} sequences of an epoch: a step "
-            "reads conversations several times, or has empty sequences; lower it"
+            "repeats conversations, or contains empty sequences; lower batch.global"
         )
 
 
 def describe_template(data: SampleDataset, tokenizer: Tokenizer) -> Iterator[str]:
-    """The chat template of the data beside that of the tokenizer, for people; nothing in pretraining."""
+    """Yield log lines that compare the chat templates of the data and the tokenizer; none in pretraining."""
     template = chat_template(data)
     if template is None:
         return
@@ -144,29 +144,29 @@ def describe_template(data: SampleDataset, tokenizer: Tokenizer) -> Iterator[str
     except ConfigError:
         return
     if own != template:
-        yield "warning     the tokenizer comes with another chat template; the export will have that of the data"
+        yield "warning     the tokenizer has a different chat template; exports will contain the template of the data"
 
 
 def chat_template(data: SampleDataset) -> str | None:
-    """The chat template that the data were preprocessed with; None where they do not say.
+    """Return the chat template that the data were preprocessed with, or None if it is not recorded.
 
     Raises:
-        DataError: the datasets were made with different ones.
+        DataError: the datasets were preprocessed with different templates.
     """
     infos = [(data.prefix, data.info.chat_template) for data in data.datasets if data.info is not None]
     used = {template: prefix for prefix, template in infos if template is not None}
     if len(used) > 1:
         first, second, *_ = used.values()
         raise DataError(
-            f"{first} and {second} were made with different chat templates, and a model has one; "
+            f"{first} and {second} were preprocessed with different chat templates, but a model has one; "
             "preprocess them with the same --chat-template"
         )
     return next(iter(used), None)
 
 
 def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """Refuse a checkpoint of another model whose tensors have the same shapes. Only settings that mean nothing to
-    trained weights may differ, and those that people change on purpose to lengthen the context.
+    """Reject a checkpoint of another architecture whose tensors have the same shapes. Only settings that do not affect
+    trained weights may differ, and those that users change to extend the context.
     """
     stored, wanted = checkpoint.model.model_dump(), model.model_dump()
     may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
@@ -176,13 +176,13 @@ def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> No
         if value != wanted[key] and key not in may_differ
     ]
     if different:
-        raise CheckpointError("\n  ".join([f"{checkpoint.path} is of another model:", *different]))
+        raise CheckpointError("\n  ".join([f"{checkpoint.path} belongs to another model:", *different]))
 
 
 def _choose_checkpoints(run: RunConfig, report: Callable[[str], None]) -> list[Checkpoint]:
-    """The checkpoints to start from: those in run.dir, newest first; else the one that `run.resume` names; else none.
+    """List the checkpoints to resume from: those in run.dir, newest first; else the one `run.resume` names; else none.
 
-    A path below run.dir is taken literally, so that a run can go back to an older step.
+    A path below run.dir is taken literally, so that a run can return to an older step.
     """
     resume, own = run.resume, run.dir
     if resume not in ("auto", "never"):

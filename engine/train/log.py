@@ -1,4 +1,4 @@
-"""The files of a run directory that grow with the run: `metrics.jsonl`, `events.jsonl`, and what trackers write."""
+"""Logs of a run: stdout, `metrics.jsonl`, `events.jsonl`, and experiment trackers."""
 
 import fcntl
 import time
@@ -8,20 +8,24 @@ from typing import Any, BinaryIO, Protocol
 
 import orjson
 
-from engine.config.schema import LogConfig
+from engine.config.schema import Config
 from engine.errors import ConfigError
 
 
 class Tracker(Protocol):
-    """Where else the records of `metrics.jsonl` go, on the main rank alone; `TensorBoard` is one.
+    """Experiment tracker: receives the records of `metrics.jsonl`, only on the main rank. `TensorBoard` is one.
 
-    To add Weights & Biases, write a class with these methods and a line in `RunLog.open_metrics`:
+    To add Weights & Biases, write this class, and add `self.trackers.append(WeightsAndBiases(self.directory, last_step,
+    config))` to `RunLog.open_metrics`:
 
         class WeightsAndBiases:
-            def __init__(self, directory, last_step):
-                self.run = wandb.init(dir=directory, resume="allow")
+            def __init__(self, directory, last_step, config):
+                run_id = uuid.uuid5(uuid.NAMESPACE_URL, str(directory.resolve())).hex  # the same after a restart
+                resume = "allow" if last_step else None  # None replaces the run of a start that saved no checkpoint
+                settings = config.model_dump(mode="json", by_alias=True)
+                self.run = wandb.init(id=run_id, resume=resume, dir=directory, config=settings)
 
-            def record(self, group, record):
+            def record(self, group, record):  # W&B ignores repeated steps
                 self.run.log({f"{group}/{name}": value for name, value in record.items()}, step=record["step"])
 
             def close(self):
@@ -29,20 +33,20 @@ class Tracker(Protocol):
     """
 
     def record(self, group: str, record: Mapping[str, Any]) -> None:
-        """Note a record with its `step`; `group` is "train" or "eval"."""
+        """Log a record, which contains its `step`; `group` is "train" or "eval"."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Flush and close, at the end of the run."""
 
 
 class RunLog:
-    """The log of a run: lines for people, events, and records of numbers. Does nothing but on the main rank."""
+    """The log of a run: messages on stdout, events, and metrics. A no-op on all but the main rank."""
 
     def __init__(self, directory: Path, *, active: bool) -> None:
         """Lock the directory, if this rank is the one that writes.
 
         Raises:
-            ConfigError: another run writes into this directory.
+            ConfigError: another run is writing to this directory.
         """
         self.directory = directory
         self.active = active
@@ -51,21 +55,21 @@ class RunLog:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(directory / "lock")
 
-    def open_metrics(self, last_step: int, config: LogConfig) -> None:
-        """Begin to record after `last_step`; what an earlier start recorded beyond it is replaced."""
+    def open_metrics(self, last_step: int, config: Config) -> None:
+        """Open the metrics to continue after `last_step`; records of later steps are dropped."""
         if not self.active:
             return
         _drop_steps_after(self.directory / "metrics.jsonl", last_step)
-        if config.tensorboard:
+        if config.log.tensorboard:
             self.trackers.append(TensorBoard(self.directory / "tensorboard", last_step))
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line on stdout."""
         if self.active:
             print(text, flush=True)
 
     def metrics(self, group: str, record: Mapping[str, Any]) -> None:
-        """Append to `metrics.jsonl`, where NaN becomes null as JSON has none, and pass on to the trackers."""
+        """Append to `metrics.jsonl` (NaN becomes null, as JSON has no NaN) and send to the trackers."""
         if not self.active:
             return
         _append(self.directory / "metrics.jsonl", record)
@@ -73,12 +77,12 @@ class RunLog:
             tracker.record(group, record)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append to `events.jsonl`: something that happened once."""
+        """Append a one-time event to `events.jsonl`."""
         if self.active:
             _append(self.directory / "events.jsonl", {"event": kind, "time": time.time(), **fields})
 
     def close(self) -> None:
-        """Close the trackers and let another run write here."""
+        """Close the trackers and release the lock on the run directory."""
         for tracker in self.trackers:
             tracker.close()
         if self.active:
@@ -86,7 +90,7 @@ class RunLog:
 
 
 class TensorBoard:
-    """A curve for each number: `train/`, `eval/`, and `perf/` for speed and memory."""
+    """TensorBoard tracker: one curve per metric, under `train/`, `eval/`, and `perf/` for speed and memory."""
 
     def __init__(self, directory: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -107,7 +111,7 @@ _PERFORMANCE = ("step_time_s", "tokens_per_s", "_per_device", "mfu", "memory_gib
 
 
 def _lock(path: Path) -> BinaryIO:
-    """Make sure that one run at a time writes here; the lock ends with the process."""
+    """Lock the run directory against other runs; the lock is released when the process ends."""
     file = path.open("wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,7 +128,7 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _drop_steps_after(path: Path, last_step: int) -> None:
-    """Remove the lines of steps that a resumed run is going to repeat, and a line cut short by a crash."""
+    """Remove the lines of steps that a resumed run repeats, and a line truncated by a crash."""
     if not path.exists():
         return
     kept = []

@@ -1,6 +1,6 @@
-"""The numbers of a run: loss, gradient norm, speed and memory of the steps since the last report.
+"""Metrics of a run: loss, gradient norm, speed and memory of the steps since the last report.
 
-Numbers stay on the device until a report is due; then one small reduction and one read fetch all of them.
+Metrics stay on the device until a report is due, and are then fetched with one small reduction and one read.
 """
 
 import resource
@@ -23,23 +23,28 @@ from engine.train.trainer import Trainer
 
 
 class StepReporter(Hook):
-    """Counts every step, reports at some, and gives up when the numbers stay broken.
+    """Accumulate metrics over steps, report them at intervals, and abort after too many non-finite steps in a row.
 
     Args:
-        intervals: reports are due at multiples of each of them, and at the last step.
-        flops_per_step: of the whole global batch.
-        rows: sequences of an epoch, where there are epochs.
+        intervals: reports are due at multiples of any of these, and at the last step.
+        flops_per_step: FLOPs of the whole global batch.
+        sequences_per_epoch: None if the data have no epochs.
     """
 
     def __init__(
-        self, trainer: Trainer, log: RunLog, intervals: Sequence[int], flops_per_step: float, rows: int | None
+        self,
+        trainer: Trainer,
+        log: RunLog,
+        intervals: Sequence[int],
+        flops_per_step: float,
+        sequences_per_epoch: int | None,
     ) -> None:
         self.log, self.intervals = log, intervals
-        self.flops_per_step, self.rows = flops_per_step, rows
+        self.flops_per_step, self.sequences_per_epoch = flops_per_step, sequences_per_epoch
         self.unit = "target_tokens" if trainer.config.task == "sft" else "tokens"
         device = trainer.world.device
-        self.peak = peak_tflops(device)
-        self.consecutive = torch.zeros(1, device=device)  # steps skipped in a row
+        self.peak_tflops = peak_tflops(device)
+        self.consecutive_skipped = torch.zeros(1, device=device)
         self.skipped = torch.zeros(1, device=device)  # since the last report, as are tokens and steps
         self.tokens = self.steps = 0
 
@@ -47,12 +52,12 @@ class StepReporter(Hook):
         trainer.clock.restart()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Note a step; report it when that is due.
+        """Add a step to the metrics, and report them if a report is due.
 
         Raises:
-            NonFiniteError: on all ranks, when `train.max_nonfinite_steps` in a row had to be skipped.
+            NonFiniteError: on all ranks, after `train.max_nonfinite_steps` consecutive skipped steps.
         """
-        self.consecutive = (self.consecutive + 1) * result.skipped
+        self.consecutive_skipped = (self.consecutive_skipped + 1) * result.skipped
         self.skipped += result.skipped
         self.tokens += result.tokens
         self.steps += 1
@@ -62,16 +67,17 @@ class StepReporter(Hook):
     def _report(self, trainer: Trainer, result: StepResult) -> None:
         loss = result.loss.clone()
         trainer.world.sum_on_device(loss)
-        numbers = torch.cat((loss, result.grad_norm, self.skipped, self.consecutive)).tolist()
-        record = self._record(trainer, result, numbers)
+        on_device = (loss, result.grad_norm, self.skipped, self.consecutive_skipped)
+        mean_loss, grad_norm, skipped, consecutive_skipped = torch.cat(on_device).tolist()
+        record = self._record(trainer, result, mean_loss, grad_norm, int(skipped))
         self.log.say(self._line(record, trainer.config.train.steps))
         self.log.metrics("train", record)
         if record["skipped"]:
             self.log.event("skip", step=result.step, skipped=record["skipped"])
         limit = trainer.config.train.max_nonfinite_steps
-        if numbers[3] >= limit:
+        if consecutive_skipped >= limit:
             text = (
-                f"the last {int(numbers[3])} steps up to {result.step} had NaN or infinite gradients (loss "
+                f"the last {int(consecutive_skipped)} steps up to {result.step} had NaN or infinite gradients (loss "
                 f"{record['loss']}) and were skipped; train.max_nonfinite_steps = {limit}"
             )
             raise on_all_ranks(trainer.world, NonFiniteError(text))
@@ -79,7 +85,9 @@ class StepReporter(Hook):
         self.skipped.zero_()
         self.tokens = self.steps = 0
 
-    def _record(self, trainer: Trainer, result: StepResult, numbers: list[float]) -> dict[str, Any]:
+    def _record(
+        self, trainer: Trainer, result: StepResult, loss: float, grad_norm: float, skipped: int
+    ) -> dict[str, Any]:
         seconds = max(trainer.clock.seconds(), 1e-9)
         devices, progress = trainer.world.layout.world_size, trainer.progress
         per_device = self.tokens / seconds / devices
@@ -87,26 +95,26 @@ class StepReporter(Hook):
         return {
             "step": result.step,
             "time": time.time(),
-            "loss": numbers[0],
+            "loss": loss,
             "lr": result.lr,
-            "grad_norm": numbers[1],
+            "grad_norm": grad_norm,
             "tokens": progress.tokens,
             "samples": progress.samples,
-            **({} if self.rows is None else {"epoch": progress.samples / self.rows}),
+            **({} if self.sequences_per_epoch is None else {"epoch": progress.samples / self.sequences_per_epoch}),
             "step_time_s": seconds / self.steps,
             f"{self.unit}_per_s": per_device * devices,
             f"{self.unit}_per_s_per_device": per_device,
             "tflops_per_device": tflops,
-            "mfu": tflops / self.peak if self.peak else None,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
             "memory_gib": _memory_gib(trainer.world.device),
-            "skipped": int(numbers[2]),
+            "skipped": skipped,
         }
 
     def _line(self, record: Mapping[str, Any], total: int) -> str:
         mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
         parts = [
             f"step {record['step']:>{len(str(total))}}/{total}",
-            *([] if self.rows is None else [f"epoch {record['epoch']:.2f}"]),
+            *([] if self.sequences_per_epoch is None else [f"epoch {record['epoch']:.2f}"]),
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",
@@ -122,7 +130,7 @@ class StepReporter(Hook):
 
 
 def _memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: allocated on the GPU, or resident."""
+    """Peak memory of this process in GiB: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024

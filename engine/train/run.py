@@ -1,4 +1,4 @@
-"""From a configuration to a finished run: start, the hooks around the loop, and the end."""
+"""Top level of a training run: start, loop with hooks, shutdown."""
 
 from engine.checkpoint.run_directory import BEST, checkpoints_dir, step_name
 from engine.config.derived import with_steps
@@ -19,10 +19,10 @@ from engine.train.trainer import Trainer
 
 
 def train(config: Config) -> None:
-    """Run the training that `config` describes on this rank.
+    """Train on this rank as `config` says.
 
     Raises:
-        TriaxisError: with the exit code of what went wrong; `Interrupted` after a stop request.
+        TriaxisError: carries the exit code of the failure; `Interrupted` after a stop request.
     """
     world = init_distributed(config.run.device)
     log: RunLog | None = None
@@ -33,7 +33,7 @@ def train(config: Config) -> None:
         log = run_on_all_ranks(world, lambda: open_log(config, world, chat_template(inputs.train_data)))
         describe_start(config, world, inputs, log, reason)
         trainer = build_trainer(config, world, inputs, log)
-        log.open_metrics(trainer.progress.step, config.log)
+        log.open_metrics(trainer.progress.step, config)
         _train(trainer, inputs, log)
         log.event("exit", code=0)
     except Exception as error:
@@ -46,7 +46,7 @@ def train(config: Config) -> None:
 
 
 def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
-    """Run the loop unless nothing is left to do, and say how it ended."""
+    """Run the loop unless the run is already complete, and log how it ended."""
     config, world = trainer.config, trainer.world
     if reason := _nothing_to_do(trainer):
         log.say(f"nothing to do: {reason}")
@@ -54,7 +54,7 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     train_with_hooks(trainer, _hooks(trainer, inputs, log), StopRequest())
     progress = trainer.progress
     if trainer.stopped_by:
-        kept = "the state is saved" if progress.step else "there is nothing to save yet"
+        kept = "the state is saved" if progress.step else "nothing to save yet"
         raise on_all_ranks(world, Interrupted(f"stopped by {trainer.stopped_by} after step {progress.step}; {kept}"))
     tokens = f"{progress.tokens:,} {'target ' * (config.task == 'sft')}tokens"
     log.say(f"finished: {progress.step} steps, {tokens}; checkpoint in {config.run.dir}")
@@ -64,12 +64,12 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
 def _nothing_to_do(trainer: Trainer) -> str | None:
     step, train = trainer.progress.step, trainer.config.train
     if stops_early(trainer):
-        return f"stopped early at step {step}; to go on, raise train.early_stopping = {train.early_stopping}"
+        return f"stopped early at step {step}; to continue, raise train.early_stopping = {train.early_stopping}"
     return f"step {step} is done and train.steps = {train.steps}" if step >= train.steps else None
 
 
 def _hooks(trainer: Trainer, inputs: Inputs, log: RunLog) -> list[tuple[int, Hook]]:
-    """The work of every n steps, in this order. Reports come before saves, so that a broken state is not saved."""
+    """List the hooks as (every, hook). Reports come before saves, so that a non-finite state is not saved."""
     config = trainer.config
     evaluations, checkpoints = config.train.eval_interval, config.checkpoint.interval
     reports = [config.log.interval, checkpoints, *([evaluations] if compares_evaluations(config) else [])]
@@ -84,7 +84,7 @@ def _hooks(trainer: Trainer, inputs: Inputs, log: RunLog) -> list[tuple[int, Hoo
 
 
 def _flops_per_step(config: Config, inputs: Inputs) -> float:
-    """FLOPs of a global batch, counting the places that hold tokens."""
+    """FLOPs of a global batch, without padding."""
     data, places = inputs.train_data, config.batch.global_ * config.data.seq_length
     length = data.mean_length or config.data.seq_length
     return data.efficiency * places * flops_per_token(config.model, inputs.table, length)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what goes into them, and when one is saved."""
+"""Hooks that save checkpoints of a run."""
 
 import time
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from engine.train.trainer import Trainer
 
 
 class Saving(Hook):
-    """Saves a checkpoint, once a step at most; also at the end of training if the last step has none yet."""
+    """Save a checkpoint, at most once per step, and at the end of training if the last step has none yet."""
 
     def __init__(self, trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         self.inputs, self.log = inputs, log
@@ -32,10 +32,10 @@ class Saving(Hook):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save the current step, if it is not saved yet.
+        """Save the current step, unless it is already saved.
 
         Raises:
-            StorageError: on all ranks, when any rank could not write; older checkpoints are intact.
+            StorageError: on all ranks, if any rank could not write; older checkpoints are intact.
         """
         step = trainer.progress.step
         if step == self.saved_step:
@@ -79,7 +79,7 @@ class Saving(Hook):
         )
 
     def _tokenizer_files(self, run_dir: Path) -> list[Path]:
-        """The tokenizer's own, but with the chat template of the data where they have one."""
+        """The tokenizer's files, with its chat template replaced by that of the data, if they have one."""
         files = list(self.inputs.tokenizer.files)
         if chat_template(self.inputs.train_data) is None:
             return files
@@ -87,7 +87,7 @@ class Saving(Hook):
 
 
 class SaveBest(Hook):
-    """Saves after an evaluation that is the best so far, if `checkpoint.keep_best` says so."""
+    """Save after an evaluation that is the best so far, if `checkpoint.keep_best` is set."""
 
     def __init__(self, saving: Saving) -> None:
         self.saving = saving

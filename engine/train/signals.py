@@ -1,4 +1,4 @@
-"""Stop requests: a signal is noted here, and the trainer acts on it between two steps."""
+"""Stop requests: signals are recorded here and handled by the trainer between steps."""
 
 import signal
 from types import FrameType
@@ -7,7 +7,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """The first SIGINT, SIGTERM or SIGUSR1 that this process got; none of them ends it any more."""
+    """Signal handler that records the first SIGINT, SIGTERM or SIGUSR1, which then no longer end the process."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

@@ -1,4 +1,4 @@
-"""The start of a run: ranks put on their grid, its log opened and described, weights initialized or restored."""
+"""Start of a run: choose the layout, open the log, describe the run, initialize or restore the weights."""
 
 import os
 from dataclasses import asdict
@@ -30,14 +30,16 @@ from engine.train.trainer import Progress, Trainer
 
 
 def arrange_ranks(config: Config, world: World) -> tuple[World, str]:
-    """Choose a layout and build its process groups: the world, and the reason for the layout. A collective.
+    """Choose a layout and build its process groups; return the world and the reason for the layout. A collective.
 
     Raises:
-        ConfigError: no layout suits the configuration.
+        ConfigError: no layout works for the configuration.
         OutOfMemoryError: the run does not fit in the memory of the ranks.
     """
     if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic only with a fixed workspace
         torch.use_deterministic_algorithms(True)
     ranks = _ranks(config, world)
     layout, reason = run_on_all_ranks(world, lambda: choose_layout(config, ranks))
@@ -46,7 +48,7 @@ def arrange_ranks(config: Config, world: World) -> tuple[World, str]:
 
 
 def _ranks(config: Config, world: World) -> ClusterSpec:
-    """The cluster with every rank taken for the weakest one, so that all choose the same layout; a collective."""
+    """Describe the cluster by its smallest rank, so that all ranks choose the same layout. A collective."""
     device, dtype = world.device, model_dtype(config.precision.mode, world.device.type)
     per_node = min(gather_ints(world, world.local_size))
     capacity = min(gather_ints(world, available(device, world.local_size)))
@@ -54,11 +56,11 @@ def _ranks(config: Config, world: World) -> ClusterSpec:
 
 
 def open_log(config: Config, world: World, template: str | None) -> RunLog:
-    """The run directory's log, with the resolved configuration and the data's chat template beside it.
+    """Open the log, and write the resolved configuration and the data's chat template to the run directory.
 
     Raises:
-        ConfigError: another run writes there.
-        StorageError: it cannot be written.
+        ConfigError: another run is writing there.
+        StorageError: the directory cannot be written.
     """
     try:
         log = RunLog(config.run.dir, active=world.is_main)
@@ -72,7 +74,7 @@ def open_log(config: Config, world: World, template: str | None) -> RunLog:
 
 
 def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, reason: str) -> None:
-    """Print the configuration once, and the layout, operators and data that follow from it."""
+    """Log the configuration, and the layout, operators and data of the run."""
     layout, global_batch = world.layout, config.batch.global_
     ranks = f"{layout.world_size} rank(s) on {world.device.type}"
     backend = "" if world.group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
@@ -95,10 +97,10 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
 
 
 def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:
-    """Model, optimizer and trainer, with restored, imported or initial weights.
+    """Build model, optimizer and trainer, with restored, imported or initial weights.
 
     Raises:
-        CheckpointError: on all ranks, when any rank could not read the checkpoints or the weights.
+        CheckpointError: on all ranks, if any rank could not read the checkpoints or the weights.
     """
     from_scratch = not inputs.checkpoints and inputs.weights is None
     model, optimizer = build_model(config, world, inputs.dtype, seed=config.run.seed if from_scratch else None)
@@ -116,12 +118,12 @@ def _start_fresh(trainer: Trainer, weights: ModelDirectory | None, log: RunLog) 
         run_on_all_ranks(trainer.world, partial(restore_weights, optimizer, weights))
         optimizer.broadcast_params()
     origin = "from scratch" if weights is None else f"with the weights of {weights.path}"
-    log.say(f"start       {origin}: there is no checkpoint in {run.dir}")
+    log.say(f"start       {origin}: no checkpoint in {run.dir}")
     log.event("start", seed=run.seed, weights=None if weights is None else str(weights.path))
 
 
 def _resume(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
-    """Restore the newest usable checkpoint and its progress, and say what has changed since."""
+    """Restore the newest usable checkpoint and its progress, and log the settings that have changed since."""
     config, checkpoint = trainer.config, _restore_newest(trainer, inputs.checkpoints, log)
     state = checkpoint.state
     trainer.progress = Progress(state.step, state.consumed_samples, state.consumed_tokens)
@@ -132,13 +134,11 @@ def _resume(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         log.say(f"changed     {change}")
         log.event("changed", setting=change)
     if state.data_fingerprint not in ("", inputs.train_data.fingerprint()):
-        log.say(
-            "warning     the data or their order (datasets, split, seq_length, seed) are not those of the checkpoint"
-        )
+        log.say("warning     the data or their order (datasets, split, seq_length, seed) differ from the checkpoint's")
 
 
 def _restore_newest(trainer: Trainer, checkpoints: list[Checkpoint], log: RunLog) -> Checkpoint:
-    """Restore from the first checkpoint that every rank can read completely."""
+    """Restore the first checkpoint that every rank can read completely, and return it."""
     optimizer, fp8 = trainer.optimizer, trainer.model.fp8
     for checkpoint, older in zip(checkpoints, [*checkpoints[1:], None], strict=True):
         try:
@@ -148,6 +148,6 @@ def _restore_newest(trainer: Trainer, checkpoints: list[Checkpoint], log: RunLog
         except CheckpointError as error:
             if older is None:
                 raise
-            log.say(f"WARNING: {error}; going back to {older.path}")
+            log.say(f"WARNING: {error}; falling back to {older.path}")
             log.event("fallback", reason=str(error), path=str(older.path))
     raise AssertionError("there is at least one checkpoint")

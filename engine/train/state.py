@@ -1,4 +1,4 @@
-"""Conversion between the optimizer's flat shards and a checkpoint's named rectangles."""
+"""Conversion between the optimizer's flat shards and the named rectangles of a checkpoint."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ _FP8 = "fp8_amax"
 
 
 def state_slices(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterator[StateSlice]:
-    """Everything this rank saves, in fp32: the rectangles of its shards that it owns, and the FP8 amax history."""
+    """Yield what this rank saves, in fp32: the rectangles of its shards that it owns, and the FP8 amax history."""
     at = optimizer.parameters.world.coords
     if fp8 is not None and at.dp == 0 and at.tp == 0:
         for name, history in fp8.histories().items():
@@ -37,8 +37,8 @@ def state_slices(optimizer: ShardedAdamW, fp8: Fp8State | None = None) -> Iterat
 def restore(optimizer: ShardedAdamW, checkpoint: Checkpoint, fp8: Fp8State | None = None) -> None:
     """Read this rank's shards, and the FP8 amax history if the checkpoint has one of the same length and layers.
 
-    `ShardedAdamW.broadcast_params` then sends the parameters to all ranks. The moments of an imported model, which has
-    none, start at zero.
+    Call `ShardedAdamW.broadcast_params` afterwards to send the parameters to all ranks. An imported model has no
+    moments; they start at zero.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -71,7 +71,7 @@ def restore_weights(optimizer: ShardedAdamW, weights: ModelDirectory) -> None:
 
 
 def _restore_history(fp8: Fp8State, checkpoint: Checkpoint) -> None:
-    """Skip a history of another length or of other layers: the next step then scales by the current amax."""
+    """Restore the amax history, unless its length or layers differ: the next step then uses the current amax."""
     stored = checkpoint.manifest.tensors.get(_FP8, {})
     wanted = fp8.histories()
     if any(name not in stored or stored[name].shape != tuple(into.shape) for name, into in wanted.items()):
@@ -82,7 +82,7 @@ def _restore_history(fp8: Fp8State, checkpoint: Checkpoint) -> None:
 
 
 def _rectangles(bucket: Bucket) -> Iterator[tuple[LogicalTensor, Rectangle, slice]]:
-    """The rectangles of logical tensors that lie in this rank's shard of the bucket, with their slice of the shard."""
+    """Yield the rectangles of logical tensors in this rank's shard of the bucket, each with its slice of the shard."""
     for slot in bucket.plan.slots:
         for tensor, offset in slot.tensors():
             begin = max(offset, bucket.begin)

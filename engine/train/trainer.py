@@ -1,7 +1,4 @@
-"""The loop: global batches in, one result per optimizer step out.
-
-The trainer only advances; whatever happens every n steps is a hook (`hooks.py`).
-"""
+"""The training loop: yields one result per optimizer step. Periodic work is done by hooks (`hooks.py`)."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +22,7 @@ from engine.train.step import DistributedModel, StepResult, train_step
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, samples and target tokens consumed."""
+    """Progress of a run: optimizer steps, samples and target tokens consumed."""
 
     step: int = 0
     samples: int = 0
@@ -33,7 +30,7 @@ class Progress:
 
 
 class Clock:
-    """Seconds of training since the last restart; pauses do not count."""
+    """Seconds of training since the last restart, without pauses."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -47,7 +44,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count what happens inside. Waits for the device, as the queued steps do count."""
+        """Exclude the body. Waits for the device first, so that queued steps are counted."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         started = time.perf_counter()
@@ -56,12 +53,12 @@ class Clock:
 
 
 class Trainer:
-    """Everything that one rank needs to train.
+    """Training state of one rank, and the loop over steps.
 
     Attributes:
         progress: advanced by each step; to resume, set it before `steps()`.
-        best: the best evaluation so far, where evaluations are compared.
-        stopped_by: the signal for which all ranks have agreed to stop.
+        best: the best evaluation so far, if evaluations are compared.
+        stopped_by: name of the signal on which all ranks agreed to stop.
         clock: time spent on steps.
     """
 
@@ -80,14 +77,14 @@ class Trainer:
         self._ended = False
 
     def end(self) -> None:
-        """Make the current step the last one; to be called on all ranks."""
+        """Make the current step the last one. Call on all ranks."""
         self._ended = True
 
     def steps(self, stop: StopRequest) -> Iterator[StepResult]:
         """Train until `train.steps`, `end()`, or any rank's stop request.
 
         Raises:
-            DataError: none of a step's tokens is a target.
+            DataError: a step has no target tokens.
         """
         for microbatches in self._batches():
             step = self.progress.step + 1
@@ -95,7 +92,9 @@ class Trainer:
             if self.stopped_by:
                 return
             if tokens == 0:
-                raise DataError(f"step {step}: none of its tokens is a target; look at the data's masks (inspect_data)")
+                raise DataError(
+                    f"step {step} has no target tokens; check the masks of the data (tools/inspect_data.py)"
+                )
             lr = learning_rate(step, self.config.optimizer.lr, self.config.lr_schedule, self.config.train.steps)
             result = train_step(self.model, self.optimizer, microbatches, step=step, lr=lr, tokens=tokens)
             samples = self.progress.samples + self.config.batch.global_
@@ -105,7 +104,7 @@ class Trainer:
                 return
 
     def _agree(self, microbatches: list[Batch], stop: StopRequest) -> int:
-        """The targets of the global batch; sets `stopped_by` if any rank was asked to stop. One collective for both."""
+        """Return the target tokens of the global batch; set `stopped_by` if any rank got a signal. One collective."""
         signaled = [int(stop.signal == known) for known in STOP_SIGNALS]
         targets = sum(batch.num_tokens for batch in microbatches) if self.world.is_model_parallel_leader else 0
         targets, *counts = sum_ints(self.world, [targets, *signaled])

@@ -1,11 +1,11 @@
-"""Questions for a model that has learned Python: which of four lines comes next?
+"""Generate multiple-choice questions for a model trained on Python: which of four lines comes next?
 
     python examples/evaluation/next_line.py
 
-Each question shows some lines of a module of the standard library; the right answer is the line behind them, the wrong
-ones are that line with two of its words exchanged, so that all are equally long. The modules are those that
-examples/quickstart.sh held out of the training (the last 5 % of its corpus), so that nothing can be known by heart. The
-same corpus gives the same questions.
+Each question shows some lines of a module of the standard library; the right answer is the next line, and the wrong
+ones are that line with two of its words swapped, so that all are equally long. The modules are the validation data of
+examples/quickstart.sh (the last 5 % of its corpus), so that no answer can be memorized. The same corpus gives the same
+questions.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--corpus", type=Path, default=Path("data/quickstart/stdlib.jsonl"), metavar="FILE",
-        help="the quickstart's, of which the end was held out (default: %(default)s)")  # fmt: skip
+        help="the quickstart's corpus, of which the end was held out (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, default=Path("data/evaluation/next_line.jsonl"), metavar="FILE",
-        help="where the questions go; it is replaced (default: %(default)s)")  # fmt: skip
-    add("--questions", type=int, default=1000, metavar="N", help="how many at most (default: %(default)s)")
+        help="output file, overwritten (default: %(default)s)")  # fmt: skip
+    add("--questions", type=int, default=1000, metavar="N", help="maximum number of questions (default: %(default)s)")
     options = parser.parse_args()
     if not options.corpus.exists():
-        parser.error(f"--corpus {options.corpus} is not there; `bash examples/quickstart.sh` makes it")
+        parser.error(f"--corpus {options.corpus} does not exist; `bash examples/quickstart.sh` creates it")
     with options.corpus.open(encoding="utf-8") as file:
         modules = [json.loads(line)["text"].splitlines() for line in file]
     held_out = modules[-max(1, int(len(modules) * HELD_OUT)) :]
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def question(module: list[str], i: int, random: Random) -> dict[str, object]:
-    """Context, choices, and the place of the right one among them."""
+    """Build a question: context, choices, and the index of the right choice."""
     right = module[i]
     choices = [right]
     while len(choices) < CHOICES:
@@ -58,7 +58,7 @@ def question(module: list[str], i: int, random: Random) -> dict[str, object]:
 
 
 def exchanged(line: str, random: Random) -> str:
-    """The line with two of its words exchanged."""
+    """Return the line with two of its words swapped."""
     words = WORD.findall(line)
     i, j = random.sample(range(len(words)), 2)
     words[i], words[j] = words[j], words[i]
@@ -67,7 +67,7 @@ def exchanged(line: str, random: Random) -> str:
 
 
 def is_code(line: str) -> bool:
-    """Whether a line has enough to say."""
+    """Whether a line has enough different words and is not a comment."""
     return len(set(WORD.findall(line))) >= 5 and not line.lstrip().startswith("#")
 
 

@@ -20,7 +20,7 @@ def test_a_run_that_works(workspace, capsys):
         "data        n tokens to train",
         "data        n tokens to valid",
     ]
-    assert "assumed     float32 on cpu, this machine's memory, 2 rank(s) a node (--ranks-per-node)" in lines
+    assert "assumed     float32 on cpu, this machine's memory, 2 rank(s) per node (--ranks-per-node)" in lines
     assert lines[-1] == "ok"
 
 
@@ -28,14 +28,15 @@ def test_gpus_that_are_not_here(workspace, capsys):
     config = run_config(workspace, "--precision.mode", "bf16", "--run.device", "auto", "--parallel.tp", "auto")
     lines = printed(capsys, config, 4, gpu_memory_gib=40, ranks_per_node=2)
     assert (
-        "assumed     bfloat16 on cuda, GPUs of 40 GiB (--gpu-memory-gib), 2 rank(s) a node (--ranks-per-node)" in lines
+        "assumed     bfloat16 on cuda, GPUs of 40 GiB (--gpu-memory-gib), 2 rank(s) per node (--ranks-per-node)"
+        in lines
     )
     assert "            tp auto: the smallest tp × pp whose fullest rank, 2.0 GiB, fits in 90% of 40.0 GiB" in lines
 
 
 def test_files_that_are_not_here_are_named(tmp_path, capsys):
     lines = printed(capsys, run_config(tmp_path))
-    assert f"data        {tmp_path / 'corpus.idx'} is not on this machine and not checked" in lines
+    assert f"data        {tmp_path / 'corpus.idx'} is not on this machine, so it is not checked" in lines
     assert lines[-1] == "ok, except for files that are not on this machine"
 
 

@@ -88,7 +88,7 @@ def test_what_cannot_be_converted(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists and is not empty"):
         convert("--from", run_dir, "--to", run_dir)
     convert("--from", run_dir, "--to", tmp_path / "hf")
-    with pytest.raises(ConfigError, match="--dtype bf16 is for exports"):
+    with pytest.raises(ConfigError, match="--dtype bf16 applies only to exports"):
         convert("--from", tmp_path / "hf", "--to", tmp_path / "out", "--dtype", "bf16")
     assert not (tmp_path / "out").exists()
 

@@ -162,7 +162,7 @@ def test_commands_are_not_said_to_the_model(program, chatty, monkeypatch, end):
     monkeypatch.setattr(ChatEncoder, "prompt_ids", watched)
     _, err = program(chatty, "--chat", stdin=f"/help\n/\n/system x\n/etc/hosts?\nA?\n{end}\nB?\n")
     commands = "an empty line, Ctrl-D, /exit or /quit ends; /reset starts over"
-    assert err == "".join(f"{name} is no command: {commands}\n" for name in ("/help", "/", "/system"))
+    assert err == "".join(f"{name} is not a command: {commands}\n" for name in ("/help", "/", "/system"))
     assert asked == ["/etc/hosts?", "A?"]
     shown = tool("generate", "--help").stdout
     assert f"In a conversation, {commands}." in shown and "DIR --chat --system 'Be brief.'" in shown
@@ -292,12 +292,12 @@ def refusing(directory: Path) -> Path:
         ("", "nothing to generate"),
         ("--prompt x --max-new-tokens 0", "--max-new-tokens 0: expected at least 1"),
         ("--input x --output y --batch-size 0", "--batch-size 0: expected at least 1"),
-        ("--input x", "--input and --output belong together"),
-        ("--output x", "--input and --output belong together"),
+        ("--input x", "--input (file of prompts) and --output (file for the answers) must be given together"),
+        ("--output x", "--input (file of prompts) and --output (file for the answers) must be given together"),
         ("--input x --output y --prompt z", "--prompt and --input are both given"),
         ("--prompt x --system y", "add --chat"),
         ("--prompt x --chat-template y", "add --chat"),
-        ("--prompt x --chat --bos", "--bos is for texts"),
+        ("--prompt x --chat --bos", "--bos does not apply to --chat"),
         ("--input none.jsonl --output y", "cannot read the prompts in none.jsonl"),
         ("--chat --chat-template gpt", "chat template 'gpt'"),
         ("--chat --chat-template llama3", "the vocabulary lacks"),
@@ -311,7 +311,7 @@ def test_options_that_do_not_go_together(program, chatty, options, expected):
 
 def test_answers_do_not_overwrite_their_prompts(program, chatty):
     options = file_of(chatty, [{"prompt": "A?"}])
-    with pytest.raises(ConfigError, match="is the file of the prompts"):
+    with pytest.raises(ConfigError, match="is the file of prompts"):
         program(chatty, *options[:3], options[1])
 
 
@@ -339,7 +339,7 @@ def test_what_cannot_be_generated_from(tmp_path):
 def test_a_gpu_that_is_not_there(tmp_path):
     done = tool("generate", tmp_path, "--prompt", "x", "--device", "cuda")
     assert done.returncode == 64
-    assert "--device cuda: this machine shows no GPU" in done.stderr
+    assert "--device cuda: no GPU found on this machine" in done.stderr
 
 
 @pytest.mark.parametrize(("terminal", "expected"), [(True, "a\\x1b[2J\té\n\n"), (False, "a\x1b[2J\té\n\n")])

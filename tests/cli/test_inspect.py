@@ -243,7 +243,7 @@ def test_long_conversations_are_cut_for_reading(tmp_path, capsys):
 
 def test_masks_are_verified(chats, capsys):
     main(chats, "--verify")
-    assert "the mask has one of 0 and 1 for each" in capsys.readouterr().out
+    assert "the mask has a 0 or 1 for each" in capsys.readouterr().out
     mask = chats.with_name("chats.mask.bin")
     content = mask.read_bytes()
     mask.write_bytes(content[:3] + b"\x07" + content[4:])
@@ -255,7 +255,7 @@ def test_masks_are_verified(chats, capsys):
 
 
 def test_samples_that_are_conversations_need_no_length(chats):
-    with pytest.raises(ConfigError, match=r"--seq-length has no meaning for .*chats"):
+    with pytest.raises(ConfigError, match=r"--seq-length does not apply to .*chats"):
         main(chats, "--sample", 0, "--seq-length", 8)
     with pytest.raises(ConfigError, match=r"^no conversation 3 in .*chats: it has 3 conversations, counted from 0$"):
         main(chats, "--sample", 3)

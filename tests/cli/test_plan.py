@@ -23,7 +23,7 @@ def main(line: str) -> None:
 def test_one_schedule(capsys):
     main("--schedule 1f1b --stages 2 --microbatches 3")
     assert capsys.readouterr().out == (
-        "1f1b: proven for 2 stages and 3 microbatches\n"
+        "1f1b: verified for 2 stages and 3 microbatches\n"
         "stage 0  F0 F1 .  .  B0--- F2 B1--- .  B2---\n"
         "stage 1  .  F0 B0--- F1 B1--- F2 B2--- .  .\n"
         "bubble  33.3% of the ideal time\n"
@@ -34,8 +34,8 @@ def test_one_schedule(capsys):
 def test_all_schedules_in_one_picture(capsys, tmp_path):
     main(f"--schedule all --stages 4 --microbatches 8 --output {tmp_path / 'all.png'}")
     out = capsys.readouterr().out
-    titles = ["gpipe", "1f1b", "interleaved, 2 chunks a stage", "zero_bubble"]
-    assert [line.split(":")[0] for line in out.splitlines() if "proven" in line] == titles
+    titles = ["gpipe", "1f1b", "interleaved, 2 chunks per stage", "zero_bubble"]
+    assert [line.split(":")[0] for line in out.splitlines() if "verified" in line] == titles
     assert [line.split()[1] for line in out.splitlines() if line.startswith("bubble")] == [
         "37.5%",
         "37.5%",

@@ -68,7 +68,7 @@ def test_from_a_clean_process(folder):
     code, out, err = finish("--input", "a.jsonl", "--output-prefix", "out/a", *BYTE, "--append-eod", "--workers", "2")
     assert (code, err) == (0, "")
     assert "done       3 documents, 24 tokens" in out
-    assert "21 bytes" not in out and "0.88 bytes a token" in out
+    assert "21 bytes" not in out and "0.88 bytes per token" in out
     assert "out/a_text_document.bin .idx .json" in out
     assert "next       python tools/inspect_data.py out/a_text_document" in out
     assert bytes(IndexedDataset("out/a_text_document").tokens(0, 5).astype("uint8")) == b"first"
@@ -197,7 +197,8 @@ def test_existing_output_is_not_replaced_unasked(folder, main):
         (
             ("--input", "a.jsonl"),
             64,
-            "error: --tokenizer-model is missing: a SentencePiece model, a tokenizer.json, a directory that holds one",
+            "error: --tokenizer-model is missing: a SentencePiece model, a tokenizer.json, "
+            "a directory that contains one",
         ),
         (("--input", "a.jsonl", "--tokenizer-model", "gone.model"), 64, "'gone.model': no such file"),
         (("--input", "a.jsonl", "--tokenizer-type", "GPT2BPETokenizer"), 64, "GPT2BPETokenizer is unknown; expected"),
@@ -255,7 +256,7 @@ def test_help_names_every_flag(folder):
     assert code == 0
     for flag in ("--input", "--json-keys", "--append-eod", "--workers", "--log-interval", "--on-bad-line"):
         assert flag in out
-    assert ".txt (a file is one document)" in out
+    assert ".txt, .md, .rst and .py (one document per file)" in out
 
 
 def test_the_command_of_the_smallest_configuration(main, tmp_path, monkeypatch):
@@ -275,7 +276,7 @@ def test_the_command_of_the_smallest_configuration(main, tmp_path, monkeypatch):
 
 def test_nothing_of_fine_tuning_is_asked_of_texts(folder, main):
     for flag, value in (("--chat-template", "chatml"), ("--train-on", "all"), ("--max-length", "9")):
-        with pytest.raises(ConfigError, match=f"{flag} has no meaning with --task pretrain, only with --task sft"):
+        with pytest.raises(ConfigError, match=f"{flag} applies only to --task sft, not to --task pretrain"):
             main("--input", "a.jsonl", "--output-prefix", "x", *BYTE, flag, value)
 
 
@@ -312,7 +313,7 @@ def test_conversations_from_a_clean_process(chats):
         "turn end   '<|im_end|>' (id 2), a target token",
         f"done       3 conversations, {data.num_tokens} tokens in 0:0",
         f"{targets} target tokens, {targets / data.num_tokens:.1%}",
-        "tokens a document: median 29, longest 100",
+        "tokens per document: median 29, longest 100",
         "1 rejected: unknown role",
         "1 too long, truncated to max_length",
         "1 of 4 records rejected, which are in out/x.rejects.jsonl:",
@@ -320,7 +321,7 @@ def test_conversations_from_a_clean_process(chats):
     ):
         assert line in out
     assert "skipped: chats.jsonl:3: unknown role: messages[0] has role 'critic'" in err
-    assert "warning: conversations that spell a special token, which becomes it: 1" in err
+    assert "warning: conversations whose text contains a special token, which is encoded as such: 1" in err
     command = re.search(r"^next +python tools/(\S+) (.*)$", out, re.MULTILINE)
     shown = subprocess.run(
         [sys.executable, PROGRAM.with_name(command[1]), *shlex.split(command[2])], capture_output=True, text=True
@@ -380,9 +381,9 @@ def test_texts_need_no_template(chats, main, capsys):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--append-eod"], ConfigError, "--append-eod has no meaning with --task sft, only with --task pretrain"),
-        (["--json-keys", "text"], ConfigError, "--json-keys has no meaning with --task sft"),
-        (["--encoder", "auto"], ConfigError, "--encoder has no meaning with --task sft"),
+        (["--append-eod"], ConfigError, "--append-eod applies only to --task pretrain, not to --task sft"),
+        (["--json-keys", "text"], ConfigError, "--json-keys applies only to --task pretrain, not to --task sft"),
+        (["--encoder", "auto"], ConfigError, "--encoder applies only to --task pretrain, not to --task sft"),
         (["--max-length", 1], ConfigError, "--max-length 1: expected at least 2"),
         (["--on-too-long", "drop"], ConfigError, "--on-too-long drop needs --max-length"),
         (["--chat-template", "gone.jinja"], ConfigError, r"chat template 'gone\.jinja': No such file"),

@@ -37,7 +37,7 @@ def test_what_cannot_be_learnt(tmp_path):
     corpus.write_text("\n")
     done = train("--input", corpus, "--vocab-size", 300, "--output", tmp_path / "tok")
     assert done.returncode == 65
-    assert "no text to learn from" in done.stderr
+    assert "no text to train on" in done.stderr
     assert train("--input", tmp_path / "none", "--vocab-size", 400, "--output", tmp_path / "tok").returncode == 64
     assert not list(tmp_path.glob("tok*"))
 

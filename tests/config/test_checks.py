@@ -30,11 +30,17 @@ def test_settings_that_do_not_fit_together(changes, expected):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"train": {"steps": 0}}, "train.steps: is required and not given"),
-        ({**FINE_TUNING, "train": {"steps": 0}}, "train.steps or train.epochs: is required and not given"),
-        ({"train": {"steps": 5, "epochs": 2}}, "train.epochs, train.neftune_alpha and data.packing are for task = sft"),
-        ({"data": {"packing": False}}, "are for task = sft"),
-        ({"task": "sft", "data": {"document_mask": False}}, "data.document_mask = false would let conversations see"),
+        ({"train": {"steps": 0}}, "train.steps: required, but not given"),
+        ({**FINE_TUNING, "train": {"steps": 0}}, "train.steps or train.epochs: required, but not given"),
+        (
+            {"train": {"steps": 5, "epochs": 2}},
+            "train.epochs, train.neftune_alpha and data.packing = false apply only to task = sft",
+        ),
+        ({"data": {"packing": False}}, "apply only to task = sft"),
+        (
+            {"task": "sft", "data": {"document_mask": False}},
+            "data.document_mask = false would let conversations attend",
+        ),
         ({"train": {"early_stopping": 2}}, "train.early_stopping and checkpoint.keep_best compare evaluations"),
         ({"model": {"preset": "tiny", "from_hf": "a"}}, "model.preset and model.from_hf exclude each other"),
     ],

@@ -98,7 +98,7 @@ def test_a_library_of_another_torch_is_named(tmp_path):
 
 def test_a_library_of_an_older_package_is_named(monkeypatch):
     monkeypatch.setitem(native._FAKES, "next_years_operator", lambda: None)
-    assert "of another version of this package (without next_years_operator); install" in native._load()
+    assert "belongs to another version of this package (next_years_operator is missing); reinstall" in native._load()
 
 
 def test_what_is_installed_is_built():

@@ -123,7 +123,7 @@ def test_check_tells_what_follows_from_the_7b_configuration():
         "1024 sequences = dp 64 × 16 microbatches of 1; 4,194,304 tokens per step",
         "100,000 steps = 419,430,400,000 tokens",
         "0–63   embedding, 0–31, head  6,738,415,616     12.6       25.1        1.2  ",
-        "bfloat16 on cuda, GPUs of 80 GiB (--gpu-memory-gib), 8 rank(s) a node (--ranks-per-node)",
+        "bfloat16 on cuda, GPUs of 80 GiB (--gpu-memory-gib), 8 rank(s) per node (--ranks-per-node)",
     ):
         assert part in done.stdout
 

@@ -159,7 +159,7 @@ def test_what_fp8_cannot_do_is_said_before_the_start(tmp_path):
     with pytest.raises(ConfigError, match="is more than model"):
         fp8_config(tmp_path, "--precision.bf16_last_layers", "99")
     write_dataset(tmp_path / "corpus")
-    with pytest.raises(RuntimeError, match=r"data\.seq_length\) = 24.* and FP8 takes multiples of 16"):
+    with pytest.raises(RuntimeError, match=r"data\.seq_length\) = 24.* but FP8 needs multiples of 16"):
         run_training(fp8_config(tmp_path, "--data.seq_length", "24"))
 
 
@@ -168,11 +168,11 @@ def test_what_fp8_cannot_do_is_said_before_the_start(tmp_path):
     [
         ((8, 0), (), "needs a GPU of compute capability 8.9 or newer, and A GPU has compute capability 8.0; use bf16"),
         ((8, 9), ("--precision.recipe", "blockwise"), "needs compute capability 9.0"),
-        ((9, 0), ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "torch"), "has one scale a tensor"),
+        ((9, 0), ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "torch"), "has one scale per tensor"),
         (
             (9, 0),
             ("--ops.fp8_matmul", "triaxis"),
-            "has scales of blocks, not precision.recipe = tensorwise; use cublaslt",
+            "has scales per block, and cannot run precision.recipe = tensorwise; use cublaslt",
         ),
         ((9, 0), ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "triaxis"), ""),
         ((8, 9), (), ""),

@@ -47,7 +47,7 @@ def test_a_single_rank_has_no_pipeline_and_no_order(tmp_path):
 def test_the_parts_of_an_interleaved_stage(tmp_path):
     overrides = ("--parallel.schedule", "interleaved", "--parallel.virtual_stages", "2")
     *_, pipeline, _, first, second = lines(llama(tmp_path, *overrides), Layout(pp=2, dp=4))
-    assert pipeline == "pipeline    interleaved, 2 parts a stage; its bubble adds 0.2% to the time of a step"
+    assert pipeline == "pipeline    interleaved, 2 chunks per stage; its bubble adds 0.2% to the time of a step"
     assert "  embedding, 0–7, 16–23  " in first
     assert "  8–15, 24–31, head  " in second
 

@@ -95,7 +95,7 @@ def test_tp_stays_within_a_node_unless_it_is_asked_for():
     assert choose_layout(config_of("--batch.global", "960"), odd)[0].tp == 2  # of 1, 2, 3 and 6, which also divides 32
     layout, reason = choose_layout(config_of("--parallel.tp", "8", "--parallel.pp", "1"), tight)
     assert layout == Layout(tp=8, dp=2)
-    assert reason == "as configured; tp 8 reaches across nodes of 4 rank(s), over slower links"
+    assert reason == "as configured; tp 8 spans nodes of 4 rank(s), over slower links"
 
 
 def test_an_explicit_list_of_layers_says_how_many_stages():

@@ -3,8 +3,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config.schema import LogConfig
-from engine.testing.runs import read_records
+from engine.testing.runs import read_records, run_config
 from engine.train.log import RunLog
 
 
@@ -22,7 +21,7 @@ class Collecting:
 
 def test_a_tracker_gets_what_metrics_jsonl_gets(tmp_path):
     log, tracker = RunLog(tmp_path, active=True), Collecting()
-    log.open_metrics(0, LogConfig(tensorboard=False))
+    log.open_metrics(0, run_config(tmp_path))
     log.trackers.append(tracker)
     log.metrics("train", {"step": 1, "loss": math.nan})
     log.metrics("eval", {"step": 1, "eval_loss": 2.0})
@@ -34,7 +33,7 @@ def test_a_tracker_gets_what_metrics_jsonl_gets(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path):
     log = RunLog(tmp_path / "run", active=False)
-    log.open_metrics(0, LogConfig())
+    log.open_metrics(0, run_config(tmp_path, "--log.tensorboard=true"))
     log.metrics("train", {"step": 1})
     log.event("start")
     log.close()
@@ -46,7 +45,7 @@ def test_a_resumed_run_replaces_the_records_of_the_steps_it_repeats(tmp_path):
     old = b'{"step":1,"tokens_per_s":5.0,"loss_scale":null}\n{"step":2,"tokens_per_s":5.0}\n{"step":3,"tok'
     (tmp_path / "metrics.jsonl").write_bytes(old)
     log = RunLog(tmp_path, active=True)
-    log.open_metrics(1, LogConfig(tensorboard=False))
+    log.open_metrics(1, run_config(tmp_path))
     log.metrics("train", {"step": 2, "target_tokens_per_s": 6.0})
     log.close()
     assert read_records(tmp_path / "metrics.jsonl") == [
@@ -65,7 +64,7 @@ def tags(directory: Path) -> set[str]:
 
 def test_tensorboard_has_a_curve_for_each_number(tmp_path):
     log = RunLog(tmp_path, active=True)
-    log.open_metrics(0, LogConfig())
+    log.open_metrics(0, run_config(tmp_path, "--log.tensorboard=true"))
     log.metrics("train", {"step": 1, "time": 5.0, "loss": 3.0, "mfu": None, "target_tokens_per_s_per_device": 2.0})
     log.metrics("eval", {"step": 1, "time": 5.0, "eval_loss": 3.0})
     log.close()

@@ -102,7 +102,7 @@ def test_every_stop_signal_saves(workspace, number):
 
 def test_a_stop_before_the_first_step_does_not_claim_a_checkpoint(workspace, monkeypatch):
     monkeypatch.setattr(Evaluation, "before_training", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Interrupted, match="after step 0; there is nothing to save yet"):
+    with pytest.raises(Interrupted, match="after step 0; nothing to save yet"):
         train(run_config(workspace))
     assert not (workspace / "run/checkpoints").exists()
 
@@ -260,7 +260,7 @@ def test_ranks_with_unlike_memory_choose_one_layout(workspace):
 def test_the_run_directory_of_another_model(workspace):
     run_training(run_config(workspace, steps=2))
     changed = ("--model.hidden_size", "32", "--train.steps", "4")
-    refused(workspace, CheckpointError, "of another model", *changed)
+    refused(workspace, CheckpointError, "belongs to another model", *changed)
 
 
 def test_resume_never_refuses_a_used_directory(workspace):

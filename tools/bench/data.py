@@ -1,8 +1,8 @@
-"""Cost of the first batch of a very large dataset: time, memory, disk.
+"""Measure the cost of the first batch of a very large dataset: time, memory, disk.
 
     python tools/bench/data.py [--tokens 1e12] [--documents 1e7]
 
-The dataset is a sparse file (it takes no disk beyond its index): its size is real, its tokens are zeros.
+The dataset is a sparse file of zeros: its size is real, but only its index uses disk space.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def seconds(data: PretrainDataset, i: int) -> float:
 
 
 def resident_mb() -> float:
-    """Resident memory of this process now; Linux only."""
+    """Return the current resident memory of this process in MB; Linux only."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 1e6
 

@@ -1,11 +1,10 @@
-"""The loss of FP8 training compared with bf16: every recipe on one and on two tensor-parallel ranks, and other seeds.
+"""Compare the loss of FP8 training with bf16: every recipe on one and two tensor-parallel ranks, and other seeds.
 
 Each row is a complete training run on this machine (FP8 is emulated on a CPU) of the quickstart's model on the
-quickstart's corpus, with the same tokens in the same order; compared is the mean loss over the last tenth of the
-steps. Runs of other seeds, in bf16, say what a difference is worth. The program fails when a recipe deviates by more
-than 0.5 %.
+quickstart's corpus, with the same tokens in the same order. The mean loss over the last tenth of the steps is compared.
+bf16 runs with other seeds show the noise level. The program fails if a recipe deviates by more than 0.5 %.
 
-    bash examples/quickstart.sh                            # makes the corpus
+    bash examples/quickstart.sh                            # creates the corpus
     python tools/bench/fp8_loss.py --output docs/fp8.md
 """
 
@@ -32,14 +31,14 @@ from engine.testing.runs import read_records
 TOLERANCE = 0.005
 RECIPES = ("tensorwise", "delayed", "blockwise")
 DATA = Path("data/quickstart/stdlib_text_document.idx")
-SEEDS = (1, 2, 3)  # the first one for all that is compared
-LR = 1e-3  # a quarter of the quickstart's, at which runs drift apart by rounding alone
-CONFIG = Path("examples/configs/quickstart.yaml")  # which names its corpus from the repository's root
+SEEDS = (1, 2, 3)  # all comparisons use the first one
+LR = 1e-3  # a quarter of the quickstart's, at which runs diverge by rounding alone
+CONFIG = Path("examples/configs/quickstart.yaml")  # has paths relative to the repository root
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row: recipe, tensor-parallel size and seed."""
+    """A training run, one row of the table: recipe, tensor-parallel size and seed."""
 
     recipe: str | None  # None: bf16
     tp: int
@@ -54,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
     if options.output and not options.output.parent.is_dir():
-        raise ConfigError(f"--output {options.output}: there is no directory {options.output.parent}")
+        raise ConfigError(f"--output {options.output}: no such directory: {options.output.parent}")
     if not CONFIG.exists() or not DATA.exists():
-        raise ConfigError(f"{CONFIG} or {DATA} is not here; start from the repository's root, after the quickstart")
+        raise ConfigError(f"{CONFIG} or {DATA} not found; run from the repository root, after the quickstart")
     started = time.perf_counter()
     runs = [Run(None, 1, seed) for seed in SEEDS] + [Run(None, 2)]
     runs += [Run(recipe, tp) for tp in (1, 2) for recipe in RECIPES]
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(page)
     expected = losses[runs[0]]
     if wrong := [run.name for run in runs if run.recipe and abs(losses[run] / expected - 1) > TOLERANCE]:
-        raise TriaxisError(f"more than {TOLERANCE:.1%} from bf16: {'; '.join(wrong)}; nothing is written")
+        raise TriaxisError(f"more than {TOLERANCE:.1%} from bf16: {'; '.join(wrong)}; nothing was written")
     if options.output:
         options.output.write_text(page, encoding="utf-8")
         print(f"written: {options.output}")
@@ -80,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--at-a-time", type=int, default=2, metavar="N", help="runs side by side (default 2)")
-    parser.add_argument("--machine", default="this machine", help="what to call it on the page")
+    parser.add_argument("--at-a-time", type=int, default=2, metavar="N", help="concurrent runs (default 2)")
+    parser.add_argument("--machine", default="this machine", help="description of the machine on the page")
     parser.add_argument("--output", type=Path, help="write the page here")
     return parser
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds the kernels on a machine with a GPU, tests them there, measures them, and writes the table. Needs the repository,
-# PyTorch and nvcc; no package registry: what Python lacks is taken from a folder of wheels.
+# Builds, tests and measures the kernels on a machine with a GPU, and writes the table. Needs the repository, PyTorch
+# and nvcc; no package registry: missing Python packages are installed from a folder of wheels.
 #   bash tools/bench/gpu.sh [--wheels DIR] [--results DIR] [--into FILE] [--commit HASH] [build|tests|kernels|step|table ...]
-# Without a stage, all of them, in about 20 minutes; each alone stays below 10. A stage that fails does not stop the others.
+# Default: all stages, in about 20 minutes; each takes less than 10. A stage that fails does not stop the others.
 #   --wheels   pip download --dest DIR --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 #                  pydantic orjson      (for a machine with Python 3.12 that lacks these two)
-#   --results  where kernels.json, step-bf16.json and step-fp8.json go (runs/gpu)
-#   --into     the document whose table is written (docs/measurements.md)
-#   --commit   what is measured, where there is no git to ask
+#   --results  folder for kernels.json, step-bf16.json and step-fp8.json (default: runs/gpu)
+#   --into     document with the table to write (default: docs/measurements.md)
+#   --commit   commit that is measured, if git is not available
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -37,7 +37,7 @@ done
 
 python=python3
 if [ -n "${VIRTUAL_ENV:-}" ]; then python=$VIRTUAL_ENV/bin/python; fi
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # nothing is installed but the library in engine/
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # the package is not installed; only the library is built, in engine/
 
 build() {
     if [ -n "$wheels" ]; then
@@ -52,7 +52,7 @@ build() {
 tests() { "$python" -m pytest tests/gpu -q -rs -p no:cacheprovider --durations=10; }
 kernels() { "$python" tools/bench/kernels.py --json "$results/kernels.json" "${commit[@]}"; }
 step() {
-    # fp32 moments leave no room for FP8's weights beside an H200's other 120 GiB
+    # with fp32 moments, the FP8 weights do not fit into an H200 in addition to the other 120 GiB
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
     local measure=("$python" tools/bench/step.py --preset llama2-7b "${commit[@]}") failed=0
     "${measure[@]}" --precision bf16 --json "$results/step-bf16.json" || failed=1

@@ -1,6 +1,6 @@
-"""What each row of kernel_table.py runs on a GPU: our kernel, the reference that checks it, and the alternatives.
+"""Benchmark cases for the rows of kernel_table.py: our kernel, the reference that checks it, and the alternatives.
 
-Every case has buffers of its own for a few calls, since one set that fits into the L2 would measure the L2.
+Every case allocates several sets of buffers, as a single set that fits into the L2 cache would measure the L2 cache.
 """
 
 from collections.abc import Callable
@@ -24,24 +24,24 @@ from tools.bench.kernel_table import ADAMW_STATE_BYTES, FFN, HEADS, HIDDEN, PARA
 
 DEVICE = "cuda"
 EPS, SETS = 1e-5, 4
-PIECE = 2**28  # elements at a time of what PyTorch takes as a list of tensors
-BF16, ROUNDING = torch.bfloat16, 4e-3  # relative L2 error of results that are rounded to bf16
+PIECE = 2**28  # elements per tensor of the tensor lists that PyTorch takes
+BF16, ROUNDING = torch.bfloat16, 4e-3  # tolerance (relative L2 error) of results rounded to bf16
 _SETTINGS = (1e-4, 0.9, 0.95, 1e-8, 0.1)
 
 Call = Callable[[], Any]
 Maker = Callable[..., Call]
-"""From the tensors of a buffer set to what is timed."""
+"""Makes the timed call from the tensors of a buffer set."""
 
 
 @dataclass
 class Case:
-    """What a row runs. `calls` and each of `others` hold one call for each buffer set.
+    """Benchmark of a row. `calls` and each of `others` have one call per buffer set.
 
     Attributes:
-        check: raises where the result is wrong.
-        others: alternatives by name; made when it is their turn.
-        refresh: puts back, outside of the timing, what the calls overwrite.
-        share: of the row's work that one call does, where all of it does not fit into this GPU's memory.
+        check: raises if the result is wrong.
+        others: alternatives by name, created when they are measured.
+        refresh: restores, outside of the timing, the buffers that the calls overwrite.
+        share: fraction of the row's work per call, if the whole does not fit into this GPU's memory.
     """
 
     calls: list[Call]
@@ -63,8 +63,9 @@ def _case(
     gradients: int = 0,
     others: dict[str, Callable[..., Any] | None] | None = None,
 ) -> Case:
-    """A case of `plain` in PyTorch: in fp32 the reference, as it is and compiled two alternatives. Where the first
-    `gradients` tensors of a set are gradients of the results, what is wanted are those of the other tensors.
+    """Create a case from the PyTorch function `plain`: in fp32 the reference; eager and compiled, alternatives.
+    If `gradients` > 0, the first tensors of a set are gradients of the results, and the gradients of the other tensors
+    are computed.
     """
     made = [buffers() for _ in range(SETS)]
     wrap = partial(_differentiated, gradients) if gradients else _called
@@ -100,7 +101,11 @@ def _differentiated(count: int, function: Callable[..., Any]) -> Maker:
 
 
 def require_close(got: Any, expected: Any, limit: float) -> None:
-    """Raises: ValueError: a tensor of `expected` and its peer in `got` differ by more than `limit`, in relative L2."""
+    """Compare tensors.
+
+    Raises:
+        ValueError: a tensor of `got` differs from the one in `expected` by more than `limit`, in relative L2.
+    """
     for number, (a, b) in enumerate(zip(_tensors(got), _tensors(expected), strict=False)):
         error = ((a.float() - b.float()).norm() / b.float().norm()).item()
         if a.shape != b.shape or not error <= limit:  # what is not a number is wrong
@@ -108,13 +113,13 @@ def require_close(got: Any, expected: Any, limit: float) -> None:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """Those that hold something, in order."""
+    """Return the non-empty tensors, in order."""
     flat = [values] if isinstance(values, Tensor) else [x for x in values if isinstance(x, Tensor)]
     return [x for x in flat if x.numel()]
 
 
 def _optional(module: str, name: str) -> Any:
-    """A function of another package; None where that is not installed."""
+    """Return a function of another package, or None if that is not installed."""
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
@@ -122,7 +127,7 @@ def _optional(module: str, name: str) -> Any:
 
 
 def _norm(centered: bool, *, residual: bool = False, impl: str = "torch") -> Callable[..., Any]:
-    """Of (x, [residual,] weight [, bias]); with a residual the sum too."""
+    """Norm of (x, [residual,] weight [, bias]); with a residual, also the sum."""
 
     def function(x: Tensor, *rest: Tensor) -> Any:
         total = x + rest[0] if residual else x
@@ -174,7 +179,7 @@ def _norm_forward(residual: bool, centered: bool) -> Case:
 
 
 def _norm_backward(residual: bool, centered: bool) -> Case:
-    """With a residual, the gradient of the sum comes in and is added: for PyTorch the input is a result too."""
+    """With a residual, the gradient of the sum is an input and is added: for PyTorch, the input is also a result."""
     weights, count = _weights(centered), 2 if residual else 1
 
     def ours(*tensors: Tensor) -> Call:
@@ -197,7 +202,7 @@ def _norm_backward(residual: bool, centered: bool) -> Case:
 
 
 def _norm_to_fp8() -> Case:
-    """Quantizes the rounded output, as the two kernels would one after the other."""
+    """Quantize the rounded output, as two separate kernels would."""
     norm, given = _norm(False), (torch.float8_e4m3fn, "block_1x128", True, False, None, None, True)
 
     def ours(x: Tensor, weight: Tensor) -> Call:
@@ -295,7 +300,7 @@ def _cross_entropy() -> Case:
 
 
 def _adamw() -> Case:
-    """As many parameters as fit; only the ends and the middle are checked, which is where an index would overflow."""
+    """Use as many parameters as fit; check only the ends and the middle, where an index would overflow."""
     count = min(PARAMETERS, int(torch.cuda.mem_get_info()[0] * 0.9) // ADAMW_STATE_BYTES)
     master, grad, average = (torch.empty(count, device=DEVICE).normal_() for _ in range(3))
     square = torch.empty(count, device=DEVICE).uniform_()
@@ -352,7 +357,7 @@ def _quantized(x: Tensor, scaling: str) -> QuantizedTensor:
 def _operands(
     m: int, n: int, k: int, scalings: tuple[str, str]
 ) -> list[tuple[Tensor, Tensor, QuantizedTensor, QuantizedTensor]]:
-    """Both operands of each set, in bf16 and quantized."""
+    """Create both operands of each set, in bf16 and quantized."""
     made = [(_random(m, k), _random(n, k)) for _ in range(SETS)]
     return [(a, b, _quantized(a, scalings[0]), _quantized(b, scalings[1])) for a, b in made]
 
@@ -362,7 +367,7 @@ def _given(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Any, ...]:
 
 
 def _matmul(scaling: str, impl: str, width: int) -> Case:
-    """x·Wᵀ for x [t, h] and W [width, h]: one scale for each, or blocks of 1×128 and 128×128."""
+    """x·Wᵀ for x [t, h] and W [width, h]: one scale per tensor, or per block of 1×128 and 128×128."""
     tensorwise = scaling == "tensorwise"
     made = _operands(
         TOKENS, width, HIDDEN, ("tensorwise", "tensorwise") if tensorwise else ("block_1x128", "block_128x128")
@@ -423,7 +428,7 @@ def _weight_gradient(impl: str, width: int) -> Case:
 
 
 def case_of(row: Row) -> Case:
-    """The case of a row, with its buffers on the current GPU."""
+    """Create the case of a row, with its buffers on the current GPU."""
     name, width = row.name, int(row.shape.split("×")[1].split()[0]) if "GEMM" in row.name else 0
     makers: dict[str, Callable[[], Case]] = {
         "RMSNorm forward": partial(_norm_forward, False, False),

@@ -1,6 +1,6 @@
-"""The rows of the table of GPU kernels: what each moves or computes, its target, and how results are shown.
+"""Rows of the table of GPU kernels: bytes or FLOPs of each, targets, and formatting of results.
 
-It needs no GPU, so that the table can be tested and printed anywhere. What a row runs is in kernel_cases.py.
+This module needs no GPU, so that the table can be tested and printed anywhere. kernel_cases.py has the benchmarks.
 """
 
 import json
@@ -16,7 +16,7 @@ from engine.errors import ConfigError, StorageError
 
 TOKENS, HIDDEN, FFN, VOCABULARY, HEADS = 8192, 4096, 11008, 32000, 32
 PARAMETERS = 6_738_415_616  # of Llama-2-7B
-ADAMW_BYTES, ADAMW_STATE_BYTES = 30, 18  # moved, and held, for a parameter
+ADAMW_BYTES, ADAMW_STATE_BYTES = 30, 18  # moved, and stored, per parameter
 BEGIN, END = "<!-- kernels: written by tools/bench/kernels.py -->", "<!-- kernels: end -->"
 HEADER = ("what", "shape", "floor", "target", "bound", "this run", "rate", "device copy", "best alternative")
 _MATRIX = TOKENS * HIDDEN * 2  # bytes in bf16
@@ -25,7 +25,7 @@ _FFN_MATRIX = TOKENS * FFN * 2
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. `work`: bytes that have to be moved, or FLOPs; 0 where step.py measures a training step."""
+    """A row of the table. `work`: bytes moved, or FLOPs; 0 for a training step, which step.py measures."""
 
     name: str
     shape: str
@@ -37,7 +37,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """Floors are what others reach, bounds 4.3 TB/s (a device copy of one H200) or what its matmuls reach at best."""
+    """List the rows. Floors are results of others; bounds: 4.3 TB/s (device copy on an H200) or its fastest matmuls."""
     matrix, tall = f"{TOKENS}×{HIDDEN} bf16", f"{TOKENS}×{FFN} bf16"
     table = [
         Row("RMSNorm forward", matrix, "µs", 39, 34.7, 31.2, 2 * _MATRIX),
@@ -80,12 +80,12 @@ def _matmuls() -> Iterator[Row]:
 
 
 def key(row: Row) -> str:
-    """A row's name in a file of results."""
+    """Return a row's name in a file of results."""
     return f"{row.name} {row.shape}" if "GEMM" in row.name else row.name
 
 
 def cells(row: Row, result: dict[str, Any] | None) -> list[str]:
-    """A line of the table, in the order of HEADER."""
+    """Format a row of the table, in the order of HEADER."""
     line = [row.name, row.shape, *(_number(x, row.unit) for x in (row.floor, row.target)), ""]
     line[4] = f"{_number(row.bound, row.unit)} {row.unit}"
     if result is None:
@@ -107,7 +107,7 @@ def cells(row: Row, result: dict[str, Any] | None) -> list[str]:
 
 
 def _best(result: dict[str, Any]) -> str:
-    """The fastest alternative, and how much longer it takes than ours."""
+    """Format the fastest alternative, and its time relative to ours."""
     ran = {name: time for name, time in result["others"].items() if not isinstance(time, str)}
     if not ran:
         return "none ran"
@@ -124,7 +124,7 @@ def _number(value: float, unit: str) -> str:
 
 
 def table(results: dict[str, Any], *, markdown: bool) -> str:
-    """All rows, with the results that there are."""
+    """Format all rows, with the available results."""
     lines = [list(HEADER), *(cells(row, results.get(key(row))) for row in rows())]
     if markdown:
         lines.insert(1, ["---"] * len(HEADER))
@@ -134,7 +134,7 @@ def table(results: dict[str, Any], *, markdown: bool) -> str:
 
 
 def section(documents: Sequence[dict[str, Any]]) -> str:
-    """What stands between the markers of a document."""
+    """Render the text between the markers of a document."""
     results = {name: result for document in documents for name, result in document["rows"].items()}
     machines = [document["machine"] for document in documents]
     said = "Not yet run on a GPU; `bash tools/bench/gpu.sh` fills in the table."
@@ -148,21 +148,21 @@ def section(documents: Sequence[dict[str, Any]]) -> str:
 
 
 def write_between_markers(path: Path, text: str) -> None:
-    """Replaces what stands between the two markers of a document.
+    """Replace the text between the two markers of a document.
 
     Raises:
-        ConfigError: it does not have both markers, once each and in order.
+        ConfigError: the document does not have both markers, once each and in order.
     """
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in before + after:
-        raise ConfigError(f"--into {path}: expected a document with one line {BEGIN} and, behind it, one line {END}")
+        raise ConfigError(f"--into {path}: expected a document with one line {BEGIN} and, after it, one line {END}")
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Results that this program or step.py wrote."""
+    """Read results written by kernels.py or step.py."""
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -175,7 +175,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def source(commit: str | None) -> dict[str, Any]:
-    """What results belong to."""
+    """Describe the environment of the results."""
     return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit or _commit()}
 
 

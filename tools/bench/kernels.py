@@ -1,14 +1,14 @@
-"""Every kernel on a GPU beside its target, a device copy of as many bytes, and the best alternative that is installed.
+"""Compare every kernel on a GPU with its target, a device copy of the same size, and the best installed alternative.
 
     python tools/bench/kernels.py                                     # all rows, some minutes
     python tools/bench/kernels.py --only RMSNorm 'FP8 GEMM' --json kernels.json
     python tools/bench/kernels.py --results kernels.json step.json --into docs/measurements.md
 
-A row is checked against its reference, then timed: a CUDA graph of calls on four sets of random buffers in turn (the
-footprint of four is many times the L2), replayed 50 times without waiting between replays; medians. The alternatives
-(PyTorch, torch.compile, flash-attn, apex, Transformer Engine) run in the same process in the same way. `--results`
-prints, or writes into a document between its two markers, what was measured before; rows of no file stay empty.
-Alternative considered: timing each call, which measures the launch if the kernel is shorter.
+A row is checked against its reference, then timed: a CUDA graph of calls that alternate between four sets of random
+buffers (together many times the size of the L2 cache) is replayed 50 times without waiting between replays; the median
+is reported. The alternatives (PyTorch, torch.compile, flash-attn, apex, Transformer Engine) run in the same process in
+the same way. `--results` prints earlier results, or writes them to a document between its two markers; rows without a
+result stay empty. Alternative considered: timing each call, which measures the launch if the kernel is shorter.
 """
 
 import argparse
@@ -44,21 +44,21 @@ from tools.bench.kernel_table import (
 )
 
 ROTATIONS, SAMPLES = 5, 50
-MATMUL = 8192  # rows and columns of the bf16 matmul that is measured for comparison
-LARGEST_COPY = 16 * 10**9  # bytes; more are scaled
+MATMUL = 8192  # rows and columns of the bf16 matmul measured for comparison
+LARGEST_COPY = 16 * 10**9  # bytes; the time of larger ones is extrapolated
 
 
 def samples(calls: Sequence[Call], refresh: Call | None = None) -> list[float]:
-    """Seconds of one call, of each replay of a graph of all."""
+    """Time each replay of a CUDA graph of all calls; return the seconds per call."""
     rotations = 1 if refresh or len(calls) == 1 else ROTATIONS
     for call in [*calls, *calls, *calls]:
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(rotations):
-            results = [call() for call in calls]  # each to its own memory, as the inputs are each their own
+            results = [call() for call in calls]  # each call has separate outputs, as it has separate inputs
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(SAMPLES + 5)]
-    for start, end in marks:  # the device is never waited for, so that it always has work in its queue
+    for start, end in marks:  # without synchronization, so that the device queue is never empty
         if refresh is not None:
             refresh()
         start.record()
@@ -70,7 +70,7 @@ def samples(calls: Sequence[Call], refresh: Call | None = None) -> list[float]:
 
 
 def copy_seconds(size: int) -> float:
-    """Of a device copy that moves `size` bytes, half of them read and half written."""
+    """Return the seconds of a device copy that moves `size` bytes, half read and half written."""
     once = min(size, LARGEST_COPY)
     count = kernel_cases.SETS if once < 2 * 10**9 else 1
     options = {"dtype": torch.uint8, "device": kernel_cases.DEVICE}
@@ -79,7 +79,7 @@ def copy_seconds(size: int) -> float:
 
 
 def measure(row: Row) -> dict[str, Any]:
-    """The result of a row: seconds of ours, of a copy, and of each alternative (or why it did not run); or an error."""
+    """Measure a row: seconds of our kernel, of a copy, and of each alternative (or why it did not run); or an error."""
     torch.manual_seed(0)
     result: dict[str, Any] = {}
     try:
@@ -90,7 +90,7 @@ def measure(row: Row) -> dict[str, Any]:
         case.check()
         times = sorted(time / case.share for time in samples(case.calls, case.refresh))
         result |= {"seconds": statistics.median(times), "range": [times[0], times[-1]], "share": case.share}
-    except Exception as error:  # the other rows are still worth having
+    except Exception as error:  # continue with the other rows
         return {"error": _first_line(error)}
     result["others"] = {name: _alternative(make, case) for name, make in case.others.items()}
     return result
@@ -99,7 +99,7 @@ def measure(row: Row) -> dict[str, Any]:
 def _alternative(make: Callable[[], list[Call]], case: Case) -> float | str:
     try:
         return statistics.median(samples(make(), case.refresh)) / case.share
-    except Exception as error:  # of another package, or for want of memory: its line says so
+    except Exception as error:  # an error of another package, or out of memory; reported in its line
         return _first_line(error)
 
 
@@ -108,7 +108,7 @@ def _first_line(error: Exception) -> str:
 
 
 def machine(commit: str | None) -> dict[str, Any]:
-    """What the numbers belong to, with the two ceilings of the device."""
+    """Describe the machine, with the copy and matmul ceilings of the device."""
     a, b = (torch.randn(MATMUL, MATMUL, device=kernel_cases.DEVICE).bfloat16() for _ in range(2))
     seconds = statistics.median(samples([partial(torch.mm, a, b)]))
     ceilings = {"copy_tb_s": 8 * 10**9 / copy_seconds(8 * 10**9) / 1e12, "bf16_tflops": 2 * MATMUL**3 / seconds / 1e12}
@@ -116,9 +116,9 @@ def machine(commit: str | None) -> dict[str, Any]:
 
 
 def run(chosen: Sequence[Row], commit: str | None, file: Path | None) -> dict[str, Any]:
-    """Measures the rows: {"machine": …, "rows": {key: result}}, also in a file, so that a run cut short leaves some."""
-    functorch_config.donated_buffer = False  # backward passes are repeated
-    with torch.cuda.stream(torch.cuda.Stream()):  # graphs capture none of the default stream
+    """Measure the rows: {"machine": …, "rows": {key: result}}. The file is updated after each row."""
+    functorch_config.donated_buffer = False  # backward passes run repeatedly
+    with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot capture the default stream
         document: dict[str, Any] = {"machine": machine(commit), "rows": {}}
         for row in chosen:
             result = document["rows"][key(row)] = measure(row)
@@ -160,37 +160,41 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows whose name contains one of these")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.add_argument("--results", type=Path, nargs="*", metavar="FILE", help="show these results; measure nothing")
     parser.add_argument("--into", type=Path, metavar="FILE", help="write the table between the markers of a document")
-    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--commit", help="commit that is measured, if git is not available")
     return parser
 
 
 def choose(names: Sequence[str] | None) -> list[Row]:
-    """The rows to measure.
+    """Select the rows to measure.
 
     Raises:
-        ConfigError: a name is part of no row's.
+        ConfigError: no row name contains one of the given names.
     """
     measured = [row for row in rows() if row.work]
     for name in names or ():
         if not any(name.lower() in key(row).lower() for row in measured):
             known = ", ".join(dict.fromkeys(row.name for row in measured))
-            raise ConfigError(f"--only {name}: no row has that in its name; there are {known}")
+            raise ConfigError(f"--only {name}: no row name contains it; expected one of {known}")
     return [row for row in measured if not names or any(name.lower() in key(row).lower() for name in names)]
 
 
 def require_kernels() -> None:
-    """Raises: ConfigError: there is no GPU, or there are no kernels for it."""
+    """Check the device.
+
+    Raises:
+        ConfigError: no GPU, or csrc has no kernels.
+    """
     if not torch.cuda.is_available():
         raise ConfigError(
             "this measures kernels on a GPU, and torch finds none; --results shows what was measured before"
         )
     if not native.has_kernels():
         why = native.WHY_NOT or "csrc was built without CUDA"
-        raise ConfigError(f"there are no kernels to measure: {why}; TRIAXIS_CUDA=on pip install -e . builds them")
+        raise ConfigError(f"no kernels to measure: {why}; build them with TRIAXIS_CUDA=on pip install -e .")
 
 
 if __name__ == "__main__":

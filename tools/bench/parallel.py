@@ -1,14 +1,14 @@
-"""Training steps of several layouts, interleaved: tokens/s relative to one rank, memory, and pipeline timelines.
+"""Compare training steps of several layouts: tokens/s relative to one rank, memory, and pipeline timelines.
 
-Every rank is a process with one thread, connected by gloo; the tokens are the same in every layout. A round runs every
-layout once, so that whatever else the machine does hits all alike; compare the ratios of the medians.
+Every rank is a single-threaded process, connected by gloo; all layouts train on the same tokens. A round runs every
+layout once, so that other load on the machine affects all of them equally; compare the ratios of the medians.
 
     python tools/bench/parallel.py --rounds 3
     python tools/bench/parallel.py --layouts one pp2 pp2-zero-bubble --timeline pipeline.png
     python tools/bench/parallel.py --others olmo_core --python ../other-venv/bin/python
 
-`--others` measures the same model and layouts in OLMo-core or Megatron-core, installed in the environment of
---python, in the same rounds; see tools/bench/others/.
+`--others` measures the same model and layouts in OLMo-core or Megatron-core, installed in the environment of --python,
+in the same rounds; see tools/bench/others/.
 """
 
 import argparse
@@ -102,12 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--global-batch", type=int, default=8, help="sequences in a step, one a microbatch")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, behind one that is not")
+    parser.add_argument("--global-batch", type=int, default=8, help="sequences per step, one per microbatch")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per round, after an untimed one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--others", nargs="+", choices=("olmo_core", "megatron_core"), default=[], metavar="PROJECT")
-    parser.add_argument("--python", default="python", help="the interpreter that has the other projects")
-    parser.add_argument("--timeline", type=Path, help="draw measured and predicted pipelines into this picture")
+    parser.add_argument("--python", default="python", help="interpreter of the environment of the other projects")
+    parser.add_argument("--timeline", type=Path, help="write measured and predicted timelines to this image")
     return parser
 
 
@@ -137,7 +137,7 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> Config:
 
 
 def measure(config: Config, layout: Layout, steps: int) -> Measured:
-    """Runs on every rank: one step to warm up, then `steps` timed ones."""
+    """Run one warmup step and `steps` timed ones, on every rank."""
     world = world_of(layout)
     before = _peak_bytes()
     model, optimizer = build_model(config, world, torch.float32, seed=0)
@@ -163,7 +163,7 @@ def _peak_bytes() -> int:
 
 
 def _other(project: str, layout: str, options: argparse.Namespace) -> list[float]:
-    """Seconds of each step in another project."""
+    """Measure the seconds of each step in another project."""
     script = Path(__file__).parent / "others" / f"step_{project}.py"
     ranks = str(LAYOUTS[layout][0].world_size)
     launch = [options.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, str(script)]
@@ -197,14 +197,14 @@ def _print(
 
 
 def _median(rounds: list[list[Measured]]) -> float:
-    """Median seconds of a step, which ends with its slowest rank."""
+    """Return the median seconds of a step, which ends with its slowest rank."""
     return statistics.median(
         max(seconds) for ranks in rounds for seconds in zip(*(r.seconds for r in ranks), strict=True)
     )
 
 
 def _draw(configs: dict[str, Config], results: dict[str, list[list[Measured]]], path: Path) -> None:
-    """Measured and predicted timelines of the pipelines without tensor and data parallelism."""
+    """Draw measured and predicted timelines of the pipelines without tensor and data parallelism."""
     panels: dict[str, Timeline] = {}
     for name, rounds in results.items():
         layout, config = LAYOUTS[name][0], configs[name]
@@ -223,7 +223,7 @@ def _draw(configs: dict[str, Config], results: dict[str, list[list[Measured]]], 
 
 
 def _costs(spans: Timeline, num_chunks: int) -> Costs:
-    """Median duration of each kind of action, of a microbatch through all chunks of a stage."""
+    """Return the median duration of each kind of action, for a microbatch through all chunks of a stage."""
 
     def median(kind: ActionKind) -> float:
         times = [span.end - span.start for stage in spans for span in stage if span.action.kind is kind]

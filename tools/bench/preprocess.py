@@ -1,8 +1,8 @@
-"""Our encoding compared with plain SentencePiece: megabytes of text per second and core; ids must be equal.
+"""Compare our encoder with plain SentencePiece: megabytes of text per second and core; ids must be equal.
 
-Both encode the same documents in one process, in turns of a slice of the corpus each. Every document is new in
-the first pass, which is what a corpus looks like; the second pass shows what remembered words bring. Time is
-CPU time of the process, so that other programs on the machine do not count and a second thread would not help.
+Both encode the same documents in one process, alternating between slices of the corpus. In the first pass every
+document is new, as in a real corpus; the second pass shows the effect of cached words. Times are CPU times of the
+process, so that other programs and additional threads do not count.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.errors import ConfigError, DataError, run_program
 from engine.testing.tokenizers import NASTY_TEXTS, standard_library_texts, train_sentencepiece
 
-TARGET = 5.0  # times as fast as SentencePiece, in the first pass
+TARGET = 5.0  # speedup over SentencePiece in the first pass
 SLICES = 15
 QUICK_BYTES = 1_500_000
 MODEL = "tokenizer.model.v1"  # of mistral-common: 32,000 pieces
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH", help=f"default: {MODEL} of mistral-common")
     parser.add_argument(
-        "--quick", action="store_true", help="a small corpus; a model trained on the spot without mistral-common"
+        "--quick", action="store_true", help="use a small corpus; train a model if mistral-common is not installed"
     )
     options = parser.parse_args(arguments)
     texts = [*standard_library_texts(QUICK_BYTES if options.quick else None), *NASTY_TEXTS]
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _describe(model, texts)
         _compare(model, texts)
         if options.quick:
-            print("left out with --quick: the whole program, whose start-up would be most of the time")
+            print("skipped with --quick: the whole program, as its startup would take most of the time")
         else:
             _whole_tool(Path(folder), model, texts)
 
@@ -61,7 +61,7 @@ def _describe(model: Path, texts: Sequence[str]) -> None:
 
 
 def _compare(model: Path, texts: Sequence[str]) -> None:
-    """Prints one line per pass.
+    """Print one line per pass.
 
     Raises:
         DataError: the ids of a document differ.

@@ -1,9 +1,9 @@
-"""Fine-tuning with packing, without it, and by TRL's SFTTrainer: target tokens/s on the same conversations.
+"""Compare fine-tuning with packing, without it, and with TRL's SFTTrainer: target tokens/s on the same conversations.
 
-All sides start from one exported Hugging Face directory and train all parameters of a small Llama in fp32 on the CPU.
-The conversations are random tokens whose lengths have a long tail, tokenized beforehand; about half of the tokens are
-targets. A step reads all of them, so every side does the same work: the losses of the first step must agree. A round
-is a step of each side in turn, so that whatever else the machine does hits all alike; compare the ratios.
+All variants start from one exported Hugging Face directory and train all parameters of a small Llama in fp32 on the
+CPU. The conversations are random tokens with long-tailed lengths, tokenized beforehand; about half of the tokens are
+targets. A step reads all of them, so that every variant does the same work: the losses of the first step must agree. A
+round runs one step of each variant, so that other load on the machine affects all equally; compare the ratios.
 
     python tools/bench/sft.py --rounds 5
     python tools/bench/sft.py --others trl --python ../other-venv/bin/python
@@ -58,20 +58,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench.step import cpu_name
 
 SEQ_LENGTH = 1024
-MEDIAN_LENGTH, SPREAD = 160, 1.0  # of the log-normal lengths of conversations, in tokens
+MEDIAN_LENGTH, SPREAD = 160, 1.0  # of the log-normal conversation lengths, in tokens
 MODEL: dict[str, Any] = {
     "num_layers": 6, "hidden_size": 256, "intermediate_size": 688, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64,
     "vocab_size": 8192, "max_position": SEQ_LENGTH,
-    "init_std": 0.1,  # large, so that a token's loss depends on what the token sees
+    "init_std": 0.1,  # large, so that a token's loss depends on its context
 }  # fmt: skip
 OURS, REFERENCE = ("triaxis, packed", "triaxis, padded"), "triaxis, packed"
 OTHERS, MODES = Path(__file__).parent / "others", ("padded", "single", "packed")
-TOLERANCE, TOLERANCE_OF_OTHERS = 1e-5, 1e-3  # of the first losses
+TOLERANCE, TOLERANCE_OF_OTHERS = 1e-5, 1e-3  # relative, for the first losses
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step over all conversations: its places (padding included) and those of them that are targets."""
+    """An optimizer step over all conversations: number of positions (including padding), and of targets among them."""
 
     seconds: float
     loss: float
@@ -84,7 +84,7 @@ Side = Callable[[], Step]
 
 @dataclass(frozen=True)
 class Conversations:
-    """Tokens one after another, which of them are targets, and how many each conversation has."""
+    """Concatenated tokens, their target mask, and the length of each conversation."""
 
     ids: Array
     targets: Array
@@ -92,7 +92,7 @@ class Conversations:
 
     @property
     def num_pairs(self) -> int:
-        """Number of tokens that can be predicted: all but the first of each conversation."""
+        """Number of predictable tokens: all but the first of each conversation."""
         return int((self.lengths - 1).sum())
 
 
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for mode in MODES:
                 sides[f"{other}, {mode}"] = processes.enter_context(_other(other, mode, options, folder))
         _describe(conversations, options.threads)
-        first = {name: step() for name, step in sides.items()}  # warms up
+        first = {name: step() for name, step in sides.items()}  # warmup
         require_same_work(first)
         rounds: dict[str, list[Step]] = {name: [] for name in sides}
         for _ in range(options.rounds):
@@ -121,11 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side, behind one that is not")
-    parser.add_argument("--conversations", type=int, default=32, help="in a step")
-    parser.add_argument("--threads", type=int, default=1, help="of every side")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps per variant, after an untimed one")
+    parser.add_argument("--conversations", type=int, default=32, help="conversations per step")
+    parser.add_argument("--threads", type=int, default=1, help="threads per variant")
     parser.add_argument("--others", nargs="+", choices=("trl",), default=[], metavar="PROJECT")
-    parser.add_argument("--python", default="python", help="the interpreter that has the other projects")
+    parser.add_argument("--python", default="python", help="interpreter of the environment of the other projects")
     options = parser.parse_args(arguments)
     for name in ("rounds", "conversations", "threads"):
         if getattr(options, name) < 1:
@@ -134,7 +134,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_conversations(count: int) -> Conversations:
-    """Random tokens in up to 4 turns each of a user and an assistant, of equal length; the assistant's are the targets.
+    """Generate random conversations of up to 4 user and assistant turns of equal length; assistant tokens are targets.
 
     The lengths are quantiles of a log-normal distribution, so that even a few conversations have its long tail.
     """
@@ -148,7 +148,7 @@ def make_conversations(count: int) -> Conversations:
 
 
 def _write(folder: Path, conversations: Conversations) -> None:
-    """Write the inputs of all sides: a dataset for ours, JSON for others, and the initial weights."""
+    """Write the inputs of all variants: a dataset for ours, JSON for others, and the initial weights."""
     with IndexedDatasetWriter(folder / "data", token_dtype(MODEL["vocab_size"]), masked=True) as writer:
         writer.add_documents(conversations.ids, conversations.lengths, conversations.targets)
     ends = np.cumsum(conversations.lengths)[:-1]
@@ -190,7 +190,7 @@ def _config(folder: Path, model: dict[str, Any], *, rows: int, packed: bool) -> 
 
 
 def _ours(folder: Path, *, packed: bool) -> Side:
-    """What `engine train` does in a step of all conversations, loading included."""
+    """Run the step of `engine train` on all conversations, including data loading."""
     datasets = [DatasetConfig(path=folder / "data")]
     data = SftDataset(datasets, (1, 0, 0), "train", SEQ_LENGTH, seed=0, packed=packed)
     config = _config(folder, {"from_hf": str(folder / "hf")}, rows=data.num_rows, packed=packed)
@@ -229,7 +229,7 @@ def _batches(config: Config, data: SftDataset) -> Iterator[list[Batch]]:
 
 @contextmanager
 def _other(project: str, mode: str, options: argparse.Namespace, folder: Path) -> Iterator[Side]:
-    """Another project in a separate process, which waits while others compute and ends with its stdin."""
+    """Run another project in a separate process, which waits while others compute and ends when its stdin closes."""
     flags: dict[str, Any] = {"model": folder / "hf", "conversations": folder / "conversations.json", "mode": mode}
     flags |= {"seq-length": SEQ_LENGTH, "lr": OptimizerConfig().lr, "threads": options.threads}
     command = [options.python, str(OTHERS / f"sft_{project}.py")]
@@ -241,7 +241,7 @@ def _other(project: str, mode: str, options: argparse.Namespace, folder: Path) -
         requests, answers = process.stdin.fileno(), process.stdout
 
         def step() -> Step:
-            with suppress(BrokenPipeError):  # the answer, which is missing then, says more
+            with suppress(BrokenPipeError):  # the missing answer is reported instead
                 os.write(requests, b"\n")
             for line in answers:
                 if line.startswith("{"):
@@ -264,14 +264,14 @@ def _start(command: list[str], errors: TextIO, options: argparse.Namespace) -> s
 
 
 def require_same_work(first: dict[str, Step]) -> None:
-    """Raises TriaxisError unless all sides have the same targets and have the same loss before their first update."""
+    """Raise TriaxisError unless all variants have the same targets, and the same loss before the first update."""
     expected = first[REFERENCE]
     for name, step in first.items():
         if step.targets != expected.targets:
-            raise TriaxisError(f"{name} has {step.targets} targets, {REFERENCE} {expected.targets}")
+            raise TriaxisError(f"{name} has {step.targets} targets, but {REFERENCE} has {expected.targets}")
         tolerance = TOLERANCE if name in OURS else TOLERANCE_OF_OTHERS
         if not abs(step.loss - expected.loss) <= tolerance:
-            raise TriaxisError(f"{name} has another first loss, {step.loss}, than {REFERENCE}, {expected.loss}")
+            raise TriaxisError(f"{name} has first loss {step.loss}, but {REFERENCE} has {expected.loss}")
 
 
 def _describe(conversations: Conversations, threads: int) -> None:
@@ -287,7 +287,7 @@ def _describe(conversations: Conversations, threads: int) -> None:
 
 
 def table(rounds: dict[str, list[Step]], first: dict[str, Step], tokens: int) -> Iterator[str]:
-    """One line per side: median tokens/s (slowest – fastest) and the share of positions that hold one of `tokens`."""
+    """Format one line per variant: median tokens/s (slowest – fastest) and the fraction of positions with a token."""
     medians = {name: median(step.seconds for step in steps) for name, steps in rounds.items()}
     yield (
         f"\n{'':16} {'target tokens/s':>24} {'tokens/s':>9} {'places':>8} {'full':>6} {'padding':>8} "

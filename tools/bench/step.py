@@ -1,14 +1,14 @@
-"""Our training step compared with that of Hugging Face Transformers: same shapes, weights and tokens, in one process.
+"""Compare our training step with that of Hugging Face Transformers: same shapes, weights and tokens, in one process.
 
-Both sides run eagerly in fp32 on the CPU, one step of each in turn, so that whatever else the machine does hits all
-alike; compare the ratios. Ours is what `engine train` runs, gradient norm and clipping included; theirs is
-`LlamaForCausalLM`, `loss.backward()` and `torch.optim.AdamW(fused=True)`. Behind the table stands where our time goes,
-and the time of the matmuls alone, which no implementation on the same library can beat.
+Both run eagerly in fp32 on the CPU, with alternating steps, so that other load on the machine affects both equally;
+compare the ratios. Ours is the step of `engine train`, including gradient norm and clipping; theirs is
+`LlamaForCausalLM`, `loss.backward()` and `torch.optim.AdamW(fused=True)`. The table is followed by a profile of our
+step and the time of its matmuls alone, a lower bound for any implementation on the same library.
 
     python tools/bench/step.py --vocab-size 32000 2048 --threads 1 2 --rounds 9
 
-On a GPU, with a preset, it measures our whole step alone: tokens/s, MFU and peak memory, beside the target where there
-is one. Settings of a run (`--section.key VALUE`) can follow.
+On a GPU, with a preset, it measures only our whole step: tokens/s, MFU and peak memory, and compares them with the
+target, if any. Settings of a run (`--section.key VALUE`) can follow.
 
     python tools/bench/step.py --preset llama2-7b --precision bf16 --json step.json
     python tools/bench/step.py --preset llama2-7b --precision fp8 --optimizer.moments bf16
@@ -54,13 +54,13 @@ from tools.bench.kernel_table import cells, rows, source
 
 OPTIMIZER = OptimizerConfig()
 HIDDEN_SIZE = 256  # without a preset
-DEFAULTS = {  # sequences in a step, their length, steps of each side
+DEFAULTS = {  # sequences per step, their length, steps of each implementation
     "cpu": {"batch": 4, "seq_length": 512, "rounds": 9},
     "cuda": {"batch": 16, "seq_length": 4096, "rounds": 8},
 }
-WARM_UP = 2  # steps: the first finds algorithms, and with delayed scales the second is the first that uses them
+WARM_UP = 2  # steps: the first selects algorithms; with delayed scales, the second is the first to use them
 Step = Callable[[], float]
-"""One training step; returns its loss."""
+"""Run one training step and return its loss."""
 
 
 def main() -> None:
@@ -83,14 +83,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[32000, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, help="steps of each side")
-    parser.add_argument("--batch", type=int, help="sequences in a step")
+    parser.add_argument("--rounds", type=int, help="steps of each implementation")
+    parser.add_argument("--batch", type=int, help="sequences per step")
     parser.add_argument("--seq-length", type=int)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--preset", help="a size of engine/model/families.py instead of 6 layers, hidden 256")
-    parser.add_argument("--precision", choices=("bf16", "fp8"), help="on a GPU; bf16 unless given")
+    parser.add_argument("--preset", help="a preset of engine/model/families.py, instead of 6 layers, hidden 256")
+    parser.add_argument("--precision", choices=("bf16", "fp8"), help="on a GPU (default: bf16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="on a GPU: write the result there, for kernels.py")
-    parser.add_argument("--commit", help="what is measured, where there is no git to ask")
+    parser.add_argument("--commit", help="commit that is measured, if git is not available")
     args, overrides = parser.parse_known_args()
     args.overrides = overrides
     args.device = _device(args)
@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _device(args: argparse.Namespace) -> str:
-    """The device: a GPU measures a preset, a CPU runs the comparison."""
+    """Select the device: a GPU measures a preset, a CPU runs the comparison."""
     if args.preset is not None and torch.cuda.is_available():
         return "cuda"
     given = {"--precision": args.precision, "--json": args.json}
@@ -133,9 +133,9 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
         f"transformers, {attention}": _transformers(model, tokens, weights, attention)
         for attention in ("sdpa", "eager")
     }
-    losses = [step() for step in sides.values()]  # warms up, and shows that all do the same work
+    losses = [step() for step in sides.values()]  # warmup, and check that all do the same work
     if max(losses) - min(losses) > 1e-3:
-        raise TriaxisError(f"the sides compute different losses for the same weights and tokens: {losses}")
+        raise TriaxisError(f"the implementations compute different losses for the same weights and tokens: {losses}")
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, step in sides.items():
@@ -161,7 +161,7 @@ def _measure_on_gpu(args: argparse.Namespace) -> None:
         torch.cuda.synchronize()
         started = time.perf_counter()
         result = train_step(model, optimizer, batches, step=number, lr=OPTIMIZER.lr, tokens=tokens)
-        loss = result.loss.item()  # waits for the step
+        loss = result.loss.item()  # synchronizes
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         print(f"step {number}: {seconds[-1]:.3f} s, loss {loss:.4f}", flush=True)
@@ -171,7 +171,7 @@ def _measure_on_gpu(args: argparse.Namespace) -> None:
 
 
 def gpu_config(args: argparse.Namespace) -> Config:
-    """One rank's run of the preset on random tokens, in microbatches of one sequence."""
+    """Configure a run of the preset on one rank and random tokens, in microbatches of one sequence."""
     raw: dict[str, Any] = {
         "model": {"preset": args.preset},
         "precision": {"mode": args.precision or "bf16"},
@@ -188,7 +188,7 @@ def gpu_config(args: argparse.Namespace) -> Config:
 
 
 def summary(config: Config, seconds: list[float], peak_bytes: int, peak: float | None) -> dict[str, Any]:
-    """A row of kernel_table.py: tokens/s (median, slowest, fastest), MFU by causal FLOPs, GiB."""
+    """Compute a row of kernel_table.py: tokens/s (median, slowest, fastest), MFU by causal FLOPs, GiB."""
     tokens = config.batch.global_ * config.data.seq_length
     speed = tokens / statistics.median(seconds)
     flops = flops_per_token(config.model, parameter_table(config.model), config.data.seq_length)
@@ -221,7 +221,7 @@ def _timed(step: Step) -> float:
 
 
 def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
-    """Our step, and its initial weights under their Hugging Face names."""
+    """Return our step, and its initial weights by Hugging Face name."""
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     raw: dict[str, Any] = {
         "model": model.model_dump(),
@@ -295,7 +295,7 @@ def _print_split(step: Step, model: ModelConfig, tokens: int) -> None:
 
 
 def _part(event: FunctionEvent) -> str:
-    """Which part of the step an event's own time belongs to."""
+    """Return the part of the step that an event's self time belongs to."""
     names = [event.name]
     parent = event.cpu_parent
     while parent is not None:
@@ -313,7 +313,7 @@ def _part(event: FunctionEvent) -> str:
 
 
 def _matmuls_ms(model: ModelConfig, tokens: int) -> float:
-    """Time of the step's matmuls and nothing else: three for each weight."""
+    """Measure the time of only the step's matmuls: three for each weight."""
     total = 0.0
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     hidden, ffn = model.hidden_size, model.intermediate_size

@@ -28,7 +28,7 @@ def find_model_file(path: Path) -> Path:
         seen = "a directory without one" if path.is_dir() else "no such file"
         raise ConfigError(
             f"tokenizer {str(path)!r}: {seen}; expected a SentencePiece model, a tokenizer.json, "
-            f"a directory that holds one, or `byte`"
+            f"a directory that contains one, or `byte`"
         )
     if len(found) > 1 and found[0].name not in MODEL_FILES:
         raise ConfigError(f"tokenizer {str(path)!r}: holds {', '.join(file.name for file in found)}; name one of them")

@@ -60,7 +60,8 @@ def test_a_missing_corpus_is_named(main, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert (
-        "data/quickstart/stdlib.jsonl is not there; `bash examples/quickstart.sh` makes it" in capsys.readouterr().err
+        "data/quickstart/stdlib.jsonl does not exist; `bash examples/quickstart.sh` creates it"
+        in capsys.readouterr().err
     )
 
 

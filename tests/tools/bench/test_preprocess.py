@@ -31,7 +31,7 @@ def model(tmp_path):
 def test_table(bench, model, capsys, tmp_path):
     bench.main(["--quick", "--tokenizer-model", str(model)])
     out = capsys.readouterr().out
-    for part in ("a.model: 500 pieces", "first pass", "second pass", "ids identical on all", "left out with --quick"):
+    for part in ("a.model: 500 pieces", "first pass", "second pass", "ids identical on all", "skipped with --quick"):
         assert part in out
     bench._whole_tool(tmp_path, model, ["a text"] * 10)
     assert "--encoder auto --workers 2" in capsys.readouterr().out

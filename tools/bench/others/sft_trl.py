@@ -1,9 +1,9 @@
-"""Fine-tuning by TRL's SFTTrainer on the CPU, an optimizer step for each line on stdin, for tools/bench/sft.py.
+"""Fine-tune with TRL's SFTTrainer on the CPU, one optimizer step per line on stdin, for tools/bench/sft.py.
 
-The trainer's own loop runs, with its loader, loss, clipping and AdamW; a callback waits between two steps, so that
-another program can run then. A step is an epoch: all conversations, in as many microbatches as they take. Each answers
-with a JSON line; a line with versions and settings comes before. Logging, checkpoints, reports and progress bars are
-off; the loss is read from the trainer's log.
+This runs the trainer's loop, with its loader, loss, clipping and AdamW; a callback waits between steps, so that other
+programs can run. A step is an epoch: all conversations, in as many microbatches as needed. Each step prints a JSON
+line; the first line has versions and settings. Logging, checkpoints, reports and progress bars are off; the loss is
+read from the trainer's log.
 
     echo | python sft_trl.py --model DIR --conversations FILE.json --mode padded
 """
@@ -26,7 +26,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-BATCH = {"padded": 4, "single": 1, "packed": 1}  # sequences of a microbatch; 8 padded and 2 packed are slower on a CPU
+BATCH = {"padded": 4, "single": 1, "packed": 1}  # sequences per microbatch; 8 padded and 2 packed are slower on a CPU
 FIXED = {
     "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "gradient_accumulation_steps": 1_000_000,
     "num_train_epochs": 1_000_000, "optim": "adamw_torch_fused", "adam_beta1": 0.9, "adam_beta2": 0.95,
@@ -39,7 +39,7 @@ HOW = "grouped by length, sdpa, eager, no checkpointing, fused AdamW, no loader 
 
 
 class CountingTrainer(SFTTrainer):
-    """Counts what a step computes on: places of all microbatches, and those that are targets."""
+    """Counts the positions of all microbatches of a step, and the targets among them."""
 
     places = targets = 0
 
@@ -50,7 +50,7 @@ class CountingTrainer(SFTTrainer):
 
 
 class StepOnRequest(TrainerCallback):
-    """A step for each line on stdin; the clock runs from the line to the loss, loading included."""
+    """Runs a step per line on stdin; the time from the line to the loss includes loading."""
 
     def __init__(self) -> None:
         self.trainer: CountingTrainer | None = None
@@ -60,7 +60,7 @@ class StepOnRequest(TrainerCallback):
         self._wait(control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
-        if "loss" not in logs or self.trainer is None:  # the summary at the end
+        if "loss" not in logs or self.trainer is None:  # the final summary
             return
         seconds, trainer = time.perf_counter() - self.started, self.trainer
         line = {"seconds": seconds, "loss": logs["loss"], "places": trainer.places, "targets": trainer.targets}
@@ -91,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory with a tokenizer")
     parser.add_argument("--conversations", type=Path, required=True, help='JSON: {"ids": [[...]], "targets": [[...]]}')
     parser.add_argument("--mode", choices=BATCH, required=True)
-    parser.add_argument("--batch", type=int, help=f"sequences of a microbatch (default: {BATCH})")
+    parser.add_argument("--batch", type=int, help=f"sequences per microbatch (default: {BATCH})")
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,10 +1,10 @@
-"""A training step of Megatron-core on the CPU: one JSON line of tokens/s, for a comparison.
+"""Measure a training step of Megatron-core on the CPU; prints one JSON line with tokens/s.
 
-Model (`GPTModel` of the local layer spec), distributed data parallel, pipeline schedule and optimizer are
-Megatron-core's. It expects CUDA everywhere; `_pretend_cpu_is_cuda` redirects the few calls on this path. What it
-cannot have here: Transformer Engine, Apex and its CUDA kernels, hence no flash attention of its own (the local
-spec's attention forms the full square; `--attention sdpa` puts PyTorch's in through the spec, a generous choice) and
-no sequence parallelism (the local spec's norm refuses it).
+Model (`GPTModel` with the local layer spec), distributed data parallel, pipeline schedule and optimizer are
+Megatron-core's. It expects CUDA everywhere; `_pretend_cpu_is_cuda` redirects the few calls on this path. Not available
+here: Transformer Engine, Apex and its CUDA kernels, hence no flash attention (the local spec's attention materializes
+the full score matrix; `--attention sdpa` uses PyTorch's through the spec, which is in its favor) and no sequence
+parallelism (the local spec's norm does not support it).
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 1 step_megatron_core.py --layout one
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 step_megatron_core.py --layout tp2
@@ -65,7 +65,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig  # noqa: E40
 
 
 class SdpaAttention(torch.nn.Module):
-    """PyTorch's attention in place of `DotProductAttention`; (s, b, heads, 64) in, (s, b, hidden) out."""
+    """PyTorch's attention in place of `DotProductAttention`: (s, b, heads, 64) -> (s, b, hidden)."""
 
     def __init__(self, config: Any, **_: Any) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ class SdpaAttention(torch.nn.Module):
 
 
 class NoRngTracker:
-    """Stands for the CUDA generator states; nothing here is random after initialization."""
+    """Replaces the CUDA generator states; nothing here is random after initialization."""
 
     fork = staticmethod(lambda *_: contextlib.nullcontext())
     is_initialized = staticmethod(lambda: True)
 
 
 def _clip(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
-    """Megatron-core's, without its assertion that gradients are on a GPU."""
+    """Megatron-core's function, without its assertion that gradients are on a GPU."""
     coefficient = max_norm / (total_norm + 1e-6)
     if coefficient < 1.0:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], coefficient)
@@ -122,7 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--microbatch", type=int, help="sequences of a forward pass (default: 1 in pp2, else 4)")
+    parser.add_argument("--microbatch", type=int, help="sequences per forward pass (default: 1 in pp2, else 4)")
     parser.add_argument("--attention", choices=["local", "sdpa"], default="sdpa")
     parser.add_argument("--optimizer", choices=["default", "fused"], default="fused", help="torch AdamW's variant")
     parser.add_argument("--fusions", action=argparse.BooleanOptionalAction, default=False, help="compiled by inductor")
@@ -202,7 +202,7 @@ def _config(args: argparse.Namespace) -> TransformerConfig:
 
 
 def _tokens(args: argparse.Namespace) -> list[torch.Tensor]:
-    """This rank's microbatches of the one batch that every step trains on."""
+    """Return this rank's microbatches of the batch, the same in every step."""
     tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     if args.layout == "dp2":
         tokens = tokens.chunk(2)[dist.get_rank()]
@@ -242,7 +242,7 @@ def _loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def _mean(results: Any, layout: str) -> float:
-    """The mean loss over the global batch."""
+    """Return the mean loss over the global batch."""
     loss = torch.stack([result["loss"] for result in results]).mean() if results else torch.zeros(())
     return _sum(loss.item()) / (2 if layout in ("dp2", "tp2") else 1)
 
@@ -260,7 +260,7 @@ def _report(args: argparse.Namespace, seconds: list[float], cpu_seconds: list[fl
         "layout": args.layout,
         "tokens_per_s": round(SEQUENCES * LENGTH / statistics.median(seconds), 1),
         "step_s": [round(second, 3) for second in seconds],
-        "cpu_s": [round(second, 3) for second in cpu_seconds],  # of all ranks together
+        "cpu_s": [round(second, 3) for second in cpu_seconds],  # of all ranks
         "loss": [round(loss, 4) for loss in losses],
     }
     names = ("microbatch", "attention", "optimizer", "fusions", "overlap", "sharded")

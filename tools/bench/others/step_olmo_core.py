@@ -1,8 +1,8 @@
-"""A training step of OLMo-core on the CPU: one JSON line of tokens/s, for a comparison.
+"""Measure a training step of OLMo-core on the CPU; prints one JSON line with tokens/s.
 
-Model, layout, optimizer, clipping and the step itself (`zero_grads`, `train_batch`, `optim_step`) are OLMo-core's;
-only its `Trainer` (data loading, logging, checkpoints) is replaced, by an object that remembers the last loss, so what
-is timed is the bare step. Layouts of two ranks start under `torchrun --nproc-per-node 2`.
+Model, layout, optimizer, clipping and the step itself (`zero_grads`, `train_batch`, `optim_step`) are OLMo-core's. Only
+its `Trainer` (data loading, logging, checkpoints) is replaced, by an object that stores the last loss, so that only the
+step is timed. Layouts of two ranks start under `torchrun --nproc-per-node 2`.
 
     OMP_NUM_THREADS=1 python step_olmo_core.py --layout one
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 step_olmo_core.py --layout tp2
@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--microbatch", type=int, help="sequences of a forward pass (default: the fastest measured)")
+    parser.add_argument("--microbatch", type=int, help="sequences per forward pass (default: the fastest measured)")
     parser.add_argument(
         "--wrapper", choices=["ddp", "fsdp", "fsdp-blocks", "hsdp"], help="(default: the fastest that trains)"
     )
@@ -128,7 +128,7 @@ def _optimizer(args: argparse.Namespace) -> Any:
 
 
 def _pipeline(kind: str) -> TransformerPipelineParallelConfig:
-    """OLMo-core 2's schedules are PyTorch's; version 3 has its own two, both of two stages a rank and for CUDA."""
+    """OLMo-core 2 uses PyTorch's schedules; version 3 has two custom ones, both for two stages per rank and CUDA."""
     if int(VERSION.split(".")[0]) < 3:
         schedule = PipelineScheduleType(kind)
         return TransformerPipelineParallelConfig(
@@ -143,7 +143,7 @@ def _pipeline(kind: str) -> TransformerPipelineParallelConfig:
 
 
 def _tokens(shard: int, shards: int) -> torch.Tensor:
-    """This rank's sequences of the one batch that every step trains on."""
+    """Return this rank's sequences of the batch, the same in every step."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator).chunk(shards)[shard]
 
@@ -159,7 +159,7 @@ def _timed(module: TrainModule, tokens: torch.Tensor) -> float:
 
 
 def _loss(trainer: StepTrainer, layout: str) -> float:
-    """The mean loss over the global batch."""
+    """Return the mean loss over the global batch."""
     loss = torch.zeros(()) if trainer.loss is None else trainer.loss.detach().clone()
     return _sum(loss.item()) / (2 if layout in ("dp2", "tp2") else 1)
 
@@ -170,7 +170,7 @@ def _report(args: argparse.Namespace, seconds: list[float], cpu_seconds: list[fl
         "layout": args.layout,
         "tokens_per_s": round(SEQUENCES * LENGTH / statistics.median(seconds), 1),
         "step_s": [round(second, 3) for second in seconds],
-        "cpu_s": [round(second, 3) for second in cpu_seconds],  # of all ranks together
+        "cpu_s": [round(second, 3) for second in cpu_seconds],  # of all ranks
         "loss": [round(loss, 4) for loss in losses],
         "microbatch": args.microbatch,
         "optimizer": args.optimizer,

@@ -13,7 +13,7 @@ extern "C" const char* triaxis_error_string(int status) {
     case 0: return "no error";
     case TRIAXIS_NO_CUBLASLT: return "libcublasLt.so.13 or .12 cannot be loaded";
     case TRIAXIS_OLD_CUBLASLT: return "scales of blocks need cuBLASLt 12.9 or newer";
-    case TRIAXIS_NO_ALGORITHM: return "cuBLASLt has no product of these sizes, dtypes and scales on this GPU";
+    case TRIAXIS_NO_ALGORITHM: return "cuBLASLt has no matmul of these sizes, dtypes and scales on this GPU";
     case TRIAXIS_NOT_HOPPER: return "this kernel needs a GPU of compute capability 9.0 (H100, H200)";
     case TRIAXIS_NO_TENSOR_MAP: return "the driver makes no tensor map of these matrices (cuTensorMapEncodeTiled)";
     default: break;
@@ -31,6 +31,9 @@ extern "C" const char* triaxis_error_string(int status) {
 }
 
 #ifndef TRIAXIS_EMULATED
+// Raise it with every change of an operator's schema, together with SCHEMA_VERSION in engine/ops/native.py.
+extern "C" __attribute__((visibility("default"))) int triaxis_schema_version() { return 2; }
+
 // "CUDA kernels for 90a;80+PTX", or why there are none.
 extern "C" __attribute__((visibility("default"))) const char* triaxis_build() { return TRIAXIS_BUILD; }
 #endif

@@ -10,7 +10,7 @@ from typing import Any
 from engine.config.load import load
 from engine.config.schema import Config
 from engine.errors import ConfigError
-from engine.model.families import PRESETS
+from engine.model.families import FAMILIES, PRESETS
 
 EPILOG = (
     "Any setting can be overridden after the file: --section.key VALUE, where VALUE is YAML; "
@@ -27,11 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"env takes no arguments, not {' '.join(overrides)}")
         _show_environment()
     elif options.command == "config" and options.schema:
-        print(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
+        print(json.dumps(_schema(), indent=2))
     elif options.config is None:
         parser.error("config needs a YAML file, or --schema")
     else:
         _run(options, _load(options.config, overrides))
+
+
+def _schema() -> dict[str, Any]:
+    """Return the JSON schema of the configuration; the families of models are known here and not in `config`."""
+    schema = Config.model_json_schema(by_alias=True)
+    schema["$defs"]["ModelConfig"]["properties"]["family"]["enum"] = list(FAMILIES)
+    return schema
 
 
 def _parser() -> argparse.ArgumentParser:

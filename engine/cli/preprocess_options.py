@@ -121,7 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--on-too-long", choices=get_args(OnTooLong),
         help="sft: truncate keeps the first tokens (default), drop, split into several, error: stop")  # fmt: skip
     add("--workers", type=int, default=_num_cores(), help="encoder processes (default: number of cores, %(default)s)")
-    add("--log-interval", type=int, metavar="DOCUMENTS", help="documents between progress lines (default: by time)")
+    add(
+        "--log-interval",
+        type=int,
+        metavar="DOCUMENTS",
+        help="documents between progress lines where output is\npiped (default: by time)",
+    )
     add("--on-bad-line", choices=("skip", "fail"), default="skip",
         help="skip: count, report and keep bad lines in OUTPUT_PREFIX.rejects.jsonl (default); fail: stop")  # fmt: skip
     add("--encoder", choices=("auto", "sentencepiece"),

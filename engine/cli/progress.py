@@ -10,6 +10,7 @@ from typing import TextIO
 
 from rich import progress
 from rich.console import Console
+from rich.table import Column
 
 from engine.formatting import duration
 
@@ -33,11 +34,14 @@ class ProgressDisplay:
         console = Console(file=self._file)
         self._bar: progress.Progress | None = None
         if self._file.isatty() and not console.is_dumb_terminal:
-            columns = (progress.BarColumn(bar_width=20), progress.TextColumn("{task.description}", markup=False))
+            share, text = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
             self._bar = progress.Progress(
-                *columns,
+                progress.TextColumn("{task.description}", markup=False, table_column=share),
+                progress.BarColumn(bar_width=12),
+                progress.TextColumn("{task.fields[text]}", markup=False, table_column=text),
                 console=console,
                 auto_refresh=False,
+                expand=True,
                 transient=True,
                 redirect_stdout=sys.stdout.isatty(),  # printed lines go above the bar, but stay out of the terminal
                 redirect_stderr=sys.stderr.isatty(),  # where the stream is a file
@@ -64,17 +68,16 @@ class ProgressDisplay:
         self._shown_at = time.monotonic()
         new = done - self._before
         left = duration(self.seconds / new * (self._total - done)) if new > 0 else "unknown"
-        line = f"{done / self._total:6.1%}  {text}  ETA {left}"
         if self._bar is None:
-            print(line, file=self._file, flush=True)
-        else:
-            self._draw(self._bar, done, line)
+            print(f"{done / self._total:6.1%}  {text}  ETA {left}", file=self._file, flush=True)
+        else:  # on a narrow terminal only the text is shortened
+            self._draw(self._bar, done, f"{done / self._total:6.1%}  ETA {left}", text)
 
-    def _draw(self, bar: progress.Progress, done: float, line: str) -> None:
+    def _draw(self, bar: progress.Progress, done: float, share: str, text: str) -> None:
         if not bar.tasks:
-            bar.add_task(line, total=self._total)
+            bar.add_task(share, total=self._total, text=text)
             bar.start()
-        bar.update(bar.tasks[0].id, completed=done, description=line, refresh=True)
+        bar.update(bar.tasks[0].id, completed=done, description=share, text=text, refresh=True)
 
     def close(self) -> None:
         """Remove the bar from the terminal."""

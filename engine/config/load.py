@@ -175,7 +175,7 @@ def _family_problem(raw: Mapping[str, Any], presets: Presets) -> str | None:
     """Check `model.family` against the presets, which cover every family."""
     model = raw.get("model")
     name = model.get("family") if isinstance(model, dict) else None
-    known = list(dict.fromkeys(preset["family"] for preset in presets.values()))
+    known = list(dict.fromkeys(preset["family"] for preset in presets.values() if "family" in preset))
     if not isinstance(name, str) or name in known:
         return None
     return f"model.family = {name!r} is unknown{_did_you_mean(name, known)}; known: {', '.join(known)}"

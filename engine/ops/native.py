@@ -3,6 +3,7 @@
 The library is loaded once, when this module is imported. Without it, the engine runs on plain PyTorch.
 """
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_csrc.so"
+SCHEMA_VERSION = 2  # of the operators' schemas; `triaxis_schema_version` in csrc/bind/status.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -132,10 +134,12 @@ def _load() -> str:
         torch.ops.load_library(LIBRARY)
     except OSError as error:  # built for another machine, or for another torch
         return f"{LIBRARY} cannot be loaded: {error}"
-    known = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "triaxis::" in name}
-    if missing := _FAKES.keys() - known:
+    library = ctypes.CDLL(str(LIBRARY))
+    found = library.triaxis_schema_version() if hasattr(library, "triaxis_schema_version") else 1
+    if found != SCHEMA_VERSION:
         return (
-            f"{LIBRARY} belongs to another version of this package ({min(missing)} is missing); reinstall the package"
+            f"{LIBRARY} belongs to another version of this package (operator schemas {found}, expected "
+            f"{SCHEMA_VERSION}); reinstall the package"
         )
     return ""
 

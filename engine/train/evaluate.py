@@ -37,8 +37,9 @@ class Evaluation(Hook):
     def _evaluate(self, trainer: Trainer) -> None:
         if self.data is None:
             return
-        step, started = trainer.progress.step, time.perf_counter()
+        step = trainer.progress.step
         with trainer.clock.paused():
+            started = time.perf_counter()
             loss = evaluate(trainer.model, self.data, trainer.config, trainer.world)
             note_evaluation(trainer, loss)
             perplexity = math.exp(min(loss, 700.0))

@@ -40,8 +40,8 @@ class Saving(Hook):
         step = trainer.progress.step
         if step == self.saved_step:
             return
-        started = time.perf_counter()
         with trainer.clock.paused():
+            started = time.perf_counter()
             try:
                 path = self._write(trainer)
             except StorageError as error:

@@ -113,13 +113,14 @@ def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> 
 
 
 def _start_fresh(trainer: Trainer, weights: ModelDirectory | None, log: RunLog) -> None:
-    run, optimizer = trainer.config.run, trainer.optimizer
+    run, model, optimizer = trainer.config.run, trainer.config.model, trainer.optimizer
     if weights is not None:
         run_on_all_ranks(trainer.world, partial(restore_weights, optimizer, weights))
         optimizer.broadcast_params()
-    origin = "from scratch" if weights is None else f"with the weights of {weights.path}"
+    source = model.from_hf or model.from_checkpoint
+    origin = "from scratch" if source is None else f"with the weights of {source}"
     log.say(f"start       {origin}: no checkpoint in {run.dir}")
-    log.event("start", seed=run.seed, weights=None if weights is None else str(weights.path))
+    log.event("start", seed=run.seed, weights=None if source is None else str(source))
 
 
 def _resume(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:

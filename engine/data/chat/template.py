@@ -80,6 +80,8 @@ class ChatTemplate:
         chosen = [k for k in (turns[-1:] if train_on == "last" else turns) if messages[k].get("weight") != 0]
         if self._compiled.marks_generation and chosen == turns:
             return Rendered(text, self._by_generation_blocks(text, marked))
+        if not chosen:
+            return Rendered(text, ())
         finder = TurnFinder(lambda some, prompt: self._render(some, tools, prompt)[0], messages, text, self._end)
         spans = finder.find(chosen)
         if not self._compiled.marks_generation:

@@ -28,7 +28,7 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
         ConfigError: one of them cannot.
     """
     for name, wanted in ops.model_dump().items():
-        if wanted in ("auto", "torch", "sdpa") or name == "fp8_matmul":  # checked with its recipe in parallel/fp8.py
+        if wanted in ("auto", "torch", "sdpa") or name == "fp8_matmul":  # see require_fp8
             continue
         if device.type != "cuda":
             raise ConfigError(f"ops.{name} = {wanted} needs a GPU, and this run is on {device.type}; use auto")

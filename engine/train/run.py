@@ -33,7 +33,7 @@ def train(config: Config) -> None:
         log = run_on_all_ranks(world, lambda: open_log(config, world, chat_template(inputs.train_data)))
         describe_start(config, world, inputs, log, reason)
         trainer = build_trainer(config, world, inputs, log)
-        log.open_metrics(trainer.progress.step, config)
+        run_on_all_ranks(world, lambda: log.open_metrics(trainer.progress.step, config))
         _train(trainer, inputs, log)
         log.event("exit", code=0)
     except Exception as error:

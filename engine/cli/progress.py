@@ -6,13 +6,12 @@ thread, because worker processes may be forked meanwhile.
 
 import sys
 import time
-from typing import TextIO
-
-from rich import progress
-from rich.console import Console
-from rich.table import Column
+from typing import TYPE_CHECKING, TextIO
 
 from engine.formatting import duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _REDRAW_S = 0.1  # minimum time between redraws of the bar
 
@@ -31,21 +30,7 @@ class ProgressDisplay:
         self._interval_s = interval_s
         self._file = file or sys.stderr
         self._start = self._shown_at = time.monotonic()
-        console = Console(file=self._file)
-        self._bar: progress.Progress | None = None
-        if self._file.isatty() and not console.is_dumb_terminal:
-            share, text = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}", markup=False, table_column=share),
-                progress.BarColumn(bar_width=12),
-                progress.TextColumn("{task.fields[text]}", markup=False, table_column=text),
-                console=console,
-                auto_refresh=False,
-                expand=True,
-                transient=True,
-                redirect_stdout=sys.stdout.isatty(),  # printed lines go above the bar, but stay out of the terminal
-                redirect_stderr=sys.stderr.isatty(),  # where the stream is a file
-            )
+        self._bar = _terminal_bar(self._file)
 
     @property
     def seconds(self) -> float:
@@ -73,7 +58,7 @@ class ProgressDisplay:
         else:  # on a narrow terminal only the text is shortened
             self._draw(self._bar, done, f"{done / self._total:6.1%}  ETA {left}", text)
 
-    def _draw(self, bar: progress.Progress, done: float, share: str, text: str) -> None:
+    def _draw(self, bar: "Progress", done: float, share: str, text: str) -> None:
         if not bar.tasks:
             bar.add_task(share, total=self._total, text=text)
             bar.start()
@@ -83,3 +68,28 @@ class ProgressDisplay:
         """Remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _terminal_bar(file: TextIO) -> "Progress | None":
+    """Return the bar for a terminal, or None for a file, a pipe or a terminal without cursor movement."""
+    if not file.isatty():
+        return None
+    from rich import progress  # takes 30 ms to import
+    from rich.console import Console
+    from rich.table import Column
+
+    console = Console(file=file)
+    if console.is_dumb_terminal:
+        return None
+    share, text = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False, table_column=share),
+        progress.BarColumn(bar_width=12),
+        progress.TextColumn("{task.fields[text]}", markup=False, table_column=text),
+        console=console,
+        auto_refresh=False,
+        expand=True,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # printed lines go above the bar, but stay out of the terminal
+        redirect_stderr=sys.stderr.isatty(),  # where the stream is a file
+    )

@@ -58,7 +58,7 @@ def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
 
 
 def kernel_jobs(tools: Toolchain) -> list[tuple[Path, list[str]]]:
-    """Kernel files and their nvcc commands. `compile_objects` writes ptxas reports to a .txt beside each object."""
+    """Kernel files and their nvcc commands. `compile_objects` writes ptxas reports to a .txt next to each object."""
     return [(source, _nvcc_command(tools)) for source in kernel_sources(HERE)]
 
 

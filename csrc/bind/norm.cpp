@@ -6,7 +6,7 @@ namespace {
 
 using namespace triaxis_bind;
 
-// What the forward returns beside y: the sum (empty without a residual), the mean (empty unless centered), 1 / deviation.
+// What the forward returns in addition to y: the sum (empty without a residual), the mean (empty unless centered), 1 / deviation.
 struct Statistics {
   Tensor sum, mean, rstd;
 };
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   return {y, sum, mean, rstd};
 }
 
-// -> values and scale_inv of the output, then what norm_forward returns beside y
+// -> values and scale_inv of the output, then what norm_forward returns in addition to y
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward_fp8(
     Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered, std::string scaling,
     OptionalTensor scale, OptionalTensor amax, bool power_of_two) {

@@ -145,7 +145,7 @@ void implement(torch::stable::detail::StableLibrary& library, const Operator (&o
       library.impl(std::string(op.schema, std::strchr(op.schema, '(')).c_str(), op.implementation);
 }
 
-// Registers an array of operators when the library is loaded. The emulated library is loaded beside the installed one,
+// Registers an array of operators when the library is loaded. The emulated library is loaded next to the installed one,
 // which has declared them.
 #ifdef TRIAXIS_EMULATED
 #define TRIAXIS_REGISTER(operators) \

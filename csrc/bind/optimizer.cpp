@@ -1,4 +1,4 @@
-// The optimizer's pass over a flat shard: AdamW, and the sum of squares behind the gradient norm.
+// The optimizer's pass over a flat shard: AdamW, and the sum of squares for the gradient norm.
 
 #include "operator.h"
 

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) adamw(const triaxis_adamw_args a) {
     first = from_float<M>(m);
     second = from_float<M>(v);
   };
-  // Whole vectors, then (in the first block) the elements behind the last of them.
+  // Whole vectors, then (in the first block) the elements after the last of them.
   const int64_t whole = a.size / kSize, step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < whole; i += step) {
     auto w = load<kSize>(a.master + kSize * i);

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) square_sums(const float* x, int64_t 
 #pragma unroll
     for (int j = 0; j < kSize; ++j) sums[j] += v.at[j] * v.at[j];
   }
-  float total = 0.0f;  // this thread's, with an element behind the last whole vector
+  float total = 0.0f;  // this thread's, plus an element after the last whole vector
 #pragma unroll
   for (int j = 0; j < kSize; ++j) total += sums[j];
   const int64_t last = whole * kSize + threadIdx.x;

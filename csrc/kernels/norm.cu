@@ -1,7 +1,7 @@
 // RMSNorm and LayerNorm, forward and backward (include/triaxis.h says what they compute).
 //
 // The tuned kernels keep a row in registers, in vectors of 16 bytes, so that memory is read and written once. A block (for
-// short rows a warp) takes a row, issues all its loads before the first use, and goes on to its next row. The backward
+// short rows a warp) takes a row, issues all its loads before the first use, and continues with its next row. The backward
 // prefetches the next row while it computes this one, and accumulates its share of the weight gradient in registers; a
 // second kernel adds these shares in a fixed order. Rows whose size or alignment rules out vectors, or that are longer than
 // the registers, take the general kernels, which access one element at a time.

@@ -1,7 +1,7 @@
 """Data parallelism: parameters and gradients in flat buckets, cut into one shard per data-parallel rank.
 
 All parameters of a bucket lie in one flat tensor, their fp32 gradients in another. When the backward pass of the last
-microbatch has completed a bucket, its gradients are reduce-scattered while the pass goes on; the optimizer updates this
+microbatch has completed a bucket, its gradients are reduce-scattered during that pass; the optimizer updates this
 rank's shard; the new parameters are all-gathered while the next forward pass begins, whose layers wait for the buckets
 they need (ZeRO stage 1, Rajbhandari et al. 2020). Unsharded, the gradients are all-reduced and every rank updates
 everything. With one rank the shard is the bucket and nothing is sent.

@@ -159,7 +159,7 @@ def chat_template(data: SampleDataset) -> str | None:
         first, second, *_ = used.values()
         raise DataError(
             f"{first} and {second} were preprocessed with different chat templates, but a model has one; "
-            "preprocess them with the same --chat-template"
+            "preprocess them with the same chat template"
         )
     return next(iter(used), None)
 

@@ -17,6 +17,7 @@ from engine.data.tokenizers.load import load_tokenizer
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.stream import stream_text
 from engine.errors import ConfigError, DataError
+from engine.formatting import counted
 
 LOW_BITS = 20  # the median takes two passes: over the high bits of the lengths, then over these low bits
 
@@ -182,9 +183,7 @@ def document_kind(masked: bool) -> str:
 def _check_document(data: IndexedDataset, j: int) -> None:
     if not 0 <= j < data.num_documents:
         kind, count = document_kind(data.has_mask), data.num_documents
-        raise ConfigError(
-            f"no {kind} {j} in {data.prefix}: it has {count:,} {kind}{'s' * (count != 1)}, counted from 0"
-        )
+        raise ConfigError(f"no {kind} {j} in {data.prefix}: it has {counted(count, kind)}, counted from 0")
 
 
 def sample(dataset: PretrainDataset, i: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

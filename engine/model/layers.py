@@ -85,15 +85,15 @@ class Norm(nn.Module):
         self.weight = parameters.tensors[f"{path}.weight"]
         self.bias = parameters.tensors.get(f"{path}.bias")
         sinks = (parameters.sinks.get(f"{path}.{name}") for name in ("weight", "bias"))
-        self.weight_sink, self.bias_sink = (None if sink is None else sink.add for sink in sinks)
+        weight_sink, bias_sink = (None if sink is None else sink.add for sink in sinks)
+        self.sinks = (weight_sink, bias_sink)
         self.eps, self.impl = eps, ops.norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize `x` [..., h] over its last dimension."""
-        sinks = (self.weight_sink, self.bias_sink)
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps, self.impl, sinks)
-        return layer_norm(x, self.weight, self.bias, self.eps, self.impl, sinks)
+            return rms_norm(x, self.weight, self.eps, self.impl, self.sinks)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.impl, self.sinks)
 
     def fused(
         self, x: torch.Tensor, residual: torch.Tensor | None, output: Fp8Output | None
@@ -101,12 +101,11 @@ class Norm(nn.Module):
         """Normalize s = x + residual [t, h], or s = x without a residual. Return (normalized s, s), the first in FP8 if
         `output` is given.
         """
-        sinks = (self.weight_sink, self.bias_sink)
         if output is not None:
-            return norm_to_fp8(x, residual, self.weight, self.bias, self.eps, output, sinks)
+            return norm_to_fp8(x, residual, self.weight, self.bias, self.eps, output, self.sinks)
         if residual is None:
             return self(x), x
-        return add_norm(x, residual, self.weight, self.bias, self.eps, self.impl, sinks)
+        return add_norm(x, residual, self.weight, self.bias, self.eps, self.impl, self.sinks)
 
 
 class NormLinear(nn.Module):

@@ -75,6 +75,13 @@ def all_max(x: Tensor, group: ProcessGroup) -> Work:
     return _Started([dist.all_reduce(x, dist.ReduceOp.MAX, group=group, async_op=True)])
 
 
+def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Concatenate the ranks' x [k, ...] along dim 0 into a new tensor [n·k, ...], and wait; not differentiable."""
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    all_gather(out, x.contiguous(), group).wait()
+    return out
+
+
 def gather_sequence(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """All tokens from every rank's part: [t/n, h] -> [t, h]. Backward sums the ranks' gradients and keeps our part."""
     return x if group is None else _GatherSequence.apply(x, group)
@@ -89,9 +96,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-        all_gather(out, x.contiguous(), group).wait()
-        return out
+        return gathered(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:

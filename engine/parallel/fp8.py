@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from engine.config.schema import Fp8MatmulImpl, Fp8Recipe, PrecisionConfig
 from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, TENSORWISE, Fp8Output, QuantizedTensor, quantize
-from engine.parallel.collectives import all_gather, all_max
+from engine.parallel.collectives import all_max, gathered
 from engine.parallel.layout import TensorParallel, World
 from engine.parallel.table import LocalParameter
 
@@ -184,16 +184,10 @@ def local_rows(x: QuantizedTensor, tp: TensorParallel) -> QuantizedTensor:
 
 def gather_rows(x: QuantizedTensor, group: ProcessGroup) -> QuantizedTensor:
     """All-gather the tokens of all ranks, in half the bytes of bf16: [t/tp, in] -> [t, in]."""
-    values = _all_gathered(x.values.view(torch.uint8), group).view(x.values.dtype)
+    values = gathered(x.values.view(torch.uint8), group).view(x.values.dtype)
     if x.scaling != BLOCK_1X128:
         return QuantizedTensor(values, x.scale_inv, x.scaling)
-    return QuantizedTensor(values, _all_gathered(x.scale_inv.t().contiguous(), group).t().contiguous(), x.scaling)
-
-
-def _all_gathered(x: Tensor, group: ProcessGroup) -> Tensor:
-    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    all_gather(out, x, group).wait()
-    return out
+    return QuantizedTensor(values, gathered(x.scale_inv.t(), group).t().contiguous(), x.scaling)
 
 
 def _scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:

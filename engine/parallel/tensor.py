@@ -18,7 +18,7 @@ from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
 from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
 from engine.ops.linear import add_grad_weight, grad_weight, linear, matmul_transposed
 from engine.ops.quantize import TENSORWISE, Fp8Activation, QuantizedTensor
-from engine.parallel.collectives import all_gather, gather_sequence, reduce_scatter, scatter_sequence_sum
+from engine.parallel.collectives import all_gather, gather_sequence, gathered, reduce_scatter, scatter_sequence_sum
 from engine.parallel.fp8 import Fp8Quantizer, gather_rows, local_rows
 from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
@@ -110,9 +110,7 @@ def vocab_parallel_linear_cross_entropy(
 
 def _gather_stacked(x: Tensor, tp: TensorParallel) -> Tensor:
     assert tp.group is not None
-    out = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
-    all_gather(out, x.contiguous(), tp.group).wait()
-    return out.unflatten(0, (tp.size, -1))
+    return gathered(x, tp.group).unflatten(0, (tp.size, -1))
 
 
 def _usable(sink: GradientSink | None) -> GradientSink | None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from engine.cli.arguments import program_parser
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check_schedule, peak_activations, simulate
+from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.schedules import FORWARD_ONLY, INTERLEAVED, SCHEDULES, Schedule, build_schedule
+from engine.parallel.pipeline.simulate import Costs, Timeline, bubble_fraction, peak_activations, simulate
 from engine.plan import timeline
 
 EXAMPLES = """

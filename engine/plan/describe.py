@@ -11,9 +11,9 @@ from engine.config.schema import Config
 from engine.formatting import counted
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Coordinates, Layout, TensorParallel
-from engine.parallel.pipeline.check import bubble_fraction, simulate
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import build_schedule
+from engine.parallel.pipeline.simulate import bubble_fraction, simulate
 from engine.plan.memory import estimate, unit_of
 from engine.plan.stages import stage_parts
 from engine.plan.throughput import FLOPS_FORMULA, flops_per_token

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import TimedAction, Timeline, bubble_fraction
 from engine.parallel.pipeline.schedules import Action, ActionKind
+from engine.parallel.pipeline.simulate import TimedAction, Timeline, bubble_fraction
 
 Color = tuple[float, float, float]
 

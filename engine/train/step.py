@@ -18,7 +18,8 @@ from engine.parallel.layout import TensorParallel, World
 from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.executor import Pipeline
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, Schedule, build_schedule
+from engine.parallel.pipeline.program import Program
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, build_schedule
 from engine.plan.stages import stage_parts
 
 
@@ -51,7 +52,7 @@ class DistributedModel:
         self.dtype = next(iter(parameters.by_path.values())).dtype
         functions = [_part_function(decoder, config, world.tp) for decoder in decoders]
         self.pipeline = Pipeline(functions, world, parameters.flow, self._new_boundary)
-        self._schedules: dict[tuple[str, int], Schedule] = {}
+        self._programs: dict[tuple[str, int], Program] = {}
 
     def train(self, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
         """Accumulate the gradients of `scale` times the summed loss; return this rank's part of that loss, fp32 [1]."""
@@ -71,10 +72,10 @@ class DistributedModel:
             self.fp8.weights_changed()
         layout, device = self.world.layout, self.world.device
         key = (name, len(microbatches))
-        if key not in self._schedules:
-            self._schedules[key] = build_schedule(name, layout.pp, *key[1:], self.config.parallel.virtual_stages)
-            check_schedule(self._schedules[key])
-        loss = self.pipeline.run(self._schedules[key], [batch.to(device) for batch in microbatches], scale)
+        if key not in self._programs:
+            schedule = build_schedule(name, layout.pp, *key[1:], self.config.parallel.virtual_stages)
+            self._programs[key] = check_schedule(schedule)
+        loss = self.pipeline.run(self._programs[key], [batch.to(device) for batch in microbatches], scale)
         return loss if self.world.coords.tp == 0 else torch.zeros_like(loss)  # tensor-parallel ranks have the same loss
 
     def _new_boundary(self) -> torch.Tensor:

@@ -9,8 +9,7 @@ import pytest
 
 from engine.cli import plan
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import ScheduleError
-from engine.parallel.pipeline.schedules import Schedule, build_schedule
+from engine.parallel.pipeline.schedules import Schedule, ScheduleError, build_schedule
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "plan.py"
 

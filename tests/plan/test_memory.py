@@ -10,9 +10,9 @@ from engine.model.parameters import parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout, TensorParallel
-from engine.parallel.pipeline.check import peak_activations
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import build_schedule
+from engine.parallel.pipeline.simulate import peak_activations
 from engine.plan.activations import ActivationSizes
 from engine.plan.memory import GIB, MemoryEstimate, estimate, estimate_fullest
 from engine.plan.stages import stage_parts

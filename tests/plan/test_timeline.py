@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import Costs, TimedAction, Timeline, simulate
 from engine.parallel.pipeline.schedules import Action, ActionKind, build_schedule
+from engine.parallel.pipeline.simulate import Costs, TimedAction, Timeline, simulate
 from engine.plan.timeline import draw, text
 
 

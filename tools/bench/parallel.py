@@ -31,8 +31,8 @@ from engine.config.schema import Config
 from engine.errors import ConfigError, run_program
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout
-from engine.parallel.pipeline.check import Costs, TimedAction, Timeline, simulate
 from engine.parallel.pipeline.schedules import ActionKind, build_schedule
+from engine.parallel.pipeline.simulate import Costs, TimedAction, Timeline, simulate
 from engine.plan import timeline
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches

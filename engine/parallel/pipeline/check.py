@@ -1,75 +1,27 @@
-"""The proof that a pipeline schedule runs, and what it costs: time, bubble, activations in flight.
+"""The proof that a pipeline schedule runs: nothing is missing, and no message can hang.
 
-`check` holds the order of actions against the rules of communication, without tensors or processes. What it proves
-holds for all timings: a step that can be taken stays possible until it is taken, so if one order of events gets
-through, all do. Alternative considered: trusting the functions that build schedules; a wrong order would show up as a
-hang of the cluster.
+`check_schedule` holds the actions and their messages against the rules of communication, without tensors or processes.
+It runs the programs of all stages with every send and every receive blocking where it is launched: a program that ends
+so ends on any device, however many kernels of it overlap and wherever a host waits for its device (see `program.py`).
+The executor runs the very programs that were proven. Alternative considered: trusting the functions that build
+schedules; a wrong order would show up as a hang of the cluster.
 
-Communication as `check` assumes it and the executor does it:
-- A channel is (sending stage, receiving stage, forward or backward). Its messages arrive in the order they were sent.
-- A send holds its stage until the receiver has posted the receive (rendezvous), as large messages do in NCCL and gloo.
-- Before a stage waits for a send, it has posted the receives of its next `LOOKAHEAD` actions that need one.
+A channel is (sending stage, receiving stage, forward or backward). Its messages arrive in the order they were sent.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum, auto
-from itertools import accumulate
+from collections import Counter
 
-from engine.errors import ConfigError
-from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, ActionKind, Schedule
-
-LOOKAHEAD = 2  # 1 is enough for all but `interleaved`, whose stages need a B, then an F, while the ring passes on Fs
+from engine.parallel.pipeline.program import Program, Step, StepKind, build_program
+from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, ActionKind, Schedule, ScheduleError, deadlock
 
 Channel = tuple[int, int, bool]  # sending stage, receiving stage, whether it carries forwards
 
 
-class ScheduleError(ConfigError):
-    """A schedule that cannot run: at which stage and action, and why."""
-
-    advice = "choose another parallel.schedule; this one has a fault"
-
-    def __init__(self, schedule: Schedule, stage: int, action: Action, reason: str) -> None:
-        super().__init__(f"schedule {schedule.name}: stage {stage}, {action}: {reason}")
-        self.stage = stage
-        self.action = action
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Time of one microbatch through all chunks of a stage, in any unit, and the latency of a send between stages."""
-
-    forward: float = 1.0
-    backward_input: float = 1.0
-    backward_weight: float = 1.0
-    send: float = 0.0
-
-    def of(self, kind: ActionKind) -> float:
-        whole = self.backward_input + self.backward_weight
-        costs = {"F": self.forward, "B": whole, "I": self.backward_input, "W": self.backward_weight}
-        return costs[kind.value]
-
-
-@dataclass(frozen=True)
-class TimedAction:
-    """When an action runs."""
-
-    action: Action
-    start: float
-    end: float
-
-
-Timeline = tuple[tuple[TimedAction, ...], ...]  # per stage
-UNIT_COSTS = Costs()
-
-
-def check_schedule(schedule: Schedule) -> None:
-    """Prove that `schedule` runs to its end and computes everything once.
+def check_schedule(schedule: Schedule) -> Program:
+    """Prove that `schedule` runs to its end and computes everything once; return the programs that were proven.
 
     Every stage does every action exactly once, and in an order that its own results allow; no action waits for ever for
-    another stage; the messages of a channel are needed in the order in which they are sent; rendezvous sends do not
-    deadlock.
+    another stage; no message can hang (`check_program`).
 
     Raises:
         ScheduleError: names the stage, the action and the reason.
@@ -78,85 +30,24 @@ def check_schedule(schedule: Schedule) -> None:
     for stage in range(schedule.num_stages):
         _check_complete(schedule, stage)
         _check_order(schedule, stage)
-    simulate(schedule)
-    _check_channels(schedule)
-    _check_rendezvous(schedule)
+    program = build_program(schedule)
+    check_program(program)
+    return program
 
 
-def simulate(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
-    """When each action runs if it starts as soon as its stage is free and what it needs from others is there.
+def check_program(program: Program) -> None:
+    """Prove that every posted receive ends, whatever any stage does next.
 
-    A chunk costs 1/num_chunks of its stage. A send arrives `costs.send` later and does not hold the sender.
+    Every stage computes the actions of the schedule in their order, posts one receive for each message that an action
+    needs, before that action, and sends each result right after computing it. Run with every send and receive blocking
+    until the other stage has launched its side, all stages reach their end, and each receive gets its own message.
 
     Raises:
-        ScheduleError: actions of several stages wait for each other.
+        ScheduleError: names the stage, the action and the reason.
     """
-    stages = range(schedule.num_stages)
-    spans: list[list[TimedAction]] = [[] for _ in stages]
-    arrivals: dict[tuple[int, int, int, bool], float] = {}  # of (stage, chunk, microbatch, is forward)
-    while sum(_advance(schedule, costs, stage, spans[stage], arrivals) for stage in stages):
-        pass
-    waits = {}
-    for stage in stages:
-        if len(spans[stage]) < len(schedule.actions[stage]):
-            action = schedule.actions[stage][len(spans[stage])]
-            source = schedule.source(stage, action)
-            assert source is not None
-            waits[stage] = (action, "needs a result of", source[0])
-    if waits:
-        raise _deadlock(schedule, waits)
-    return tuple(map(tuple, spans))
-
-
-def bubble_fraction(timeline: Timeline) -> float:
-    """Idle time over ideal time, as in the papers on schedules: (makespan − busy) / busy.
-
-    `busy` is the computing time of a stage (of the mean one, should they differ): what the step would take without
-    idling. 0 means no idle stage; GPipe with p stages and m microbatches has (p − 1)/m.
-    """
-    spans = [span for stage in timeline for span in stage]
-    busy = sum(span.end - span.start for span in spans) / len(timeline)
-    makespan = max(span.end for span in spans) - min(span.start for span in spans)
-    return (makespan - busy) / busy
-
-
-def peak_activations(schedule: Schedule) -> list[int]:
-    """Per stage the most (microbatch, chunk) whose forward is done and whose backward (W where split) is not.
-
-    Each holds the activations of 1/num_chunks of the stage's layers. 0 for `forward_only`, which keeps nothing.
-    """
-    if not schedule.trains:
-        return [0] * schedule.num_stages
-    change = {
-        ActionKind.FORWARD: 1,
-        ActionKind.BACKWARD: -1,
-        ActionKind.BACKWARD_INPUT: 0,
-        ActionKind.BACKWARD_WEIGHT: -1,
-    }
-    return [max(accumulate(change[action.kind] for action in actions)) for actions in schedule.actions]
-
-
-def _advance(
-    schedule: Schedule,
-    costs: Costs,
-    stage: int,
-    spans: list[TimedAction],
-    arrivals: dict[tuple[int, int, int, bool], float],
-) -> int:
-    """Run the actions of a stage up to the first whose input has not been computed; how many were run."""
-    before = len(spans)
-    for action in schedule.actions[stage][before:]:
-        forward = action.kind is ActionKind.FORWARD
-        start = spans[-1].end if spans else 0.0
-        if source := schedule.source(stage, action):
-            arrival = arrivals.get((*source, action.microbatch, forward))
-            if arrival is None:
-                break
-            start = max(start, arrival + (costs.send if source[0] != stage else 0.0))
-        spans.append(TimedAction(action, start, start + costs.of(action.kind) / schedule.num_chunks))
-        if action.kind is not ActionKind.BACKWARD_WEIGHT:
-            arrivals[stage, action.chunk, action.microbatch, forward] = spans[-1].end
-    return len(spans) - before
+    for stage in range(program.schedule.num_stages):
+        _check_messages(program, stage)
+    _run_blocking(program)
 
 
 def _check_complete(schedule: Schedule, stage: int) -> None:
@@ -210,102 +101,72 @@ def _check_order(schedule: Schedule, stage: int) -> None:
         done.add(action)
 
 
-def _incoming(schedule: Schedule, stage: int, action: Action) -> Channel | None:
-    """The channel on which `action` receives what it needs, if from another stage."""
-    source = schedule.source(stage, action)
-    return None if source is None or source[0] == stage else (source[0], stage, action.kind is ActionKind.FORWARD)
+def _check_messages(program: Program, stage: int) -> None:
+    """Actions in their order, each receive once and in time, each send directly after its action."""
+    schedule, steps = program.schedule, program.steps[stage]
+    computed = [step.action for step in steps if step.kind is StepKind.COMPUTE]
+    assert computed == list(schedule.actions[stage]), f"stage {stage} computes other actions than its schedule has"
+    posted: set[Action] = set()
+    for before, step, after in zip((None, *steps), steps, (*steps[1:], None), strict=False):
+        if step.kind is StepKind.RECEIVE:
+            if step.action in posted or _channel(program, stage, step) is None:
+                raise ScheduleError(schedule, stage, step.action, "a receive of a message that does not exist")
+            posted.add(step.action)
+        elif step.kind is StepKind.SEND:
+            if before != Step(StepKind.COMPUTE, step.action):
+                raise ScheduleError(schedule, stage, step.action, "its result is not sent right after it")
+        else:
+            if _channel(program, stage, Step(StepKind.RECEIVE, step.action)) and step.action not in posted:
+                raise ScheduleError(schedule, stage, step.action, "its receive is not posted before it")
+            send = Step(StepKind.SEND, step.action)
+            if (after == send) != (_channel(program, stage, send) is not None):
+                raise ScheduleError(schedule, stage, step.action, "its result is not sent where it is needed")
 
 
-def _outgoing(schedule: Schedule, stage: int, action: Action) -> Channel | None:
-    """The channel on which the result of `action` is sent, if to another stage."""
-    target = schedule.target(stage, action)
-    return None if target is None or target[0] == stage else (stage, target[0], action.kind is ActionKind.FORWARD)
+def _channel(program: Program, stage: int, step: Step) -> Channel | None:
+    """The channel of a send or receive; None for a computation, and where the message stays on its stage."""
+    if step.kind is StepKind.COMPUTE:
+        return None
+    receives = step.kind is StepKind.RECEIVE
+    end = (program.schedule.source if receives else program.schedule.target)(stage, step.action)
+    if end is None or end[0] == stage:
+        return None
+    return (end[0] if receives else stage, stage if receives else end[0], step.action.kind is ActionKind.FORWARD)
 
 
-def _check_channels(schedule: Schedule) -> None:
-    """The order in which each channel's messages are needed is the order in which they are sent."""
-    sent: dict[Channel, list[tuple[int, int]]] = defaultdict(list)  # (microbatch, chunk of the receiver)
-    needed: dict[Channel, list[Action]] = defaultdict(list)
-    for stage, actions in enumerate(schedule.actions):
-        for action in actions:
-            if channel := _outgoing(schedule, stage, action):
-                target = schedule.target(stage, action)
-                assert target is not None
-                sent[channel].append((action.microbatch, target[1]))
-            if channel := _incoming(schedule, stage, action):
-                needed[channel].append(action)
-    for channel, receivers in needed.items():
-        for (microbatch, chunk), action in zip(sent[channel], receivers, strict=True):
-            if (microbatch, chunk) != (action.microbatch, action.chunk):
-                first = Action(action.kind, microbatch, chunk)
-                reason = f"comes before {first}, but stage {channel[0]} sends it the input of {first} first"
-                raise ScheduleError(schedule, channel[1], action, reason)
-
-
-class _Step(Enum):
-    """What a stage does on a channel; the n-th TAKE needs the n-th GIVE, and that the n-th POST."""
-
-    POST = auto()  # a receive
-    TAKE = auto()  # wait until the message is there
-    GIVE = auto()  # send, and wait until the receive is posted
-
-
-def _check_rendezvous(schedule: Schedule) -> None:
-    """Take every stage's steps in turn, as far as each can go; all have to get to their end."""
-    programs = [list(_steps(schedule, stage)) for stage in range(schedule.num_stages)]
-    passed: Counter[tuple[_Step, Channel]] = Counter()
-    before, done = None, [0] * schedule.num_stages
-    while done != before:
-        before = done
-        done = [_step_on(program, first, passed) for program, first in zip(programs, done, strict=True)]
-    waits = {}
-    for stage, program in enumerate(programs):
-        if done[stage] < len(program):
-            step, (sender, receiver, _), action = program[done[stage]]
-            gives = step is _Step.GIVE
-            waits[stage] = (action, "sends its result to", receiver) if gives else (action, "receives from", sender)
+def _run_blocking(program: Program) -> None:
+    """Take the messages of every stage in turn; a send and its receive are taken together."""
+    messages = [
+        [(step, channel) for step in steps if (channel := _channel(program, stage, step))]
+        for stage, steps in enumerate(program.steps)
+    ]
+    done = [0] * len(messages)
+    waits: dict[int, tuple[Action, str, int]] = {}
+    moved = set(range(len(messages)))
+    while moved:
+        stage = moved.pop()
+        waits.pop(stage, None)
+        if done[stage] == len(messages[stage]):
+            continue
+        step, channel = messages[stage][done[stage]]
+        sends = step.kind is StepKind.SEND
+        other = channel[1] if sends else channel[0]
+        if done[other] < len(messages[other]) and messages[other][done[other]][1] == channel:
+            there = messages[other][done[other]][0]
+            _check_pair(program.schedule, channel, *((step, there) if sends else (there, step)))
+            done[stage] += 1
+            done[other] += 1
+            moved |= {stage, other}
+        else:
+            waits[stage] = (step.action, "sends its result to" if sends else "receives from", other)
     if waits:
-        raise _deadlock(schedule, waits)
+        raise deadlock(program.schedule, waits)
 
 
-def _steps(schedule: Schedule, stage: int) -> Iterator[tuple[_Step, Channel, Action]]:
-    """The communication of a stage, in order, each with the action that it belongs to."""
-    actions = schedule.actions[stage]
-    needs = [channel for action in actions if (channel := _incoming(schedule, stage, action))]
-    posted = taken = 0
-    for action in actions:
-        channel = _incoming(schedule, stage, action)
-        if channel and posted == taken:
-            yield _Step.POST, channel, action
-            posted += 1
-        if channel:
-            yield _Step.TAKE, channel, action
-            taken += 1
-        for ahead in needs[posted : taken + LOOKAHEAD]:
-            yield _Step.POST, ahead, action
-            posted += 1
-        if outgoing := _outgoing(schedule, stage, action):
-            yield _Step.GIVE, outgoing, action
-
-
-def _step_on(program: list[tuple[_Step, Channel, Action]], first: int, passed: Counter[tuple[_Step, Channel]]) -> int:
-    """Take the steps of a stage from number `first` on, up to one that has to wait; that one's number."""
-    needs = {_Step.TAKE: _Step.GIVE, _Step.GIVE: _Step.POST}
-    for number in range(first, len(program)):
-        step, channel, _ = program[number]
-        if step in needs and passed[needs[step], channel] <= passed[step, channel]:
-            return number
-        passed[step, channel] += 1
-    return len(program)
-
-
-def _deadlock(schedule: Schedule, waits: dict[int, tuple[Action, str, int]]) -> ScheduleError:
-    """The error for stages that cannot go on; `waits` has what each does, and with which other stage."""
-    stage = min(waits)
-    chain: list[int] = []
-    while stage in waits and stage not in chain:
-        chain.append(stage)
-        stage = waits[stage][2]
-    cycle = chain[chain.index(stage) :] if stage in chain else chain
-    parts = [f"stage {s}, {waits[s][0]} {waits[s][1]} stage {waits[s][2]}" for s in cycle]
-    return ScheduleError(schedule, cycle[0], waits[cycle[0]][0], f"deadlock: {'; '.join(parts)}")
+def _check_pair(schedule: Schedule, channel: Channel, send: Step, receive: Step) -> None:
+    sent, needed = send.action, receive.action
+    target = schedule.target(channel[0], sent)
+    assert target is not None
+    if (sent.microbatch, target[1]) != (needed.microbatch, needed.chunk):
+        reason = f"its receive is posted where stage {channel[0]} sends the result of {sent}"
+        raise ScheduleError(schedule, channel[1], needed, reason)

@@ -1,8 +1,8 @@
 """Runs any pipeline schedule on one rank.
 
-The schedule says what to compute and in which order; sends and receives follow from it. Receives are posted ahead, so
-that communication overlaps with compute, and a sent tensor is freed as soon as its send is complete. Parts of the
-model are plain functions, so the executor knows nothing of models. Alternative considered:
+The program of a stage (`program.py`) says what to post, compute and send, and in which order. A sent tensor is freed as
+soon as its send is complete. Parts of the model are plain functions, so the executor knows nothing of models.
+Alternative considered:
 `torch.distributed.pipelining`, whose stages own the model, its shapes and the splitting of the backward pass.
 """
 
@@ -18,12 +18,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from engine.parallel.gradients import GradientFlow
 from engine.parallel.layout import World
-from engine.parallel.pipeline.check import LOOKAHEAD
-from engine.parallel.pipeline.schedules import Action, ActionKind, Schedule
+from engine.parallel.pipeline.program import Program, StepKind
+from engine.parallel.pipeline.schedules import Action, ActionKind
 
 B = TypeVar("B")
 # With more sends in flight, wait for the oldest: gloo reports a send as complete only after wait(). Waiting cannot
-# deadlock: `check_schedule` has proved that for a wait at every single send.
+# deadlock: `check_program` has proved that for a wait at every single send.
 _MAX_SENDS_IN_FLIGHT = 4
 
 Observe = Callable[[Action, float, float], None]
@@ -71,56 +71,40 @@ class Pipeline(Generic[B]):
         self.peak_in_flight = 0
         self.observe: Observe | None = None
 
-    def run(self, schedule: Schedule, microbatches: Sequence[B], scale: float = 1.0) -> Tensor:
-        """Run `schedule`; where it trains, the gradients of `scale` times the summed loss are added up.
+    def run(self, program: Program, microbatches: Sequence[B], scale: float = 1.0) -> Tensor:
+        """Run this stage's `program`; where it trains, the gradients of `scale` times the summed loss are added up.
 
         Returns:
             The summed loss of all microbatches times `scale`, fp32 [1]; 0 on stages without the last part.
         """
-        with torch.set_grad_enabled(schedule.trains):
-            return _Run(self, schedule, microbatches, scale).execute()
+        with torch.set_grad_enabled(program.schedule.trains):
+            return _Run(self, program, microbatches, scale).execute()
 
 
 class _Run(Generic[B]):
-    """One execution of a schedule."""
+    """One execution of a program."""
 
-    def __init__(self, pipeline: Pipeline[B], schedule: Schedule, microbatches: Sequence[B], scale: float) -> None:
-        self.pipeline, self.schedule, self.microbatches, self.scale = pipeline, schedule, microbatches, scale
+    def __init__(self, pipeline: Pipeline[B], program: Program, microbatches: Sequence[B], scale: float) -> None:
+        self.pipeline, self.schedule, self.microbatches, self.scale = pipeline, program.schedule, microbatches, scale
         world = pipeline.world
         self.stage = world.coords.pp
         self.ranks = world.layout.peers(world.rank, "pp")
-        self.actions = schedule.actions[self.stage]
-        self.last_index = {(action.kind, action.chunk): index for index, action in enumerate(self.actions)}
-        self.expected = [action for action in self.actions if schedule.source(self.stage, action) is not None]
-        self.receives: list[tuple[Tensor, dist.Work]] = []  # posted for the first of `expected`
+        self.steps = program.steps[self.stage]
+        actions = self.schedule.actions[self.stage]
+        self.last_of = {(action.kind, action.chunk): action for action in actions}
+        self.receives: dict[Action, tuple[Tensor, dist.Work]] = {}  # posted and not waited for, by what needs them
+        self.results: dict[Action, Tensor] = {}  # computed and not sent
         self.sends: list[tuple[Tensor, dist.Work]] = []  # not known to have left
         self.in_flight: dict[tuple[int, int], InFlight] = {}
         self.total = torch.zeros(1, device=world.device)
 
     def execute(self) -> Tensor:
-        for index, action in enumerate(self.actions):
-            message = self._receive(action)
-            started = time.perf_counter()
-            result = self._compute(index, action, message)
-            if self.pipeline.observe is not None:
-                self.pipeline.observe(action, started, time.perf_counter())
-            if result is not None:
-                self._send(action, result)
+        do = {StepKind.RECEIVE: self._post_receive, StepKind.COMPUTE: self._compute, StepKind.SEND: self._send}
+        for step in self.steps:
+            do[step.kind](step.action)
         for _, work in self.sends:
             work.wait()
         return self.total
-
-    def _receive(self, action: Action) -> Tensor | None:
-        """Wait for and return the tensor that `action` receives, if any; also post upcoming receives."""
-        needs = bool(self.expected) and self.expected[0] == action
-        while len(self.receives) < min(len(self.expected), needs + LOOKAHEAD):
-            self._post_receive(self.expected[len(self.receives)])
-        if not needs:
-            return None
-        self.expected.pop(0)
-        tensor, work = self.receives.pop(0)
-        work.wait()
-        return tensor
 
     def _post_receive(self, action: Action) -> None:
         source = self.schedule.source(self.stage, action)
@@ -128,15 +112,15 @@ class _Run(Generic[B]):
         tensor = self.pipeline.new_boundary()
         work = dist.irecv(tensor, self.ranks[source[0]], self._channel(action, source[0], self.stage))
         assert work is not None
-        self.receives.append((tensor, work))
+        self.receives[action] = (tensor, work)
 
-    def _send(self, action: Action, tensor: Tensor) -> None:
+    def _send(self, action: Action) -> None:
         target = self.schedule.target(self.stage, action)
-        if target is not None:
-            channel = self._channel(action, self.stage, target[0])
-            work = dist.isend(tensor, self.ranks[target[0]], channel)
-            assert work is not None
-            self.sends.append((tensor, work))
+        assert target is not None
+        tensor, channel = self.results.pop(action), self._channel(action, self.stage, target[0])
+        work = dist.isend(tensor, self.ranks[target[0]], channel)
+        assert work is not None
+        self.sends.append((tensor, work))
         self.sends = [(tensor, work) for tensor, work in self.sends if not work.is_completed()]
         while len(self.sends) > _MAX_SENDS_IN_FLIGHT:
             self.sends.pop(0)[1].wait()
@@ -146,22 +130,36 @@ class _Run(Generic[B]):
         wraps = (target < source) if forward else (target > source)
         return self.pipeline.world.channels[("forward" if forward else "backward") + (" wrap" if wraps else "")]
 
-    def _compute(self, index: int, action: Action, message: Tensor | None) -> Tensor | None:
-        """Run the action; return the tensor to send, or None."""
-        place = (action.microbatch, action.chunk)
-        if action.kind is ActionKind.FORWARD:
-            return self._forward(action, message)
-        flow = self.pipeline.flow
-        flow.is_last_pass = self.last_index[action.kind, action.chunk] == index
+    def _compute(self, action: Action) -> None:
+        """Wait for the message that the action needs, if any, and run it."""
+        message = None
+        if action in self.receives:
+            message, work = self.receives.pop(action)
+            work.wait()
+        started = time.perf_counter()
+        result = (
+            self._forward(action, message)
+            if action.kind is ActionKind.FORWARD
+            else self._backward_pass(action, message)
+        )
+        if self.pipeline.observe is not None:
+            self.pipeline.observe(action, started, time.perf_counter())
+        if result is not None and self.schedule.target(self.stage, action) is not None:
+            self.results[action] = result
+
+    def _backward_pass(self, action: Action, grad: Tensor | None) -> Tensor | None:
+        """Run a backward action, or a part of one; return the gradient to send, or None."""
+        place, flow = (action.microbatch, action.chunk), self.pipeline.flow
+        flow.is_last_pass = self.last_of[action.kind, action.chunk] == action
+        result = None
         if action.kind is ActionKind.BACKWARD_WEIGHT:
             weight_grads = self.in_flight.pop(place).weight_grads
             assert weight_grads is not None
             for matmul in weight_grads:
                 matmul()
-            result = None
         else:
             flow.postponed = [] if action.kind is ActionKind.BACKWARD_INPUT else None
-            result = self._backward(place, message, flow)
+            result = self._backward(place, grad, flow)
         flow.is_last_pass = False
         return result
 

@@ -71,6 +71,29 @@ class Schedule:
         return neighbor, chunk
 
 
+class ScheduleError(ConfigError):
+    """A schedule that cannot run: at which stage and action, and why."""
+
+    advice = "choose another parallel.schedule; this one has a fault"
+
+    def __init__(self, schedule: Schedule, stage: int, action: Action, reason: str) -> None:
+        super().__init__(f"schedule {schedule.name}: stage {stage}, {action}: {reason}")
+        self.stage = stage
+        self.action = action
+
+
+def deadlock(schedule: Schedule, waits: dict[int, tuple[Action, str, int]]) -> ScheduleError:
+    """The error for stages that cannot go on; `waits` has what each does, and with which other stage."""
+    stage = min(waits)
+    chain: list[int] = []
+    while stage in waits and stage not in chain:
+        chain.append(stage)
+        stage = waits[stage][2]
+    cycle = chain[chain.index(stage) :] if stage in chain else chain
+    parts = [f"stage {s}, {waits[s][0]} {waits[s][1]} stage {waits[s][2]}" for s in cycle]
+    return ScheduleError(schedule, cycle[0], waits[cycle[0]][0], f"deadlock: {'; '.join(parts)}")
+
+
 def build_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> Schedule:
     """The schedule called `name`: one of `SCHEDULES`, or `forward_only` for evaluation.
 

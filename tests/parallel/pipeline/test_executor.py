@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import NO_TP, Layout, World
-from engine.parallel.pipeline.check import check_schedule, peak_activations
+from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.executor import Pipeline
+from engine.parallel.pipeline.program import build_program
 from engine.parallel.pipeline.schedules import FORWARD_ONLY, Action, Schedule, build_schedule
+from engine.parallel.pipeline.simulate import peak_activations
 from engine.parallel.tensor import column_linear
 from engine.testing.distributed import run_ranks, world_of
 from tests.parallel.late import late_messages
@@ -114,12 +116,12 @@ def schedules(num_stages: int) -> list[Schedule]:
 
 def train(world: World, schedule: Schedule, kind: type[Toy]) -> None:
     """Run one schedule, and hold everything it leaves behind against the plain loop."""
-    check_schedule(schedule)
+    program = check_schedule(schedule)
     toy = kind(world, schedule.num_chunks, schedule.num_microbatches)
     actions: list[Action] = []
     toy.pipeline.observe = lambda action, start, end: actions.append(action) if start <= end else None
     with late_messages():
-        total = toy.pipeline.run(schedule, toy.batches, SCALE)
+        total = toy.pipeline.run(program, toy.batches, SCALE)
     loss, gradients = toy.expected()
     assert (total.shape, total.dtype) == ((1,), torch.float32)
     is_last = world.coords.pp == world.layout.pp - 1
@@ -150,7 +152,7 @@ def evaluate() -> list[tuple[float, float, int, bool]]:
     for num_chunks in (1, 2):
         toy = Toy(world, num_chunks, 3)
         with late_messages():
-            total = toy.pipeline.run(build_schedule(FORWARD_ONLY, 2, 3, num_chunks), toy.batches, SCALE)
+            total = toy.pipeline.run(build_program(build_schedule(FORWARD_ONLY, 2, 3, num_chunks)), toy.batches, SCALE)
         touched = any(sink.main_grad.any() for sink in toy.sinks.values())
         found.append((total.item(), toy.expected()[0].item(), toy.pipeline.peak_in_flight, touched))
         assert not total.requires_grad
@@ -179,7 +181,7 @@ def alive_at_once() -> list[int]:
     world, most = world_of(Layout(pp=2)), []
     for name, num_chunks in IN_FLIGHT:
         toy = Counting(world, num_chunks, 8)
-        toy.pipeline.run(build_schedule(name, 2, 8, num_chunks), toy.batches, SCALE)
+        toy.pipeline.run(build_program(build_schedule(name, 2, 8, num_chunks)), toy.batches, SCALE)
         assert toy.live.alive() == 0
         most.append(toy.live.most)
     return most
@@ -222,7 +224,7 @@ def outputs_at_once() -> list[int]:
     world, most = world_of(Layout(pp=2)), []
     for name in ("gpipe", "1f1b", FORWARD_ONLY):
         toy = Leaving(world, 1, 20)
-        toy.pipeline.run(build_schedule(name, 2, 20), toy.batches, SCALE)
+        toy.pipeline.run(build_program(build_schedule(name, 2, 20)), toy.batches, SCALE)
         assert not any(output() is not None for output in toy.outputs)
         most.append(toy.most)
     return most
@@ -249,7 +251,7 @@ class Broken(Toy):
 def fail(num_stages: int) -> None:
     world = world_of(Layout(pp=num_stages))
     toy = Broken(world, 1, 3)
-    toy.pipeline.run(build_schedule(FORWARD_ONLY, num_stages, 3), toy.batches)
+    toy.pipeline.run(build_program(build_schedule(FORWARD_ONLY, num_stages, 3)), toy.batches)
 
 
 def test_an_error_in_a_part_comes_out():

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
-from engine.parallel.pipeline.check import Costs, Timeline, bubble_fraction, check_schedule, peak_activations, simulate
+from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.schedules import FORWARD_ONLY, SCHEDULES, Action, ActionKind, build_schedule
+from engine.parallel.pipeline.simulate import Costs, Timeline, bubble_fraction, peak_activations, simulate
 
 STAGES = st.integers(1, 16)
 MICROBATCHES = st.integers(1, 64)

@@ -1,4 +1,4 @@
-"""Check a pipeline schedule and show its timeline, bubble and activations in flight, without starting a run."""
+"""Check a pipeline schedule and show its timeline, posted receives, bubble and activations, without starting a run."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.cli.arguments import program_parser
 from engine.errors import ConfigError
 from engine.parallel.pipeline.check import check_schedule
+from engine.parallel.pipeline.program import Program, posted_receives
 from engine.parallel.pipeline.schedules import FORWARD_ONLY, INTERLEAVED, SCHEDULES, Schedule, build_schedule
 from engine.parallel.pipeline.simulate import Costs, Timeline, bubble_fraction, peak_activations, simulate
 from engine.plan import timeline
@@ -23,13 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     costs = _costs(options)
     timelines: dict[str, Timeline] = {}
+    receives: dict[str, timeline.Receives] = {}
     for name in SCHEDULES if options.schedule == "all" else (options.schedule,):
         schedule = build_schedule(name, options.stages, options.microbatches, _num_chunks(name, options))
-        check_schedule(schedule)
-        timelines[_title(schedule)] = simulate(schedule, costs)
-        _print(schedule, timelines[_title(schedule)])
+        program, title = check_schedule(schedule), _title(schedule)
+        timelines[title] = simulate(schedule, costs)
+        receives[title] = posted_receives(program, timelines[title])
+        _print(program, timelines[title], receives[title])
     if options.output:
-        timeline.draw(timelines, options.output)
+        timeline.draw(timelines, options.output, receives)
         print(f"written: {options.output}")
 
 
@@ -53,12 +56,14 @@ def _title(schedule: Schedule) -> str:
     return f"{schedule.name}{chunks}"
 
 
-def _print(schedule: Schedule, times: Timeline) -> None:
+def _print(program: Program, times: Timeline, receives: timeline.Receives) -> None:
+    schedule = program.schedule
     peaks = [f"{peak / schedule.num_chunks:g}" for peak in peak_activations(schedule)]
     print(f"{_title(schedule)}: verified for {schedule.num_stages} stages and {schedule.num_microbatches} microbatches")
-    print(timeline.text(times))
+    print(timeline.text(times, receives))
     print(f"bubble  {bubble_fraction(times):.1%} of the ideal time")
-    print(f"most activations in flight, in microbatches per stage  {' '.join(peaks)}\n")
+    print(f"most activations in flight, in microbatches per stage  {' '.join(peaks)}")
+    print(f"receives posted at least one action ahead  {program.receives_ahead:.0%}; no message can hang\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,15 +4,18 @@ A timeline lists the start and end of each action of each stage (`engine.paralle
 considered: a trace file for a browser's viewer, which cannot show several schedules on one time axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.parallel.pipeline.program import PostedReceive
 from engine.parallel.pipeline.schedules import Action, ActionKind
 from engine.parallel.pipeline.simulate import TimedAction, Timeline, bubble_fraction
 
 Color = tuple[float, float, float]
+Receives = Sequence[Sequence[PostedReceive]]  # per stage
 
 _COLORS: dict[ActionKind, Color] = {
     ActionKind.FORWARD: (0.38, 0.58, 0.84),
@@ -26,6 +29,7 @@ _NAMES = {
     ActionKind.BACKWARD_INPUT: "backward, inputs",
     ActionKind.BACKWARD_WEIGHT: "backward, weights",
 }
+_RECEIVE: Color = (0.55, 0.2, 0.25)
 _LIGHTEST = 0.6  # fraction of white in the last chunk's color
 _BOX_INCHES, _ROW_INCHES = 0.2, 0.3
 _MAX_INCHES = 24.0
@@ -33,10 +37,14 @@ _MIN_FONT, _MAX_FONT = 3.5, 9.0  # points; boxes too narrow for their number are
 _DIGIT = 0.6  # width of a digit relative to the font size
 
 
-def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
+def draw(timelines: Mapping[str, Timeline], path: Path, receives: Mapping[str, Receives] | None = None) -> None:
     """Draw one panel per timeline, stacked on a common time axis, and write the image to `path`.
 
     Stages are rows, and actions are boxes labeled with their microbatch; later chunks are lighter.
+
+    Args:
+        receives: posted receives of simulated timelines, by title; drawn as lines from the time at which they are
+            posted to the action that needs the message.
 
     Raises:
         ConfigError: matplotlib is missing, or does not support the file type.
@@ -60,14 +68,17 @@ def draw(timelines: Mapping[str, Timeline], path: Path) -> None:
         panel.set_title(f"{title}: bubble {bubble_fraction(timeline):.1%}", loc="left", fontsize=10, fontweight="bold")
         _draw_boxes(panel, timeline)
         _number_boxes(panel, timeline, points=0.93 * width * 72 / end)
+        _draw_receives(panel, (receives or {}).get(title, ()))
     panels[-1].set(xlim=(0, end), xlabel="time")
-    _add_legend(figure, [span.action for timeline in shown for span in _spans(timeline)])
+    _add_legend(figure, [span.action for timeline in shown for span in _spans(timeline)], with_receives=bool(receives))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def text(timeline: Timeline) -> str:
+def text(timeline: Timeline, receives: Receives | None = None) -> str:
     """Render the timeline as text: one row per stage, one column per shortest action; dots are idle.
+
+    With the `receives` of a simulated timeline, a second row per stage has them where they are posted.
 
     Times are rounded to columns. This is exact if all durations are multiples of the shortest, as in simulated
     timelines with equal costs; use `draw` for measured ones.
@@ -83,8 +94,19 @@ def text(timeline: Timeline) -> str:
             first, last = _column(span.start, unit), _column(span.end, unit)
             box = str(span.action).ljust((last - first) * width - 1, "-" if last - first > 1 else " ") + " "
             cells[first:last] = [box] + [""] * (last - first - 1)
-        rows.append(f"stage {stage:<{len(str(len(timeline)))}}  {''.join(cells)}".rstrip())
+        label = f"stage {stage:<{len(str(len(timeline)))}}  "
+        rows.append((label + "".join(cells)).rstrip())
+        if receives is not None:
+            rows.append(("receives".ljust(len(label)) + _receives_row(receives[stage], unit, width)).rstrip())
     return "\n".join(rows)
+
+
+def _receives_row(receives: Sequence[PostedReceive], unit: float, width: int) -> str:
+    """Those posted at the same time as one word, at its column or, if the word before is too long, behind it."""
+    row = ""
+    for posted, together in groupby(receives, key=lambda receive: receive.posted):
+        row = row.ljust(_column(posted, unit) * width) + ",".join(str(receive.action) for receive in together) + " "
+    return row
 
 
 def _spans(timeline: Timeline) -> list[TimedAction]:
@@ -145,16 +167,30 @@ def _number_boxes(panel: Any, timeline: Timeline, points: float) -> None:
                 panel.text((span.start + span.end) / 2, stage, number, fontsize=size, ha="center", va="center_baseline")
 
 
+def _draw_receives(panel: Any, receives: Receives) -> None:
+    """Lines below the boxes of each stage; forwards above backwards, and a tick where the receive is posted."""
+    for stage, posted in enumerate(receives):
+        for receive in posted:
+            below = stage + (0.445 if receive.action.kind is ActionKind.FORWARD else 0.485)
+            panel.plot(
+                [receive.posted, receive.needed], [below, below], color=_RECEIVE, linewidth=0.8, solid_capstyle="butt"
+            )
+            panel.plot([receive.posted], [below], color=_RECEIVE, marker="|", markersize=3.5, markeredgewidth=0.8)
+
+
 def _lighter(color: Color, white: float) -> Color:
     red, green, blue = (white + (1 - white) * part for part in color)
     return red, green, blue
 
 
-def _add_legend(figure: Any, actions: list[Action]) -> None:
+def _add_legend(figure: Any, actions: list[Action], *, with_receives: bool) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     kinds = {action.kind for action in actions}
-    patches = [Patch(color=_COLORS[kind], label=_NAMES[kind]) for kind in ActionKind if kind in kinds]
+    patches: list[Any] = [Patch(color=_COLORS[kind], label=_NAMES[kind]) for kind in ActionKind if kind in kinds]
     if any(action.chunk for action in actions):
         patches.append(Patch(color=_lighter(_COLORS[ActionKind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
+    if with_receives:
+        patches.append(Line2D([], [], color=_RECEIVE, linewidth=0.8, marker="|", label="posted receive, until needed"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)

@@ -24,9 +24,12 @@ def test_one_schedule(capsys):
     assert capsys.readouterr().out == (
         "1f1b: verified for 2 stages and 3 microbatches\n"
         "stage 0  F0 F1 .  .  B0--- F2 B1--- .  B2---\n"
+        "receives       B0             B1    B2\n"
         "stage 1  .  F0 B0--- F1 B1--- F2 B2--- .  .\n"
+        "receives F0,F1          F2\n"
         "bubble  33.3% of the ideal time\n"
-        "most activations in flight, in microbatches per stage  2 1\n\n"
+        "most activations in flight, in microbatches per stage  2 1\n"
+        "receives posted at least one action ahead  33%; no message can hang\n\n"
     )
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from engine.errors import ConfigError
+from engine.parallel.pipeline.program import build_program, posted_receives
 from engine.parallel.pipeline.schedules import Action, ActionKind, build_schedule
 from engine.parallel.pipeline.simulate import Costs, TimedAction, Timeline, simulate
 from engine.plan.timeline import draw, text
@@ -32,6 +33,31 @@ def test_text_of_a_split_backward():
         "stage 0  F0 F1 .  I0 W0 I1 W1",
         "stage 1  .  F0 I0 F1 I1 W0 W1",
     ]
+
+
+def test_text_of_posted_receives():
+    """Several posted at once are one word; a long word moves what follows, which has a column of its own otherwise."""
+    schedule = build_schedule("1f1b", 2, 3)
+    times = simulate(schedule)
+    assert text(times, posted_receives(build_program(schedule), times)).splitlines() == [
+        "stage 0  F0 F1 .  .  B0--- F2 B1--- .  B2---",
+        "receives       B0             B1    B2",
+        "stage 1  .  F0 B0--- F1 B1--- F2 B2--- .  .",
+        "receives F0,F1          F2",
+    ]
+
+
+def test_a_picture_of_posted_receives(tmp_path):
+    schedule = build_schedule("1f1b", 2, 3)
+    times = simulate(schedule)
+    receives = posted_receives(build_program(schedule), times)
+    without, path = drawn(tmp_path / "a.svg", ("one", times)), tmp_path / "b.svg"
+    draw({"one": times}, path, {"one": receives})
+    svg = path.read_text(encoding="utf-8")
+    assert "<!-- posted receive, until needed -->" in svg and "posted receive" not in without
+    assert (
+        svg.count('<g id="line2d_') - without.count('<g id="line2d_') == 2 * (3 + 3) + 1
+    )  # a line and its tick for each, one in the legend
 
 
 def test_text_names_chunks():

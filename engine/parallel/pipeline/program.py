@@ -81,6 +81,30 @@ def build_program(schedule: Schedule) -> Program:
     return max(programs, key=lambda program: program.receives_ahead)
 
 
+@dataclass(frozen=True)
+class PostedReceive:
+    """When a receive is posted in a timeline (as the action before it ends), and when the action needs its message."""
+
+    action: Action
+    posted: float
+    needed: float
+
+
+def posted_receives(program: Program, timeline: Timeline) -> tuple[tuple[PostedReceive, ...], ...]:
+    """Per stage its receives in the order in which they are posted, in a timeline of the program's schedule."""
+    found = []
+    for steps, spans in zip(program.steps, timeline, strict=True):
+        at = {span.action: span for span in spans}
+        posted, receives = 0.0, []
+        for step in steps:
+            if step.kind is StepKind.COMPUTE:
+                posted = at[step.action].end
+            elif step.kind is StepKind.RECEIVE:
+                receives.append(PostedReceive(step.action, posted, at[step.action].start))
+        found.append(tuple(receives))
+    return tuple(found)
+
+
 def _place_messages(schedule: Schedule, timeline: Timeline, forwards_first: bool) -> Program:
     needs = [{_message(action): action for action in actions} for actions in schedule.actions]
     steps: list[list[Step]] = [[] for _ in timeline]

@@ -28,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in SCHEDULES if options.schedule == "all" else (options.schedule,):
         schedule = build_schedule(name, options.stages, options.microbatches, _num_chunks(name, options))
         program, title = check_schedule(schedule), _title(schedule)
-        timelines[title] = simulate(schedule, costs)
+        timelines[title] = simulate(schedule, costs, program.posted_after)
         receives[title] = posted_receives(program, timelines[title])
-        _print(program, timelines[title], receives[title])
+        _print(program, costs, timelines[title], receives[title])
     if options.output:
         timeline.draw(timelines, options.output, receives)
         print(f"written: {options.output}")
@@ -56,14 +56,22 @@ def _title(schedule: Schedule) -> str:
     return f"{schedule.name}{chunks}"
 
 
-def _print(program: Program, times: Timeline, receives: timeline.Receives) -> None:
+def _print(program: Program, costs: Costs, times: Timeline, receives: timeline.Receives) -> None:
     schedule = program.schedule
     peaks = [f"{peak / schedule.num_chunks:g}" for peak in peak_activations(schedule)]
     print(f"{_title(schedule)}: verified for {schedule.num_stages} stages and {schedule.num_microbatches} microbatches")
     print(timeline.text(times, receives))
     print(f"bubble  {bubble_fraction(times):.1%} of the ideal time")
     print(f"most activations in flight, in microbatches per stage  {' '.join(peaks)}")
-    print(f"receives posted at least one action ahead  {program.receives_ahead:.0%}; no message can hang\n")
+    print(f"receives posted at least one action ahead  {program.receives_ahead:.0%}; no message can hang")
+    if costs.send:
+        slower = _makespan(times) / _makespan(simulate(schedule, costs)) - 1
+        print(f"time against all receives posted from the start  {slower:+.2%}")
+    print()
+
+
+def _makespan(times: Timeline) -> float:
+    return max(spans[-1].end for spans in times)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -61,6 +61,8 @@ def test_costs_and_chunks(capsys):
 def test_a_send_takes_its_time(capsys):
     main("--schedule forward_only --stages 2 --microbatches 2 --send 1")
     assert "stage 1  .  .  F0 F1" in capsys.readouterr().out
+    main("--schedule 1f1b --stages 8 --microbatches 32 --send 0.03")
+    assert "time against all receives posted from the start  +0.05%" in capsys.readouterr().out
 
 
 def test_what_is_shown_is_proven(monkeypatch):

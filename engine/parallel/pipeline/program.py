@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import accumulate
 
 from engine.parallel.pipeline.schedules import Action, ActionKind, Schedule
 from engine.parallel.pipeline.simulate import Timeline, simulate
@@ -52,18 +53,21 @@ class Program:
     steps: tuple[tuple[Step, ...], ...]
 
     @property
+    def posted_after(self) -> list[dict[Action, int]]:
+        """Per stage, for each action that receives, how many actions come before its receive is posted."""
+        found: list[dict[Action, int]] = []
+        for steps in self.steps:
+            computed = accumulate(step.kind is StepKind.COMPUTE for step in steps)
+            receives = zip(steps, computed, strict=True)
+            found.append({step.action: count for step, count in receives if step.kind is StepKind.RECEIVE})
+        return found
+
+    @property
     def receives_ahead(self) -> float:
         """Fraction of the receives that are posted at least one action before the one that needs them; 1 if none."""
-        ahead, total = 0, 0
-        for steps in self.steps:
-            computed, posted = 0, {}
-            for step in steps:
-                if step.kind is StepKind.RECEIVE:
-                    posted[step.action] = computed
-                elif step.kind is StepKind.COMPUTE:
-                    ahead += posted.get(step.action, computed) < computed
-                    computed += 1
-            total += len(posted)
+        pairs = list(zip(self.posted_after, self.schedule.actions, strict=True))
+        ahead = sum(posted.get(a, i) < i for posted, actions in pairs for i, a in enumerate(actions))
+        total = sum(len(posted) for posted, _ in pairs)
         return ahead / total if total else 1.0
 
 
@@ -93,15 +97,9 @@ class PostedReceive:
 def posted_receives(program: Program, timeline: Timeline) -> tuple[tuple[PostedReceive, ...], ...]:
     """Per stage its receives in the order in which they are posted, in a timeline of the program's schedule."""
     found = []
-    for steps, spans in zip(program.steps, timeline, strict=True):
-        at = {span.action: span for span in spans}
-        posted, receives = 0.0, []
-        for step in steps:
-            if step.kind is StepKind.COMPUTE:
-                posted = at[step.action].end
-            elif step.kind is StepKind.RECEIVE:
-                receives.append(PostedReceive(step.action, posted, at[step.action].start))
-        found.append(tuple(receives))
+    for posted_after, spans in zip(program.posted_after, timeline, strict=True):
+        needed, ends = {span.action: span.start for span in spans}, [0.0, *(span.end for span in spans)]
+        found.append(tuple(PostedReceive(action, ends[n], needed[action]) for action, n in posted_after.items()))
     return tuple(found)
 
 

@@ -3,6 +3,7 @@
 Alternative considered: formulas from the papers, which hold for one schedule each and for equal costs only.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -37,10 +38,17 @@ Timeline = tuple[tuple[TimedAction, ...], ...]  # per stage
 UNIT_COSTS = Costs()
 
 
-def simulate(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
+def simulate(
+    schedule: Schedule, costs: Costs = UNIT_COSTS, posted_after: Sequence[Mapping[Action, int]] | None = None
+) -> Timeline:
     """When each action runs if it starts as soon as its stage is free and what it needs from others is there.
 
-    A chunk costs 1/num_chunks of its stage. A send arrives `costs.send` later and does not hold the sender.
+    A chunk costs 1/num_chunks of its stage. A message arrives `costs.send` after it is sent and its receive is posted,
+    and does not hold the sender.
+
+    Args:
+        posted_after: per stage, for each action that receives, how many actions come before its receive is posted; None
+            if all are posted from the start.
 
     Raises:
         ScheduleError: actions of several stages wait for each other.
@@ -48,7 +56,8 @@ def simulate(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
     stages = range(schedule.num_stages)
     spans: list[list[TimedAction]] = [[] for _ in stages]
     arrivals: dict[tuple[int, int, int, bool], float] = {}  # of (stage, chunk, microbatch, is forward)
-    while sum(_advance(schedule, costs, stage, spans[stage], arrivals) for stage in stages):
+    posted = posted_after or [{} for _ in stages]
+    while sum(_advance(schedule, costs, stage, spans[stage], arrivals, posted[stage]) for stage in stages):
         pass
     waits = {}
     for stage in stages:
@@ -96,6 +105,7 @@ def _advance(
     stage: int,
     spans: list[TimedAction],
     arrivals: dict[tuple[int, int, int, bool], float],
+    posted_after: Mapping[Action, int],
 ) -> int:
     """Run the actions of a stage up to the first whose input has not been computed; how many were run."""
     before = len(spans)
@@ -106,7 +116,9 @@ def _advance(
             arrival = arrivals.get((*source, action.microbatch, forward))
             if arrival is None:
                 break
-            start = max(start, arrival + (costs.send if source[0] != stage else 0.0))
+            first = posted_after.get(action, 0)
+            posted = spans[first - 1].end if first else 0.0
+            start = max(start, max(arrival, posted) + costs.send if source[0] != stage else arrival)
         spans.append(TimedAction(action, start, start + costs.of(action.kind) / schedule.num_chunks))
         if action.kind is not ActionKind.BACKWARD_WEIGHT:
             arrivals[stage, action.chunk, action.microbatch, forward] = spans[-1].end

@@ -100,3 +100,15 @@ def test_as_a_program():
     failed = run("--schedule", "1f1b", "--stages", "0", "--microbatches", "8")
     assert failed.returncode == 64
     assert failed.stderr.startswith("error: parallel.pp = 0; a pipeline needs at least 1\nexit 64:")
+
+
+def test_the_page_on_communication_shows_what_is_printed(capsys):
+    page = (PROGRAM.parents[1] / "docs" / "communication.md").read_text(encoding="utf-8")
+    main("--schedule 1f1b --stages 3 --microbatches 5")
+    assert f"```\n{capsys.readouterr().out.rstrip()}\n```" in page
+    main("--schedule all --stages 8 --microbatches 32 --send 0.03")
+    lines = capsys.readouterr().out.splitlines()
+    shares = [line.split()[7].rstrip("%;") for line in lines if line.startswith("receives posted")]
+    costs = [line.split()[-1].rstrip("%") for line in lines if line.startswith("time against")]
+    assert f"| by the rule | {' | '.join(f'{share} %' for share in shares)} |" in page
+    assert f"of a forward | {' | '.join(f'{cost} %' for cost in costs)} |" in page

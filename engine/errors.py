@@ -48,6 +48,13 @@ class CheckpointError(TriaxisError):
     advice = "name a usable checkpoint, or choose an empty run.dir"
 
 
+class PeerError(TriaxisError):
+    """Another rank, or the network on the way to it, does not answer."""
+
+    exit_code = 69
+    advice = "check the hosts of these ranks and the network between them, then rerun the same command to resume"
+
+
 class NonFiniteError(TriaxisError):
     """Loss or gradients were NaN or infinite for too many steps."""
 
@@ -117,6 +124,13 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
         code = _report(error)
     gc.collect()  # a traceback holds process groups, which must not be destroyed during interpreter shutdown
     sys.exit(code)
+
+
+def end_process(error: TriaxisError) -> NoReturn:
+    """Report `error` and end this process at once with its exit code, whatever its other threads are blocked in."""
+    code = _report(error)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _report(error: Exception) -> int:

@@ -128,9 +128,10 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
 
 def end_process(error: TriaxisError) -> NoReturn:
     """Report `error` and end this process at once with its exit code, whatever its other threads are blocked in."""
-    code = _report(error)
     sys.stdout.flush()
-    os._exit(code)
+    if not error.reported_elsewhere:
+        _print(error)
+    os._exit(error.exit_code)
 
 
 def _report(error: Exception) -> int:
@@ -140,5 +141,9 @@ def _report(error: Exception) -> int:
         raise error
     if not known.reported_elsewhere:
         sys.stdout.flush()
-        print(f"error: {known}\nexit {known.exit_code}: {known.advice}", file=sys.stderr, flush=True)
+        _print(known)
     return known.exit_code
+
+
+def _print(error: TriaxisError) -> None:
+    print(f"error: {error}\nexit {error.exit_code}: {error.advice}", file=sys.stderr, flush=True)

@@ -80,7 +80,8 @@ class Watch:
     ) -> None:
         self._done.set()
         self._thread.join()
-        if isinstance(error, RuntimeError) and as_triaxis_error(error) is None and self._attempts:
+        known = None if error is None else as_triaxis_error(error)
+        if isinstance(error, RuntimeError) and isinstance(known, PeerError | None) and self._attempts:
             raise self._error(self._attempts[-1].link, f"failed ({error})") from error
         if error is None:
             _note(self._store, self._rank, "")
@@ -153,7 +154,7 @@ def meet(rank: int, world_size: int, *, timeout_s: float, limit_s: float = LIMIT
     end = time.monotonic() + timeout_s
     while (left := end - time.monotonic()) > 0:
         with contextlib.suppress(dist.DistStoreError):
-            store.wait(["links/all"], timedelta(seconds=min(limit_s, left)))
+            store.wait(["links/all"], timedelta(seconds=left if rank else min(limit_s, left)))
             return store
         if rank == 0:
             print(f"waiting for {_missing(store, world_size)}", file=sys.stderr, flush=True)

@@ -333,9 +333,9 @@ def _exchange(token: torch.Tensor, link: Link, group: dist.ProcessGroup, rank: i
     if link.axis not in CHANNELS:
         work = dist.all_reduce(token, group=group, async_op=True)
     elif rank == link.ranks[0]:
-        work = dist.isend(token, link.ranks[1], group)
+        work = dist.isend(token, link.ranks[1], group=group)
     else:
-        work = dist.irecv(token, link.ranks[0], group)
+        work = dist.irecv(token, link.ranks[0], group=group)
     assert work is not None
     return work
 

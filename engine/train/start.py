@@ -14,14 +14,13 @@ from engine.config.schema import Config
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import CheckpointError, StorageError
 from engine.formatting import counted
-from engine.model.parameters import kv_replicas
 from engine.ops.choice import describe_ops
 from engine.parallel.agreement import gather_ints, run_on_all_ranks
 from engine.parallel.connect import check_hardware_queues
 from engine.parallel.layout import CHANNELS, World, build_process_groups
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
-from engine.plan.memory import ClusterSpec, available
+from engine.plan.memory import ClusterSpec, available, link_options
 from engine.plan.throughput import peak_tflops
 from engine.train.evaluate import compares_evaluations
 from engine.train.inputs import Inputs, describe_template, model_dtype, packing_summary
@@ -47,9 +46,7 @@ def arrange_ranks(config: Config, world: World) -> tuple[World, str]:
     layout, reason = run_on_all_ranks(world, lambda: choose_layout(config, ranks))
     run_on_all_ranks(world, lambda: require_fit(config, layout, ranks))
     run_on_all_ranks(world, lambda: check_hardware_queues(os.environ, layout.pp, world.device.type))
-    wraps, tied = config.parallel.virtual_stages > 1, config.model.tie_embeddings
-    replicas = kv_replicas(config.model, layout.tp)
-    return build_process_groups(world, layout, kv_replicas=replicas, wraps=wraps, tied=tied), reason
+    return build_process_groups(world, layout, **link_options(config, layout.tp)), reason
 
 
 def _ranks(config: Config, world: World) -> ClusterSpec:
@@ -107,7 +104,8 @@ def describe_links(world: World) -> str:
     """Format what this rank has connected, and how long it took."""
     pairs = sum(link.axis in CHANNELS for link in world.links)
     groups = counted(len(world.links) - pairs, "group")
-    return f"{groups} and {counted(pairs, 'pair')} of stages per rank, connected in {world.connect_s:.1f} s"
+    stages = f" and {counted(pairs, 'pair')} of stages" if pairs else ""
+    return f"{groups}{stages} of this rank connected in {world.connect_s:.1f} s"
 
 
 def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:

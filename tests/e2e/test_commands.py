@@ -41,6 +41,7 @@ def test_the_7b_example_starts_in_three_ways(workspace, command):
     done = start([*command, *tiny(workspace)], workspace, NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     assert "2 rank(s) on cpu, gloo" in done.stdout
+    assert "links       2 groups of this rank connected in " in done.stdout
     assert "finished: 4 steps" in done.stdout
     values = losses(read_records(workspace / "run/metrics.jsonl"))
     assert len(values) == 4

@@ -61,6 +61,14 @@ def test_the_7b_example_says_with_numbers_that_a_laptop_is_too_small(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("given", "used"), [({}, "32"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8")])
+def test_the_example_sets_the_number_of_hardware_queues_unless_it_is_set(tmp_path, given, used):
+    (tmp_path / "torchrun").write_text("#!/bin/sh\necho $CUDA_DEVICE_MAX_CONNECTIONS\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    done = start(["bash", EXAMPLE], tmp_path, PATH=f"{tmp_path}:{ENVIRONMENT['PATH']}", **given)
+    assert (done.returncode, done.stdout) == (0, f"{used}\n")
+
+
 def test_two_nodes_meet_and_the_slurm_script_sets_them_up(workspace):
     fakes = workspace / "bin"
     fakes.mkdir()

@@ -1,4 +1,4 @@
-"""Batches of training and evaluation come from one place."""
+"""Evaluation reads its batches as training does."""
 
 import pytest
 import torch

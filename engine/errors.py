@@ -48,6 +48,13 @@ class CheckpointError(TriaxisError):
     advice = "name a usable checkpoint, or choose an empty run.dir"
 
 
+class PeerError(TriaxisError):
+    """Another rank, or the network on the way to it, does not answer."""
+
+    exit_code = 69
+    advice = "check the hosts of these ranks and the network between them, then rerun the same command to resume"
+
+
 class NonFiniteError(TriaxisError):
     """Loss or gradients were NaN or infinite for too many steps."""
 
@@ -119,6 +126,14 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+def end_process(error: TriaxisError) -> NoReturn:
+    """Report `error` and end this process at once with its exit code, whatever its other threads are blocked in."""
+    sys.stdout.flush()
+    if not error.reported_elsewhere:
+        _print(error)
+    os._exit(error.exit_code)
+
+
 def _report(error: Exception) -> int:
     """Print the error, unless another rank does; return the exit code."""
     known = as_triaxis_error(error)
@@ -126,5 +141,9 @@ def _report(error: Exception) -> int:
         raise error
     if not known.reported_elsewhere:
         sys.stdout.flush()
-        print(f"error: {known}\nexit {known.exit_code}: {known.advice}", file=sys.stderr, flush=True)
+        _print(known)
     return known.exit_code
+
+
+def _print(error: TriaxisError) -> None:
+    print(f"error: {error}\nexit {error.exit_code}: {error.advice}", file=sys.stderr, flush=True)

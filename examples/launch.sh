@@ -14,6 +14,9 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(( $(getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE ))
     export OMP_NUM_THREADS=$(( threads > 0 ? threads : 1 ))
 fi
+# A receive of a pipeline stage waits on the GPU. With few hardware queues, kernels of other streams wait behind it; that
+# the engine is safe even with one queue is proven in a model of the hardware only, so it refuses 1.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-32}"
 # torchrun kills the ranks 30 s after SIGTERM by default; a step and a checkpoint of this size take longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-170}"
 if [ "${NNODES:-1}" -gt 1 ]; then

@@ -110,6 +110,12 @@ class ParallelConfig(Section):
         None, description="layers to recompute per stage (per chunk); null: all"
     )
     compile: bool = Field(False, description="torch.compile each layer: faster on GPUs, slower on CPUs")
+    timeout_s: int = Field(
+        1800,
+        ge=60,
+        le=7 * 24 * 3600,
+        description="seconds that ranks wait for each other, at the start and in every collective",
+    )
 
     @field_validator("tp", "pp", mode="wrap")
     @classmethod

@@ -6,18 +6,21 @@ module-level process groups, which are a hidden input to every function.
 """
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from engine.errors import ConfigError
+from engine.parallel.connect import LIMIT_S, Link, Watch, meet
 
 CHANNELS = ("forward", "backward", "forward wrap", "backward wrap")
-_LOCAL: dict[str, Any] = {"use_local_synchronization": True}  # only the members of a group take part in making it
+_HIGH_PRIORITY = ("tp", "kv")  # axes whose collectives the computation waits for
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,47 @@ class Layout:
         here = self.coordinates(rank)
         return [self.rank_at(replace(here, **{axis: i})) for i in range(asdict(self)[axis])]
 
+    def links(self, rank: int, *, kv_replicas: int = 1, wraps: bool = True, tied: bool = True) -> list[Link]:
+        """The links of `rank`, in the order in which all ranks connect them; on NCCL each is a communicator.
+
+        A group is one link, and on a channel each pair of neighboring stages, since NCCL connects pairs. Any two links
+        come in one order on all ranks that have both, so connecting them one after another cannot block.
+
+        Args:
+            kv_replicas: tensor-parallel ranks that hold the same key and value heads, next to each other.
+            wraps: the last stage sends to the first, as virtual stages do.
+            tied: the first and the last stage share tied embeddings.
+        """
+        tensor, stages = self.peers(rank, "tp"), self.peers(rank, "pp")
+        at, last = self.coordinates(rank), self.pp - 1
+        first = at.tp // kv_replicas * kv_replicas
+        groups = {
+            "world": list(range(self.world_size)),
+            "dp": self.peers(rank, "dp"),
+            "tp": tensor,
+            "kv": tensor[first : first + kv_replicas],
+        }
+        found = [Link(axis, tuple(ranks)) for axis, ranks in groups.items() if len(ranks) > 1]
+        found += [
+            Link(channel, (stages[source], stages[target]))
+            for channel in channels(self.pp, wraps)
+            for source, target in _messages(channel, last)
+            if at.pp in (source, target)
+        ]
+        return found + [Link("tied_embedding", (stages[0], stages[-1]))] * (tied and last > 0 and at.pp in (0, last))
+
+
+def channels(pp: int, wraps: bool) -> tuple[str, ...]:
+    """The channels between `pp` stages; those that wrap around are needed only for virtual stages."""
+    return CHANNELS[: 0 if pp == 1 else 4 if wraps else 2]
+
+
+def _messages(channel: str, last: int) -> Iterator[tuple[int, int]]:
+    """Yield the (source, target) stages of a channel; `last` is the last stage."""
+    upwards = channel in ("forward", "backward wrap")
+    for low, high in [(0, last)] if "wrap" in channel else [(i, i + 1) for i in range(last)]:
+        yield (low, high) if upwards else (high, low)
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -99,6 +143,10 @@ class World:
         channels: between pipeline stages, one group for each kind of message ("forward", "backward"; "forward wrap" and
             "backward wrap" between the last and the first stage), so that in each pair of ranks a group carries
             messages in one direction only and no message waits for one in the other direction.
+        timeout_s: of all groups.
+        store: the key-value store over which the ranks have met.
+        links: what this rank has connected, in that order.
+        connect_s: seconds that connecting took.
     """
 
     layout: Layout
@@ -113,6 +161,10 @@ class World:
     kv_group: dist.ProcessGroup | None = None
     embedding_group: dist.ProcessGroup | None = None
     channels: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
+    timeout_s: int = 1800
+    store: Store | None = None
+    links: tuple[Link, ...] = ()
+    connect_s: float = 0.0
 
     @property
     def coords(self) -> Coordinates:
@@ -155,7 +207,14 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
-    """Join the ranks that torchrun started, if it did. All ranks are data-parallel until `build_process_groups`."""
+    """Join the ranks that torchrun started, if it did. All ranks are data-parallel until `build_process_groups`.
+
+    Args:
+        timeout_s: of all groups, in seconds; also how long the first rank waits for the last one to start.
+
+    Raises:
+        PeerError: not all ranks have started in time, or they cannot reach each other.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -166,61 +225,119 @@ def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
         raise
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    world = World(Layout(dp=world_size), rank, local_rank, local_size, here)
+    world = World(Layout(dp=world_size), rank, local_rank, local_size, here, timeout_s=timeout_s)
     if world_size == 1:
         return world
-    # The group is not bound to the device: NCCL then connects each pair of pipeline stages by itself, and a message
-    # to one neighbor does not wait for one to the other.
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return replace(world, group=dist.group.WORLD, control_group=control)
+    store = _get_default_store() if dist.is_initialized() else meet(rank, world_size, timeout_s=timeout_s)
+    started, timeout, everyone = time.perf_counter(), timedelta(seconds=timeout_s), tuple(range(world_size))
+    with Watch(store, rank) as watch:
+        # The group is not bound to the device: NCCL then connects each pair of pipeline stages by itself, and a message
+        # to one neighbor does not wait for one to the other.
+        if not dist.is_initialized():
+            watch.begin(Link("world", everyone))
+            backend = "nccl" if here.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        watch.begin(Link("control", everyone))
+        control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
+    connect_s = time.perf_counter() - started
+    return replace(world, group=dist.group.WORLD, control_group=control, store=store, connect_s=connect_s)
 
 
-def build_process_groups(world: World, layout: Layout, *, kv_replicas: int = 1) -> World:
-    """Put the connected ranks on a grid and build the groups of its axes; a collective.
+def build_process_groups(
+    world: World,
+    layout: Layout,
+    *,
+    kv_replicas: int = 1,
+    wraps: bool = True,
+    tied: bool = True,
+    limit_s: float = LIMIT_S,
+) -> World:
+    """Put the connected ranks on a grid, build the groups of its axes and connect every link; a collective.
 
-    Args:
-        kv_replicas: tensor-parallel ranks that hold the same key and value heads, next to each other.
+    The process ends with exit code 69 if a link does not answer within `limit_s` seconds. By default there are groups
+    for all models and schedules; `kv_replicas`, `wraps` and `tied` are those of `Layout.links`.
+
+    Raises:
+        PeerError: the backend reports that a link has failed.
     """
     here = replace(world, layout=layout)
-    tensor, stages = layout.peers(here.rank, "tp"), layout.peers(here.rank, "pp")
-    first = here.coords.tp // kv_replicas * kv_replicas
-    here = replace(
+    if world.store is None:
+        return here
+    links = layout.links(here.rank, kv_replicas=kv_replicas, wraps=wraps, tied=tied)
+    started = time.perf_counter()
+    with Watch(world.store, here.rank, limit_s) as watch:
+        groups = _new_groups(here, links, channels(layout.pp, wraps), watch)
+        _connect(here, links, groups, watch)
+    return replace(
         here,
-        dp_group=_group(layout.peers(here.rank, "dp")),
-        tp_group=_group(tensor),
-        kv_group=_group(tensor[first : first + kv_replicas]),
-        channels={} if layout.pp == 1 else {kind: dist.new_group(stages, **_LOCAL) for kind in CHANNELS},
+        dp_group=groups.get("dp"),
+        tp_group=groups.get("tp"),
+        kv_group=groups.get("kv"),
+        embedding_group=groups.get("tied_embedding"),
+        channels={channel: groups[channel] for channel in channels(layout.pp, wraps)},
+        links=tuple(links),
+        connect_s=here.connect_s + time.perf_counter() - started,
     )
-    if layout.pp > 1:
-        _connect_stages(here)
-    # Last, because not all ranks make it: PyTorch derives a group's name from the number of groups made before.
-    at_end = layout.pp > 1 and here.coords.pp in (0, layout.pp - 1)
-    return replace(here, embedding_group=_group([stages[0], stages[-1]]) if at_end else None)
 
 
-def _connect_stages(world: World) -> None:
-    """One message over every channel between two stages, in one order everywhere.
+def _new_groups(world: World, links: list[Link], wanted: tuple[str, ...], watch: Watch) -> dict[str, dist.ProcessGroup]:
+    """Make the groups of this rank, by axis.
 
-    NCCL connects a pair of ranks at its first message, and both wait for the other; in the middle of a schedule they
-    would wait for each other over different channels.
+    All ranks make them in one order, since PyTorch derives a group's name from the number of groups made before; for
+    the same reason the group of tied embeddings, which not all ranks make, is the last.
     """
-    stages, here, token = world.layout.peers(world.rank, "pp"), world.coords.pp, torch.zeros(1, device=world.device)
-    last = len(stages) - 1
-    neighbors = [(i, i + 1) for i in range(last)]
-    for kind, group in world.channels.items():
-        for low, high in [(0, last)] if "wrap" in kind else neighbors:
-            upwards = kind in ("forward", "backward wrap")
-            source, target = (low, high) if upwards else (high, low)
-            if here == source:
-                dist.send(token, stages[target], group=group)
-            elif here == target:
-                dist.recv(token, stages[source], group=group)
+    assert world.group is not None
+    stages = tuple(world.layout.peers(world.rank, "pp"))
+    members = [link for link in links if link.axis in ("dp", "tp", "kv")]
+    members += [Link(channel, stages) for channel in wanted]
+    members += [link for link in links if link.axis == "tied_embedding"]
+    groups, timeout = {"world": world.group}, timedelta(seconds=world.timeout_s)
+    for link in members:
+        watch.begin(link)
+        groups[link.axis] = dist.new_group(
+            list(link.ranks),
+            timeout=timeout,
+            pg_options=_options(dist.get_backend(world.group), link.axis, timeout),
+            use_local_synchronization=True,  # only the members of a group take part in making it
+            group_desc=link.axis,
+        )
+    return groups
 
 
-def _group(ranks: list[int]) -> dist.ProcessGroup | None:
-    return dist.new_group(ranks, **_LOCAL) if len(ranks) > 1 else None
+def _options(backend: str, axis: str, timeout: timedelta) -> Any:
+    """Options of an NCCL group whose kernels go before the matmuls that run beside them; None for the default ones."""
+    if backend != "nccl" or axis not in _HIGH_PRIORITY:
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # PyTorch warns if it is not the timeout of the group
+    return options
+
+
+def _connect(world: World, links: list[Link], groups: Mapping[str, dist.ProcessGroup], watch: Watch) -> None:
+    """One tiny operation over every link, in one order everywhere.
+
+    NCCL makes a communicator at its first operation, and all its ranks wait for each other; in the middle of a schedule
+    they would wait for each other over different links. An unreachable link shows here and not in a later step.
+    """
+    token = torch.zeros(1, device=world.device)
+    for link in links:
+        watch.begin(link)
+        work = _exchange(token, link, groups[link.axis], world.rank)
+        work.wait()
+        watch.launched(work)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def _exchange(token: torch.Tensor, link: Link, group: dist.ProcessGroup, rank: int) -> dist.Work:
+    if link.axis not in CHANNELS:
+        work = dist.all_reduce(token, group=group, async_op=True)
+    elif rank == link.ranks[0]:
+        work = dist.isend(token, link.ranks[1], group=group)
+    else:
+        work = dist.irecv(token, link.ranks[0], group=group)
+    assert work is not None
+    return work
 
 
 def shutdown_distributed() -> None:

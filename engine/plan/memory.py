@@ -4,21 +4,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.config.derived import microbatches
 from engine.config.schema import Config
-from engine.model.parameters import parameter_table
+from engine.model.parameters import kv_replicas, parameter_table
 from engine.ops.cross_entropy import chunk_rows
 from engine.parallel.fp8 import runs_in_fp8
-from engine.parallel.layout import Layout, TensorParallel
+from engine.parallel.layout import CHANNELS, Coordinates, Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.plan.activations import ActivationSizes, peak_bytes
 from engine.plan.stages import stage_parts
 
 GIB, MIB = 1 << 30, 1 << 20
-_GPU_ALLOWANCE = 2 * GIB  # CUDA context, libraries and their workspaces, communication buffers
+_GPU_ALLOWANCE = 2 * GIB  # CUDA context, libraries and their workspaces
+# An NCCL communicator with NCCL's defaults on the NVLink of an H100: 24 channels (github.com/NVIDIA/nccl/issues/1367),
+# each with 10 MiB to receive in (NCCL_BUFFSIZE = 4 MiB, LL128 4.7 MiB, LL 0.5 MiB, in pages of 2 MiB) and 2 MiB to send
+# from (github.com/NVIDIA/nccl/issues/1685). Not measured with this engine; more than it takes across nodes or on PCIe.
+_COMMUNICATOR = 24 * (10 + 2) * MIB
+_BOUNDARIES_PER_LINK = 2  # messages of one channel at once: posted and being computed with, or being sent
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
+    links: int
     workspace: int
 
     @property
@@ -69,7 +76,8 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
 
     Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed. Gradients are in fp32. Moments, and
     fp32 master weights if the model is not fp32, are sharded over the data-parallel ranks. Activations are those saved
-    for backward passes at the schedule's activation peak (for FP8 those of bf16, an upper bound). The workspace is the
+    for backward passes at the schedule's activation peak (for FP8 those of bf16, an upper bound). Links are the
+    hidden states on the way between stages and, on a GPU, the buffers of NCCL's communicators. The workspace is the
     temporary memory of a layer or of the loss and, on a GPU, an allowance for libraries.
     """
     model, parallel = config.model, config.parallel
@@ -85,6 +93,7 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
         gradients=size * 4,
         optimizer=size * states // (layout.dp if parallel.sharded_optimizer else 1),
         activations=peak_bytes(sizes, parts, parallel, layout.pp, stage, count),
+        links=_links(config, layout, stage, sizes, device_type),
         workspace=_workspace(sizes, parallel.recompute, parts, device_type),
     )
 
@@ -93,6 +102,20 @@ def estimate_fullest(config: Config, layout: Layout, dtype: torch.dtype, device_
     """Estimate the memory of a rank of the stage that needs most."""
     estimates = (estimate(config, layout, stage, dtype, device_type) for stage in range(layout.pp))
     return max(estimates, key=lambda needed: needed.total)
+
+
+def link_options(config: Config, tp: int) -> dict[str, Any]:
+    """What model and schedule need beyond the axes: keyword arguments of `Layout.links` and `build_process_groups`."""
+    model, wraps = config.model, config.parallel.virtual_stages > 1
+    return {"kv_replicas": kv_replicas(model, tp), "wraps": wraps, "tied": model.tie_embeddings}
+
+
+def _links(config: Config, layout: Layout, stage: int, sizes: ActivationSizes, device_type: str) -> int:
+    """Bytes of the hidden states between stages, and of the communicators of a GPU."""
+    links = layout.links(layout.rank_at(Coordinates(stage, 0, 0, 0)), **link_options(config, layout.tp))
+    boundary = sizes.tokens * sizes.hidden // sizes.tp * sizes.itemsize
+    boundaries = _BOUNDARIES_PER_LINK * sum(link.axis in CHANNELS for link in links) * boundary
+    return boundaries + (len(links) * _COMMUNICATOR if device_type == "cuda" else 0)
 
 
 def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], device_type: str) -> int:

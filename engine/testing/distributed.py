@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as directory:
-        pipes, processes = [], []
+        pipes: list[Connection] = []
+        processes: list[ForkServerProcess] = []
         for rank in range(world_size):
             receiver, sender = context.Pipe()
             target = (sender, rank, world_size, Path(directory) / "store", function, arguments)
@@ -44,7 +46,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, timeout_s)
+            return _collect(pipes, processes, timeout_s)
         finally:
             for process in processes:
                 process.kill()
@@ -57,7 +59,7 @@ def world_of(layout: Layout | None = None, *, kv_replicas: int = 1) -> World:
     return build_process_groups(world, layout or world.layout, kv_replicas=kv_replicas)
 
 
-def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[ForkServerProcess], timeout_s: float) -> list[Any]:
     """Collect every rank's result. After one fails, wait two more seconds for errors of the others."""
     results: dict[int, Any] = {}
     problems: dict[int, str] = {}
@@ -70,7 +72,8 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
             try:
                 problem, results[rank] = pipes[rank].recv()
             except EOFError:
-                problem, results[rank] = "died without an error message", None
+                processes[rank].join()
+                problem, results[rank] = f"died without an error message, exit code {processes[rank].exitcode}", None
             if problem is not None:
                 problems[rank] = problem
     if problems:

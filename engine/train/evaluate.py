@@ -9,7 +9,6 @@ import torch
 from engine.checkpoint.manifest import Best
 from engine.config.schema import Config
 from engine.data.samples.dataset import SampleDataset
-from engine.data.samples.loader import batches
 from engine.errors import DataError
 from engine.formatting import duration
 from engine.parallel.agreement import sum_ints
@@ -18,7 +17,7 @@ from engine.train.hooks import Hook
 from engine.train.log import RunLog
 from engine.train.saving import Saving
 from engine.train.step import DistributedModel, StepResult
-from engine.train.trainer import Trainer
+from engine.train.trainer import Trainer, global_batches
 
 
 class Evaluation(Hook):
@@ -98,19 +97,7 @@ def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, wo
         steps = min(steps, math.ceil(dataset.num_rows / config.batch.global_))
     total = torch.zeros(1, device=world.device, dtype=torch.float64)
     tokens = 0
-    batches_of_steps = batches(
-        dataset,
-        first_sample=0,
-        num_samples=steps * config.batch.global_,
-        global_batch_size=config.batch.global_,
-        micro_batch_size=config.batch.micro,
-        dp_rank=world.coords.dp,
-        dp_size=world.layout.dp,
-        document_mask=config.data.document_mask,
-        num_workers=0,
-        pin_memory=False,
-    )
-    for microbatches in batches_of_steps:
+    for microbatches in global_batches(dataset, config, world, first_sample=0, steps=steps, num_workers=0):
         total += model.evaluate(microbatches).double()
         tokens += sum(batch.num_tokens for batch in microbatches) if world.is_model_parallel_leader else 0
     world.sum_on_device(total)

@@ -24,7 +24,7 @@ def train(config: Config) -> None:
     Raises:
         TriaxisError: carries the exit code of the failure; `Interrupted` after a stop request.
     """
-    world = init_distributed(config.run.device)
+    world = init_distributed(config.run.device, timeout_s=config.parallel.timeout_s)
     log: RunLog | None = None
     try:
         world, reason = arrange_ranks(config, world)

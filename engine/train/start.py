@@ -13,13 +13,14 @@ from engine.config.load import changed_settings, read_yaml
 from engine.config.schema import Config
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import CheckpointError, StorageError
-from engine.model.parameters import kv_replicas
+from engine.formatting import counted
 from engine.ops.choice import describe_ops
 from engine.parallel.agreement import gather_ints, run_on_all_ranks
-from engine.parallel.layout import World, build_process_groups
+from engine.parallel.connect import check_hardware_queues
+from engine.parallel.layout import CHANNELS, World, build_process_groups
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
-from engine.plan.memory import ClusterSpec, available
+from engine.plan.memory import ClusterSpec, available, link_options
 from engine.plan.throughput import peak_tflops
 from engine.train.evaluate import compares_evaluations
 from engine.train.inputs import Inputs, describe_template, model_dtype, packing_summary
@@ -33,7 +34,7 @@ def arrange_ranks(config: Config, world: World) -> tuple[World, str]:
     """Choose a layout and build its process groups; return the world and the reason for the layout. A collective.
 
     Raises:
-        ConfigError: no layout works for the configuration.
+        ConfigError: no layout works for the configuration, or pipeline stages would share one hardware queue.
         OutOfMemoryError: the run does not fit in the memory of the ranks.
     """
     if config.run.deterministic:
@@ -44,7 +45,8 @@ def arrange_ranks(config: Config, world: World) -> tuple[World, str]:
     ranks = _ranks(config, world)
     layout, reason = run_on_all_ranks(world, lambda: choose_layout(config, ranks))
     run_on_all_ranks(world, lambda: require_fit(config, layout, ranks))
-    return build_process_groups(world, layout, kv_replicas=kv_replicas(config.model, layout.tp)), reason
+    run_on_all_ranks(world, lambda: check_hardware_queues(os.environ, layout.pp, world.device.type))
+    return build_process_groups(world, layout, **link_options(config, layout.tp)), reason
 
 
 def _ranks(config: Config, world: World) -> ClusterSpec:
@@ -82,6 +84,8 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
     log.say(config.to_yaml().rstrip())
     for line in describe_run(config, layout, reason, inputs.dtype, world.device.type):
         log.say(line)
+    if world.links:
+        log.say(f"links       {describe_links(world)}")
     log.say(f"operators   {describe_ops(config.ops, world.device)}")
     peak = peak_tflops(world.device)
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
@@ -94,6 +98,14 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
     for line in describe_template(inputs.train_data, inputs.tokenizer):
         log.say(line)
     log.event("layout", world_size=layout.world_size, **asdict(layout), device=str(world.device))
+
+
+def describe_links(world: World) -> str:
+    """Format what this rank has connected, and how long it took."""
+    pairs = sum(link.axis in CHANNELS for link in world.links)
+    groups = counted(len(world.links) - pairs, "group")
+    stages = f" and {counted(pairs, 'pair')} of stages" if pairs else ""
+    return f"{groups}{stages} of this rank connected in {world.connect_s:.1f} s"
 
 
 def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> Trainer:

@@ -52,6 +52,24 @@ class Clock:
         self._since += time.perf_counter() - started
 
 
+def global_batches(
+    data: Samples, config: Config, world: World, *, first_sample: int, steps: int, num_workers: int
+) -> Iterator[list[Batch]]:
+    """Yield this rank's microbatches of each of `steps` global batches; in pinned memory if they go to a GPU."""
+    return batches(
+        data,
+        first_sample=first_sample,
+        num_samples=steps * config.batch.global_,
+        global_batch_size=config.batch.global_,
+        micro_batch_size=config.batch.micro,
+        dp_rank=world.coords.dp,
+        dp_size=world.layout.dp,
+        document_mask=config.data.document_mask,
+        num_workers=num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
 class Trainer:
     """Training state of one rank, and the loop over steps.
 
@@ -112,16 +130,6 @@ class Trainer:
         return targets
 
     def _batches(self) -> Iterator[list[Batch]]:
-        config, world = self.config, self.world
-        return batches(
-            self.data,
-            first_sample=self.progress.samples,
-            num_samples=(config.train.steps - self.progress.step) * config.batch.global_,
-            global_batch_size=config.batch.global_,
-            micro_batch_size=config.batch.micro,
-            dp_rank=world.coords.dp,
-            dp_size=world.layout.dp,
-            document_mask=config.data.document_mask,
-            num_workers=config.data.num_workers,
-            pin_memory=world.device.type == "cuda",
-        )
+        first, steps = self.progress.samples, self.config.train.steps - self.progress.step
+        workers = self.config.data.num_workers
+        return global_batches(self.data, self.config, self.world, first_sample=first, steps=steps, num_workers=workers)

@@ -41,6 +41,7 @@ def test_the_7b_example_starts_in_three_ways(workspace, command):
     done = start([*command, *tiny(workspace)], workspace, NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     assert "2 rank(s) on cpu, gloo" in done.stdout
+    assert "links       2 groups of this rank connected in " in done.stdout
     assert "finished: 4 steps" in done.stdout
     values = losses(read_records(workspace / "run/metrics.jsonl"))
     assert len(values) == 4
@@ -58,6 +59,14 @@ def test_the_7b_example_says_with_numbers_that_a_laptop_is_too_small(tmp_path):
     assert "model.preset = tiny" in done.stderr
     assert "exit 72:" in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "32"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8")])
+def test_the_example_sets_the_number_of_hardware_queues_unless_it_is_set(tmp_path, given, used):
+    (tmp_path / "torchrun").write_text("#!/bin/sh\necho $CUDA_DEVICE_MAX_CONNECTIONS\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    done = start(["bash", EXAMPLE], tmp_path, PATH=f"{tmp_path}:{ENVIRONMENT['PATH']}", **given)
+    assert (done.returncode, done.stdout) == (0, f"{used}\n")
 
 
 def test_two_nodes_meet_and_the_slurm_script_sets_them_up(workspace):

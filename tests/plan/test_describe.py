@@ -26,12 +26,12 @@ def test_three_axes(tmp_path):
         "run         100,000 steps = 419,430,400,000 tokens",
         "pipeline    1f1b; its bubble adds 1.6% to the time of a step",
     ]
-    kinds = "weights  gradients  optimizer  activations  workspace  total GiB"
+    kinds = "weights  gradients  optimizer  activations  links  workspace  total GiB"
     assert header == f"per rank    ranks  layers              parameters  {kinds}"
     assert first.startswith("stage 0     0–31   embedding, 0–15  1,684,668,416      3.1        6.3        1.2  ")
     assert last.startswith("stage 1     32–63  16–31, head      1,684,672,512      3.1        6.3        1.2  ")
     for line in (first, last):
-        *sizes, total = map(float, line.split()[-6:])
+        *sizes, total = map(float, line.split()[-7:])
         assert sum(sizes) == pytest.approx(total, abs=0.3)
 
 

@@ -89,7 +89,7 @@ def test_the_reason_has_the_numbers():
 
 
 def test_tp_stays_within_a_node_unless_it_is_asked_for():
-    tight = ClusterSpec(16, 4, 24 * GIB, "cuda", torch.bfloat16)
+    tight = ClusterSpec(16, 4, 25 * GIB, "cuda", torch.bfloat16)
     assert choose_layout(config_of(), tight)[0] == Layout(tp=4, dp=4)
     odd = ClusterSpec(48, 6, 18 * GIB, "cuda", torch.bfloat16)
     assert choose_layout(config_of("--batch.global", "960"), odd)[0].tp == 2  # of 1, 2, 3 and 6, which also divides 32

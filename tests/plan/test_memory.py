@@ -1,6 +1,7 @@
 """The estimate beside what training allocates, what operations keep, and what the papers say."""
 
-from itertools import accumulate
+from collections import Counter
+from itertools import accumulate, product
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import build_schedule
+from engine.parallel.pipeline.program import Program, StepKind, build_program
+from engine.parallel.pipeline.schedules import ActionKind, build_schedule
 from engine.parallel.pipeline.simulate import peak_activations
 from engine.plan.activations import ActivationSizes
-from engine.plan.memory import GIB, MemoryEstimate, estimate, estimate_fullest
+from engine.plan.memory import GIB, MIB, MemoryEstimate, estimate, estimate_fullest
 from engine.plan.stages import stage_parts
 from engine.testing.distributed import world_of
 from engine.testing.runs import random_batches, run_config
@@ -124,6 +126,51 @@ def test_the_workspace_is_of_a_layer_or_of_the_loss(tmp_path):
     assert estimate(config, Layout(pp=2), 0, BF16, "cpu").workspace == first - 2 * GIB
 
 
+@pytest.mark.parametrize(
+    ("layout", "overrides", "communicators"),
+    [
+        (Layout(), (), [0]),
+        (Layout(dp=8), (), [2]),  # the world, dp
+        (Layout(tp=2, pp=2, dp=2), (), [5, 5]),  # tp; both directions between two stages
+        (Layout(pp=4), (), [3, 5, 5, 3]),
+        (Layout(pp=4), ("--model.tie_embeddings", "true"), [4, 5, 5, 4]),
+        (Layout(pp=4), (*INTERLEAVED, "2"), [5, 5, 5, 5]),  # the ends also talk to each other
+        (Layout(tp=4, dp=2), ("--model.num_kv_heads", "2"), [4]),
+    ],
+)
+def test_links_are_communicators_and_messages_between_stages(tmp_path, layout, overrides, communicators):
+    sizes = ("--data.seq_length", "4096", "--batch.global", "8")
+    config = run_config(tmp_path, *sizes, *overrides, preset="llama2-7b")
+    stages = range(layout.pp)
+    on_cpu, on_gpu = (
+        [estimate(config, layout, stage, BF16, device).links for stage in stages] for device in ("cpu", "cuda")
+    )
+    assert [gpu - cpu for gpu, cpu in zip(on_gpu, on_cpu, strict=True)] == [n * 288 * MIB for n in communicators]
+    ends = 4 if "--parallel.virtual_stages" in overrides else 2  # channels, each with two messages of 32 MiB
+    channels = [ends if stage in (0, layout.pp - 1) else 4 for stage in stages] if layout.pp > 1 else [0]
+    assert on_cpu == [n * 2 * 32 * MIB // layout.tp for n in channels]
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2)])
+def test_no_channel_has_more_messages_posted_than_the_estimate_counts(schedule, chunks):
+    for stages, count in product((2, 3, 4), (4, 12)):
+        if count % stages == 0:
+            program = build_program(build_schedule(schedule, stages, count, chunks))
+            assert max(posted_at_once(program, stage) for stage in range(stages)) <= 2
+
+
+def posted_at_once(program: Program, stage: int) -> int:
+    """Most receives of one channel that are posted before the action that needs them has run."""
+    posted, most = Counter(), 0
+    for step in program.steps[stage]:
+        source = program.schedule.source(stage, step.action)
+        if source is not None:
+            channel = step.action.kind is ActionKind.FORWARD, source[0] < stage
+            posted[channel] += {StepKind.RECEIVE: 1, StepKind.COMPUTE: -1, StepKind.SEND: 0}[step.kind]
+            most = max(most, posted[channel])
+    return most
+
+
 def test_the_peak_of_a_training_step_is_within_the_estimate(tmp_path):
     """Forward and backward of all microbatches on one rank, in fp32."""
     for overrides in ((), ("--parallel.recompute", "full"), ("--parallel.schedule", "gpipe")):
@@ -144,7 +191,7 @@ def test_the_fullest_stage_counts(tmp_path):
 
 
 def test_an_estimate_as_text():
-    assert str(MemoryEstimate(GIB, GIB // 2, 0, 0, 2 * GIB)) == (
-        "3.5 GiB per rank (parameters 1.0, gradients 0.5, optimizer 0.0, activations 0.0, workspace 2.0)"
+    assert str(MemoryEstimate(GIB, GIB // 2, 0, 0, GIB // 4, 2 * GIB)) == (
+        "3.8 GiB per rank (parameters 1.0, gradients 0.5, optimizer 0.0, activations 0.0, links 0.2, workspace 2.0)"
     )
-    assert str(MemoryEstimate(1 << 20, 0, 0, 0, 0)).startswith("1.0 MiB per rank (parameters 1.0, ")
+    assert str(MemoryEstimate(1 << 20, 0, 0, 0, 0, 0)).startswith("1.0 MiB per rank (parameters 1.0, ")

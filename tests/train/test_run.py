@@ -25,7 +25,7 @@ from engine.parallel.layout import Layout, init_distributed
 from engine.plan.memory import estimate_fullest
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
-from engine.train import start
+from engine.train import run, start
 from engine.train.evaluate import Evaluation
 from engine.train.log import RunLog
 from engine.train.run import train
@@ -148,6 +148,17 @@ def test_a_nan_is_printed_and_stops_the_run(workspace, capfd):
     assert record["loss"] is None
     assert record["skipped"] == 1
     assert read_records(config.run.dir / "events.jsonl")[-1]["code"] == 71
+
+
+def test_ranks_wait_for_each_other_as_long_as_the_setting_says(workspace, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        run, "init_distributed", lambda *_, timeout_s: asked.append(timeout_s) or init_distributed("cpu")
+    )
+    train(run_config(workspace, "--parallel.timeout_s", "77", steps=1))
+    assert asked == [77]
+    with pytest.raises(ConfigError, match=r"parallel\.timeout_s.* 60"):
+        run_config(workspace, "--parallel.timeout_s", "59")
 
 
 def test_little_is_printed_before_the_first_step(workspace, capfd):

@@ -98,8 +98,8 @@ class DistributedModel:
     def _program(self, name: str, num_microbatches: int) -> Program:
         key = (name, num_microbatches)
         if key not in self._programs:
-            layout, parallel = self.world.layout, self.config.parallel
-            self._programs[key] = check_schedule(build_schedule(name, layout.pp, num_microbatches, parallel.virtual_stages))
+            schedule = build_schedule(name, self.world.layout.pp, *key[1:], self.config.parallel.virtual_stages)
+            self._programs[key] = check_schedule(schedule)
         return self._programs[key]
 
     def _new_boundary(self) -> torch.Tensor:

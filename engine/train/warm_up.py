@@ -1,9 +1,11 @@
 """The warm-up: every stage computes each of its paths once before the first schedule, with no message under way.
 
 CUDA loads a kernel at its first use, cuBLAS and cuDNN make a plan, torch.compile compiles, the allocator asks for
-memory, and for most of it the host waits until the device is idle. A receive that was posted keeps the device busy
-until its sender comes, so inside a schedule a stage could wait for itself. Alternative considered:
-`CUDA_MODULE_LOADING=EAGER`, which loads kernels only, and with which two ranks on one GPU still hung.
+memory, and for much of it the host waits until its device is idle: inside a schedule, until every posted receive has
+its sender. The order of messages makes that safe (docs/communication.md); the warm-up makes it rare, and on a GPU that
+ranks share, where one rank's first use waits for the receives of another, it is needed. What follows a complete
+gradient (sums over ranks, the optimizer) is not part of it.
+Alternative considered: `CUDA_MODULE_LOADING=EAGER`, which loads kernels only; two ranks on one GPU hung with it, too.
 """
 
 import time

@@ -10,7 +10,7 @@ Tensor-parallel ranks use the same scale for every tensor (amax is max-reduced o
 on the tp size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +165,22 @@ class Fp8State:
         newest = torch.where(self._amax.isfinite(), self._amax, 0.0)
         self._history = torch.cat((newest[..., None], self._history[..., :-1]), -1)
         self._has_history = True
+
+    def rehearse(self, use: Callable[[], None]) -> None:
+        """Call `use` once for each source of scales that steps of this run have: the current amax, the amax history.
+
+        `use` may quantize: afterwards amax and scales are as before, and no quantized weight is cached.
+        """
+        amax, sources = self._amax.clone(), [quantizer.use_history for quantizer in self.quantizers.values()]
+        self.weights_changed()
+        for use_history in sorted({self._has_history, True}) if self.recipe == "delayed" else [False]:
+            for quantizer in self.quantizers.values():
+                quantizer.use_history = use_history
+            use()
+        self._amax.copy_(amax)
+        for quantizer, use_history in zip(self.quantizers.values(), sources, strict=True):
+            quantizer.use_history = use_history
+        self.weights_changed()
 
     def histories(self) -> dict[str, Tensor]:
         """The amax history to save: fp32 [2, amax_history] per layer, newest first, input before gradient."""

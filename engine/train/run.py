@@ -16,6 +16,7 @@ from engine.train.saving import SaveBest, Saving
 from engine.train.signals import StopRequest
 from engine.train.start import arrange_ranks, build_trainer, describe_start, open_log
 from engine.train.trainer import Trainer
+from engine.train.warm_up import warm_up
 
 
 def train(config: Config) -> None:
@@ -51,6 +52,7 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
     if reason := _nothing_to_do(trainer):
         log.say(f"nothing to do: {reason}")
         return _say_best(trainer, log)
+    warm_up(trainer, log)
     train_with_hooks(trainer, _hooks(trainer, inputs, log), StopRequest())
     progress = trainer.progress
     if trainer.stopped_by:

@@ -67,16 +67,40 @@ class DistributedModel:
         """Return this rank's part of the summed loss, fp32 [1]."""
         return self._run(FORWARD_ONLY, microbatches, 1.0)
 
+    def warm_up(self, batch: Batch) -> None:
+        """Compute on `batch` all that schedules compute, with nothing sent or received between stages.
+
+        A kernel, a library's plan, compiled code or a block of memory comes into being at its first use, for which the
+        host may wait for the device; here no receive can be on the device that waits for this rank. Ranks that share
+        layers call it together. It leaves its gradients, which `train_step` zeroes, and otherwise changes nothing: not
+        the random state either, which compilers and other libraries may use.
+        """
+        on_device = batch.to(self.world.device)
+        names = [self.config.parallel.schedule, *([FORWARD_ONLY] if self.config.train.eval_steps else [])]
+
+        def use() -> None:
+            for name in names:
+                self.pipeline.warm_up(self._program(name, 1), on_device)
+
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
+            if self.fp8 is None:
+                use()
+            else:
+                self.fp8.rehearse(use)
+
     def _run(self, name: str, microbatches: Sequence[Batch], scale: float) -> torch.Tensor:
         if self.fp8 is not None:
             self.fp8.weights_changed()
-        layout, device = self.world.layout, self.world.device
-        key = (name, len(microbatches))
-        if key not in self._programs:
-            schedule = build_schedule(name, layout.pp, *key[1:], self.config.parallel.virtual_stages)
-            self._programs[key] = check_schedule(schedule)
-        loss = self.pipeline.run(self._programs[key], [batch.to(device) for batch in microbatches], scale)
+        on_device = [batch.to(self.world.device) for batch in microbatches]
+        loss = self.pipeline.run(self._program(name, len(microbatches)), on_device, scale)
         return loss if self.world.coords.tp == 0 else torch.zeros_like(loss)  # tensor-parallel ranks have the same loss
+
+    def _program(self, name: str, num_microbatches: int) -> Program:
+        key = (name, num_microbatches)
+        if key not in self._programs:
+            schedule = build_schedule(name, self.world.layout.pp, *key[1:], self.config.parallel.virtual_stages)
+            self._programs[key] = check_schedule(schedule)
+        return self._programs[key]
 
     def _new_boundary(self) -> torch.Tensor:
         tokens = self.config.batch.micro * self.config.data.seq_length

@@ -98,13 +98,21 @@ class Trainer:
         """Make the current step the last one. Call on all ranks."""
         self._ended = True
 
+    def first_microbatch(self) -> Batch:
+        """Read the microbatch with which this rank's next step begins.
+
+        Raises:
+            TriaxisError: the data cannot be read.
+        """
+        return next(self._batches(num_workers=0))[0]
+
     def steps(self, stop: StopRequest) -> Iterator[StepResult]:
         """Train until `train.steps`, `end()`, or any rank's stop request.
 
         Raises:
             DataError: a step has no target tokens.
         """
-        for microbatches in self._batches():
+        for microbatches in self._batches(self.config.data.num_workers):
             step = self.progress.step + 1
             tokens = self._agree(microbatches, stop)
             if self.stopped_by:
@@ -129,7 +137,7 @@ class Trainer:
         self.stopped_by = next((known.name for known, count in zip(STOP_SIGNALS, counts, strict=True) if count), None)
         return targets
 
-    def _batches(self) -> Iterator[list[Batch]]:
+    def _batches(self, num_workers: int) -> Iterator[list[Batch]]:
         first, steps = self.progress.samples, self.config.train.steps - self.progress.step
-        workers = self.config.data.num_workers
-        return global_batches(self.data, self.config, self.world, first_sample=first, steps=steps, num_workers=workers)
+        data, config, world = self.data, self.config, self.world
+        return global_batches(data, config, world, first_sample=first, steps=steps, num_workers=num_workers)

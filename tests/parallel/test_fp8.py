@@ -134,6 +134,29 @@ def test_a_quantized_weight_is_kept_until_it_changes(tmp_path):
     assert not torch.equal(layer.quantized_weight()[0].values.float(), kept.values.float())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "steps", "sources"), [("tensorwise", 1, [False]), ("delayed", 0, [False, True]), ("delayed", 1, [True])]
+)
+def test_a_rehearsal_has_the_scales_of_the_steps_to_come(recipe, steps, sources):
+    state = Fp8State({"w": torch.ones(16, 16)}, recipe, world_of(), amax_history=2)
+    layer, found = state.quantizers["w"], []
+
+    def use() -> None:
+        found.append(layer.use_history)
+        layer.quantize_input(torch.full((16, 16), 7.0), reduce_amax=False)
+        layer.quantized_weight()
+
+    for _ in range(steps):
+        state.begin_step()
+        layer.quantize_input(torch.full((16, 16), 3.0), reduce_amax=False)
+        state.end_step()
+    before = (layer.use_history, *layer.amax.tolist(), *layer.scales.tolist())
+    state.rehearse(use)
+    assert found == sources
+    assert (layer.use_history, *layer.amax.tolist(), *layer.scales.tolist()) == before
+    assert layer.weight_cache is None
+
+
 @pytest.mark.parametrize("then", [1, 2])
 def test_delayed_scaling_resumes(tmp_path, then):
     """Bitwise in one layout; and in another one, which reads the same history."""

@@ -80,6 +80,20 @@ class Pipeline(Generic[B]):
         with torch.set_grad_enabled(program.schedule.trains):
             return _Run(self, program, microbatches, scale).execute()
 
+    def warm_up(self, program: Program, microbatch: B) -> None:
+        """Compute this stage's actions of `program`, which has one microbatch, with nothing sent or received.
+
+        Constants stand in for messages. No gradient counts as complete, so none is reduced; the caller discards them.
+        """
+        peak = self.peak_in_flight
+        with torch.set_grad_enabled(program.schedule.trains):
+            run = _Run(self, program, [microbatch], 1.0)
+            run.last_of.clear()
+            for action in program.schedule.actions[run.stage]:
+                receives = program.schedule.source(run.stage, action) is not None
+                run.result_of(action, self.new_boundary().fill_(0.01) if receives else None)
+        self.peak_in_flight = peak
+
 
 class _Run(Generic[B]):
     """One execution of a program."""
@@ -137,20 +151,22 @@ class _Run(Generic[B]):
             message, work = self.receives.pop(action)
             work.wait()
         started = time.perf_counter()
-        result = (
-            self._forward(action, message)
-            if action.kind is ActionKind.FORWARD
-            else self._backward_pass(action, message)
-        )
+        result = self.result_of(action, message)
         if self.pipeline.observe is not None:
             self.pipeline.observe(action, started, time.perf_counter())
         if result is not None and self.schedule.target(self.stage, action) is not None:
             self.results[action] = result
 
+    def result_of(self, action: Action, message: Tensor | None) -> Tensor | None:
+        """Run the action on the message that it needs; return what another stage may need, or None."""
+        if action.kind is ActionKind.FORWARD:
+            return self._forward(action, message)
+        return self._backward_pass(action, message)
+
     def _backward_pass(self, action: Action, grad: Tensor | None) -> Tensor | None:
         """Run a backward action, or a part of one; return the gradient to send, or None."""
         place, flow = (action.microbatch, action.chunk), self.pipeline.flow
-        flow.is_last_pass = self.last_of[action.kind, action.chunk] == action
+        flow.is_last_pass = self.last_of.get((action.kind, action.chunk)) == action
         result = None
         if action.kind is ActionKind.BACKWARD_WEIGHT:
             weight_grads = self.in_flight.pop(place).weight_grads

@@ -166,6 +166,18 @@ def test_evaluation_keeps_nothing_for_a_backward():
         assert nothing == still_nothing == [0, False]
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(("name", "num_chunks"), [("gpipe", 1), ("1f1b", 1), ("zero_bubble", 1), ("interleaved", 2)])
+def test_a_stage_warms_up_alone(name, num_chunks, stage):
+    """Without process groups, so that nothing can be sent or received: every gradient arrives, and none is complete."""
+    toy = Toy(World(Layout(pp=4), stage, 0, 1, torch.device("cpu")), num_chunks, 1)
+    toy.pipeline.observe = lambda *_: pytest.fail("an action of no step")
+    toy.pipeline.warm_up(build_program(build_schedule(name, 4, 1, num_chunks)), toy.batches[0])
+    assert all(sink.main_grad.any() for sink in toy.sinks.values())
+    assert toy.at_completion == []
+    assert toy.pipeline.peak_in_flight == 0
+
+
 class Counting(Toy):
     """Follows what every part keeps for its backward."""
 

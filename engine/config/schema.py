@@ -101,6 +101,11 @@ class ParallelConfig(Section):
         None, description="layers per stage (per chunk, in model order, with virtual stages); null: by cost"
     )
     sharded_optimizer: bool = Field(True, description="shard the optimizer state over the data-parallel ranks")
+    grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="in which gradients are summed over the data-parallel ranks; bf16 halves the bytes. Each rank "
+        "accumulates its own in fp32",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations to recompute in the backward pass: none; selective (attention, outputs of norms and "

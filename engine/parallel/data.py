@@ -5,6 +5,9 @@ microbatch has completed a bucket, its gradients are reduce-scattered during tha
 rank's shard; the new parameters are all-gathered while the next forward pass begins, whose layers wait for the buckets
 they need (ZeRO stage 1, Rajbhandari et al. 2020). Unsharded, the gradients are all-reduced and every rank updates
 everything. With one rank the shard is the bucket and nothing is sent.
+
+Main gradients are fp32. The sum over the data-parallel ranks may be in bf16, in half the bytes: each rank's bucket is
+rounded once it is complete, and the sum is widened again. Sums over ranks with the same parameters stay fp32.
 Alternatives considered: DistributedDataParallel (gradients in the parameters' dtype, no sharded update) and FSDP
 (per-parameter shards, which a flat update and a checkpoint of rectangles would have to undo).
 """
@@ -161,10 +164,19 @@ class ShardedParameters:
         world: World,
         *,
         sharded: bool = True,
+        reduce_dtype: torch.dtype = torch.float32,
         bucket_size: int = _BUCKET_SIZE,
     ) -> None:
+        """
+        Args:
+            dtype: of the parameters.
+            sharded: whether each data-parallel rank updates a shard, or everything.
+            reduce_dtype: in which gradients are summed over the data-parallel ranks: fp32 or bf16.
+            bucket_size: elements of a bucket, unless one parameter has more.
+        """
         self.world = world
         self.sharded = sharded
+        self.reduce_dtype = reduce_dtype
         self.owns = sharded or world.coords.dp == 0
         shard, shards = (world.coords.dp, world.layout.dp) if sharded else (0, 1)
         plans = plan_buckets(table, shards, bucket_size)
@@ -227,13 +239,15 @@ class ShardedParameters:
             if ranges := bucket.plan.ranges(replicas):
                 assert group is not None
                 _sum_over_replicas(bucket.grad, ranges, group)
-        dp = self.world.dp_group
-        if dp is None:
-            bucket.reducing = CompletedWork()
-        elif self.sharded:
-            bucket.reducing = reduce_scatter(bucket.grad_shard, bucket.grad, dp)
-        else:
-            bucket.reducing = all_reduce(bucket.grad, dp)
+        bucket.reducing = CompletedWork() if world.dp_group is None else self._sum_over_dp(bucket, world.dp_group)
+
+    def _sum_over_dp(self, bucket: Bucket, group: ProcessGroup) -> Work:
+        """Start summing the gradients of `bucket`; after `wait` its shard holds the totals in fp32."""
+        bf16 = self.reduce_dtype == torch.bfloat16
+        grad = _rounded_in_place(bucket.grad) if bf16 else bucket.grad
+        shard = grad[bucket.begin : bucket.end]
+        work = reduce_scatter(shard, grad, group) if self.sharded else all_reduce(grad, group)
+        return _Widened(work, shard, bucket.grad_shard) if bf16 else work
 
     def gather(self, bucket: Bucket) -> None:
         """Start gathering the parameters of `bucket` from the ranks that have updated them."""
@@ -269,3 +283,24 @@ def _sum_over_replicas(grad: Tensor, ranges: list[slice], group: ProcessGroup) -
         sizes = [part.stop - part.start for part in ranges]
         for part, values in zip(ranges, flat.split(sizes), strict=True):
             grad[part] = values
+
+
+def _rounded_in_place(grad: Tensor) -> Tensor:
+    """Round fp32 `grad` [n] to bf16 [n], which takes over the first half of its memory: nothing is kept besides while
+    several buckets are under way, only a copy for a moment.
+    """
+    rounded = grad.view(torch.bfloat16)[: grad.numel()]
+    return rounded.copy_(grad.bfloat16())
+
+
+@dataclass(frozen=True)
+class _Widened:
+    """A sum in bf16 in progress, which `wait` copies to `out`, fp32; the memory of the two may overlap."""
+
+    work: Work
+    total: Tensor
+    out: Tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.out.copy_(self.total.float())

@@ -100,7 +100,13 @@ def build_model(
     """Build this rank's parts of the model and their optimizer; weights are drawn from `seed`, or zeros if None."""
     parts = stage_parts(config.model, config.parallel, config.data.seq_length, world.layout.pp, world.coords.pp)
     table = parameter_table(config.model, parts, world.tp)
-    parameters = ShardedParameters(table, dtype, world, sharded=config.parallel.sharded_optimizer)
+    parameters = ShardedParameters(
+        table,
+        dtype,
+        world,
+        sharded=config.parallel.sharded_optimizer,
+        reduce_dtype=torch.bfloat16 if config.parallel.grad_reduce_dtype == "bf16" else torch.float32,
+    )
     if seed is not None:
         parameters.initialize(seed)
     model = DistributedModel(config, world, parts, parameters)

@@ -106,6 +106,11 @@ class ParallelConfig(Section):
         description="in which gradients are summed over the data-parallel ranks; bf16 halves the bytes. Each rank "
         "accumulates its own in fp32",
     )
+    fp8_param_gather: bool = Field(
+        False,
+        description="all-gather the weights of FP8 matmuls in FP8 after each update: half the bytes, the same results, "
+        "and no bf16 copy of other ranks' shards; needs precision.mode fp8, recipe tensorwise or delayed",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations to recompute in the backward pass: none; selective (attention, outputs of norms and "

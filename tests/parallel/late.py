@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.parallel import collectives, data, fp8, tensor
+from engine.parallel import collectives, data, fp8, fp8_weights, tensor
 from engine.parallel.collectives import Work
 
 Collective = Callable[..., Work]
@@ -40,7 +40,7 @@ def late() -> Iterator[Traffic]:
     with ExitStack() as stack:
         for name in ("all_gather", "reduce_scatter", "all_reduce", "all_max"):
             replacement = _late(name, getattr(collectives, name), traffic)
-            for module in (collectives, data, fp8, tensor):
+            for module in (collectives, data, fp8, fp8_weights, tensor):
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         yield traffic

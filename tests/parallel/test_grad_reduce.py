@@ -1,4 +1,4 @@
-"""Gradients summed over the data-parallel ranks in bf16: half the bytes, the roundings that were meant, nothing else."""
+"""Gradients summed over the data-parallel ranks in bf16: half the bytes, and no roundings but those that were meant."""
 
 from functools import reduce
 from itertools import pairwise
@@ -39,13 +39,15 @@ def summed(layout: Layout, dtype: torch.dtype, sharded: bool) -> Summed:
             parameters.flow.completed(path)
         assert all(bucket.reducing is not None for bucket in parameters.buckets)  # while the backward pass goes on
         parameters.reduce_gradients()
+    if layout.tp == 1:  # all start before the first wait
+        assert [event.split()[0] for event in traffic.events] == ["start"] * len(given) + ["wait"] * len(given)
     sent = {name: traffic.total_bytes(name) for name in ("reduce_scatter", "all_reduce")}
     replicated = sum(part.stop - part.start for b in parameters.buckets for part in b.plan.ranges("tp"))
     return given, [bucket.grad_shard.clone() for bucket in parameters.buckets], sent, replicated
 
 
 def sums_in(ranks: list[Summed], rank: int, bucket: int, dtype: torch.dtype) -> Tensor:
-    """The whole sum of a bucket's gradients as `rank` adds them: from itself downwards, rounded to `dtype` each time."""
+    """The whole sum of a bucket's gradients as `rank` adds them: from itself downwards, each time in `dtype`."""
     order = [ranks[(rank - shift) % len(ranks)] for shift in range(len(ranks))]
     return reduce(torch.add, [given[bucket].to(dtype) for given, *_ in order]).float()
 

@@ -88,7 +88,11 @@ def late_steps(config: Config, layout: Layout) -> tuple[list[float], int, dict[s
     for step in range(1, 4):
         with late() as traffic:
             result = train_step(model, optimizer, batches, step=step, lr=1e-3, tokens=4 * config.data.seq_length)
+            buckets = optimizer.parameters.buckets
+            assert all(bucket.gathering is not None for bucket in buckets)  # for the next forward pass
             optimizer.parameters.finish_gathering()
+        sizes = [nbytes for name, nbytes in traffic.nbytes if name == "all_gather"]
+        assert sizes == [(b.end - b.begin) * (1 if b.plan.in_fp8 else 2) for b in reversed(buckets)]  # in its order
         world.sum_on_device(loss := result.loss.clone())
         found.append(loss.item())
     weights = {path: optimizer.parameters.by_path[path] for path in model.fp8.quantizers}

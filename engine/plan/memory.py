@@ -76,13 +76,12 @@ def unit_of(size: int) -> tuple[int, str]:
 def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
     """Estimate the memory of a rank of pipeline stage `stage`.
 
-    Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed; of those that are gathered in FP8
-    only a shard is in `dtype`. Gradients are in fp32. Moments, and
-    fp32 master weights if the model is not fp32, are sharded over the data-parallel ranks. Activations are those saved
-    for backward passes at the schedule's activation peak (for FP8 those of bf16, an upper bound). Links are the
-    hidden states on the way between stages and, on a GPU, the buffers of NCCL's communicators. The workspace is the
-    temporary memory of a layer or of the loss, of gradients that are rounded to be summed in bf16, and, on a GPU, an
-    allowance for libraries.
+    Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed; of those that are gathered in FP8,
+    only a shard is in `dtype`. Gradients are in fp32. Moments, and fp32 master weights if the model is not fp32, are
+    sharded over the data-parallel ranks. Activations are those saved for backward passes at the schedule's activation
+    peak (for FP8 those of bf16, an upper bound). Links are the hidden states on the way between stages and, on a GPU,
+    the buffers of NCCL's communicators. The workspace is the temporary memory of a layer or of the loss, of gradients
+    that are rounded to be summed in bf16, and, on a GPU, an allowance for libraries.
     """
     model, parallel = config.model, config.parallel
     parts = stage_parts(model, parallel, config.data.seq_length, layout.pp, stage)

@@ -92,6 +92,26 @@ def _parallel(parallel: ParallelConfig, precision: PrecisionConfig) -> Iterator[
             "parallel.compile = true would compile the layers' bf16 matmuls, not those of precision.mode = fp8; "
             "choose one of the two"
         )
+    if parallel.fp8_param_gather:
+        yield from _fp8_param_gather(parallel, precision)
+
+
+def _fp8_param_gather(parallel: ParallelConfig, precision: PrecisionConfig) -> Iterator[str]:
+    if precision.mode != "fp8":
+        yield (
+            f"parallel.fp8_param_gather = true gathers the weights of FP8 matmuls, but precision.mode = "
+            f"{precision.mode} has none; set it to fp8, or fp8_param_gather = false"
+        )
+    if precision.recipe == "blockwise":
+        yield (
+            "parallel.fp8_param_gather = true needs one scale per weight, but precision.recipe = blockwise has one per "
+            "128 × 128 block, and the ranks' shards cut blocks; use tensorwise or delayed, or fp8_param_gather = false"
+        )
+    if not parallel.sharded_optimizer:
+        yield (
+            "parallel.sharded_optimizer = false gathers no parameters; parallel.fp8_param_gather = true needs "
+            "sharded_optimizer = true"
+        )
 
 
 def _precision(precision: PrecisionConfig, model: ModelConfig) -> Iterator[str]:

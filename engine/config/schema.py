@@ -101,6 +101,16 @@ class ParallelConfig(Section):
         None, description="layers per stage (per chunk, in model order, with virtual stages); null: by cost"
     )
     sharded_optimizer: bool = Field(True, description="shard the optimizer state over the data-parallel ranks")
+    grad_reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="in which gradients are summed over the data-parallel ranks; bf16 halves the bytes. Each rank "
+        "accumulates its own in fp32",
+    )
+    fp8_param_gather: bool = Field(
+        False,
+        description="all-gather the weights of FP8 matmuls in FP8 after each update: half the bytes, the same results, "
+        "and no bf16 copy of other ranks' shards; needs precision.mode fp8, recipe tensorwise or delayed",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations to recompute in the backward pass: none; selective (attention, outputs of norms and "

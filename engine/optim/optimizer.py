@@ -12,7 +12,8 @@ import torch
 
 from engine.config.schema import OptimizerConfig
 from engine.ops.adamw import adamw_step
-from engine.parallel.data import Bucket, ShardedParameters
+from engine.parallel.buckets import Bucket
+from engine.parallel.data import ShardedParameters
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class ShardedAdamW:
             for part, weight_decay in _decay_ranges(shard.bucket, self.config.weight_decay):
                 self._apply(shard, part, weight_decay, update)
             self.parameters.gather(shard.bucket)
+        self.parameters.gather_with_fp8()
         return norm, skipped
 
     @torch.no_grad()
@@ -86,6 +88,7 @@ class ShardedAdamW:
             if shard.rounded is not None:
                 shard.rounded.copy_(shard.param)
             self.parameters.gather(shard.bucket)
+        self.parameters.gather_with_fp8()
 
     def _apply(self, shard: ShardState, part: slice, weight_decay: float, update: Update) -> None:
         adamw_step(

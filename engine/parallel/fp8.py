@@ -12,18 +12,21 @@ on the tp size.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config.schema import Fp8MatmulImpl, Fp8Recipe, PrecisionConfig
+from engine.ops.fp8 import transpose
 from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, TENSORWISE, Fp8Output, QuantizedTensor, quantize
 from engine.parallel.collectives import all_max, gathered
 from engine.parallel.layout import TensorParallel, World
 from engine.parallel.table import LocalParameter
 
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+WEIGHT_DTYPE = _E4M3
 _INPUT, _GRAD = 0, 1
 
 
@@ -32,12 +35,13 @@ class Fp8Quantizer:
     """Quantizes the operands of one linear layer's FP8 matmuls, and keeps their scales.
 
     Attributes:
-        weight: the local weight [out, in] in the model's dtype.
+        weight: the local weight [out, in] in the model's dtype; not read if `gathered` is given.
         tp: the tensor-parallel group.
         scales, amax: of input and gradient, fp32 [2]; the scales that "delayed" uses in this step, and the amax of this
             step so far.
         impl: the implementation of the matmuls.
         use_history: True once "delayed" takes its scales from the history; False in its first step, which has none.
+        gathered: the weight in FP8, if that is what the data-parallel ranks gather; see `Fp8Weights`.
         weight_cache: the quantized weight, row-major and transposed, until the weight changes.
     """
 
@@ -48,6 +52,7 @@ class Fp8Quantizer:
     amax: Tensor
     impl: Fp8MatmulImpl = "auto"
     use_history: bool = False
+    gathered: QuantizedTensor | None = None
     weight_cache: tuple[QuantizedTensor, QuantizedTensor] | None = None
 
     def quantize_input(self, x: Tensor, *, reduce_amax: bool) -> QuantizedTensor:
@@ -76,14 +81,17 @@ class Fp8Quantizer:
     def quantized_weight(self) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Return the FP8 weight [out, in], row-major and transposed, quantized once per `Fp8State.weights_changed`."""
         if self.weight_cache is None:
-            weight = self.weight.detach()
-            if self.recipe == "blockwise":
-                both = quantize(weight, _E4M3, BLOCK_128X128, transposed=True, power_of_two=True)
-            else:
-                scale = self._current_scale(weight, _E4M3, True)
-                both = quantize(weight, _E4M3, TENSORWISE, transposed=True, scale=scale)
-            self.weight_cache = _both(both)
+            self.weight_cache = self._quantize_weight()
         return self.weight_cache
+
+    def _quantize_weight(self) -> tuple[QuantizedTensor, QuantizedTensor]:
+        if self.gathered is not None:
+            return self.gathered, transpose(self.gathered)
+        weight = self.weight.detach()
+        if self.recipe == "blockwise":
+            return _both(quantize(weight, WEIGHT_DTYPE, BLOCK_128X128, transposed=True, power_of_two=True))
+        scale = self._current_scale(weight, WEIGHT_DTYPE, True)
+        return _both(quantize(weight, WEIGHT_DTYPE, TENSORWISE, transposed=True, scale=scale))
 
     def _quantize(
         self, x: Tensor, which: int, dtype: torch.dtype, reduce_amax: bool, *, transposed: bool = False
@@ -98,7 +106,7 @@ class Fp8Quantizer:
         amax = x.abs().amax().float().view(1)
         if reduce_amax and self.tp.group is not None:
             all_max(amax, self.tp.group).wait()
-        return _scale_from_amax(amax, dtype)
+        return scale_from_amax(amax, dtype)
 
 
 def runs_in_fp8(parameter: LocalParameter, precision: PrecisionConfig, num_layers: int) -> bool:
@@ -127,7 +135,16 @@ class Fp8State:
         *,
         amax_history: int,
         impl: Fp8MatmulImpl = "auto",
+        gathered: Mapping[str, QuantizedTensor] = MappingProxyType({}),
     ) -> None:
+        """Create the quantizers of `weights`.
+
+        Args:
+            weights: keyed by path.
+            amax_history: steps in the history of "delayed".
+            impl: the implementation of the matmuls.
+            gathered: those of the weights that ranks gather in FP8.
+        """
         self.recipe, self.world = recipe, world
         count, device = len(weights), world.device
         self._history = torch.zeros(count, 2, amax_history, device=device)  # newest first
@@ -136,7 +153,9 @@ class Fp8State:
         self._largest = torch.tensor([torch.finfo(_E4M3).max, torch.finfo(_E5M2).max], device=device)
         self._has_history = False
         self.quantizers = {
-            path: Fp8Quantizer(recipe, weight, world.tp, self._scales[index], self._amax[index], impl)
+            path: Fp8Quantizer(
+                recipe, weight, world.tp, self._scales[index], self._amax[index], impl, gathered=gathered.get(path)
+            )
             for index, (path, weight) in enumerate(weights.items())
         }
 
@@ -206,8 +225,8 @@ def gather_rows(x: QuantizedTensor, group: ProcessGroup) -> QuantizedTensor:
     return QuantizedTensor(values, gathered(x.scale_inv.t(), group).t().contiguous(), x.scaling)
 
 
-def _scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """max(dtype) / amax: what a tensor is multiplied by before the cast to FP8; 1 where `amax` is 0."""
+def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """max(dtype) / amax, fp32 of any shape: the factor before the cast to FP8; 1 where `amax` is 0."""
     largest = torch.full_like(amax, torch.finfo(dtype).max)
     return torch.where(amax > 0, largest / amax, 1.0)
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from engine.config.derived import microbatches
-from engine.config.schema import Config
+from engine.config.schema import Config, ParallelConfig
 from engine.model.parameters import kv_replicas, parameter_table
 from engine.ops.cross_entropy import chunk_rows
+from engine.parallel.buckets import plan_buckets
 from engine.parallel.fp8 import runs_in_fp8
 from engine.parallel.layout import CHANNELS, Coordinates, Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
+from engine.parallel.table import ParameterTable
 from engine.plan.activations import ActivationSizes, peak_bytes
 from engine.plan.stages import stage_parts
 
@@ -74,11 +76,12 @@ def unit_of(size: int) -> tuple[int, str]:
 def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, device_type: str) -> MemoryEstimate:
     """Estimate the memory of a rank of pipeline stage `stage`.
 
-    Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed. Gradients are in fp32. Moments, and
-    fp32 master weights if the model is not fp32, are sharded over the data-parallel ranks. Activations are those saved
-    for backward passes at the schedule's activation peak (for FP8 those of bf16, an upper bound). Links are the
-    hidden states on the way between stages and, on a GPU, the buffers of NCCL's communicators. The workspace is the
-    temporary memory of a layer or of the loss and, on a GPU, an allowance for libraries.
+    Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed; of those that are gathered in FP8,
+    only a shard is in `dtype`. Gradients are in fp32. Moments, and fp32 master weights if the model is not fp32, are
+    sharded over the data-parallel ranks. Activations are those saved for backward passes at the schedule's activation
+    peak (for FP8 those of bf16, an upper bound). Links are the hidden states on the way between stages and, on a GPU,
+    the buffers of NCCL's communicators. The workspace is the temporary memory of a layer or of the loss, of gradients
+    that are rounded to be summed in bf16, and, on a GPU, an allowance for libraries.
     """
     model, parallel = config.model, config.parallel
     parts = stage_parts(model, parallel, config.data.seq_length, layout.pp, stage)
@@ -89,12 +92,12 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
     sizes = ActivationSizes.of(model, config.batch, config.data, layout.tp, dtype.itemsize)
     count = microbatches(config.batch, layout.dp)
     return MemoryEstimate(
-        parameters=size * dtype.itemsize + 2 * in_fp8,
+        parameters=_parameters(size, in_fp8, dtype.itemsize, layout.dp if parallel.fp8_param_gather else 1),
         gradients=size * 4,
         optimizer=size * states // (layout.dp if parallel.sharded_optimizer else 1),
         activations=peak_bytes(sizes, parts, parallel, layout.pp, stage, count),
         links=_links(config, layout, stage, sizes, device_type),
-        workspace=_workspace(sizes, parallel.recompute, parts, device_type),
+        workspace=_workspace(sizes, parallel.recompute, parts, device_type) + _rounding(table, parallel, layout.dp),
     )
 
 
@@ -136,6 +139,19 @@ def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], de
         # the gradient saved by the loss is freed before the backward pass reaches the layers
         largest = max(largest - gradient, logits + gradient + tokens * gathered * itemsize)
     return largest + (_GPU_ALLOWANCE if device_type == "cuda" else 0)
+
+
+def _parameters(size: int, in_fp8: int, itemsize: int, shards: int) -> int:
+    """Bytes of `size` parameters, `in_fp8` of them also in FP8 and otherwise cut into `shards`."""
+    return (size - in_fp8) * itemsize + in_fp8 * itemsize // shards + 2 * in_fp8
+
+
+def _rounding(table: ParameterTable, parallel: ParallelConfig, dp: int) -> int:
+    """Temporary bytes of gradients summed in bf16: a rounded copy of the largest bucket, or later its sum in fp32."""
+    if dp == 1 or parallel.grad_reduce_dtype == "fp32":
+        return 0
+    shards = dp if parallel.sharded_optimizer else 1
+    return max(max(2 * plan.size, 4 * plan.size // shards) for plan in plan_buckets(table, shards))
 
 
 def available(device: torch.device, local_size: int) -> int:

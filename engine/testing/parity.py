@@ -278,5 +278,7 @@ class _Watched(ShardedParameters):
             for slot in bucket.plan.slots:
                 for tensor, offset in slot.tensors():
                     part = bucket.param[offset : offset + tensor.rectangle.size]
-                    self.digests[tensor.name, tensor.rectangle].append(xxhash.xxh3_64_intdigest(part.numpy().tobytes()))
+                    self.digests[tensor.name, tensor.rectangle].append(
+                        xxhash.xxh3_64_intdigest(part.view(torch.uint8).numpy().tobytes())
+                    )
         super().reduce_gradients()

@@ -9,7 +9,7 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import flat_slice
 from engine.checkpoint.shares import StateSlice
 from engine.optim.optimizer import ShardedAdamW
-from engine.parallel.data import Bucket
+from engine.parallel.buckets import Bucket
 from engine.parallel.fp8 import Fp8State
 from engine.parallel.table import LogicalTensor, Rectangle
 

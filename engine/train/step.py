@@ -115,7 +115,14 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
     precision, layers = config.precision, config.model.num_layers
     local = (slot.parameter for bucket in parameters.buckets for slot in bucket.plan.slots)
     chosen = {p.path: parameters.by_path[p.path] for p in local if runs_in_fp8(p, precision, layers)}
-    return Fp8State(chosen, precision.recipe, world, amax_history=precision.amax_history, impl=config.ops.fp8_matmul)
+    return Fp8State(
+        chosen,
+        precision.recipe,
+        world,
+        amax_history=precision.amax_history,
+        impl=config.ops.fp8_matmul,
+        gathered={} if parameters.fp8 is None else parameters.fp8.by_path,
+    )
 
 
 def build_model(
@@ -124,7 +131,15 @@ def build_model(
     """Build this rank's parts of the model and their optimizer; weights are drawn from `seed`, or zeros if None."""
     parts = stage_parts(config.model, config.parallel, config.data.seq_length, world.layout.pp, world.coords.pp)
     table = parameter_table(config.model, parts, world.tp)
-    parameters = ShardedParameters(table, dtype, world, sharded=config.parallel.sharded_optimizer)
+    in_fp8 = {p.path for p in table.parameters if runs_in_fp8(p, config.precision, config.model.num_layers)}
+    parameters = ShardedParameters(
+        table,
+        dtype,
+        world,
+        sharded=config.parallel.sharded_optimizer,
+        reduce_dtype=torch.bfloat16 if config.parallel.grad_reduce_dtype == "bf16" else torch.float32,
+        in_fp8=in_fp8 if config.parallel.fp8_param_gather else (),
+    )
     if seed is not None:
         parameters.initialize(seed)
     model = DistributedModel(config, world, parts, parameters)

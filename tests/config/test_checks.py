@@ -20,6 +20,16 @@ from tests.config.minimal import FINE_TUNING, message
         ({"parallel": {"schedule": "interleaved"}}, "virtual_stages = 1 and parallel.schedule = interleaved"),
         ({"parallel": {"recompute_layers": 1}}, "recompute_layers = 1 needs parallel.recompute = selective or full"),
         ({"parallel": {"compile": True, "schedule": "zero_bubble"}}, "choose one of the two"),
+        ({"parallel": {"fp8_param_gather": True}}, "but precision.mode = auto has none; set it to fp8"),
+        (
+            {"parallel": {"fp8_param_gather": True}, "precision": {"mode": "fp8", "recipe": "blockwise"}},
+            "needs one scale per weight, but precision.recipe = blockwise has one per 128 × 128 block",
+        ),
+        (
+            {"parallel": {"fp8_param_gather": True, "sharded_optimizer": False}, "precision": {"mode": "fp8"}},
+            "parallel.sharded_optimizer = false gathers no parameters",
+        ),
+        ({"parallel": {"grad_reduce_dtype": "fp16"}}, "parallel.grad_reduce_dtype"),
         ({"parallel": {"layers_per_stage": [2, -1]}}, "parallel.layers_per_stage.1 = -1"),
     ],
 )

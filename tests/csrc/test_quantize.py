@@ -36,6 +36,21 @@ def test_as_the_reference(emulated, rows, columns, source, dtype, scaling, power
         assert amax[1].item() == x.float().abs().max().item()
 
 
+def test_flat_parts_of_a_weight_have_the_values_of_the_whole(emulated):
+    """What ranks that gather weights in FP8 rely on: their shards cut rows, and transposing values is exact."""
+    torch.manual_seed(0)
+    weight, scale = torch.randn(48, 272).bfloat16(), torch.tensor([3.7])
+    dtype = torch.float8_e4m3fn
+    whole, transposed, *_ = ops.quantize(weight, dtype, "tensorwise", True, True, scale, None, False)
+    parts = weight.flatten().split(128 * 7)
+    values = [
+        ops.quantize(part.view(-1, 128), dtype, "tensorwise", True, False, scale, None, False)[0] for part in parts
+    ]
+    assert len(parts) == 15
+    assert torch.equal(torch.cat([bits(value).flatten() for value in values]), bits(whole).flatten())
+    assert torch.equal(bits(whole).t(), bits(transposed))
+
+
 def all_finite(dtype):
     values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     return values[values.isfinite()]

@@ -8,6 +8,7 @@ from tests.csrc.test_quantize import (  # noqa: F401
     FP8,
     bits,
     test_as_the_reference,
+    test_flat_parts_of_a_weight_have_the_values_of_the_whole,
     test_fused_norms_equal_norm_then_quantize,
     test_fused_swiglu_equals_swiglu_then_quantize,
     test_nan_stays_nan,

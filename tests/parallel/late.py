@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from engine.parallel import collectives, data, fp8, tensor
+from engine.parallel import collectives, data, fp8, fp8_weights, tensor
 from engine.parallel.collectives import Work
 
 Collective = Callable[..., Work]
@@ -22,10 +22,15 @@ Collective = Callable[..., Work]
 
 @dataclass
 class Traffic:
-    """What was sent within `late`: the events in order, and how many elements each collective was given."""
+    """What was sent within `late`: the events in order, and how many elements and bytes each collective was given."""
 
     events: list[str] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
+    nbytes: list[tuple[str, int]] = field(default_factory=list)
+
+    def total_bytes(self, name: str) -> int:
+        """Bytes given to all collectives of this name."""
+        return sum(size for given, size in self.nbytes if given == name)
 
 
 @contextmanager
@@ -35,7 +40,7 @@ def late() -> Iterator[Traffic]:
     with ExitStack() as stack:
         for name in ("all_gather", "reduce_scatter", "all_reduce", "all_max"):
             replacement = _late(name, getattr(collectives, name), traffic)
-            for module in (collectives, data, fp8, tensor):
+            for module in (collectives, data, fp8, fp8_weights, tensor):
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, replacement))
         yield traffic
@@ -60,6 +65,7 @@ class _Late:
         self.result, self.x = torch.empty_like(out), source[0] if source else out
         self.given = self.x.clone()
         traffic.elements.append(self.x.numel())
+        traffic.nbytes.append((name, self.x.nbytes))
         if source:
             self.under_way = collective(self.result, self.given.clone(), group)
         else:

@@ -11,7 +11,8 @@ from engine.model.layers import Parameters
 from engine.model.parameters import kv_replicas, parameter_table
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel import data
-from engine.parallel.data import ShardedParameters, plan_buckets
+from engine.parallel.buckets import plan_buckets
+from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout, World
 from engine.parallel.pipeline.partition import partition
 from engine.testing.distributed import run_ranks, world_of
@@ -21,11 +22,15 @@ from tests.parallel.late import late
 MODEL = tiny_config("tiny-qwen2", num_layers=2)  # has biases: decaying and other parameters in a bucket
 
 
+IN_FP8 = {p.path for p in parameter_table(MODEL).parameters if p.layer is not None and len(p.shape) == 2}
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("bucket_size", [1000, 50_000, 1 << 25])
-def test_every_parameter_has_one_place_and_decaying_ones_come_first(ranks, bucket_size):
+@pytest.mark.parametrize("in_fp8", [set(), IN_FP8], ids=["", "in fp8"])
+def test_every_parameter_has_one_place_and_decaying_ones_come_first(ranks, bucket_size, in_fp8):
     table = parameter_table(MODEL)
-    plans = plan_buckets(table, ranks, bucket_size)
+    plans = plan_buckets(table, ranks, bucket_size, in_fp8)
     paths = [slot.parameter.path for plan in plans for slot in plan.slots]
     assert sorted(paths) == sorted(parameter.path for parameter in table.parameters)
     for plan in plans:
@@ -37,8 +42,12 @@ def test_every_parameter_has_one_place_and_decaying_ones_come_first(ranks, bucke
             end = slot.end
         assert plan.size >= end
         assert plan.size % (ranks * 128) == 0
-    first = {slot.parameter.path for slot in plans[0].slots}
-    assert "head.weight" in first  # what the backward pass finishes first
+        assert {slot.parameter.path in in_fp8 for slot in plan.slots} == {plan.in_fp8}
+    in_forward = [parameter.path for parameter in table.parameters]
+    completed = [min(in_forward.index(slot.parameter.path) for slot in plan.slots) for plan in plans]
+    assert completed == sorted(completed, reverse=True)  # the order in which the backward pass finishes them
+    if bucket_size == 1000 or not in_fp8:
+        assert "head.weight" in {slot.parameter.path for slot in plans[0].slots}
 
 
 def train(

@@ -171,6 +171,22 @@ def posted_at_once(program: Program, stage: int) -> int:
     return most
 
 
+def test_gradients_summed_in_bf16_need_a_copy_of_the_largest_bucket(tmp_path):
+    def more(dp: int, sharded: str) -> int:
+        settings = ("--batch.global", "64", "--parallel.sharded_optimizer", sharded)
+        wide, narrow = (
+            run_config(tmp_path, *settings, "--parallel.grad_reduce_dtype", dtype, preset="llama2-7b")
+            for dtype in ("fp32", "bf16")
+        )
+        of_wide, of_narrow = (estimate(config, Layout(dp=dp), 0, BF16, "cuda") for config in (wide, narrow))
+        return of_narrow.total - of_wide.total
+
+    embedding = 32000 * 4096
+    assert more(1, "true") == 0
+    assert more(8, "true") == 2 * embedding
+    assert more(8, "false") == 4 * embedding
+
+
 def test_the_peak_of_a_training_step_is_within_the_estimate(tmp_path):
     """Forward and backward of all microbatches on one rank, in fp32."""
     for overrides in ((), ("--parallel.recompute", "full"), ("--parallel.schedule", "gpipe")):

@@ -7,20 +7,24 @@ sysexits if one applies, so that schedulers and scripts can distinguish "restart
 import errno
 import gc
 import os
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NoReturn
 
 
 class TriaxisError(Exception):
     """Base class of errors that end a program with a message instead of a traceback.
 
-    `reported_elsewhere` is set if another rank prints the same error.
+    `reported_elsewhere` is set if another rank prints the same error, `is_shared` if all ranks raise it together.
     """
 
     exit_code = 1
     advice = "read the message above"
     reported_elsewhere = False
+    is_shared = False
 
 
 class ConfigError(TriaxisError):
@@ -49,10 +53,16 @@ class CheckpointError(TriaxisError):
 
 
 class PeerError(TriaxisError):
-    """Another rank, or the network on the way to it, does not answer."""
+    """Another rank, or the network on the way to it, does not answer.
+
+    `patience_s` is how long this rank leaves the report to the other one, which may have failed. torchrun looks at its
+    ranks ten times a second, shows the first one that failed and ends the rest, so the time is used up only where the
+    other rank is on another node.
+    """
 
     exit_code = 69
     advice = "check the hosts of these ranks and the network between them, then rerun the same command to resume"
+    patience_s = 5.0
 
 
 class NonFiniteError(TriaxisError):
@@ -85,6 +95,11 @@ class Interrupted(TriaxisError):
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}
 _TORCH_OUT_OF_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: can't allocate memory")
+_LOST_CONNECTION = (
+    *("Connection closed by peer", "Connection reset by peer", "Socket closed"),  # gloo, when the peer's process ends
+    *("Connection was likely closed", "Broken pipe"),  # the store of torch.distributed
+    *("ncclRemoteError", "remote process exited"),
+)
 
 
 def as_triaxis_error(error: BaseException) -> TriaxisError | None:
@@ -96,6 +111,8 @@ def as_triaxis_error(error: BaseException) -> TriaxisError | None:
     description = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or any(sign in description for sign in _TORCH_OUT_OF_MEMORY):
         return OutOfMemoryError(description)
+    if isinstance(error, RuntimeError) and any(sign in description for sign in _LOST_CONNECTION):
+        return PeerError("lost the connection to another rank, whose own message says why")
     return None
 
 
@@ -109,41 +126,66 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's `main` and exit with its exit code.
 
     A `TriaxisError` is printed to stderr as a message whose last line gives the exit code and advice; other errors keep
-    their traceback.
+    their traceback. Notes of the error say where it happened.
     """
+    failure: BaseException | None = None
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        code = _report(error)
+    except (Exception, KeyboardInterrupt) as error:
+        failure, code = error, _report(error)
+    if failure is not None and _is_connected():
+        _exit_without_peers(code)
+    failure = None
     gc.collect()  # a traceback holds process groups, which must not be destroyed during interpreter shutdown
     sys.exit(code)
 
 
 def end_process(error: TriaxisError) -> NoReturn:
     """Report `error` and end this process at once with its exit code, whatever its other threads are blocked in."""
-    sys.stdout.flush()
-    if not error.reported_elsewhere:
-        _print(error)
-    os._exit(error.exit_code)
+    _print(error, ())
+    _exit_without_peers(error.exit_code)
 
 
-def _report(error: Exception) -> int:
+def _report(error: BaseException) -> int:
     """Print the error, unless another rank does; return the exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
     known = as_triaxis_error(error)
     if known is None:
-        raise error
-    if not known.reported_elsewhere:
-        sys.stdout.flush()
-        _print(known)
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    if isinstance(known, PeerError) and not known.is_shared:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends this rank
+        time.sleep(known.patience_s * (2 if known.reported_elsewhere else 1))
+    _print(known, getattr(error, "__notes__", ()))
     return known.exit_code
 
 
-def _print(error: TriaxisError) -> None:
-    print(f"error: {error}\nexit {error.exit_code}: {error.advice}", file=sys.stderr, flush=True)
+def _print(error: TriaxisError, notes: Iterable[str]) -> None:
+    if not error.reported_elsewhere:
+        sys.stdout.flush()
+        where = "".join(f"{note}: " for note in notes if note)
+        print(f"error: {where}{error}\nexit {error.exit_code}: {error.advice}", file=sys.stderr, flush=True)
+
+
+def _is_connected() -> bool:
+    """Whether this process belongs to a group of ranks; torch is imported only by programs that use it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _exit_without_peers(code: int) -> NoReturn:
+    """End the process at once, leaving the process groups as they are.
+
+    The peers wait for this rank in communication that will never happen, and so does this rank's part of it: NCCL's
+    shutdown, the destructors of the process groups and the CUDA runtime wait for kernels that have no partner.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

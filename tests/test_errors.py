@@ -1,10 +1,12 @@
 import errno
+from pathlib import Path
 
 import pytest
 
 from engine.errors import (
     ConfigError,
     OutOfMemoryError,
+    PeerError,
     StorageError,
     TriaxisError,
     as_triaxis_error,
@@ -39,9 +41,49 @@ def test_the_process_ends_with_the_code_and_says_what_to_do(error, code, capsys)
     assert last.startswith(f"exit {code}: ")
 
 
-def test_a_fault_of_the_program_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run_program(fail(ZeroDivisionError()))
+def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+    error = ZeroDivisionError("none")
+    error.add_note("rank 3 (host), step 12")
+    with pytest.raises(SystemExit) as end:
+        run_program(fail(error))
+    assert end.value.code == 1
+    first, *_, fault, where = capsys.readouterr().err.splitlines()
+    assert (first, fault) == ("Traceback (most recent call last):", "ZeroDivisionError: none")
+    assert where == "rank 3 (host), step 12"
+
+
+def test_a_message_says_where_it_happened(capsys):
+    error = ConfigError("no")
+    error.add_note("rank 3 (host), step 12")
+    with pytest.raises(SystemExit):
+        run_program(fail(error))
+    assert capsys.readouterr().err.startswith("error: rank 3 (host), step 12: no\n")
+
+
+@pytest.mark.parametrize(
+    "text",  # of gloo, of the store, of NCCL
+    [
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10464. This is typically caused by a "
+        "remote worker crashing. Check the logs of the remote worker before reporting an error.",
+        "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:189: Connection reset by peer.",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        "Broken pipe",
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL 2.27",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    ],
+)
+def test_a_lost_connection_is_no_fault_of_this_rank(text):
+    assert isinstance(as_triaxis_error(RuntimeError(text)), PeerError)
+    assert as_triaxis_error(ValueError(text)) is None
+
+
+def test_errors_of_files_and_of_communication_that_differ_stay_themselves():
+    for error in (
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),  # of a closed stdout
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),  # of a tracker
+        RuntimeError("Timed out waiting 1800000ms for recv operation to complete"),
+    ):
+        assert as_triaxis_error(error) is None
 
 
 def test_an_error_reported_elsewhere_is_silent(capsys):
@@ -53,9 +95,11 @@ def test_an_error_reported_elsewhere_is_silent(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_codes_and_classes_belong_together():
+def test_codes_classes_and_the_table_belong_together():
     codes = [kind.exit_code for kind in TriaxisError.__subclasses__()]
-    assert {64, 65, 66, 71, 72, 74, 75} <= set(codes)
+    assert {64, 65, 66, 69, 71, 72, 74, 75} <= set(codes)
+    page = (Path(__file__).parents[1] / "docs/communication.md").read_text()
+    assert all(f"\n| {code} | " in page for code in codes)
     assert isinstance(error_of(72, "x"), OutOfMemoryError)
     assert isinstance(as_triaxis_error(OSError(errno.EIO, "x")), StorageError)
     assert as_triaxis_error(OSError(errno.ENOTDIR, "x")) is None

@@ -32,8 +32,8 @@ from engine.formatting import counted
 from engine.generate.decoding import Sampling
 from engine.generate.prompts import AnswerFile, conversation, read_prompts
 from engine.generate.text_generator import TextGenerator
-from engine.parallel.agreement import run_on_all_ranks
-from engine.parallel.layout import Layout, World, build_process_groups, init_distributed, shutdown_distributed
+from engine.parallel.agreement import leave_together, run_on_all_ranks
+from engine.parallel.layout import Layout, World, build_process_groups, init_distributed
 
 WAIT_S = 7 * 24 * 3600  # timeout of the other ranks for the next input
 
@@ -44,15 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse_options(arguments)
         prompts = read_prompts(options.input, chat=options.chat) if options.input else []
         world = init_distributed(options.device, timeout_s=WAIT_S)
-        try:
-            world = build_process_groups(world, Layout(tp=world.layout.world_size))
-            options.dir = run_on_all_ranks(world, lambda: _model_directory(options.dir))
-            _serve(options, run_on_all_ranks(world, lambda: _load(options, world)), prompts)
-        finally:
-            shutdown_distributed()
     except TriaxisError as error:
         error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
+    with leave_together(world, lambda: ""):
+        world = build_process_groups(world, Layout(tp=world.layout.world_size))
+        options.dir = run_on_all_ranks(world, lambda: _model_directory(options.dir))
+        _serve(options, run_on_all_ranks(world, lambda: _load(options, world)), prompts)
 
 
 def _serve(options: argparse.Namespace, generator: TextGenerator, prompts: list[dict[str, Any]]) -> None:
@@ -65,8 +63,10 @@ def _serve(options: argparse.Namespace, generator: TextGenerator, prompts: list[
             _converse(options, generator)
         else:
             _write_once(options, generator)
-    finally:
+    except TriaxisError:  # raised between two inputs, when the other ranks wait for the next
         generator.shutdown()
+        raise
+    generator.shutdown()
 
 
 def _write_once(options: argparse.Namespace, generator: TextGenerator) -> None:

@@ -5,14 +5,16 @@ that are the same on every rank. These are exchanged over `World.control_group` 
 Every function here is a collective, to be called by all ranks in the same order; with one rank it is the identity.
 """
 
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine.errors import TriaxisError, as_triaxis_error, error_of
-from engine.parallel.layout import World
+from engine.parallel.layout import World, shutdown_distributed
 
 T = TypeVar("T")
 
@@ -83,5 +85,28 @@ def run_on_all_ranks(world: World, action: Callable[[], T]) -> T:
 
 def on_all_ranks(world: World, error: TriaxisError) -> TriaxisError:
     """Mark an error that all ranks raise together, so that it is printed once."""
-    error.reported_elsewhere = not world.is_main
+    error.reported_elsewhere, error.is_shared = not world.is_main, True
     return error
+
+
+@contextmanager
+def leave_together(world: World, position: Callable[[], str]) -> Iterator[None]:
+    """Shut down the process groups after the body, or after an error that all ranks raise together.
+
+    An error of this rank alone gets a note with the rank, its host and its position, and leaves the process groups as
+    they are: their shutdown can wait for peers, which wait for this rank. `engine.errors.run_program` then reports the
+    error and ends the process without them.
+
+    Args:
+        position: where this rank is in the program; may be empty.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not (isinstance(error, TriaxisError) and error.is_shared):
+            rank = f"rank {world.rank} ({socket.gethostname()})" if world.layout.world_size > 1 else ""
+            error.add_note(", ".join(filter(None, (rank, position()))))
+            raise
+        shutdown_distributed()
+        raise
+    shutdown_distributed()

@@ -11,7 +11,7 @@ from engine.config.schema import Config
 from engine.data.samples.dataset import SampleDataset
 from engine.errors import DataError
 from engine.formatting import duration
-from engine.parallel.agreement import sum_ints
+from engine.parallel.agreement import on_all_ranks, sum_ints
 from engine.parallel.layout import World
 from engine.train.hooks import Hook
 from engine.train.log import RunLog
@@ -22,6 +22,8 @@ from engine.train.trainer import Trainer, global_batches
 
 class Evaluation(Hook):
     """Evaluate, including before step 1 of a fresh run, and track the best evaluation. A no-op if `data` is None."""
+
+    phase = "evaluating"
 
     def __init__(self, data: SampleDataset | None, log: RunLog) -> None:
         self.data, self.log = data, log
@@ -49,6 +51,8 @@ class Evaluation(Hook):
 
 class EarlyStopping(Hook):
     """Save and end the run after `train.early_stopping` consecutive evaluations without a new best."""
+
+    phase = "stopping early"
 
     def __init__(self, saving: Saving, log: RunLog) -> None:
         self.saving, self.log = saving, log
@@ -90,7 +94,7 @@ def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, wo
     """Compute the mean loss per target token, in nats, over `train.eval_steps` global batches, or one epoch if shorter.
 
     Raises:
-        DataError: the batches have no target tokens.
+        DataError: on all ranks, the batches have no target tokens.
     """
     steps = config.train.eval_steps
     if dataset.num_rows is not None:
@@ -103,5 +107,6 @@ def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, wo
     world.sum_on_device(total)
     (all_tokens,) = sum_ints(world, [tokens])
     if all_tokens == 0:
-        raise DataError("the evaluated batches have no target tokens; check the masks of the validation data")
+        text = "the evaluated batches have no target tokens; check the masks of the validation data"
+        raise on_all_ranks(world, DataError(text))
     return total.item() / all_tokens

@@ -30,7 +30,12 @@ class Hook:
 
     A hook may use collectives, and any decision must be identical on all ranks. Run slow work inside
     `trainer.clock.paused()`, which excludes it from throughput.
+
+    Attributes:
+        phase: what the hook does, to report a failure.
     """
+
+    phase = "running a hook"
 
     def before_training(self, trainer: Trainer) -> None:
         """Called once, before the first step; `trainer.progress` is where the run starts or resumes."""
@@ -54,10 +59,13 @@ def train_with_hooks(trainer: Trainer, hooks: Sequence[tuple[int, Hook]], stop: 
         hooks: (every, hook), called in this order; see `is_due`.
     """
     for _, hook in hooks:
+        trainer.phase = f"before step {trainer.progress.step + 1}, {hook.phase}"
         hook.before_training(trainer)
     for result in trainer.steps(stop):
         for every, hook in hooks:
             if is_due(result.step, every, trainer.config.train.steps):
+                trainer.phase = f"step {result.step}, {hook.phase}"
                 hook.after_step(trainer, result)
     for _, hook in hooks:
+        trainer.phase = f"after step {trainer.progress.step}, {hook.phase}"
         hook.after_training(trainer)

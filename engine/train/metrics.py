@@ -31,6 +31,8 @@ class StepReporter(Hook):
         sequences_per_epoch: None if the data have no epochs.
     """
 
+    phase = "reporting metrics"
+
     def __init__(
         self,
         trainer: Trainer,

@@ -3,9 +3,9 @@
 from engine.checkpoint.run_directory import BEST, checkpoints_dir, step_name
 from engine.config.derived import with_steps
 from engine.config.schema import Config
-from engine.errors import Interrupted, as_triaxis_error
-from engine.parallel.agreement import on_all_ranks, run_on_all_ranks
-from engine.parallel.layout import init_distributed, shutdown_distributed
+from engine.errors import Interrupted, PeerError, as_triaxis_error
+from engine.parallel.agreement import leave_together, on_all_ranks, run_on_all_ranks
+from engine.parallel.layout import init_distributed
 from engine.plan.throughput import flops_per_token
 from engine.train.evaluate import EarlyStopping, Evaluation, compares_evaluations, stops_early
 from engine.train.hooks import Hook, train_with_hooks
@@ -15,7 +15,7 @@ from engine.train.metrics import StepReporter
 from engine.train.saving import SaveBest, Saving
 from engine.train.signals import StopRequest
 from engine.train.start import arrange_ranks, build_trainer, describe_start, open_log
-from engine.train.trainer import Trainer
+from engine.train.trainer import SETTING_UP, Trainer
 from engine.train.warm_up import warm_up
 
 
@@ -26,24 +26,25 @@ def train(config: Config) -> None:
         TriaxisError: carries the exit code of the failure; `Interrupted` after a stop request.
     """
     world = init_distributed(config.run.device, timeout_s=config.parallel.timeout_s)
+    trainer: Trainer | None = None
     log: RunLog | None = None
-    try:
-        world, reason = arrange_ranks(config, world)
-        inputs = run_on_all_ranks(world, lambda: open_inputs(config, world))
-        config = run_on_all_ranks(world, lambda: with_steps(config, inputs.train_data.num_rows))
-        log = run_on_all_ranks(world, lambda: open_log(config, world, chat_template(inputs.train_data)))
-        describe_start(config, world, inputs, log, reason)
-        trainer = build_trainer(config, world, inputs, log)
-        run_on_all_ranks(world, lambda: log.open_metrics(trainer.progress.step, config))
-        _train(trainer, inputs, log)
-        log.event("exit", code=0)
-    except Exception as error:
-        _record_failure(error, log)
-        raise
-    finally:
-        if log is not None:
-            log.close()
-        shutdown_distributed()
+    with leave_together(world, lambda: trainer.position if trainer else SETTING_UP):
+        try:
+            world, reason = arrange_ranks(config, world)
+            inputs = run_on_all_ranks(world, lambda: open_inputs(config, world))
+            config = run_on_all_ranks(world, lambda: with_steps(config, inputs.train_data.num_rows))
+            log = run_on_all_ranks(world, lambda: open_log(config, world, chat_template(inputs.train_data)))
+            describe_start(config, world, inputs, log, reason)
+            trainer = build_trainer(config, world, inputs, log)
+            run_on_all_ranks(world, lambda: log.open_metrics(trainer.progress.step, config))
+            _train(trainer, inputs, log)
+            log.event("exit", code=0)
+        except Exception as error:
+            _record_failure(error, log)
+            raise
+        finally:
+            if log is not None:
+                log.close()
 
 
 def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
@@ -53,7 +54,15 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         log.say(f"nothing to do: {reason}")
         return _say_best(trainer, log)
     warm_up(trainer, log)
-    train_with_hooks(trainer, _hooks(trainer, inputs, log), StopRequest())
+    stop = StopRequest()
+    try:
+        train_with_hooks(trainer, _hooks(trainer, inputs, log), stop)
+    except Exception as error:
+        lost = as_triaxis_error(error)
+        if isinstance(lost, PeerError) and stop.signal is not None:
+            lost.reported_elsewhere, lost.patience_s = True, 0  # torchrun has seen the peer end, and stops this rank
+            raise lost from error
+        raise
     progress = trainer.progress
     if trainer.stopped_by:
         kept = "the state is saved" if progress.step else "nothing to save yet"
@@ -104,4 +113,4 @@ def _record_failure(error: Exception, log: RunLog | None) -> None:
     known = as_triaxis_error(error)
     if log is not None:
         code, advice = (known.exit_code, known.advice) if known else (1, "see the traceback in the log")
-        log.event("exit", code=code, reason=str(error), advice=advice)
+        log.event("exit", code=code, reason=str(known or error), advice=advice)

@@ -21,6 +21,8 @@ from engine.train.trainer import Trainer
 class Saving(Hook):
     """Save a checkpoint, at most once per step, and at the end of training if the last step has none yet."""
 
+    phase = "saving a checkpoint"
+
     def __init__(self, trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         self.inputs, self.log = inputs, log
         self.saved_step = trainer.progress.step
@@ -88,6 +90,8 @@ class Saving(Hook):
 
 class SaveBest(Hook):
     """Save after an evaluation that is the best so far, if `checkpoint.keep_best` is set."""
+
+    phase = "saving a checkpoint"
 
     def __init__(self, saving: Saving) -> None:
         self.saving = saving

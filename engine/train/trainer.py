@@ -14,10 +14,12 @@ from engine.data.samples.loader import Samples, batches
 from engine.errors import DataError
 from engine.optim.optimizer import ShardedAdamW
 from engine.optim.schedule import learning_rate
-from engine.parallel.agreement import sum_ints
+from engine.parallel.agreement import on_all_ranks, sum_ints
 from engine.parallel.layout import World
 from engine.train.signals import STOP_SIGNALS, StopRequest
 from engine.train.step import DistributedModel, StepResult, train_step
+
+SETTING_UP = "setting up"
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Trainer:
         best: the best evaluation so far, if evaluations are compared.
         stopped_by: name of the signal on which all ranks agreed to stop.
         clock: time spent on steps.
+        phase: what this rank is doing, for people; set where a phase begins.
     """
 
     def __init__(
@@ -92,7 +95,14 @@ class Trainer:
         self.best: Best | None = None
         self.stopped_by: str | None = None
         self.clock = Clock(world.device)
+        self.phase = SETTING_UP
         self._ended = False
+
+    @property
+    def position(self) -> str:
+        """Where this rank is: phase and pipeline action, to report a failure."""
+        action = self.model.pipeline.current
+        return self.phase + (f", pipeline stage {self.world.coords.pp}, {action}" if action is not None else "")
 
     def end(self) -> None:
         """Make the current step the last one. Call on all ranks."""
@@ -110,17 +120,18 @@ class Trainer:
         """Train until `train.steps`, `end()`, or any rank's stop request.
 
         Raises:
-            DataError: a step has no target tokens.
+            DataError: on all ranks, a step has no target tokens.
         """
+        step = self.progress.step + 1
+        self.phase = f"step {step}, reading data"
         for microbatches in self._batches(self.config.data.num_workers):
-            step = self.progress.step + 1
+            self.phase = f"step {step}, training"
             tokens = self._agree(microbatches, stop)
             if self.stopped_by:
                 return
             if tokens == 0:
-                raise DataError(
-                    f"step {step} has no target tokens; check the masks of the data (tools/inspect_data.py)"
-                )
+                text = f"step {step} has no target tokens; check the masks of the data (tools/inspect_data.py)"
+                raise on_all_ranks(self.world, DataError(text))
             lr = learning_rate(step, self.config.optimizer.lr, self.config.lr_schedule, self.config.train.steps)
             result = train_step(self.model, self.optimizer, microbatches, step=step, lr=lr, tokens=tokens)
             samples = self.progress.samples + self.config.batch.global_
@@ -128,6 +139,8 @@ class Trainer:
             yield result
             if self._ended:
                 return
+            step += 1
+            self.phase = f"step {step}, reading data"
 
     def _agree(self, microbatches: list[Batch], stop: StopRequest) -> int:
         """Return the target tokens of the global batch; set `stopped_by` if any rank got a signal. One collective."""

@@ -31,6 +31,7 @@ def warm_up(trainer: Trainer, log: RunLog) -> None:
     world = trainer.world
     if not first_use_waits(world.device):
         return
+    trainer.phase = "warming up"
     started = time.perf_counter()
     trainer.optimizer.parameters.finish_gathering()  # as restored or imported weights are gathered
     _wait_for_device(world.device)

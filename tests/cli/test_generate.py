@@ -279,6 +279,26 @@ def test_two_ranks_answer_as_one(chatty):
         )
 
 
+class BrokenOutput(io.StringIO):
+    """Fails at the second token."""
+
+    def write(self, text: str) -> int:
+        if self.getvalue().count("p"):
+            raise ValueError("broken on purpose")
+        return super().write(text)
+
+
+def run_with_broken_output(arguments: list[str]) -> None:
+    with redirect_stdout(BrokenOutput()):
+        main(arguments)
+
+
+def test_a_rank_that_fails_while_the_others_generate_does_not_wait_for_them(chatty):
+    command = [str(chatty), "--chat", "--temperature", "0", "--max-new-tokens", "60", "--prompt", "A?"]
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0 failed:.*broken on purpose"):
+        run_ranks(2, run_with_broken_output, command, timeout_s=60)
+
+
 def refusing(directory: Path) -> Path:
     """A template that refuses one question alone, so that its end of turn is found."""
     path = directory / "refusing.jinja"

@@ -1,7 +1,18 @@
+import socket
+
 import pytest
+import torch.distributed as dist
 
 from engine.errors import DataError
-from engine.parallel.agreement import broadcast_ints, first_problem, gather_ints, run_on_all_ranks, sum_ints
+from engine.parallel.agreement import (
+    broadcast_ints,
+    first_problem,
+    gather_ints,
+    leave_together,
+    on_all_ranks,
+    run_on_all_ranks,
+    sum_ints,
+)
 from engine.parallel.layout import init_distributed
 from engine.testing.distributed import run_ranks
 
@@ -56,3 +67,24 @@ def test_a_failure_of_one_rank_is_raised_by_all_and_printed_by_the_first():
 
 def test_what_works_on_all_ranks_is_returned():
     assert run_on_all_ranks(init_distributed("cpu"), lambda: 5) == 5
+
+
+def leave(how: str) -> tuple[bool, list[str]]:
+    """Whether this rank is still connected after it has left, and the notes of the error with which it did."""
+    world = init_distributed("cpu")
+    notes: list[str] = []
+    try:
+        with leave_together(world, lambda: "step 3"):
+            if how == "alone" and world.rank == 1:
+                raise DataError("no such file")
+            if how == "together":
+                raise on_all_ranks(world, DataError("no such file"))
+    except DataError as error:
+        notes = getattr(error, "__notes__", [])
+    return dist.is_initialized(), notes
+
+
+def test_ranks_shut_down_together_and_one_that_fails_alone_does_not():
+    assert run_ranks(2, leave, "normally") == [(False, []), (False, [])]
+    assert run_ranks(2, leave, "together") == [(False, []), (False, [])]
+    assert run_ranks(2, leave, "alone") == [(False, []), (True, [f"rank 1 ({socket.gethostname()}), step 3"])]

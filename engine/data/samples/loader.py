@@ -11,8 +11,10 @@ the interpreter lock.
 Legend: b sequences of a microbatch, s sequence length, B global batch size.
 """
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from itertools import count
 from traceback import format_exc
@@ -26,6 +28,7 @@ from engine.data.samples.sample import Sample
 from engine.errors import ConfigError, TriaxisError, as_triaxis_error
 
 MICROBATCHES_AHEAD = 4  # prefetched by each worker
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Samples(Protocol):
@@ -133,3 +136,7 @@ def _start_worker(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)
+    if sys.platform == "linux":
+        # End with the parent at once and not at the next look, seconds later: a forked worker holds the connections of
+        # its rank open, so that the peers of a rank that was killed would go on waiting for it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

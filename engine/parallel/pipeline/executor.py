@@ -46,6 +46,7 @@ class Pipeline(Generic[B]):
 
     Attributes:
         peak_in_flight: most (microbatch, part) pairs so far whose activations were alive at once.
+        current: the action that is under way, or whose messages are; None outside of schedules.
         observe: called with each action and when it started and ended, in seconds; the waiting before it not included.
     """
 
@@ -69,6 +70,7 @@ class Pipeline(Generic[B]):
         self.flow = flow
         self.new_boundary = new_boundary
         self.peak_in_flight = 0
+        self.current: Action | None = None
         self.observe: Observe | None = None
 
     def run(self, program: Program, microbatches: Sequence[B], scale: float = 1.0) -> Tensor:
@@ -115,9 +117,11 @@ class _Run(Generic[B]):
     def execute(self) -> Tensor:
         do = {StepKind.RECEIVE: self._post_receive, StepKind.COMPUTE: self._compute, StepKind.SEND: self._send}
         for step in self.steps:
+            self.pipeline.current = step.action
             do[step.kind](step.action)
         for _, work in self.sends:
             work.wait()
+        self.pipeline.current = None
         return self.total
 
     def _post_receive(self, action: Action) -> None:

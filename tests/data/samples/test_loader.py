@@ -4,8 +4,12 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from itertools import chain
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +184,35 @@ def test_a_signal_to_a_worker_itself_ends_it():
     subprocess.run(["kill", str(next(steps)[0].tokens[0, 0].item())], check=True)
     with pytest.raises(TriaxisError, match="worker"):
         list(steps)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def read_until_killed(sender: Connection) -> None:
+    steps = read(Telling(), num=None, workers=1)
+    sender.send(next(steps)[0].tokens[0, 0].item())
+    sender.recv()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses prctl and /proc")
+def test_workers_end_with_a_killed_training_process():
+    """They hold its connections open, and its peers would wait for it until the workers look for it, in 5 seconds."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe()
+    process = context.Process(target=read_until_killed, args=(sender,))
+    process.start()
+    worker = receiver.recv()
+    process.kill()
+    process.join()
+    end = time.monotonic() + 3
+    while is_running(worker):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_closing_the_iterator_ends_the_workers():

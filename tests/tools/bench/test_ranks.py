@@ -51,3 +51,4 @@ def test_what_a_run_should_do():
     assert failed.is_as_expected(fails, FINE)
     assert not replace(failed, exit_code=0).is_as_expected(fails, FINE)
     assert not replace(failed, output="something else").is_as_expected(fails, FINE)
+    assert replace(FINE, exit_code=1, losses=[]).is_as_expected(RUNS["pp 2, not warmed up"], FINE)

@@ -8,8 +8,6 @@ import torch
 from engine.testing.rank_cases import RANK_CASES, RankPlace, References, deviations_from_one, generate_ids, train_case
 
 HERE = RankPlace("cpu", "staged")
-# All of them pass here. Three are left to the GPU: their layouts and problems run here as parts of other cases.
-ON_CPU = RANK_CASES.keys() - {"FP8 tensorwise, tp 2", "FP8 blockwise, tp 2", "packed fine-tuning, pp 2"}
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +15,7 @@ def references(tmp_path_factory):
     return References(tmp_path_factory.mktemp("one rank"), HERE.device)
 
 
-@pytest.mark.parametrize("name", sorted(ON_CPU))
+@pytest.mark.parametrize("name", RANK_CASES)
 def test_ranks_give_the_numbers_of_one(tmp_path, references, name):
     case = RANK_CASES[name]
     outcome = train_case(tmp_path, case.problem, case.case, HERE)

@@ -20,6 +20,7 @@ from engine.errors import ConfigError
 from engine.parallel.connect import LIMIT_S, Link, Watch, meet
 
 CHANNELS = ("forward", "backward", "forward wrap", "backward wrap")
+_SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"
 _HIGH_PRIORITY = ("tp", "kv")  # axes whose collectives the computation waits for
 
 
@@ -191,19 +192,30 @@ class World:
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank: `auto`, `cpu` or `cuda`.
+    """The device of this rank: `auto`, `cpu` or `cuda`. Ranks share GPUs only where NCCL is told to allow it.
 
     Raises:
         ConfigError: `cuda` is requested and there is no GPU for this rank.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"run.device = {wanted}: local rank {local_rank} needs GPU {local_rank}, this machine shows "
-            f"{torch.cuda.device_count()}; start fewer ranks (--nproc-per-node) or set run.device = cpu"
-        )
-    return torch.device("cuda", local_rank)
+    gpus = torch.cuda.device_count()
+    if local_rank < gpus * ranks_per_gpu(local_rank + 1):
+        return torch.device("cuda", local_rank % gpus)
+    raise ConfigError(
+        f"run.device = {wanted}: local rank {local_rank} needs GPU {local_rank}, this machine shows {gpus}; start "
+        f"fewer ranks (--nproc-per-node), set run.device = cpu or, for tests with NCCL 2.30 or newer, let ranks share "
+        f"a GPU ({_SHARED_GPUS}=1)"
+    )
+
+
+def ranks_per_gpu(local_size: int) -> int:
+    """The most ranks on one GPU, if `local_size` ranks run on this machine; 1 unless NCCL_MULTI_RANK_GPU_ENABLE is 1.
+
+    The variable is NCCL's own (2.30 and newer, experimental): without it NCCL refuses ranks that share a GPU.
+    """
+    shared = os.environ.get(_SHARED_GPUS) == "1"
+    return -(-local_size // max(torch.cuda.device_count(), 1)) if shared else 1
 
 
 def init_distributed(device: str, *, timeout_s: int = 1800) -> World:

@@ -14,7 +14,7 @@ from engine.model.parameters import kv_replicas, parameter_table
 from engine.ops.cross_entropy import chunk_rows
 from engine.parallel.buckets import plan_buckets
 from engine.parallel.fp8 import runs_in_fp8
-from engine.parallel.layout import CHANNELS, Coordinates, Layout, TensorParallel
+from engine.parallel.layout import CHANNELS, Coordinates, Layout, TensorParallel, ranks_per_gpu
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.table import ParameterTable
 from engine.plan.activations import ActivationSizes, peak_bytes
@@ -155,9 +155,9 @@ def _rounding(table: ParameterTable, parallel: ParallelConfig, dp: int) -> int:
 
 
 def available(device: torch.device, local_size: int) -> int:
-    """Return the bytes that one rank may use: its GPU's memory, or its share of this machine's."""
+    """Return the bytes that one rank may use: its share of its GPU's memory, or of this machine's."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.get_device_properties(device).total_memory // ranks_per_gpu(local_size)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")  # limit of the container
     if limit.exists() and (text := limit.read_text(encoding="ascii").strip()).isdigit():

@@ -40,7 +40,7 @@ from engine.config.schema import Config, ParallelConfig
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import shutdown_distributed
 from engine.parallel.table import Rectangle
-from engine.testing.distributed import run_ranks
+from engine.testing.distributed import join_ranks, run_ranks
 from engine.testing.runs import read_records, run_config, write_conversations, write_dataset
 
 STEPS = 20
@@ -51,17 +51,17 @@ _COMMON = {
     "optimizer.clip_grad": 2.0,  # some steps are clipped, some are not
     "lr_schedule.kind": "constant",
     "train.eval_steps": 1,
-    "train.eval_interval": STEPS // 2,
 }
 Digests = dict[tuple[str, Rectangle], list[int]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A training problem: a preset and settings common to all layouts, as `section.key`."""
+    """A training problem: a preset, settings common to all layouts, as `section.key`, and the number of steps."""
 
     preset: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = STEPS
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ class Deviation:
     parameters: float
     worst: str
 
-    def problems(self) -> list[str]:
+    def problems(self, tolerances: Mapping[str, float] = TOLERANCES) -> list[str]:
         """List what is out of tolerance, one line each."""
         found = {"loss": self.loss, "gradient norm": self.grad_norm, "parameters": self.parameters}
         return [
-            f"{name} off by {value:.1e} (tolerance {TOLERANCES[name]:.0e})" + f", {self.worst}" * (name == "parameters")
+            f"{name} off by {value:.1e} (tolerance {tolerances[name]:.0e})" + f", {self.worst}" * (name == "parameters")
             for name, value in found.items()
-            if not value <= TOLERANCES[name]
+            if not value <= tolerances[name]
         ]
 
 
@@ -149,26 +149,37 @@ def _largest(values: Sequence[float], expected: Sequence[float]) -> float:
     return ((torch.tensor(values, dtype=torch.float64) - wide).abs() / wide.abs()).max().item()
 
 
-def measure(directory: Path, problem: Problem, cases: Sequence[Case], *, timeout_s: float = 300) -> list[Outcome]:
+def measure(
+    directory: Path,
+    problem: Problem,
+    cases: Sequence[Case],
+    *,
+    timeout_s: float = 300,
+    device: str = "cpu",
+    backend: str = "gloo",
+) -> list[Outcome]:
     """Train all cases sequentially in one set of processes, in the empty `directory`.
+
+    `backend` is that of `run_ranks` in `engine/testing/distributed.py`.
 
     Raises:
         RuntimeError: a case failed or hangs; the message names it and contains the traceback of the rank.
     """
     write_dataset(directory / "corpus")
     write_conversations(directory / "chats")
+    problem = replace(problem, settings={**problem.settings, "run.device": device})
     segments = [segment for number, case in enumerate(cases) for segment in _segments(directory, number, problem, case)]
     ranks = max(segment.case.ranks for segment in segments)
     try:
-        noted = run_ranks(ranks, _train_in_turn, segments, directory, timeout_s=timeout_s)
+        noted = run_ranks(ranks, _train_in_turn, segments, directory, backend, timeout_s=timeout_s)
     except RuntimeError as error:
         begun = [str(segment.case) for segment in segments if segment.config.run.dir.exists()]
         raise RuntimeError(f"{problem.preset}, the last case begun is {begun[-1:]}:\n{error}") from None
     torn: dict[Path, list[str]] = defaultdict(list)
     for number, segment in enumerate(segments):
         torn[segment.config.run.dir] += _torn([notes[number] for notes in noted if number in notes])
-    runs = [_run_directory(directory, number) for number in range(len(cases))]
-    return [_outcome(run, torn[run]) for run in runs]
+    runs = [run_directory(directory, number) for number in range(len(cases))]
+    return [_outcome(run, problem.steps, torn[run]) for run in runs]
 
 
 @dataclass(frozen=True)
@@ -179,21 +190,23 @@ class _Segment:
     config: Config
 
 
-def _run_directory(directory: Path, number: int) -> Path:
+def run_directory(directory: Path, number: int) -> Path:
+    """The run directory of a case of `measure`, by its number."""
     return directory / f"run{number}"
 
 
 def _segments(directory: Path, number: int, problem: Problem, case: Case) -> list[_Segment]:
-    settings = {**_COMMON, **problem.settings, "batch.micro": case.micro, "run.dir": _run_directory(directory, number)}
+    settings = {**_COMMON, "train.eval_interval": problem.steps // 2, **problem.settings}
+    settings |= {"batch.micro": case.micro, "run.dir": run_directory(directory, number)}
     if problem.settings.get("task") == "sft":
         settings["data.train"] = settings["data.valid"] = [{"path": str(directory / "chats")}]
     settings |= {f"parallel.{key}": value for key, value in case.parallel.model_dump(exclude_defaults=True).items()}
     overrides = [f"--{key}={_as_yaml(value)}" for key, value in settings.items()]
-    last = _Segment(case, run_config(directory, *overrides, preset=problem.preset, steps=STEPS))
+    last = _Segment(case, run_config(directory, *overrides, preset=problem.preset, steps=problem.steps))
     if case.after is None:
         return [last]
     (first,) = _segments(directory, number, problem, case.after)
-    half = first.config.train.model_copy(update={"steps": STEPS // 2})
+    half = first.config.train.model_copy(update={"steps": problem.steps // 2})
     return [replace(first, config=first.config.model_copy(update={"train": half})), last]
 
 
@@ -202,10 +215,10 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
 
 
-def _outcome(run: Path, torn: list[str]) -> Outcome:
+def _outcome(run: Path, num_steps: int, torn: list[str]) -> Outcome:
     records, checkpoint = read_records(run / "metrics.jsonl"), open_checkpoint(run)
     steps = [record for record in records if "loss" in record]
-    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in steps] == list(range(1, num_steps + 1))
     evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert len(evaluations) == 3  # before, half-way, at the end
     return Outcome(
@@ -223,7 +236,7 @@ def _torn(notes: Sequence[Digests]) -> list[str]:
     return sorted({name for (name, where), digests in parts if seen.setdefault((name, where), digests) != digests})
 
 
-def _train_in_turn(segments: Sequence[_Segment], directory: Path) -> dict[int, Digests]:
+def _train_in_turn(segments: Sequence[_Segment], directory: Path, backend: str) -> dict[int, Digests]:
     """Train the segments that use this rank, each in a new world; return the digests by segment."""
     rank = int(os.environ["RANK"])
     if dist.is_initialized():
@@ -237,8 +250,7 @@ def _train_in_turn(segments: Sequence[_Segment], directory: Path) -> dict[int, D
             continue
         os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         if ranks > 1:
-            store = f"file://{directory / f'store{number}'}"
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+            join_ranks(backend, directory / f"store{number}", rank, ranks)
         noted[number] = _train(segment)
         gc.collect()  # process groups of the run hold threads and sockets
     return noted
@@ -277,8 +289,6 @@ class _Watched(ShardedParameters):
         for bucket in self.buckets:
             for slot in bucket.plan.slots:
                 for tensor, offset in slot.tensors():
-                    part = bucket.param[offset : offset + tensor.rectangle.size]
-                    self.digests[tensor.name, tensor.rectangle].append(
-                        xxhash.xxh3_64_intdigest(part.view(torch.uint8).numpy().tobytes())
-                    )
+                    part = bucket.param[offset : offset + tensor.rectangle.size].cpu().view(torch.uint8)
+                    self.digests[tensor.name, tensor.rectangle].append(xxhash.xxh3_64_intdigest(part.numpy().tobytes()))
         super().reduce_gradients()

@@ -17,7 +17,9 @@ from engine.parallel.layout import (
     World,
     _options,
     build_process_groups,
+    choose_device,
     init_distributed,
+    ranks_per_gpu,
 )
 from engine.testing.distributed import run_ranks
 
@@ -208,3 +210,44 @@ def test_one_rank_counts_each_sequence():
     layout = Layout(2, 3, 1, 2)
     counting = [World(layout, rank, rank, 12, torch.device("cpu")).is_model_parallel_leader for rank in range(12)]
     assert [layout.coordinates(rank).dp for rank in range(12) if counting[rank]] == [0, 1, 2]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Call it with a number of GPUs that the machine then seems to have."""
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
+
+    def show(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return show
+
+
+def test_a_rank_has_a_gpu_of_its_own(gpus):
+    gpus(2)
+    assert [choose_device("auto", rank).index for rank in range(2)] == [0, 1]
+    assert choose_device("cpu", 0).type == "cpu"
+    assert [ranks_per_gpu(size) for size in (1, 2, 8)] == [1, 1, 1]
+    with pytest.raises(ConfigError, match=r"local rank 2 needs GPU 2, this machine shows 2; .*RANK_GPU_ENABLE=1"):
+        choose_device("cuda", 2)
+
+
+def test_ranks_share_gpus_where_nccl_allows_it(gpus, monkeypatch):
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    gpus(2)
+    assert [choose_device("cuda", rank).index for rank in range(5)] == [0, 1, 0, 1, 0]
+    assert [ranks_per_gpu(size) for size in (1, 2, 3, 5)] == [1, 1, 2, 3]
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "0")
+    assert ranks_per_gpu(5) == 1
+    with pytest.raises(ConfigError, match="local rank 2"):
+        choose_device("cuda", 2)
+
+
+@pytest.mark.parametrize("shared", ["0", "1"])
+def test_without_a_gpu_none_is_shared(gpus, monkeypatch, shared):
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", shared)
+    gpus(0)
+    assert choose_device("auto", 0).type == "cpu"
+    with pytest.raises(ConfigError, match="needs GPU 0, this machine shows 0"):
+        choose_device("cuda", 0)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import accumulate, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from engine.parallel.pipeline.program import Program, StepKind, build_program
 from engine.parallel.pipeline.schedules import ActionKind, build_schedule
 from engine.parallel.pipeline.simulate import peak_activations
 from engine.plan.activations import ActivationSizes
-from engine.plan.memory import GIB, MIB, MemoryEstimate, estimate, estimate_fullest
+from engine.plan.memory import GIB, MIB, MemoryEstimate, available, estimate, estimate_fullest
 from engine.plan.stages import stage_parts
 from engine.testing.distributed import world_of
 from engine.testing.runs import random_batches, run_config
@@ -211,3 +212,14 @@ def test_an_estimate_as_text():
         "3.8 GiB per rank (parameters 1.0, gradients 0.5, optimizer 0.0, activations 0.0, links 0.2, workspace 2.0)"
     )
     assert str(MemoryEstimate(1 << 20, 0, 0, 0, 0, 0)).startswith("1.0 MiB per rank (parameters 1.0, ")
+
+
+def test_ranks_that_share_a_gpu_share_its_memory(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=141 * GIB))
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
+    assert available(gpu, 4) == 141 * GIB
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert [available(gpu, size) // GIB for size in (1, 2, 3, 4, 6)] == [141, 141, 70, 70, 47]
+    assert available(torch.device("cpu"), 4) == pytest.approx(available(torch.device("cpu"), 1) / 4, abs=1)

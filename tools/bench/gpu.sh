@@ -1,36 +1,40 @@
 #!/usr/bin/env bash
-# Builds, tests and measures the kernels on a machine with a GPU, and writes the table. Needs the repository, PyTorch
-# and nvcc; no package registry: missing Python packages are installed from a folder of wheels.
-#   bash tools/bench/gpu.sh [--wheels DIR] [--results DIR] [--into FILE] [--commit HASH] [build|tests|kernels|step|table ...]
-# Default: all stages, in about 20 minutes; each takes less than 10. A stage that fails does not stop the others.
+# Builds, tests and measures the kernels on a machine with a GPU, and writes the table; `ranks` trains with several ranks
+# on one GPU. Needs the repository, PyTorch and nvcc; no package registry: missing Python packages are installed from a
+# folder of wheels.
+#   bash tools/bench/gpu.sh [--wheels DIR] [--results DIR] [--into FILE] [--commit HASH] [--nccl FILE]
+#       [build|tests|ranks|kernels|step|table ...]
+# Default: all stages but `ranks`, in about 20 minutes; each takes less than 10. A stage that fails does not stop the others.
 #   --wheels   pip download --dest DIR --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 #                  pydantic orjson      (for a machine with Python 3.12 that lacks these two)
 #   --results  folder for kernels.json, step-bf16.json and step-fp8.json (default: runs/gpu)
 #   --into     document with the table to write (default: docs/measurements.md)
 #   --commit   commit that is measured, if git is not available
+#   --nccl     a libnccl.so.2 of NCCL 2.30 or newer, for the stage `ranks`: tools/bench/README.md says where to get it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 usage() {
-    sed -n '/^# Builds/,/^#   --commit/s/^# \{0,1\}//p' tools/bench/gpu.sh
+    sed -n '/^# Builds/,/^#   --nccl/s/^# \{0,1\}//p' tools/bench/gpu.sh
     exit "$1"
 }
 
-wheels='' results=runs/gpu into=docs/measurements.md commit=() stages=()
+wheels='' nccl='' results=runs/gpu into=docs/measurements.md commit=() stages=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --wheels | --results | --into | --commit)
+        --wheels | --results | --into | --commit | --nccl)
             [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 64; }
             case $1 in
                 --wheels) wheels=$2 ;;
                 --results) results=$2 ;;
                 --into) into=$2 ;;
                 --commit) commit=(--commit "$2") ;;
+                --nccl) nccl=$2 ;;
             esac
             shift 2 ;;
-        build | tests | kernels | step | table) stages+=("$1"); shift ;;
+        build | tests | ranks | kernels | step | table) stages+=("$1"); shift ;;
         -h | --help) usage 0 ;;
-        *) echo "error: $1: expected build, tests, kernels, step or table" >&2; usage 64 >&2 ;;
+        *) echo "error: $1: expected build, tests, ranks, kernels, step or table" >&2; usage 64 >&2 ;;
     esac
 done
 [ ${#stages[@]} -gt 0 ] || stages=(build tests kernels step table)
@@ -49,7 +53,20 @@ build() {
     }
     TRIAXIS_CUDA=on "$python" setup.py --quiet build_ext --inplace && "$python" -m engine env
 }
-tests() { "$python" -m pytest tests/gpu -q -rs -p no:cacheprovider --durations=10; }
+tests() {
+    "$python" -m pytest tests/gpu --ignore tests/gpu/test_ranks.py -q -rs -p no:cacheprovider --durations=10
+}
+ranks() {  # over NCCL where one that can is given, otherwise through the host
+    local backend=staged failed=0
+    if [ -n "$nccl" ]; then
+        [ -f "$nccl" ] || { echo "error: --nccl $nccl: no such file" >&2; return 1; }
+        backend=nccl
+        local -x LD_PRELOAD=$nccl
+    fi
+    "$python" tools/bench/ranks.py --backend "$backend" || failed=1
+    "$python" -m pytest tests/gpu/test_ranks.py -q -rs -p no:cacheprovider --durations=30 || failed=1
+    return $failed
+}
 kernels() { "$python" tools/bench/kernels.py --json "$results/kernels.json" "${commit[@]}"; }
 step() {
     # with fp32 moments, the FP8 weights do not fit into an H200 in addition to the other 120 GiB

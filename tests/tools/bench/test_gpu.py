@@ -33,7 +33,7 @@ def test_a_failing_stage_does_not_stop_the_next(tmp_path):
     assert "error: failed: table table" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["--wheels"], ["--unknown", "1"]])
+@pytest.mark.parametrize("arguments", [["nonsense"], ["--wheels"], ["--nccl"], ["--unknown", "1"]])
 def test_wrong_arguments(arguments):
     done = run(*arguments)
     assert done.returncode == 64
@@ -44,3 +44,10 @@ def test_help():
     done = run("--help")
     assert done.returncode == 0
     assert "--wheels" in done.stdout
+    assert "--nccl" in done.stdout
+
+
+def test_an_nccl_that_is_not_there(tmp_path):
+    done = run("--results", str(tmp_path), "--nccl", str(tmp_path / "libnccl.so.2"), "ranks")
+    assert done.returncode == 1
+    assert "libnccl.so.2: no such file" in done.stderr

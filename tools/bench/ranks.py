@@ -1,0 +1,266 @@
+"""First runs of several ranks on one GPU: which layouts train, how fast, and how soon a failing rank ends the others.
+
+Every run is started by torchrun and trains a small model (4 layers, 8 microbatches, fp32; hidden 512, or 64 on a CPU)
+for 4 steps. A rank that is not done after --timeout seconds prints its stacks and its last calls to other ranks, and
+ends. The ranks share the GPU, which NCCL allows from 2.30 on; a newer one than PyTorch's is loaded in front of it:
+
+    pip install --target nccl 'nvidia-nccl-cu13>=2.30'
+    LD_PRELOAD=$PWD/nccl/nvidia/nccl/lib/libnccl.so.2 python tools/bench/ranks.py
+    python tools/bench/ranks.py --backend staged                    # any NCCL: every message goes through the host
+    python tools/bench/ranks.py --device cpu --backend gloo --only 'pp 2' 'pp 2, rank 1 fails in step 2'
+
+The table has the losses: those of every layout must be those of one rank. Exit code 1: a run did not do what it should.
+"""
+
+import argparse
+import faulthandler
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+import engine.train.step
+import engine.train.trainer
+import engine.train.warm_up
+from engine.config.schema import Config
+from engine.errors import run_program
+from engine.parallel.layout import choose_device
+from engine.testing.distributed import SHARED_GPU
+from engine.testing.hangs import RECORDER_SETTINGS, recorded_calls
+from engine.testing.runs import losses, read_records, run_config, write_dataset
+from engine.testing.staged import STAGED, register_staged
+from engine.train.run import train
+
+_HIDDEN_SIZE = {"cuda": 512, "cpu": 64}
+_STEPS, _FAILS_IN = 4, 2
+_TOLERANCE = 1e-5  # of a loss, relative: other orders of summation
+_REPORT = 40  # last lines of each rank of a run that went wrong
+
+
+@dataclass(frozen=True)
+class Run:
+    """A layout to train.
+
+    Attributes:
+        rank_1_fails: rank 1 raises an error in the second step.
+        warms_up: without, the stages use their kernels for the first time beside posted receives, and may hang.
+    """
+
+    ranks: int = 1
+    settings: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    rank_1_fails: bool = False
+    warms_up: bool = True
+
+
+PP = ("--parallel.pp", "2")
+RUNS = {
+    "one rank": Run(),
+    "dp 2": Run(2),
+    "tp 2": Run(2, ("--parallel.tp", "2")),
+    "pp 2": Run(2, PP),
+    "pp 2, not warmed up": Run(2, PP, warms_up=False),
+    "pp 2, one hardware queue": Run(2, PP, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    "pp 2, interleaved": Run(2, (*PP, "--parallel.schedule", "interleaved", "--parallel.virtual_stages", "2")),
+    "pp 2, zero bubble": Run(2, (*PP, "--parallel.schedule", "zero_bubble")),
+    "pp 2, rank 1 fails in step 2": Run(2, PP, rank_1_fails=True),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        exit_code: of torchrun.
+        seconds: from the start of torchrun to its end.
+        step_seconds: of each step, as logged.
+        ended_after: seconds from the error of rank 1 to the end of torchrun.
+        output: of the ranks, the last lines of each.
+    """
+
+    exit_code: int
+    seconds: float
+    step_seconds: list[float]
+    losses: list[float]
+    ended_after: float | None
+    output: str
+
+    def is_as_expected(self, run: Run, reference: "Result | None") -> bool:
+        """Whether all steps have the losses of `reference`, or the error of rank 1 has ended the run.
+
+        A run that may hang is as expected in any case.
+        """
+        if not run.warms_up:
+            return True
+        if run.rank_1_fails:
+            return self.exit_code != 0 and self.ended_after is not None and "planted" in self.output
+        expected = reference.losses if reference else self.losses
+        pairs = zip(self.losses, expected, strict=False)
+        close = all(abs(loss - other) <= _TOLERANCE * abs(other) for loss, other in pairs)
+        return self.exit_code == 0 and len(self.losses) == _STEPS and close
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; see the module's docstring."""
+    options = _parse(arguments)
+    if "LOCAL_RANK" in os.environ:
+        return _train_on_rank(options)
+    with tempfile.TemporaryDirectory() as name:
+        results = _start_all(options, Path(name))
+    reference = results.get("one rank")
+    bad = [name for name, result in results.items() if not result.is_as_expected(RUNS[name], reference)]
+    for name in bad:
+        print(f"== {name}, exit code {results[name].exit_code}\n{results[name].output}", file=sys.stderr)
+    sys.exit(1 if bad else 0)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
+    parser.add_argument("--backend", choices=("nccl", STAGED, "gloo"), default="nccl", help="(default: nccl)")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=", ".join(RUNS)
+    )
+    parser.add_argument("--timeout", type=float, default=30, metavar="S", help="seconds per run (default: 30)")
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # of the ranks
+    return parser.parse_args(arguments)
+
+
+def _start_all(options: argparse.Namespace, directory: Path) -> dict[str, Result]:
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if options.backend == "nccl" else "not used"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    print(f"{device}, torch {torch.__version__}, backend {options.backend}, NCCL {nccl}\n")
+    print("| run | exit code | seconds | first step, s | other steps, s | losses |\n|---|---|---|---|---|---|")
+    results = {}
+    for number, name in enumerate(options.only):
+        results[name] = _start(options, name, RUNS[name], directory / f"run{number}")
+        print(_row(name, results[name]), flush=True)
+    return results
+
+
+def _row(name: str, result: Result) -> str:
+    first, others = result.step_seconds[:1], result.step_seconds[1:]
+    steps = [f"{statistics.median(some):.2f}" if some else "" for some in (first, others)]
+    ended = "" if result.ended_after is None else f" ({result.ended_after:.1f} after the error)"
+    shown = ", ".join(f"{loss:.9g}" for loss in result.losses)
+    return f"| {name} | {result.exit_code} | {result.seconds:.1f}{ended} | {steps[0]} | {steps[1]} | {shown} |"
+
+
+def _start(options: argparse.Namespace, name: str, run: Run, directory: Path) -> Result:
+    """Train with torchrun in `directory`."""
+    directory.mkdir()
+    write_dataset(directory / "corpus")
+    logs, failed = directory / "logs", directory / "failed"
+    started = time.time()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.ranks}"),
+            *("--redirects", "3", "--log-dir", str(logs)),
+            *(__file__, "--device", options.device, "--backend", options.backend, "--timeout", str(options.timeout)),
+            *("--directory", str(directory), "--only", name),
+        ],
+        env={**os.environ, **RECORDER_SETTINGS, **SHARED_GPU, **run.environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    ended = time.time()
+    records = [record for record in read_records(directory / "run" / "metrics.jsonl") if "loss" in record]
+    return Result(
+        exit_code=done.returncode,
+        seconds=ended - started,
+        step_seconds=[record["step_time_s"] for record in records],
+        losses=losses(records),
+        ended_after=ended - failed.stat().st_mtime if failed.exists() else None,
+        output="\n".join(_last_lines(path) for path in sorted(logs.glob("**/std*.log"))),
+    )
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"-- rank {log.parent.name}, {log.stem}", *lines[-_REPORT:]])
+
+
+def _train_on_rank(options: argparse.Namespace) -> None:
+    """Train as one of the ranks that torchrun has started."""
+    _end_in_time(options.timeout)
+    run = RUNS[options.only[0]]
+    if options.backend == STAGED and run.ranks > 1:
+        register_staged()
+        dist.init_process_group(STAGED)
+    if options.device == "cuda" and run.environment:
+        _apply_to_cuda(run.environment)
+    with ExitStack() as changes:
+        if run.rank_1_fails and os.environ["RANK"] == "1":
+            failing = _failing(options.directory / "failed")
+            changes.enter_context(mock.patch.object(engine.train.trainer, "train_step", failing))
+        if not run.warms_up:
+            changes.enter_context(mock.patch.object(engine.train.warm_up, "first_use_waits", lambda device: False))
+        train(_config(options, run))
+
+
+def _apply_to_cuda(environment: Mapping[str, str]) -> None:
+    """Make CUDA read these variables, and hide them from the engine, which refuses pipeline stages with one queue."""
+    torch.zeros(1, device=choose_device("cuda", int(os.environ["LOCAL_RANK"])))
+    for name in environment:
+        del os.environ[name]
+
+
+def _end_in_time(timeout_s: float) -> None:
+    """End this rank after `timeout_s` with its last calls and its stacks, whatever it waits for.
+
+    torchrun terminates the other ranks then; one that has not installed a handler of its own shows its stacks as well.
+    """
+    faulthandler.register(signal.SIGTERM, chain=True)
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    rank = os.environ["RANK"]
+    calls = threading.Timer(
+        0.9 * timeout_s, lambda: print(f"rank {rank} last called:", *recorded_calls(), sep="\n", file=sys.stderr)
+    )
+    calls.daemon = True
+    calls.start()
+
+
+def _config(options: argparse.Namespace, run: Run) -> Config:
+    hidden = _HIDDEN_SIZE[options.device]
+    sizes = (
+        "--model.hidden_size",
+        str(hidden),
+        "--model.intermediate_size",
+        str(2 * hidden),
+        "--model.num_layers",
+        "4",
+    )
+    batch = ("--data.seq_length", "256", "--batch.global", "8", "--batch.micro", "1")
+    end = ("--train.eval_interval", "0", "--checkpoint.interval", "0", "--run.device", options.device)
+    return run_config(options.directory, *sizes, *batch, *end, *run.settings, steps=_STEPS)
+
+
+def _failing(note: Path) -> Any:
+    """A `train_step` that writes the file `note` and raises in step 2."""
+    train_step = engine.train.step.train_step
+
+    def step_or_fail(*arguments: Any, step: int, **options: Any) -> Any:
+        if step == _FAILS_IN:
+            note.touch()
+            raise RuntimeError(f"planted in step {step} of rank 1")
+        return train_step(*arguments, step=step, **options)
+
+    return step_or_fail
+
+
+if __name__ == "__main__":
+    run_program(main)

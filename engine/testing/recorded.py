@@ -1,9 +1,9 @@
-"""Every rank of a layout, one after another in this process, through the engine's real code.
+"""Every rank of a layout in this process, one at a time, through the engine's real code.
 
 The ranks join a `torch.distributed` backend that only records (`recording_group.py`), so a program that would need
-1,024 GPUs runs on one core, on the CPU or, without memory and values, on the meta device. What comes out are the
-programs of the ranks as values (`communication.py`), to be held against each other. The collectives take the calls that
-they take on NCCL.
+1,024 GPUs runs on one core: on the CPU, or on the meta device, without memory and values, where operators take the
+branches that they take on a GPU. What comes out are the programs of the ranks as values (`communication.py`), to be held
+against each other. The collectives take the calls that they take on NCCL.
 """
 
 import os
@@ -16,24 +16,26 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import engine.parallel.layout
 import engine.train.step
 from engine.config.schema import Config
-from engine.parallel.layout import Layout, World, build_process_groups, init_distributed
-from engine.parallel.pipeline.check import check_schedule
 from engine.model.parameters import kv_replicas
+from engine.ops import native
+from engine.parallel.layout import Layout, build_process_groups, init_distributed, shutdown_distributed
+from engine.parallel.pipeline.check import check_schedule
 from engine.testing.communication import Event, NewGroup, Record
-from engine.testing.recording_group import CONTROL, Control, RecordingGroup
+from engine.testing.recording_group import RecordingGroup
 from engine.testing.runs import random_batches
 from engine.testing.tape import Tape, Watch
+from engine.testing.turns import EqualRanks, Turns
 from engine.train.inputs import model_dtype
 from engine.train.state import state_slices
 from engine.train.step import build_model, train_step
 
 T = TypeVar("T")
 BACKEND = "recording"
+_NODE = 8  # ranks of a node, as the environment tells
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def record_ranks(
     *,
     ranks: Iterable[int] | None = None,
     device: str = "cpu",
-    control: Control | None = None,
+    turns: Turns | None = None,
 ) -> list[Recorded[T]]:
     """Run `program` as each rank of a world of `world_size`, and return what the ranks did, in their order.
 
@@ -58,15 +60,13 @@ def record_ranks(
         program: connects by `init_distributed`, which finds its rank in the environment as under torchrun.
         ranks: only these; by default all.
         device: "cpu" or "meta".
-        control: answers the control group; by default as in a healthy run of equal ranks.
+        turns: by default one rank after another.
     """
-    shared: dict[Event, Event] = {}
-    answers = control or EqualRanks()
-    with _checked_once():
-        return [
-            _record_rank(rank, world_size, program, torch.device(device), answers, shared)
-            for rank in (range(world_size) if ranks is None else ranks)
-        ]
+    session = _Session(world_size, torch.device(device), turns or EqualRanks(world_size))
+    with _installed(session):
+        return session.turns.run(
+            range(world_size) if ranks is None else list(ranks), partial(session.record, program), session.enter
+        )
 
 
 def record_training(
@@ -85,8 +85,8 @@ def train_layout(config: Config, layout: Layout, *, steps: int = 2) -> list[floa
     """
     world = init_distributed(config.run.device)
     world = build_process_groups(world, layout, kv_replicas=kv_replicas(config.model, layout.tp))
-    dtype = model_dtype(config.precision.mode, "cpu" if world.device.type == "cpu" else "cuda")
     on_meta = world.device.type == "meta"
+    dtype = model_dtype(config.precision.mode, "cuda" if on_meta else "cpu")
     model, optimizer = build_model(config, world, dtype, seed=None if on_meta else config.run.seed)
     batches = random_batches(config, dp_rank=world.coords.dp, dp_size=layout.dp)
     tokens = config.batch.global_ * config.data.seq_length
@@ -101,73 +101,65 @@ def train_layout(config: Config, layout: Layout, *, steps: int = 2) -> list[floa
     return [] if on_meta else [result.loss.item() for result in results]
 
 
-class EqualRanks:
-    """A control group whose answers are those of a healthy run in which every data-parallel rank has the same numbers.
+class _Session:
+    """The ranks of one recording. `tape` is that of the rank whose turn it is."""
 
-    The first rank to run (rank 0, which counts its sequences) decides the answers of all.
-    """
+    def __init__(self, world_size: int, device: torch.device, turns: Turns) -> None:
+        self.world_size, self.device, self.turns = world_size, device, turns
+        self.tapes: dict[int, Tape] = {}
+        self.shared: dict[Event, Event] = {}
 
-    def __init__(self) -> None:
-        self.answers: list[Tensor] = []
-        self.next: dict[int, int] = {}
+    def enter(self, rank: int) -> None:
+        self.tape = self.tapes.setdefault(rank, Tape(rank, self.device, self.shared))
+        names = {"RANK": rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": rank % _NODE}
+        names["LOCAL_WORLD_SIZE"] = min(self.world_size, _NODE)
+        os.environ.update({name: str(value) for name, value in names.items()})
 
-    def all_reduce(self, rank: int, tensor: Tensor) -> None:
-        raise NotImplementedError
+    def record(self, program: Callable[[], T], rank: int) -> Recorded[T]:
+        tape = self.tape
+        if self.world_size > 1:
+            dist.init_process_group(BACKEND, rank=rank, world_size=self.world_size, store=dist.HashStore())
+            self.named(dist.group.WORLD, "world")
+        try:
+            with Watch(tape):
+                result = program()
+        finally:
+            shutdown_distributed()
+        return Recorded(tape.record(), result)
 
-    def broadcast(self, rank: int, tensor: Tensor, source: int) -> None:
-        raise NotImplementedError
+    def create(self, options: Any, _: Any) -> RecordingGroup:
+        """Make a process group; PyTorch calls it."""
+        ranks = tuple(options.global_ranks_in_group) or tuple(range(self.world_size))
+        return RecordingGroup(self.tape, self.turns, options.group_id, ranks, options.group_rank)
 
-
-def _record_rank(
-    rank: int, world_size: int, program: Callable[[], T], device: torch.device, control: Control, shared: dict[Event, Event]
-) -> Recorded[T]:
-    tape = Tape(rank, device, shared)
-    with _as_rank(rank, world_size, tape, control), Watch(tape):
-        result = program()
-    return Recorded(tape.record(), result)
-
-
-@contextmanager
-def _as_rank(rank: int, world_size: int, tape: Tape, control: Control) -> Iterator[None]:
-    """Be `rank`: its environment, its default process group, and its device."""
-    sizes = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % 8, "LOCAL_WORLD_SIZE": min(world_size, 8)}
-    new_group = dist.new_group
-
-    def make(ranks: Sequence[int] | None = None, backend: str | None = None, **options: Any) -> Any:
-        axis = CONTROL if backend == "gloo" else options.get("group_desc") or "unnamed"
-        group = new_group(ranks, **options)
-        if isinstance(group, RecordingGroup):
+    def named(self, group: Any, axis: str) -> Any:
+        if isinstance(group, RecordingGroup):  # else this rank is not a member
             group.name_axis(axis)
-            tape.note(NewGroup(group.group))
+            self.tape.note(NewGroup(group.group))
         return group
 
-    def create(options: Any, _: Any) -> RecordingGroup:
-        ranks = tuple(options.global_ranks_in_group) or tuple(range(world_size))
-        return RecordingGroup(tape, control, options.group_id, ranks, options.group_rank)
-
-    dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu", "cuda", "meta"])
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, {name: str(size) for name, size in sizes.items()}))
-        stack.enter_context(mock.patch.object(dist, "new_group", make))
-        if tape.device.type != "cpu":
-            choose = lambda wanted, local_rank: tape.device
-            stack.enter_context(mock.patch.object(engine.parallel.layout, "choose_device", choose))
-        if world_size > 1:
-            dist.init_process_group(BACKEND, rank=rank, world_size=world_size, store=dist.HashStore())
-            stack.callback(_leave)
-            assert isinstance(dist.group.WORLD, RecordingGroup)
-            dist.group.WORLD.name_axis("world")
-            tape.note(NewGroup(dist.group.WORLD.group))
-        yield
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
 
 @contextmanager
-def _checked_once() -> Iterator[None]:
-    """Prove each schedule once, not on every rank."""
-    with mock.patch.object(engine.train.step, "check_schedule", cache(check_schedule)):
+def _installed(session: _Session) -> Iterator[None]:
+    """Put what the session needs into place: a backend, also for the control group; a device; one proof a schedule."""
+    new_group = dist.new_group
+
+    def make(ranks: Sequence[int] | None = None, *, backend: str | None = None, **options: Any) -> Any:
+        axis = "control" if backend == "gloo" else options.get("group_desc") or "unnamed"
+        return session.named(new_group(ranks, **options), axis)
+
+    dist.Backend.register_backend(BACKEND, session.create, extended_api=True, devices=["cpu", "cuda", "meta"])
+    with ExitStack() as stack:
+        put = lambda where, name, value: stack.enter_context(mock.patch.object(where, name, value))  # noqa: E731
+        stack.enter_context(mock.patch.dict(os.environ))
+        put(dist, "new_group", make)
+        put(engine.train.step, "check_schedule", cache(check_schedule))
+        if session.device.type == "meta":
+            put(engine.parallel.layout, "choose_device", lambda wanted, local_rank: session.device)
+            put(native, "runs", _runs_on_meta)
         yield
+
+
+def _runs_on_meta(x: torch.Tensor) -> bool:
+    """As `native.runs` with a GPU: the shape functions of csrc's operators stand for their kernels."""
+    return x.is_meta and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and not native.WHY_NOT

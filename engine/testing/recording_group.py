@@ -1,11 +1,11 @@
 """A process group that communicates with nobody: it notes each operation on a tape and makes up what would arrive.
 
 A gather repeats this rank's own part, a receive gives a small constant, a sum leaves this rank's own values, so that
-losses are finite. Only the control group, whose numbers decide what the program does next, is answered by a `Control`.
+losses are finite. Numbers that decide what the program does next, those of the control group, come from `Turns`.
 """
 
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,19 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from engine.testing.communication import Group
 from engine.testing.tape import Tape
+from engine.testing.turns import Turns
 
-CONTROL = "control"
 _RECEIVED = 0.01  # of every element of a message
-
-
-class Control(Protocol):
-    """What the control group answers."""
-
-    def all_reduce(self, rank: int, tensor: Tensor) -> None:
-        """Replace the numbers of `rank` by the sum over all ranks."""
-
-    def broadcast(self, rank: int, tensor: Tensor, source: int) -> None:
-        """Replace the numbers of `rank` by those of `source`."""
 
 
 class RecordedWork(dist.Work):
@@ -51,9 +41,9 @@ class RecordingGroup(dist.ProcessGroup):
         group: set by `name_axis`, after PyTorch has made the group.
     """
 
-    def __init__(self, tape: Tape, control: Control, name: str, ranks: tuple[int, ...], rank: int) -> None:
+    def __init__(self, tape: Tape, turns: Turns, name: str, ranks: tuple[int, ...], rank: int) -> None:
         super().__init__(rank, len(ranks))
-        self.tape, self.control = tape, control
+        self.tape, self.turns = tape, turns
         self.group = Group(name, "unnamed", ranks)
 
     @property
@@ -71,17 +61,17 @@ class RecordingGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> RecordedWork:
         (tensor,) = tensors
-        if self.group.axis == CONTROL:
+        if self.group.axis in self.turns.axes:
             with _disable_current_modes():
-                self.control.all_reduce(self.tape.rank, tensor)
+                self.turns.all_reduce(self.tape.rank, tensor)
         return self._launch("all_reduce", tensor, writes=tensors, detail=_reduction(opts))
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> RecordedWork:
         (tensor,) = tensors
         source = self.group.ranks[opts.rootRank]
-        if self.group.axis == CONTROL:
+        if self.group.axis in self.turns.axes:
             with _disable_current_modes():
-                self.control.broadcast(self.tape.rank, tensor, source)
+                self.turns.broadcast(self.tape.rank, tensor, source)
         sends = self.tape.rank == source
         access = {"reads": tensors} if sends else {"writes": tensors}
         return self._launch("broadcast", tensor, detail=f"from {source}", **access)

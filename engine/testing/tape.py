@@ -7,7 +7,8 @@ which would have to be kept complete.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,9 @@ class _UnderWay:
     writes: tuple[Range, ...]
     tensors: tuple[Tensor, ...]
 
+    def storages(self) -> list[int]:
+        return [storage for storage, _, _ in self.reads + self.writes]
+
 
 class Tape:
     """Events and problems of one rank.
@@ -50,6 +54,7 @@ class Tape:
         self.events: list[Event] = []
         self.problems: dict[str, None] = {}  # in order, each once
         self.under_way: dict[int, _UnderWay] = {}
+        self.busy: Counter[int] = Counter()  # storages that operations under way touch
         self.operators = 0
         self._launches = 0
 
@@ -94,20 +99,22 @@ class Tape:
         others = [work for work in self.under_way.values() if work.launch.group != group]
         self._check(f"{kind} on {group.axis}", others, *ranges)
         self.note(launch)
-        self.under_way[launch.number] = _UnderWay(launch, *ranges, (*reads, *writes))
+        self.under_way[launch.number] = work = _UnderWay(launch, *ranges, (*reads, *writes))
+        self.busy.update(work.storages())
         return launch.number
 
     def wait(self, number: int) -> None:
         self.note(Wait(number, caller()))
-        self.under_way.pop(number, None)
+        if work := self.under_way.pop(number, None):
+            self.busy = +(self.busy - Counter(work.storages()))
 
-    def computed(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
-        """Note an operator."""
-        self.operators += 1
-        if self.under_way:
-            self._check(name, self.under_way.values(), _ranges(read), _ranges(written))
+    def check_operator(self, name: str, read: Iterable[Tensor], written: Iterable[Tensor]) -> None:
+        """Hold an operator against what is under way."""
+        self._check(name, self.under_way.values(), _ranges(read), _ranges(written))
 
-    def _check(self, name: str, works: Any, reads: tuple[Range, ...], writes: tuple[Range, ...]) -> None:
+    def _check(
+        self, name: str, works: Iterable[_UnderWay], reads: tuple[Range, ...], writes: tuple[Range, ...]
+    ) -> None:
         for work in works:
             for does, own, what, theirs in (
                 ("reads", reads, "writes", work.writes),
@@ -138,15 +145,21 @@ class Watch(TorchDispatchMode):
         self.tape = tape
         self.on_host = tape.device.type == "cpu"
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and keeping the compiler out would cost more than all operators."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         access = _access(func)
-        if access.computes and (self.on_host or _on_device(args, self.tape.device)):
-            if self.tape.under_way:
-                read, written = access.split(args, kwargs)
-                self.tape.computed(access.name, read, written)
-            else:
-                self.tape.operators += 1
+        tape = self.tape
+        if access.computes and (self.on_host or _on_device(args, tape.device)):
+            tape.operators += 1
+            if tape.busy:
+                touched = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+                if any(tensor.untyped_storage()._cdata in tape.busy for tensor in touched):
+                    tape.check_operator(access.name, *access.split(args, kwargs))
         if not self.on_host and access.may_wait:
             return self._copied(func, args, kwargs)
         return func(*args, **kwargs)
@@ -223,7 +236,7 @@ def _on_device(args: Any, device: torch.device) -> bool:
     return any(tensor.device.type == device.type for tensor in _tensors(args))
 
 
-def _ranges(tensors: Sequence[Tensor]) -> tuple[Range, ...]:
+def _ranges(tensors: Iterable[Tensor]) -> tuple[Range, ...]:
     return tuple(_range(tensor) for tensor in tensors if tensor.numel())
 
 

@@ -188,15 +188,15 @@ def _check_groups(ranks: Ranks) -> Iterator[str]:
 
 
 def _group_cycle(made: Mapping[int, Sequence[Group]]) -> Iterator[str]:
+    follows = {pair: rank for rank, groups in reversed(made.items()) for pair in pairwise(groups)}
     order: TopologicalSorter[Group] = TopologicalSorter()
-    for groups in made.values():
-        for before, after in pairwise(groups):
-            order.add(after, before)
+    for before, after in follows:
+        order.add(after, before)
     try:
         order.prepare()
     except CycleError as error:
-        cycle = " before ".join(str(group) for group in error.args[1])
-        yield f"groups are made in orders that contradict each other: {cycle}; make them in one order on all ranks"
+        steps = (f"rank {follows[pair]} makes the {pair[0]} before the {pair[1]}" for pair in pairwise(error.args[1]))
+        yield f"{', but '.join(steps)}; make groups in one order on all ranks"
 
 
 def _unmade(ranks: Ranks, made: Mapping[int, Sequence[Group]]) -> Iterator[str]:

@@ -91,7 +91,14 @@ class HostSync:
     caller: str
 
 
-Event = NewGroup | Launch | Wait | Compute | HostSync
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What the program does from here on, such as "step 2"."""
+
+    name: str
+
+
+Event = NewGroup | Launch | Wait | Compute | HostSync | Phase
 
 
 @dataclass(frozen=True, slots=True)

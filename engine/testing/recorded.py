@@ -24,7 +24,7 @@ from engine.model.parameters import kv_replicas
 from engine.ops import native
 from engine.parallel.layout import Layout, build_process_groups, init_distributed, shutdown_distributed
 from engine.parallel.pipeline.check import check_schedule
-from engine.testing.communication import Event, NewGroup, Record
+from engine.testing.communication import Event, NewGroup, Phase, Record
 from engine.testing.recording_group import RecordingGroup
 from engine.testing.runs import random_batches
 from engine.testing.tape import Tape, Watch
@@ -90,15 +90,23 @@ def train_layout(config: Config, layout: Layout, *, steps: int = 2) -> list[floa
     model, optimizer = build_model(config, world, dtype, seed=None if on_meta else config.run.seed)
     batches = random_batches(config, dp_rank=world.coords.dp, dp_size=layout.dp)
     tokens = config.batch.global_ * config.data.seq_length
-    results = [
-        train_step(model, optimizer, batches, step=step, lr=1e-3, tokens=tokens) for step in range(1, steps + 1)
-    ]
+    results = []
+    for step in range(1, steps + 1):
+        begin_phase(f"step {step}")
+        results.append(train_step(model, optimizer, batches, step=step, lr=1e-3, tokens=tokens))
+    begin_phase("evaluation")
     with torch.no_grad():
         world.sum_on_device(model.evaluate(batches))
     optimizer.parameters.finish_gathering()
     for _ in state_slices(optimizer, model.fp8):
         pass
     return [] if on_meta else [result.loss.item() for result in results]
+
+
+def begin_phase(name: str) -> None:
+    """Note what the program does from here on; nothing where there is one rank, which communicates with nobody."""
+    if isinstance(group := dist.group.WORLD, RecordingGroup):
+        group.tape.note(Phase(name))
 
 
 class _Session:

@@ -33,6 +33,7 @@ from engine.testing.communication import (
     HostSync,
     Launch,
     NewGroup,
+    Phase,
     Record,
     Wait,
 )
@@ -147,7 +148,9 @@ class _Rank:
 
 
 def _rank(record: Record) -> _Rank:
-    events: list[Event] = [event for event in record.events if not isinstance(event, Compute)]  # they take no time here
+    events: list[Event] = [
+        event for event in record.events if not isinstance(event, (Compute, Phase))
+    ]  # they take no time here
     return _Rank(record.rank, events, {event.number: event for event in events if isinstance(event, Launch)})
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.testing.communication import Event, Launch, Record, Wait
+from engine.testing.communication import Event, Launch, Phase, Record, Wait
 
 _SHARES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}  # times (n − 1)/n of the tensor
 
@@ -75,3 +75,14 @@ def busiest(parts: Sequence[Traffic]) -> Traffic:
         sent |= part.sent
         launches |= part.launches
     return Traffic(sent, launches, max((part.peak_bytes for part in parts), default=0))
+
+
+def phases(record: Record) -> dict[str, list[Event]]:
+    """The events of a record by the phase of its program; those before the first phase under ""."""
+    found: dict[str, list[Event]] = {"": []}
+    name = ""
+    for event in record.events:
+        if isinstance(event, Phase):
+            name = event.name
+        found.setdefault(name, []).append(event)
+    return found

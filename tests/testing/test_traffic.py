@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine.testing.communication import Group, Launch
-from engine.testing.traffic import Traffic, busiest, communicators, sent_bytes, traffic
+from engine.testing.communication import Group, Launch, Phase
+from engine.testing.traffic import Traffic, busiest, communicators, phases, sent_bytes, traffic
 from tests.testing.programs import Program
 
 DP = Group("1", "dp", (0, 1, 2, 3))
@@ -57,6 +57,20 @@ def test_communicators_of_a_rank():
         program.call("send", FORWARD, peer=peer).call("recv", FORWARD, peer=peer)
     program.call("all_reduce", FORWARD).call("all_reduce", DP).call("all_gather", DP)
     assert communicators(program.record()) == {"forward": 3, "dp": 1}
+
+
+def test_the_phases_of_a_program():
+    program = Program(0).make(DP).call("all_gather", DP)
+    for step in (1, 2):
+        program.events.append(Phase(f"step {step}"))
+        for _ in range(step):
+            program.call("all_reduce", DP)
+    launches = {name: traffic(events).launches for name, events in phases(program.record()).items()}
+    assert launches == {
+        "": {("dp", "all_gather"): 1},
+        "step 1": {("dp", "all_reduce"): 1},
+        "step 2": {("dp", "all_reduce"): 2},
+    }
 
 
 def test_the_busiest_rank_of_each_kind():

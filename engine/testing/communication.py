@@ -195,7 +195,7 @@ def _check_groups(ranks: Ranks) -> Iterator[str]:
 
 
 def _group_cycle(made: Mapping[int, Sequence[Group]]) -> Iterator[str]:
-    follows = {pair: rank for rank, groups in reversed(made.items()) for pair in pairwise(groups)}
+    follows = {pair: rank for rank, groups in sorted(made.items(), reverse=True) for pair in pairwise(groups)}
     order: TopologicalSorter[Group] = TopologicalSorter()
     for before, after in follows:
         order.add(after, before)

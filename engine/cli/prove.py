@@ -135,9 +135,7 @@ def _print_traffic(records: Sequence[Record]) -> None:
     for (axis, kind), launches in sorted(most.launches.items()):
         if kind != "recv":  # as many as the sends
             print(_row(f"{axis:<16}{kind}", launches, most.sent[axis, kind]))
-    launched, sent = (
-        max(count.total() for count in counts) for counts in zip(*((t.launches, t.sent) for t in of_step))
-    )
+    launched, sent = (max(part.launches.total() for part in of_step), max(part.sent.total() for part in of_step))
     print(_row("everything, receives too", launched, sent))
     print(f"in flight      at most {_size(most.peak_bytes)} at once")
     counts = max((communicators(record) for record in records), key=lambda count: count.total())

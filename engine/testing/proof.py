@@ -55,11 +55,8 @@ def record_in_processes(
     config: Config, layout: Layout, ranks: Sequence[int], *, steps: int, processes: int
 ) -> Iterator[list[Record]]:
     """Record ranks on the meta device, a share at a time, in as many processes; yields the records of each share."""
-    shares = [
-        list(ranks[first : first + size])
-        for size in [_share(len(ranks), processes)]
-        for first in range(0, len(ranks), size)
-    ]
+    size = max(2, -(-len(ranks) // (_SHARES * processes)))
+    shares = [ranks[first : first + size] for first in range(0, len(ranks), size)]
     if processes == 1:
         yield from (_record(config, layout, steps, share) for share in shares)
         return

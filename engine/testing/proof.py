@@ -7,7 +7,7 @@ would show a program that depends on more than the kind.
 
 import multiprocessing
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 
@@ -17,9 +17,9 @@ from engine.config.schema import Config
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Coordinates, Layout, TensorParallel
 from engine.plan.stages import stage_parts
-from engine.testing.communication import Record, problems
+from engine.testing.communication import CHECKS, Record, problems
 from engine.testing.recorded import record_training
-from engine.testing.simulator import MODES, deadlock
+from engine.testing.simulator import MODES, Mode, deadlock
 
 # Shares of the ranks for each process, so that progress shows and no process ends long before the others. Not one for
 # each rank: every share builds the schedule and proves it.
@@ -76,7 +76,13 @@ def _record(config: Config, layout: Layout, steps: int, ranks: Sequence[int]) ->
     return record_training(config, layout, steps=steps, ranks=ranks, device="meta")
 
 
-def failures(records: Sequence[Record], *, symmetric: bool) -> list[str]:
-    """All problems of the records, and in each mode of the simulator who hangs."""
-    hanging = [found for mode in MODES if (found := deadlock(records, mode)) is not None]
-    return problems(records, symmetric=symmetric) + hanging
+def failures(
+    records: Sequence[Record],
+    *,
+    checks: Collection[str] = tuple(CHECKS),
+    modes: Sequence[Mode] = MODES,
+    symmetric: bool = False,
+) -> list[str]:
+    """The problems that `checks` find in records, and in each of `modes` who hangs; see `problems` and `deadlock`."""
+    hanging = [found for mode in modes if (found := deadlock(records, mode)) is not None]
+    return problems(records, checks=checks, symmetric=symmetric) + hanging

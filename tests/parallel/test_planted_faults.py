@@ -27,7 +27,7 @@ from engine.testing.communication import CHECKS, problems
 from engine.testing.proof import failures
 from engine.testing.recorded import record_training
 from engine.testing.runs import run_config
-from engine.testing.simulator import MODES, deadlock
+from engine.testing.simulator import MODES, deadlock, unsafe_stops
 from engine.train.step import DistributedModel
 
 Patch = pytest.MonkeyPatch
@@ -353,6 +353,28 @@ def test_a_planted_fault_is_found_by_these_checks_and_no_other(fault, record, mo
 @pytest.mark.parametrize("fault", {(f.layout, f.settings): f for f in FAULTS}.values(), ids=lambda f: str(f.layout))
 def test_nothing_is_found_where_nothing_is_planted(fault, record):
     assert failures(record(fault)) == []
+
+
+def stops(tmp_path, ranks_at_once: int) -> int:
+    """How many stops of hosts would hang a step of 1F1B on two stages."""
+    records = record_training(run_config(tmp_path, "--parallel.pp", "2"), PP, steps=1)
+    return len(unsafe_stops(records, at_once=ranks_at_once))
+
+
+def test_no_stop_of_one_host_or_of_two_hangs(tmp_path):
+    assert stops(tmp_path, 1) == stops(tmp_path, 2) == 0
+
+
+def test_a_rule_for_one_host_is_not_enough(tmp_path, monkeypatch):
+    """Why the simulator has the mode "synchronous": each stop alone is safe, and two at once are not."""
+    receives_before_the_send_on_both_sides(monkeypatch)
+    assert stops(tmp_path, 1) == 0
+    assert stops(tmp_path, 2) > 0
+
+
+def test_receives_two_ahead_hang_at_a_stop_of_one_host(tmp_path, monkeypatch):
+    receives_two_ahead(monkeypatch)
+    assert stops(tmp_path, 1) > 10
 
 
 def test_no_check_is_idle():

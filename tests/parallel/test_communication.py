@@ -1,0 +1,285 @@
+"""No message can hang, and no memory is touched while it is under way: held against the programs of all ranks.
+
+Every rank of a layout runs through the engine's real code in this process (`engine/testing/recorded.py`). What the
+ranks did must fit together, and must come to its end on any hardware: with a stream for each communicator, with one
+hardware queue, and with every operation blocking where it is launched.
+"""
+
+import errno
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import engine.checkpoint.save
+import engine.train.step
+import engine.train.trainer
+from engine.checkpoint.run_directory import checkpoints_dir, open_checkpoint
+from engine.checkpoint.shares import write_share
+from engine.checkpoint.storage import Storage
+from engine.config.schema import Config
+from engine.errors import Interrupted, NonFiniteError, StorageError, TriaxisError
+from engine.parallel.data import ShardedParameters
+from engine.parallel.layout import Layout
+from engine.testing.communication import Record, problems
+from engine.testing.recorded import record_ranks, train_layout
+from engine.testing.runs import losses, read_records, run_config, write_conversations, write_dataset
+from engine.testing.simulator import MODES, deadlock
+from engine.testing.turns import Lockstep
+from engine.train.run import train
+from engine.train.step import DistributedModel, StepResult, train_step
+
+FP8 = ("--precision.mode=fp8", "--model.intermediate_size=192")
+INTERLEAVED = ("--parallel.schedule=interleaved", "--parallel.virtual_stages=2")
+ZERO_BUBBLE = ("--parallel.schedule=zero_bubble",)
+AfterStep = Callable[[Lockstep, int, int], None]
+UNSHARDED = ("--parallel.sharded_optimizer=false",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout with the settings that it differs in; 4 microbatches a rank and step if not said otherwise."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    settings: tuple[str, ...] = ()
+    preset: str = "tiny"
+    microbatches: int = 4
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(tp=self.tp, pp=self.pp, dp=self.dp)
+
+    def __str__(self) -> str:
+        words = (word.removeprefix("--").rpartition(".")[2] for word in self.settings)
+        return " ".join([f"tp{self.tp} pp{self.pp} dp{self.dp}", self.preset, *words])
+
+
+CASES = [
+    Case(tp=2),
+    Case(tp=4),
+    Case(dp=2),
+    Case(dp=3, settings=UNSHARDED),
+    Case(pp=2),
+    Case(pp=2, microbatches=1),
+    Case(pp=3, microbatches=5),
+    Case(pp=4),
+    Case(pp=2, settings=("--parallel.schedule=gpipe",)),
+    Case(pp=4, settings=("--parallel.schedule=gpipe",), microbatches=6),
+    Case(pp=2, settings=ZERO_BUBBLE),
+    Case(pp=4, settings=ZERO_BUBBLE, microbatches=7),
+    Case(pp=2, settings=INTERLEAVED),
+    Case(pp=2, settings=(*INTERLEAVED, "--model.num_layers=6", "--parallel.virtual_stages=3")),
+    Case(pp=4, settings=(*INTERLEAVED, "--model.num_layers=8"), microbatches=8),
+    Case(tp=2, pp=2),
+    Case(tp=2, pp=2, settings=INTERLEAVED),
+    Case(tp=2, pp=2, settings=ZERO_BUBBLE),
+    Case(tp=2, pp=2, settings=("--parallel.schedule=gpipe",)),
+    Case(tp=2, dp=2),
+    Case(tp=2, dp=2, settings=UNSHARDED),
+    Case(pp=2, dp=2),
+    Case(pp=2, dp=2, settings=UNSHARDED),
+    Case(pp=2, dp=2, settings=ZERO_BUBBLE),
+    Case(pp=2, dp=2, settings=INTERLEAVED),
+    Case(pp=4, dp=2, settings=(*INTERLEAVED, "--model.num_layers=8")),
+    Case(tp=2, pp=2, dp=2),
+    Case(tp=2, pp=2, dp=2, settings=(*ZERO_BUBBLE, *UNSHARDED)),
+    Case(pp=2, preset="tiny-starcoder2"),
+    Case(pp=3, dp=2, preset="tiny-starcoder2"),
+    Case(tp=2, pp=2, preset="tiny-starcoder2", settings=ZERO_BUBBLE),
+    Case(tp=2, pp=2, dp=2, preset="tiny-starcoder2"),
+    Case(tp=4, preset="tiny", settings=("--model.num_kv_heads=2",)),
+    Case(tp=4, dp=2, settings=("--model.num_kv_heads=1",), microbatches=1),
+    Case(tp=2, settings=("--model.vocab_size=259",)),
+    Case(tp=2, pp=2, settings=("--model.vocab_size=259", "--train.z_loss=0.01")),
+    Case(tp=2, settings=("--parallel.recompute=selective",)),
+    Case(tp=2, pp=2, settings=("--parallel.recompute=full",)),
+    Case(tp=2, settings=("--parallel.recompute=full", "--parallel.recompute_layers=1")),
+    Case(tp=2, preset="tiny-qwen2"),
+    Case(tp=2, preset="tiny-qwen3"),
+    Case(tp=2, settings=FP8),
+    Case(tp=2, dp=2, settings=(*FP8, "--precision.recipe=delayed")),
+    Case(tp=2, pp=2, settings=(*FP8, "--precision.recipe=blockwise")),
+    Case(tp=2, settings=(*FP8, "--precision.recipe=delayed", "--parallel.recompute=selective")),
+]
+
+
+def config_of(case: Case, directory: Path, *settings: str) -> Config:
+    sizes = {"tp": case.tp, "pp": case.pp}
+    parallel = [f"--parallel.{axis}={size}" for axis, size in sizes.items()]
+    batch = f"--batch.global={case.microbatches * case.dp}"
+    return run_config(directory, *parallel, batch, *case.settings, *settings, preset=case.preset)
+
+
+def assert_sound(records: list[Record], *, symmetric: bool = False) -> None:
+    assert problems(records, symmetric=symmetric) == []
+    for mode in MODES:
+        assert deadlock(records, mode) is None, mode
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """About a gradient bucket a layer, so that reductions and gathers overlap with computation."""
+    monkeypatch.setattr(engine.train.step, "ShardedParameters", partial(ShardedParameters, bucket_size=10_000))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_programs_of_all_ranks_fit_together_and_end(tmp_path: Path, case: Case) -> None:
+    program = partial(train_layout, config_of(case, tmp_path), case.layout)
+    ranks = record_ranks(case.layout.world_size, program)
+    assert_sound([rank.record for rank in ranks])
+    assert all(math.isfinite(loss) for rank in ranks for loss in rank.result)
+    assert any(loss > 0 for rank in ranks for loss in rank.result)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the real trainer on all ranks in lockstep: what they did, and the error with which each ended."""
+
+    records: list[Record]
+    errors: list[TriaxisError | None]
+
+
+def run_training(config: Config, world_size: int, after_step: AfterStep | None = None) -> Run:
+    """Train; `after_step(lockstep, rank, step)` is called on each rank before it reports the step."""
+    lockstep = Lockstep()
+
+    def program() -> TriaxisError | None:
+        try:
+            train(config)
+        except TriaxisError as error:
+            return error
+        return None
+
+    def step_and_call(model: DistributedModel, *arguments: Any, step: int, **options: Any) -> StepResult:
+        result = train_step(model, *arguments, step=step, **options)
+        if after_step is not None:
+            after_step(lockstep, model.world.rank, step)
+        return result
+
+    quiet, stepping = redirect_stdout(StringIO()), mock.patch.object(engine.train.trainer, "train_step", step_and_call)
+    with quiet, stepping:
+        ranks = record_ranks(world_size, program, turns=lockstep)
+    return Run([rank.record for rank in ranks], [rank.result for rank in ranks])
+
+
+def assert_all_end_with(run: Run, kind: type[TriaxisError], message: str) -> None:
+    assert {type(error) for error in run.errors} == {kind}
+    assert all(message in str(error) for error in run.errors)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "corpus")
+    return tmp_path
+
+
+EVALUATING = ("--train.eval_steps=1", "--train.eval_interval=2")
+TWO_BY_TWO = Case(tp=2, pp=2)
+
+
+def test_a_run_that_evaluates_and_saves_resumes_in_another_layout(corpus: Path) -> None:
+    first, second = TWO_BY_TWO, Case(tp=2, dp=2, microbatches=2)
+    settings = (*EVALUATING, "--checkpoint.interval=2", *FP8, "--precision.recipe=delayed")
+    for case, steps in (first, 3), (second, 5):
+        config = config_of(case, corpus, *settings, f"--train.steps={steps}")
+        run = run_training(config, case.layout.world_size)
+        assert run.errors == [None] * 4
+        assert_sound(run.records)
+        assert open_checkpoint(config.run.dir).state.step == steps
+    records = read_records(config.run.dir / "metrics.jsonl")
+    assert [record["step"] for record in records if "eval_loss" in record] == [0, 2, 3, 4, 5]
+    assert all(math.isfinite(loss) for loss in losses(records)) and len(losses(records)) == 5
+
+
+def test_a_skipped_step_changes_nothing_for_the_other_ranks(corpus: Path) -> None:
+    config = config_of(Case(pp=2, dp=2), corpus, *EVALUATING, "--train.steps=3")
+    with overflow(rank=3, step=2):
+        run = run_training(config, 4)
+    assert run.errors == [None] * 4
+    assert_sound(run.records)
+    assert [record["skipped"] for record in read_records(config.run.dir / "metrics.jsonl") if "loss" in record] == [
+        0,
+        1,
+        0,
+    ]
+
+
+def test_all_ranks_give_up_after_too_many_skipped_steps(corpus: Path) -> None:
+    config = config_of(TWO_BY_TWO, corpus, "--train.max_nonfinite_steps=1", "--train.steps=3")
+    with overflow(rank=2, step=2):
+        run = run_training(config, 4)
+    assert_all_end_with(run, NonFiniteError, "the last 1 steps up to 2 had NaN or infinite gradients")
+    assert_sound(run.records)
+
+
+@contextmanager
+def overflow(rank: int, step: int) -> Iterator[None]:
+    """Make the gradients of one rank infinite in one step."""
+    reduce_gradients, steps = ShardedParameters.reduce_gradients, Counter[int]()
+
+    def reduce(self: ShardedParameters) -> None:
+        reduce_gradients(self)
+        steps[self.world.rank] += 1
+        if self.world.rank == rank and steps[rank] == step:
+            for bucket in self.buckets:
+                bucket.grad.fill_(torch.inf)
+
+    with mock.patch.object(ShardedParameters, "reduce_gradients", reduce):
+        yield
+
+
+def test_all_ranks_stop_early_together(corpus: Path) -> None:
+    settings = ("--train.eval_steps=1", "--train.eval_interval=1", "--train.early_stopping=2", "--optimizer.lr=1e-30")
+    config = config_of(Case(pp=2, dp=2), corpus, *settings, "--checkpoint.keep_best=true", "--train.steps=9")
+    run = run_training(config, 4)
+    assert run.errors == [None] * 4
+    assert_sound(run.records)
+    assert open_checkpoint(config.run.dir).state.step == 2
+
+
+def test_a_signal_between_steps_ends_all_ranks_with_a_checkpoint(corpus: Path) -> None:
+    def terminate(lockstep: Lockstep, rank: int, step: int) -> None:
+        if (rank, step) == (1, 2):
+            lockstep.signal(rank, SIGTERM)
+
+    config = config_of(TWO_BY_TWO, corpus, "--train.steps=9")
+    run = run_training(config, 4, terminate)
+    assert_all_end_with(run, Interrupted, "stopped by SIGTERM after step 2; the state is saved")
+    assert_sound(run.records)
+    assert open_checkpoint(config.run.dir).state.step == 2
+
+
+def test_all_ranks_fail_together_if_one_cannot_write_its_part_of_a_checkpoint(corpus: Path) -> None:
+    def write(files: Storage, partial: Path, slices: Any, rank: int, world_size: int) -> None:
+        if rank == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_share(files, partial, slices, rank, world_size)
+
+    config = config_of(TWO_BY_TWO, corpus, "--train.steps=2")
+    with mock.patch.object(engine.checkpoint.save, "write_share", write):
+        run = run_training(config, 4)
+    assert_all_end_with(run, StorageError, "checkpoint not saved: rank 2: [Errno 28] No space left on device")
+    assert_sound(run.records)
+    assert not [path for path in checkpoints_dir(config.run.dir).iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("case", [Case(tp=2, dp=2), Case(pp=2, dp=2, settings=ZERO_BUBBLE)], ids=str)
+def test_fine_tuning_on_packed_conversations(tmp_path: Path, case: Case) -> None:
+    chats = write_conversations(tmp_path / "chats")
+    paths = (f"--data.train=[{{path: {chats}}}]", f"--data.valid=[{{path: {chats}}}]", "--task=sft")
+    config = config_of(case, tmp_path, *paths, *EVALUATING, "--train.steps=2")
+    run = run_training(config, 4)
+    assert run.errors == [None] * 4
+    assert_sound(run.records)

@@ -29,12 +29,14 @@ from engine.checkpoint.shares import write_share
 from engine.checkpoint.storage import Storage
 from engine.config.schema import Config
 from engine.errors import Interrupted, NonFiniteError, StorageError, TriaxisError
+from engine.ops import native
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout
-from engine.testing.communication import Record, problems
-from engine.testing.recorded import record_ranks, train_layout
+from engine.testing.communication import Launch, Record, problems
+from engine.testing.recorded import record_ranks, record_training, train_layout
 from engine.testing.runs import losses, read_records, run_config, write_conversations, write_dataset
 from engine.testing.simulator import MODES, deadlock
+from engine.testing.traffic import traffic
 from engine.testing.turns import Lockstep
 from engine.train.run import train
 from engine.train.step import DistributedModel, StepResult, train_step
@@ -283,3 +285,70 @@ def test_fine_tuning_on_packed_conversations(tmp_path: Path, case: Case) -> None
     run = run_training(config, 4)
     assert run.errors == [None] * 4
     assert_sound(run.records)
+
+
+needs_csrc = pytest.mark.skipif(bool(native.WHY_NOT), reason="the shape functions stand for csrc's kernels")
+
+
+@needs_csrc
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+def test_fp8_takes_the_branches_of_a_gpu_on_the_meta_device(tmp_path: Path, recipe: str) -> None:
+    case = Case(tp=2, pp=2, settings=(*FP8, f"--precision.recipe={recipe}"))
+    records = record_training(config_of(case, tmp_path), case.layout, device="meta")
+    assert_sound(records)
+    # Backward passes gather the saved FP8 tokens again. Forward passes do so only where the norm before the matmul has
+    # quantized them, which needs a kernel and a scale that is known: two steps and the evaluation, or all but step 1.
+    layers, microbatches, backward = 2, 4, 2
+    forward = {"tensorwise": 0, "delayed": 2, "blockwise": 3}[recipe]
+    launches = [event for event in records[0].events if isinstance(event, Launch) and event.kind == "all_gather"]
+    in_fp8 = sum(launch.dtype == "uint8" for launch in launches)
+    assert in_fp8 == 2 * layers * microbatches * (forward + backward)
+
+
+@dataclass(frozen=True)
+class Llama2:
+    """Bytes that a rank of the first stage of Llama-2-7B sends in a step, tp 2 × pp 2 × dp 2, by hand."""
+
+    tokens = 2 * 4096  # two microbatches of a sequence
+    hidden = 4096
+    layers = 16
+    parameters = (32000 * 4096 + 16 * (4 * 4096**2 + 3 * 4096 * 11008)) // 2 + 16 * 2 * 4096
+    half = 2  # of each exchanged tensor a rank sends (n - 1)/n with n = 2
+
+    def tp(self, *, fp8: bool) -> int:
+        unit = self.tokens * self.hidden * 2 // self.half  # all tokens in bf16
+        # Forward and backward: tokens gathered for qkv and gate_up (again in the backward pass), outputs scattered for
+        # o and down; gradients the other way round. In FP8 the tokens are bytes, with an fp32 scale for each 128.
+        tokens = unit * (128 + 4) // 256 if fp8 else unit
+        layer = 4 * tokens + 6 * unit
+        norms = 2 * 2 * self.hidden * 4 // self.half  # fp32 gradients of two norms, all-reduced
+        return self.layers * (layer + norms) + 2 * unit  # and the embedding
+
+    def dp(self) -> int:
+        return self.parameters * (4 + 2) // self.half  # fp32 gradients scattered, bf16 parameters gathered
+
+    def forward(self) -> int:
+        return self.tokens * self.hidden * 2 // 2  # the tokens of a tp rank
+
+
+@needs_csrc
+@pytest.mark.parametrize("mode", ["bf16", "fp8"])
+def test_llama2_7b_sends_the_bytes_computed_by_hand(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # buckets of the real size
+    settings = (f"--precision.mode={mode}", "--precision.recipe=blockwise", "--data.seq_length=4096")
+    case = Case(tp=2, pp=2, dp=2, preset="llama2-7b", settings=settings, microbatches=2)
+    ranks = [rank for rank in range(8) if case.layout.coordinates(rank).dp == 0]  # the others do the same
+    one, two = (
+        record_training(config_of(case, tmp_path), case.layout, steps=steps, ranks=ranks, device="meta")
+        for steps in (1, 2)
+    )
+    assert_sound(two, symmetric=True)
+    by_axis: Counter[str] = Counter()
+    for record, sign in (two[0], 1), (one[0], -1):
+        for (axis, _), sent in traffic(record.events).sent.items():
+            by_axis[axis] += sign * sent
+    expected = Llama2()
+    assert by_axis["tp"] == expected.tp(fp8=mode == "fp8")
+    assert by_axis["dp"] == expected.dp()
+    assert by_axis["forward"] == expected.forward()
+    assert by_axis["world"] == 2 * 4 * 7 // 8  # the gradient norm

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._C import _DisableTorchDispatch  # what happens here is no operator of the program
 
 from engine.testing.communication import Group
 from engine.testing.tape import Tape
@@ -62,7 +62,7 @@ class RecordingGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any) -> RecordedWork:
         (tensor,) = tensors
         if self.group.axis in self.turns.axes:
-            with _disable_current_modes():
+            with _DisableTorchDispatch():
                 self.turns.all_reduce(self.tape.rank, tensor)
         return self._launch("all_reduce", tensor, writes=tensors, detail=_reduction(opts))
 
@@ -70,7 +70,7 @@ class RecordingGroup(dist.ProcessGroup):
         (tensor,) = tensors
         source = self.group.ranks[opts.rootRank]
         if self.group.axis in self.turns.axes:
-            with _disable_current_modes():
+            with _DisableTorchDispatch():
                 self.turns.broadcast(self.tape.rank, tensor, source)
         sends = self.tape.rank == source
         access = {"reads": tensors} if sends else {"writes": tensors}
@@ -80,19 +80,19 @@ class RecordingGroup(dist.ProcessGroup):
         return self._launch("barrier", torch.empty(0))
 
     def all_gather_single(self, out: Tensor, x: Tensor, opts: Any) -> RecordedWork:
-        with _disable_current_modes():
-            out.detach().view(self.size(), *x.shape).copy_(x.clone())
+        with _DisableTorchDispatch():
+            out.view(self.size(), *x.shape).copy_(x.clone())
         return self._launch("all_gather", out, reads=[x], writes=[out])
 
     def reduce_scatter_single(self, out: Tensor, x: Tensor, opts: Any) -> RecordedWork:
-        with _disable_current_modes():
+        with _DisableTorchDispatch():
             out.detach().copy_(x.view(self.size(), *out.shape)[self.rank()])
         return self._launch("reduce_scatter", x, reads=[x], writes=[out], detail=_reduction(opts))
 
     def all_to_all_single(
         self, out: Tensor, x: Tensor, out_splits: list[int], in_splits: list[int], opts: Any
     ) -> RecordedWork:
-        with _disable_current_modes():
+        with _DisableTorchDispatch():
             out.detach().copy_(x) if out.shape == x.shape else out.detach().fill_(0)
         return self._launch("all_to_all", x, reads=[x], writes=[out], detail=f"{in_splits} {out_splits}")
 
@@ -105,7 +105,7 @@ class RecordingGroup(dist.ProcessGroup):
         return self._launch("send", tensors[0], reads=tensors, peer=self.group.ranks[target])
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> RecordedWork:
-        with _disable_current_modes():
+        with _DisableTorchDispatch():
             tensors[0].detach().fill_(_RECEIVED)
         return self._launch("recv", tensors[0], writes=tensors, peer=self.group.ranks[source])
 

@@ -95,8 +95,8 @@ class Tape:
         )
         self._launches += 1
         ranges = _ranges(reads), _ranges(writes)
-        # A communicator runs its operations one after another, and does not wait for those of others.
-        others = [work for work in self.under_way.values() if work.launch.group != group]
+        # A communicator (of a group, or of two of its ranks) runs its operations in order, beside those of others.
+        others = [work for work in self.under_way.values() if (work.launch.group, work.launch.peer) != (group, peer)]
         self._check(f"{kind} on {group.axis}", others, *ranges)
         self.note(launch)
         self.under_way[launch.number] = work = _UnderWay(launch, *ranges, (*reads, *writes))

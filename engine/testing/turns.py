@@ -92,11 +92,12 @@ class _Rank:
     ended: bool = False
 
 
-class Lockstep:
-    """All ranks at once, as threads of which one runs.
+class LeftAloneError(RuntimeError):
+    """A rank waits for numbers of others that have ended, or that wait for something else."""
 
-    A rank that ends while others wait for it ends them too.
-    """
+
+class Lockstep:
+    """All ranks at once, as threads of which one runs. A rank that ends while others wait for it ends them too."""
 
     axes = frozenset({"control", "world"})
 
@@ -107,7 +108,12 @@ class Lockstep:
         self._current = 0
 
     def run(self, ranks: Sequence[int], body: Callable[[int], T], enter: Callable[[int], None]) -> list[T]:
-        """Raises: the error of the first rank that fails."""
+        """Return the results as above.
+
+        Raises:
+            LeftAloneError: not all ranks take part in an exchange of numbers.
+            Exception: the error of the lowest rank that has failed, if one has.
+        """
         self.ranks = {rank: _Rank(threading.Thread(target=self._thread, args=(rank, body))) for rank in ranks}
         # Each thread has its own default process group and names of groups, and no thread may install a handler.
         world = mock.patch.object(dist.distributed_c10d, "_world", ThreadLocalWorld())
@@ -125,10 +131,9 @@ class Lockstep:
                     self._exchange()
         finally:
             torch._C._distributed_c10d._set_thread_isolation_mode(False)
-        for rank, one in self.ranks.items():
-            if one.error is not None:
-                one.error.add_note(f"on rank {rank}")
-                raise one.error
+        errors = [one.error for one in self.ranks.values() if one.error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, LeftAloneError)):  # a consequence, if any other
+            raise error
         return [one.result for one in self.ranks.values()]
 
     def all_reduce(self, rank: int, tensor: Tensor) -> None:
@@ -150,6 +155,7 @@ class Lockstep:
         try:
             own.result = body(rank)
         except BaseException as error:
+            error.add_note(f"on rank {rank}")
             own.error = error
         own.ended = True
         self._back.release()
@@ -160,7 +166,7 @@ class Lockstep:
         self._back.release()
         own.go.acquire()
         if own.wants is not None:
-            raise RuntimeError(f"rank {rank} waits for a {kind} that other ranks do not take part in")
+            raise LeftAloneError(f"rank {rank} is in {kind}, and other ranks are not")
 
     def _exchange(self) -> None:
         """Answer what all ranks wait for; none, where one has ended or wants something else."""

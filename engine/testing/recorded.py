@@ -2,8 +2,9 @@
 
 The ranks join a `torch.distributed` backend that only records (`recording_group.py`), so a program that would need
 1,024 GPUs runs on one core: on the CPU, or on the meta device, without memory and values, where operators take the
-branches that they take on a GPU. What comes out are the programs of the ranks as values (`communication.py`), to be held
-against each other. The collectives take the calls that they take on NCCL.
+branches that they take on a GPU. The collectives take the calls that they take on NCCL. What comes out are the programs
+of the ranks as values (`communication.py`), to be held against each other. Alternative considered: processes with a
+backend that does nothing, which have to agree on every decision and need the memory of all ranks at once.
 """
 
 import os
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 import engine.parallel.layout
 import engine.train.step
@@ -126,7 +128,7 @@ class _Session:
     def record(self, program: Callable[[], T], rank: int) -> Recorded[T]:
         tape = self.tape
         if self.world_size > 1:
-            dist.init_process_group(BACKEND, rank=rank, world_size=self.world_size, store=dist.HashStore())
+            dist.init_process_group(BACKEND, rank=rank, world_size=self.world_size, store=HashStore())
             self.named(dist.group.WORLD, "world")
         try:
             with Watch(tape):

@@ -16,6 +16,7 @@ from engine.testing.communication import Group
 from engine.testing.tape import Tape
 from engine.testing.turns import Turns
 
+_ProcessGroup: Any = dist.ProcessGroup  # its stubs list overloads that no Python group can have
 _RECEIVED = 0.01  # of every element of a message
 
 
@@ -34,7 +35,7 @@ class RecordedWork(dist.Work):
         return self.number not in self.tape.under_way
 
 
-class RecordingGroup(dist.ProcessGroup):
+class RecordingGroup(_ProcessGroup):  # type: ignore[misc]
     """The process group of one rank, on a tape.
 
     Attributes:
@@ -53,18 +54,15 @@ class RecordingGroup(dist.ProcessGroup):
     def name_axis(self, axis: str) -> None:
         self.group = Group(self.group.name, axis, self.group.ranks)
 
-    def getBackendName(self) -> str:
-        return "recording"
-
     def shutdown(self) -> None:
         """Nothing to close."""
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> RecordedWork:
-        (tensor,) = tensors
-        if self.group.axis in self.turns.axes:
+        (tensor,), reduction = tensors, _reduction(opts)
+        if self.group.axis in self.turns.axes and reduction == "sum":
             with _DisableTorchDispatch():
                 self.turns.all_reduce(self.tape.rank, tensor)
-        return self._launch("all_reduce", tensor, writes=tensors, detail=_reduction(opts))
+        return self._launch("all_reduce", tensor, writes=tensors, detail=reduction)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> RecordedWork:
         (tensor,) = tensors

@@ -242,11 +242,11 @@ def _ranges(tensors: Iterable[Tensor]) -> tuple[Range, ...]:
 
 def _range(tensor: Tensor) -> Range:
     size = tensor.element_size()
-    begin = tensor.storage_offset() * size
+    begin = int(tensor.storage_offset()) * size
     if tensor.is_contiguous():
-        extent = tensor.numel()
+        extent = int(tensor.numel())
     else:
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        extent = 1 + sum(int(n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage()._cdata, begin, begin + extent * size
 
 
@@ -280,8 +280,9 @@ def message(kind: str) -> str | None:
         if "action" not in frame.f_code.co_varnames:
             continue
         found = frame.f_locals
-        action, run = found.get("action"), found.get("self")
+        action = found.get("action")
         if isinstance(action, Action):
+            run: Any = found["self"]
             return str(action if kind == "recv" else _needed_by(run.schedule, run.stage, action))
     return None
 
@@ -305,5 +306,3 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-

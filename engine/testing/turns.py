@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
 
 T = TypeVar("T")
+_c10d: Any = torch._C._distributed_c10d  # its stubs lack what PyTorch's own tests use
 
 
 class Turns(Protocol):
@@ -114,10 +114,12 @@ class Lockstep:
             LeftAloneError: not all ranks take part in an exchange of numbers.
             Exception: the error of the lowest rank that has failed, if one has.
         """
+        from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld  # for tests, as here
+
         self.ranks = {rank: _Rank(threading.Thread(target=self._thread, args=(rank, body))) for rank in ranks}
         # Each thread has its own default process group and names of groups, and no thread may install a handler.
         world = mock.patch.object(dist.distributed_c10d, "_world", ThreadLocalWorld())
-        torch._C._distributed_c10d._set_thread_isolation_mode(True)
+        _c10d._set_thread_isolation_mode(True)
         try:
             with world, mock.patch.object(signal, "signal", self._install):
                 for one in self.ranks.values():
@@ -130,7 +132,7 @@ class Lockstep:
                         self._back.acquire()
                     self._exchange()
         finally:
-            torch._C._distributed_c10d._set_thread_isolation_mode(False)
+            _c10d._set_thread_isolation_mode(False)
         errors = [one.error for one in self.ranks.values() if one.error is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, LeftAloneError)):  # a consequence, if any other
             raise error
@@ -174,8 +176,9 @@ class Lockstep:
         asked = [want for want in wants if want is not None]
         if len(asked) < len(wants) or len({(kind, x.shape, source) for kind, x, source in asked}) > 1:
             return
-        kind, first, source = asked[0]
-        total = sum(x for _, x, _ in asked) if kind == "all_reduce" else asked[source][1].clone()
-        for one, (_, x, _) in zip(self.ranks.values(), asked, strict=True):
+        kind, _, source = asked[0]
+        values = [x for _, x, _ in asked]
+        total = torch.stack(values).sum(0) if kind == "all_reduce" else values[source].clone()
+        for one, x in zip(self.ranks.values(), values, strict=True):
             x.copy_(total)
             one.wants = None

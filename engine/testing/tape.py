@@ -258,7 +258,8 @@ def caller() -> str:
     """The engine's file, line and function that communicates."""
     for frame in _frames():
         if place := _place(frame.f_code.co_filename):
-            return f"{place}:{frame.f_lineno} {frame.f_code.co_qualname}"
+            name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.11
+            return f"{place}:{frame.f_lineno} {name}"
     return "outside of the engine"
 
 

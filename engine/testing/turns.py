@@ -157,7 +157,8 @@ class Lockstep:
         try:
             own.result = body(rank)
         except BaseException as error:
-            error.add_note(f"on rank {rank}")
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"on rank {rank}")
             own.error = error
         own.ended = True
         self._back.release()

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import engine.checkpoint.save
+import engine.ops.fp8
 import engine.train.step
 import engine.train.trainer
 from engine.checkpoint.run_directory import checkpoints_dir, open_checkpoint
@@ -294,7 +295,9 @@ needs_csrc = pytest.mark.skipif(bool(native.WHY_NOT), reason="the shape function
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
 def test_fp8_takes_the_branches_of_a_gpu_on_the_meta_device(tmp_path: Path, recipe: str) -> None:
     case = Case(tp=2, pp=2, settings=(*FP8, f"--precision.recipe={recipe}"))
-    records = record_training(config_of(case, tmp_path), case.layout, device="meta")
+    with mock.patch.object(engine.ops.fp8, "_on_gpu", wraps=engine.ops.fp8._on_gpu) as matmul:
+        records = record_training(config_of(case, tmp_path), case.layout, device="meta")
+    assert matmul.called
     assert_sound(records)
     # Backward passes gather the saved FP8 tokens again. Forward passes do so only where the norm before the matmul has
     # quantized them, which needs a kernel and a scale that is known: two steps and the evaluation, or all but step 1.

@@ -257,7 +257,7 @@ def test_a_signal_between_steps_ends_all_ranks_with_a_checkpoint(corpus: Path) -
         if (rank, step) == (1, 2):
             lockstep.signal(rank, SIGTERM)
 
-    config = config_of(TWO_BY_TWO, corpus, "--train.steps=9")
+    config = config_of(Case(tp=2, dp=2), corpus, "--train.steps=9")
     run = run_training(config, 4, terminate)
     assert_all_end_with(run, Interrupted, "stopped by SIGTERM after step 2; the state is saved")
     assert_sound(run.records)

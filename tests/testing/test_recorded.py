@@ -142,7 +142,7 @@ def decide(world: World) -> tuple[list[int], list[int], list[int], str | None]:
     problem = f"rank {world.rank} is tired" if world.rank >= 1 else None
     return (
         sum_ints(world, [world.rank, 1]),
-        gather_ints(world, 10 * world.rank),
+        gather_ints(world, 10 + world.rank),
         broadcast_ints(world, [7, 8] if world.is_main else []),
         first_problem(world, problem),
     )
@@ -155,12 +155,12 @@ def decide_in_world() -> tuple[list[int], list[int], list[int], str | None]:
 def test_in_lockstep_all_ranks_decide_as_real_ones_do() -> None:
     recorded = [rank.result for rank in record(decide, Layout(dp=3), turns=Lockstep())]
     assert recorded == run_ranks(3, decide_in_world)
-    assert recorded == [([3, 3], [0, 10, 20], [7, 8], "rank 1 is tired")] * 3
+    assert recorded == [([3, 3], [10, 11, 12], [7, 8], "rank 1 is tired")] * 3
 
 
 def test_one_after_another_all_ranks_decide_as_if_they_were_equal() -> None:
     recorded = [rank.result for rank in record(decide, Layout(dp=3))]
-    assert recorded == [([0, 3], [0, 0, 0], [7, 8], None)] * 3
+    assert recorded == [([0, 3], [10, 10, 10], [7, 8], None)] * 3
 
 
 def test_in_lockstep_a_rank_that_leaves_ends_those_that_wait_for_it() -> None:

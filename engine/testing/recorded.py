@@ -86,7 +86,8 @@ def train_layout(config: Config, layout: Layout, *, steps: int = 2) -> list[floa
         this rank's part of the loss of each step; empty on the meta device, which has no values.
     """
     world = init_distributed(config.run.device)
-    world = build_process_groups(world, layout, kv_replicas=kv_replicas(config.model, layout.tp))
+    replicas, wraps = kv_replicas(config.model, layout.tp), config.parallel.virtual_stages > 1
+    world = build_process_groups(world, layout, kv_replicas=replicas, wraps=wraps, tied=config.model.tie_embeddings)
     on_meta = world.device.type == "meta"
     dtype = model_dtype(config.precision.mode, "cuda" if on_meta else "cpu")
     model, optimizer = build_model(config, world, dtype, seed=None if on_meta else config.run.seed)

@@ -41,7 +41,7 @@ examples:
   python tools/prove.py --layout tp=2,pp=4,dp=2 --preset tiny --parallel.schedule zero_bubble --all-ranks
   python tools/prove.py --layout tp=4,pp=2,dp=8 --config examples/llama2_7b.yaml --precision.mode fp8
 """
-STEPS = 2  # the second waits for what the first has left under way
+_STEPS = 2  # the second waits for what the first has left under way
 _MOST_SHOWN = 20  # problems
 
 
@@ -105,14 +105,14 @@ def _preset(name: str) -> dict[str, Any]:
         "model": {"preset": name},
         "data": {"tokenizer": "byte", "train": [{"path": "none"}], "seq_length": length},
         "batch": {"micro": 1, "global": 1},
-        "train": {"steps": STEPS},
+        "train": {"steps": _STEPS},
     }
 
 
 def _record(config: Config, layout: Layout, ranks: list[int], processes: int) -> list[Record]:
     records: list[Record] = []
     with closing(ProgressDisplay(len(ranks))) as progress:
-        for share in record_in_processes(config, layout, ranks, steps=STEPS, processes=processes):
+        for share in record_in_processes(config, layout, ranks, steps=_STEPS, processes=processes):
             records += share
             progress.update(len(records), f"{len(records):,} of {counted(len(ranks), 'rank')} recorded")
     return records
@@ -129,7 +129,7 @@ def _print_traffic(records: Sequence[Record]) -> None:
     """A table of the last step: for each axis and kind the launches and bytes of the rank that has most."""
     if len(records) < 2:
         return
-    of_step = [traffic(phases(record)[f"step {STEPS}"]) for record in records]
+    of_step = [traffic(phases(record)[f"step {_STEPS}"]) for record in records]
     most = busiest(of_step)
     print("sent per step, by the rank that sends most of it (ring algorithms)")
     for (axis, kind), launches in sorted(most.launches.items()):

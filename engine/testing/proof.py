@@ -19,7 +19,7 @@ from engine.parallel.layout import Coordinates, Layout, TensorParallel
 from engine.plan.stages import stage_parts
 from engine.testing.communication import CHECKS, Record, problems
 from engine.testing.recorded import record_training
-from engine.testing.simulator import MODES, Mode, deadlock
+from engine.testing.simulator import MODES, Mode, find_hang
 
 # Shares of the ranks for each process, so that progress shows and no process ends long before the others. Not one for
 # each rank: every share builds the schedule and proves it.
@@ -83,6 +83,6 @@ def failures(
     modes: Sequence[Mode] = MODES,
     symmetric: bool = False,
 ) -> list[str]:
-    """The problems that `checks` find in records, and in each of `modes` who hangs; see `problems` and `deadlock`."""
-    hanging = [found for mode in modes if (found := deadlock(records, mode)) is not None]
+    """The problems that `checks` find in records, and in each of `modes` who hangs; see `problems` and `find_hang`."""
+    hanging = [found for mode in modes if (found := find_hang(records, mode)) is not None]
     return problems(records, checks=checks, symmetric=symmetric) + hanging

@@ -45,7 +45,7 @@ _Meeting = tuple[str | int, ...]  # what members meet for: to make, connect or o
 _Place = tuple[_Meeting, int]  # a meeting and the number of the time
 
 
-def deadlock(records: Sequence[Record], mode: Mode) -> str | None:
+def find_hang(records: Sequence[Record], mode: Mode) -> str | None:
     """Run the programs of ranks; return who waits for whom where they hang, or None if all come to their end.
 
     Members of a group without a record are left out: they run the program of one that is recorded.
@@ -66,7 +66,7 @@ def with_stops(record: Record, positions: Sequence[int]) -> Record:
 def unsafe_stops(records: Sequence[Record], mode: Mode = "streams", *, at_once: int = 1) -> list[dict[int, int]]:
     """Where the hosts of `at_once` ranks that share a group would hang if they stopped for their devices.
 
-    Tries every position before an event that communicates, so it is for small layouts; `deadlock` in the mode
+    Tries every position before an event that communicates, so it is for small layouts; `find_hang` in the mode
     "synchronous" covers every number of stops at once.
 
     Returns:
@@ -78,7 +78,7 @@ def unsafe_stops(records: Sequence[Record], mode: Mode = "streams", *, at_once: 
         for positions in product(*(_positions(by_rank[rank]) for rank in ranks)):
             stops = dict(zip(ranks, positions, strict=True))
             stopped = [with_stops(r, [stops[r.rank]] if r.rank in stops else []) for r in records]
-            if deadlock(stopped, mode) is not None:
+            if find_hang(stopped, mode) is not None:
                 unsafe.append(stops)
     return unsafe
 

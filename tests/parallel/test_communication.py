@@ -36,7 +36,7 @@ from engine.parallel.layout import Layout
 from engine.testing.communication import Launch, Record, problems
 from engine.testing.recorded import record_ranks, record_training, train_layout
 from engine.testing.runs import losses, read_records, run_config, write_conversations, write_dataset
-from engine.testing.simulator import MODES, deadlock
+from engine.testing.simulator import MODES, find_hang
 from engine.testing.traffic import phases, traffic
 from engine.testing.turns import Lockstep
 from engine.train.run import train
@@ -128,7 +128,7 @@ def config_of(case: Case, directory: Path, *settings: str) -> Config:
 def assert_sound(records: list[Record], *, symmetric: bool = False) -> None:
     assert problems(records, symmetric=symmetric) == []
     for mode in MODES:
-        assert deadlock(records, mode) is None, mode
+        assert find_hang(records, mode) is None, mode
 
 
 @pytest.fixture(autouse=True)

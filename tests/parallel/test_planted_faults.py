@@ -27,7 +27,7 @@ from engine.testing.communication import CHECKS, problems
 from engine.testing.proof import failures
 from engine.testing.recorded import record_training
 from engine.testing.runs import run_config
-from engine.testing.simulator import MODES, deadlock, unsafe_stops
+from engine.testing.simulator import MODES, find_hang, unsafe_stops
 from engine.train.step import DistributedModel
 
 Patch = pytest.MonkeyPatch
@@ -342,7 +342,7 @@ def test_a_planted_fault_is_found_by_these_checks_and_no_other(fault, record, mo
     fault.plant(monkeypatch)
     records = record(fault)
     found = {name: problems(records, checks=[name]) for name in CHECKS}
-    found |= {mode: [text] for mode in MODES if (text := deadlock(records, mode))}
+    found |= {mode: [text] for mode in MODES if (text := find_hang(records, mode))}
     assert {name for name, texts in found.items() if texts} == fault.found_by
     assert all("rank " in text for texts in found.values() for text in texts)
     assert failures(records)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.testing.communication import Group, HostSync, Launch, NewGroup, Record, Wait, problems
-from engine.testing.simulator import MODES, deadlock, unsafe_stops, with_stops
+from engine.testing.simulator import MODES, find_hang, unsafe_stops, with_stops
 from tests.testing.programs import Program, records
 
 FORWARD, BACKWARD, TP = Group("1", "forward", (0, 1)), Group("2", "backward", (0, 1)), Group("3", "tp", (0, 1))
@@ -17,7 +17,9 @@ CONTROL = Group("4", "control", (0, 1))
 def verdicts(programs: list[Program]) -> str:
     """The modes in which the programs come to their end, by their first letters."""
     assert problems(records(programs)) == []
-    return "".join(mode[0] if mode != "synchronous" else "x" for mode in MODES if not deadlock(records(programs), mode))
+    return "".join(
+        mode[0] if mode != "synchronous" else "x" for mode in MODES if not find_hang(records(programs), mode)
+    )
 
 
 def pair() -> tuple[Program, Program]:
@@ -49,7 +51,7 @@ def test_two_receives_posted_ahead_on_one_channel():
     second.call("recv", FORWARD, peer=0, message="F0")
     second.call("send", BACKWARD, peer=0, message="B0").call("send", BACKWARD, peer=0, message="B1")
     assert verdicts([first, second]) == "s"
-    assert deadlock(records([first, second]), "one queue") == (
+    assert find_hang(records([first, second]), "one queue") == (
         "one queue: 2 of 2 ranks hang: rank 0 is in recv of float32 [4] (B0) at engine/recv.py:3 and waits for rank 1 "
         "→ rank 1 is in recv of float32 [4] (F0) at engine/recv.py:3 and waits for rank 0"
     )
@@ -89,8 +91,8 @@ def test_stops_of_two_hosts_can_hang_where_each_alone_is_safe():
     assert unsafe_stops(programs) == []
     both = unsafe_stops(programs, at_once=2)
     assert both and all(set(stops) == {0, 1} for stops in both)
-    assert deadlock(programs, "streams") is None
-    assert deadlock(programs, "synchronous") == (
+    assert find_hang(programs, "streams") is None
+    assert find_hang(programs, "synchronous") == (
         "synchronous: 2 of 2 ranks hang: "
         "rank 0 stops at recv of float32 [4] (B1) at engine/recv.py:3 and waits for rank 1 → "
         "rank 1 stops at recv of float32 [4] (F2) at engine/recv.py:3 and waits for rank 0"
@@ -114,7 +116,7 @@ def test_a_stop_of_the_host_waits_for_receives_that_are_posted():
     first.stop().wait(first.send(FORWARD, 1, "F0"), backward)
     second.call("recv", FORWARD, peer=0, message="F0").call("send", BACKWARD, peer=0, message="B0")
     assert verdicts([first, second]) == ""
-    assert deadlock(records([first, second]), "streams") == (
+    assert find_hang(records([first, second]), "streams") == (
         "streams: 2 of 2 ranks hang: rank 0 (whose host waits for its device at engine/item.py:1) is in "
         "recv of float32 [4] (B0) at engine/recv.py:3 and waits for rank 1 → rank 1 is in recv of float32 [4] (F0) at "
         "engine/recv.py:3 and waits for rank 0"
@@ -130,7 +132,7 @@ def test_a_communicator_is_created_at_its_first_use():
     receive = first.receive(BACKWARD, 1, "B0")
     first.call("all_reduce", late).wait(receive)
     second.call("all_reduce", late).call("send", BACKWARD, peer=0, message="B0")
-    text = deadlock(records([first, second]), "streams")
+    text = find_hang(records([first, second]), "streams")
     assert text is not None and "rank 0 (whose host waits for its device at all_reduce" in text
 
 
@@ -151,7 +153,7 @@ def test_the_control_group_holds_the_host_and_not_the_device():
     second.call("all_reduce", CONTROL).call("send", BACKWARD, peer=0, message="B0")
     assert verdicts([first, second]) == "so"
     second.call("all_reduce", CONTROL)
-    assert deadlock(records([first, second]), "streams") == (
+    assert find_hang(records([first, second]), "streams") == (
         "streams: 1 of 2 ranks hang: "
         "rank 1 stops at all_reduce of float32 [4] (sum) at engine/all_reduce.py:5 and waits for rank 0 → "
         "rank 0 never launches it"
@@ -160,7 +162,7 @@ def test_the_control_group_holds_the_host_and_not_the_device():
 
 def test_groups_are_made_together():
     first, second = Program(0).make(TP, FORWARD), Program(1).make(FORWARD, TP)
-    assert deadlock(records([first, second]), "streams") == (
+    assert find_hang(records([first, second]), "streams") == (
         "streams: 2 of 2 ranks hang: rank 0 stops at the making of the tp group of ranks 0, 1 and waits for rank 1 → "
         "rank 1 stops at the making of the forward group of ranks 0, 1 and waits for rank 0"
     )
@@ -169,13 +171,13 @@ def test_groups_are_made_together():
 def test_an_operation_that_nobody_waits_for_must_end_too():
     first, second = pair()
     first.launch("all_reduce", TP)
-    text = deadlock(records([first, second]), "streams")
+    text = find_hang(records([first, second]), "streams")
     assert text is not None and text.endswith("waits for rank 1 → rank 1 never launches it")
 
 
 def test_members_without_a_record_are_left_out():
     wide = Group("6", "dp", tuple(range(64)))
-    assert deadlock([Program(0).make(wide).call("all_reduce", wide).record()], "synchronous") is None
+    assert find_hang([Program(0).make(wide).call("all_reduce", wide).record()], "synchronous") is None
 
 
 def test_a_cycle_leaves_out_those_who_wait_for_it():
@@ -186,7 +188,7 @@ def test_a_cycle_leaves_out_those_who_wait_for_it():
     for program, order in zip(made, orders, strict=True):
         for group in order:
             program.call("barrier", groups[group])
-    text = deadlock(records(made), "synchronous")
+    text = find_hang(records(made), "synchronous")
     assert text is not None and text.startswith("synchronous: 3 of 3 ranks hang: rank 1 stops") and text.count("→") == 1
 
 
@@ -239,24 +241,24 @@ def _program(draw: st.DrawFn, rank: int, order: list[tuple[int, object]]) -> Rec
 @settings(max_examples=300, deadline=None)
 @given(programs(swaps=2), st.data())
 def test_what_ends_synchronously_ends_on_any_hardware_wherever_hosts_stop(made, data):
-    if deadlock(made, "synchronous") is not None:
+    if find_hang(made, "synchronous") is not None:
         return
     positions = [data.draw(st.lists(st.integers(0, len(record.events)), max_size=6)) for record in made]
     stopped = [with_stops(record, places) for record, places in zip(made, positions, strict=True)]
     for mode in MODES:
-        assert deadlock(stopped, mode) is None
+        assert find_hang(stopped, mode) is None
 
 
 @settings(max_examples=300, deadline=None)
 @given(programs(swaps=0))
 def test_programs_that_agree_with_one_order_end_synchronously(made):
-    assert deadlock(made, "synchronous") is None
+    assert find_hang(made, "synchronous") is None
 
 
 @settings(max_examples=400, deadline=None)
 @given(programs(swaps=3), st.sampled_from(MODES))
 def test_against_a_naive_reference(made, mode):
-    assert (deadlock(made, mode) is None) == naive(made, mode)
+    assert (find_hang(made, mode) is None) == naive(made, mode)
 
 
 def naive(made: list[Record], mode: str) -> bool:

@@ -29,33 +29,33 @@ from engine.parallel.pipeline.check import check_schedule
 from engine.testing.communication import Event, NewGroup, Phase, Record
 from engine.testing.recording_group import RecordingGroup
 from engine.testing.runs import random_batches
-from engine.testing.tape import Tape, Watch
+from engine.testing.tape import Tape, OperatorWatch
 from engine.testing.turns import EqualRanks, Turns
 from engine.train.inputs import model_dtype
 from engine.train.state import state_slices
 from engine.train.step import build_model, train_step
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 BACKEND = "recording"
 _NODE = 8  # ranks of a node, as the environment tells
 
 
 @dataclass(frozen=True)
-class Recorded(Generic[T]):
+class Recorded(Generic[_T]):
     """What a rank did, and what its program returned."""
 
     record: Record
-    result: T
+    result: _T
 
 
 def record_ranks(
     world_size: int,
-    program: Callable[[], T],
+    program: Callable[[], _T],
     *,
     ranks: Iterable[int] | None = None,
     device: str = "cpu",
     turns: Turns | None = None,
-) -> list[Recorded[T]]:
+) -> list[Recorded[_T]]:
     """Run `program` as each rank of a world of `world_size`, and return what the ranks did, in their order.
 
     Args:
@@ -126,13 +126,13 @@ class _Session:
         names["LOCAL_WORLD_SIZE"] = min(self.world_size, _NODE)
         os.environ.update({name: str(value) for name, value in names.items()})
 
-    def record(self, program: Callable[[], T], rank: int) -> Recorded[T]:
+    def record(self, program: Callable[[], _T], rank: int) -> Recorded[_T]:
         tape = self.tape
         if self.world_size > 1:
             dist.init_process_group(BACKEND, rank=rank, world_size=self.world_size, store=HashStore())
             self.named(dist.group.WORLD, "world")
         try:
-            with Watch(tape):
+            with OperatorWatch(tape):
                 result = program()
         finally:
             shutdown_distributed()

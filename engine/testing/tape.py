@@ -135,7 +135,7 @@ class Tape:
             self.operators = 0
 
 
-class Watch(TorchDispatchMode):
+class OperatorWatch(TorchDispatchMode):
     """Shows every operator to a tape. On a device other than the host it also notes where the host waits, and answers
     what it reads there with ones, because the meta device has no values.
     """

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _c10d: Any = torch._C._distributed_c10d  # its stubs lack what PyTorch's own tests use
 
 
@@ -27,7 +27,7 @@ class Turns(Protocol):
 
     axes: frozenset[str]
 
-    def run(self, ranks: Sequence[int], body: Callable[[int], T], enter: Callable[[int], None]) -> list[T]:
+    def run(self, ranks: Sequence[int], body: Callable[[int], _T], enter: Callable[[int], None]) -> list[_T]:
         """Return `body(rank)` of all ranks; `enter(rank)` is called whenever it is another one's turn."""
 
     def all_reduce(self, rank: int, tensor: Tensor) -> None:
@@ -47,7 +47,7 @@ class EqualRanks:
         self.answers: list[Tensor] = []
         self.given: dict[int, int] = defaultdict(int)  # answers, by rank
 
-    def run(self, ranks: Sequence[int], body: Callable[[int], T], enter: Callable[[int], None]) -> list[T]:
+    def run(self, ranks: Sequence[int], body: Callable[[int], _T], enter: Callable[[int], None]) -> list[_T]:
         results = []
         for rank in ranks:
             enter(rank)
@@ -107,7 +107,7 @@ class Lockstep:
         self._back = threading.Semaphore(0)
         self._current = 0
 
-    def run(self, ranks: Sequence[int], body: Callable[[int], T], enter: Callable[[int], None]) -> list[T]:
+    def run(self, ranks: Sequence[int], body: Callable[[int], _T], enter: Callable[[int], None]) -> list[_T]:
         """Return the results as above.
 
         Raises:

@@ -29,7 +29,7 @@ from engine.parallel.pipeline.check import check_schedule
 from engine.testing.communication import Event, NewGroup, Phase, Record
 from engine.testing.recording_group import RecordingGroup
 from engine.testing.runs import random_batches
-from engine.testing.tape import Tape, OperatorWatch
+from engine.testing.tape import OperatorWatch, Tape
 from engine.testing.turns import EqualRanks, Turns
 from engine.train.inputs import model_dtype
 from engine.train.state import state_slices

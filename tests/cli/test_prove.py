@@ -34,7 +34,7 @@ def test_a_proof_and_what_a_step_communicates(capsys):
         assert rows[channel, "send"] == ["2", "launches", f"{2 * boundary:.3f}", "MB"]
     assert rows["world", "all_reduce"][0] == "1"
     assert float(rows["dp", "reduce_scatter"][2]) == pytest.approx(2 * float(rows["dp", "all_gather"][2]), rel=0.1)
-    assert "communicators  at most 7 on a rank: backward 1, backward wrap 1, dp 1, forward 1" in out
+    assert "communicators  at most 5 on a rank: backward 1, dp 1, forward 1, tp 1, world 1\n" in out
 
 
 def test_distinct_ranks_stand_for_all(capsys):
@@ -79,7 +79,7 @@ def test_a_fault_is_an_error_with_all_problems(monkeypatch):
     assert caught.value.exit_code == 1
     first, problem, *hangs = str(caught.value).split("\n")
     assert first == "4 problems in tp 1 × pp 1 × dp 64:"
-    assert problem.startswith("  world group of ranks 0, 1, 2, 3, … (64), number 0: rank 0 all_reduce")
+    assert problem.startswith("  world group of ranks 0, 1, 2, 3, … (64), number 1: rank 0 all_reduce")
     assert problem.endswith("but rank 1 nothing more")
     assert [hang.split(":")[0].strip() for hang in hangs] == ["streams", "one queue", "synchronous"]
 

@@ -25,6 +25,7 @@ import engine.checkpoint.save
 import engine.ops.fp8
 import engine.train.step
 import engine.train.trainer
+import engine.train.warm_up
 from engine.checkpoint.run_directory import checkpoints_dir, open_checkpoint
 from engine.checkpoint.shares import write_share
 from engine.checkpoint.storage import Storage
@@ -115,6 +116,11 @@ CASES = [
     Case(tp=2, dp=2, settings=(*FP8, "--precision.recipe=delayed")),
     Case(tp=2, pp=2, settings=(*FP8, "--precision.recipe=blockwise")),
     Case(tp=2, settings=(*FP8, "--precision.recipe=delayed", "--parallel.recompute=selective")),
+    Case(tp=2, dp=2, settings=(*FP8, "--parallel.fp8_param_gather=true")),
+    Case(pp=2, dp=2, settings=(*FP8, "--precision.recipe=delayed", "--parallel.fp8_param_gather=true", *ZERO_BUBBLE)),
+    Case(dp=3, settings=("--parallel.grad_reduce_dtype=bf16",)),
+    Case(tp=2, dp=2, settings=(*UNSHARDED, "--parallel.grad_reduce_dtype=bf16")),
+    Case(pp=2, dp=2, preset="tiny-starcoder2", settings=("--parallel.grad_reduce_dtype=bf16", *INTERLEAVED)),
 ]
 
 
@@ -286,6 +292,20 @@ def test_fine_tuning_on_packed_conversations(tmp_path: Path, case: Case) -> None
     run = run_training(config, 4)
     assert run.errors == [None] * 4
     assert_sound(run.records)
+
+
+def test_the_warm_up_computes_what_ranks_share_and_sends_nothing_between_stages(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.train.warm_up, "first_use_waits", lambda device: True)
+    settings = (*FP8, "--precision.recipe=delayed", *EVALUATING, *ZERO_BUBBLE, "--train.steps=2")
+    run = run_training(config_of(TWO_BY_TWO, corpus, *settings), 4)
+    assert run.errors == [None] * 4
+    assert_sound(run.records)
+    for record in run.records:
+        launches = [event for event in record.events if isinstance(event, Launch)]
+        begin, end = (number for number, one in enumerate(launches) if "warm_up.py" in one.caller)
+        assert {launch.group.axis for launch in launches[begin + 1 : end]} == {"tp"}
 
 
 needs_csrc = pytest.mark.skipif(bool(native.WHY_NOT), reason="the shape functions stand for csrc's kernels")

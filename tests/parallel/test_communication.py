@@ -47,6 +47,7 @@ FP8 = ("--precision.mode=fp8", "--model.intermediate_size=192")
 INTERLEAVED = ("--parallel.schedule=interleaved", "--parallel.virtual_stages=2")
 ZERO_BUBBLE = ("--parallel.schedule=zero_bubble",)
 AfterStep = Callable[[Lockstep, int, int], None]
+HALF_THE_BYTES = ("--parallel.fp8_param_gather=true", "--parallel.grad_reduce_dtype=bf16")
 UNSHARDED = ("--parallel.sharded_optimizer=false",)
 
 
@@ -200,7 +201,7 @@ TWO_BY_TWO = Case(tp=2, pp=2)
 
 def test_a_run_that_evaluates_and_saves_resumes_in_another_layout(corpus: Path) -> None:
     first, second = TWO_BY_TWO, Case(tp=2, dp=2, microbatches=2)
-    settings = (*EVALUATING, "--checkpoint.interval=2", *FP8, "--precision.recipe=delayed")
+    settings = (*EVALUATING, "--checkpoint.interval=2", *FP8, "--precision.recipe=delayed", *HALF_THE_BYTES)
     for case, steps in (first, 3), (second, 5):
         config = config_of(case, corpus, *settings, f"--train.steps={steps}")
         run = run_training(config, case.layout.world_size)

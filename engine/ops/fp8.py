@@ -33,7 +33,7 @@ def scaled_matmul(
         ValueError: no GPU supports a matmul of these sizes, formats or scalings.
     """
     _require_supported(a, b)
-    if a.values.is_cuda:
+    if a.values.device.type != "cpu":
         return _on_gpu(a, b, dtype, None, fast, impl)
     return matmul_transposed(dequantize(a), dequantize(b)).to(dtype)
 
@@ -45,7 +45,7 @@ def add_scaled_matmul(out: Tensor, a: QuantizedTensor, b: QuantizedTensor, *, im
         ValueError: as `scaled_matmul`.
     """
     _require_supported(a, b)
-    if a.values.is_cuda:
+    if a.values.device.type != "cpu":
         _on_gpu(a, b, torch.float32, out, False, impl)
     else:
         out.add_(matmul_transposed(dequantize(a), dequantize(b)))

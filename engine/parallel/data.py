@@ -95,6 +95,7 @@ class ShardedParameters:
                 else:
                     initialize(slot.parameter, self.by_path[slot.parameter.path].data, seed)
         self.gather_with_fp8()
+        self.finish_gathering()  # the optimizer copies the shards next
 
     def wait_for_params_before_forward(self, module: nn.Module) -> None:
         """Make `module` wait for its parameters each time it is called."""

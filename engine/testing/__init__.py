@@ -1,1 +1,1 @@
-"""Test support: ranks that start in a fraction of a second, small models, runs, and the parity campaign."""
+"""Test support: ranks that start in a fraction of a second, recorded ranks and proofs, small models, and parity."""

@@ -2,10 +2,14 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
+from itertools import product
 from pathlib import Path
 
-from engine.cli.arguments import program_parser
+from engine.cli.arguments import program_parser, require_at_least
+from engine.cli.progress import ProgressDisplay
 from engine.errors import ConfigError
+from engine.formatting import counted
 from engine.parallel.pipeline.check import check_schedule
 from engine.parallel.pipeline.program import Program, posted_receives
 from engine.parallel.pipeline.schedules import FORWARD_ONLY, INTERLEAVED, SCHEDULES, Schedule, build_schedule
@@ -16,12 +20,15 @@ EXAMPLES = """
 examples:
   python tools/plan.py --schedule 1f1b --stages 4 --microbatches 8
   python tools/plan.py --schedule all --stages 4 --microbatches 8 --output schedules.png
+  python tools/plan.py --schedule all --stages 16 --microbatches 64 --chunks 4 --up-to
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
     options = _parser().parse_args(arguments)
+    if options.up_to:
+        return _prove_up_to(options)
     costs = _costs(options)
     timelines: dict[str, Timeline] = {}
     receives: dict[str, timeline.Receives] = {}
@@ -34,6 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output:
         timeline.draw(timelines, options.output, receives)
         print(f"written: {options.output}")
+
+
+def _prove_up_to(options: argparse.Namespace) -> None:
+    """Prove every schedule of at most these sizes."""
+    require_at_least(1, stages=options.stages, microbatches=options.microbatches, chunks=options.chunks)
+    names = (*SCHEDULES, FORWARD_ONLY) if options.schedule == "all" else (options.schedule,)
+    chunks = {INTERLEAVED: range(2, (options.chunks or 2) + 1), FORWARD_ONLY: range(1, (options.chunks or 1) + 1)}
+    stages, microbatches = range(1, options.stages + 1), range(1, options.microbatches + 1)
+    sizes = [s for name in names for s in product((name,), stages, microbatches, chunks.get(name, (1,)))]
+    with closing(ProgressDisplay(len(sizes))) as progress:
+        for number, size in enumerate(sizes, 1):
+            check_schedule(build_schedule(*size))
+            progress.update(number, f"{number:,} of {len(sizes):,} schedules proven")
+    print(f"{counted(len(sizes), 'schedule')} verified: no message can hang")
 
 
 def _costs(options: argparse.Namespace) -> Costs:
@@ -85,5 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--costs", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("F", "I", "W"),
         help="time of a stage's forward, and of its input and weight backward (default 1 1 1)")  # fmt: skip
     add("--send", type=float, default=0.0, metavar="S", help="transfer time between stages (default 0)")
+    add("--up-to", action="store_true", help="prove all schedules of at most these sizes, and draw none")
     add("--output", type=Path, metavar="FILE", help="write the timelines to this image (.png, .svg, .pdf)")
     return parser

@@ -9,6 +9,8 @@ import pytest
 
 from engine.cli import plan
 from engine.errors import ConfigError
+from engine.parallel.pipeline import check
+from engine.parallel.pipeline.program import StepKind, build_program
 from engine.parallel.pipeline.schedules import Schedule, ScheduleError, build_schedule
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "plan.py"
@@ -63,6 +65,25 @@ def test_a_send_takes_its_time(capsys):
     assert "stage 1  .  .  F0 F1" in capsys.readouterr().out
     main("--schedule 1f1b --stages 8 --microbatches 32 --send 0.03")
     assert "time against all receives posted from the start  +0.05%" in capsys.readouterr().out
+
+
+def test_every_schedule_up_to_a_size(capsys):
+    """gpipe, 1f1b and zero_bubble, interleaved with 2 and 3 chunks, evaluation with 1 to 3."""
+    main("--schedule all --stages 3 --microbatches 4 --chunks 3 --up-to")
+    assert capsys.readouterr().out.endswith("96 schedules verified: no message can hang\n")
+    main("--schedule gpipe --stages 2 --microbatches 3 --up-to")
+    assert capsys.readouterr().out.endswith("6 schedules verified: no message can hang\n")
+
+
+def test_a_fault_in_any_of_them_is_found(monkeypatch):
+    def without_sends(schedule: Schedule):
+        good = build_program(schedule)
+        steps = tuple(tuple(step for step in row if step.kind is not StepKind.SEND) for row in good.steps)
+        return replace(good, steps=steps) if schedule.num_stages == 3 and schedule.num_microbatches == 4 else good
+
+    monkeypatch.setattr(check, "build_program", without_sends)
+    with pytest.raises(ScheduleError, match="stage 0, F0: its result is not sent where it is needed"):
+        main("--schedule 1f1b --stages 3 --microbatches 4 --up-to")
 
 
 def test_what_is_shown_is_proven(monkeypatch):

@@ -31,7 +31,7 @@ def test_gpus_that_are_not_here(workspace, capsys):
         "assumed     bfloat16 on cuda, GPUs of 40 GiB (--gpu-memory-gib), 2 rank(s) per node (--ranks-per-node)"
         in lines
     )
-    assert "            tp auto: the smallest tp × pp whose fullest rank, 2.0 GiB, fits in 90% of 40.0 GiB" in lines
+    assert "            tp auto: the smallest tp × pp whose fullest rank, 2.6 GiB, fits in 90% of 40.0 GiB" in lines
 
 
 def test_files_that_are_not_here_are_named(tmp_path, capsys):

@@ -8,6 +8,7 @@ communicators, which say that a link is not there yet but not who is missing, an
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import ConfigError, PeerError, as_triaxis_error, end_process
@@ -138,7 +139,7 @@ class Watch:
 
 
 def meet(rank: int, world_size: int, *, timeout_s: float, limit_s: float = LIMIT_S) -> Store:
-    """Wait in torchrun's store until all ranks have come, and return the store.
+    """Wait in torchrun's store until all ranks have come, and return the store of this start of them.
 
     One rank may be slow to start, so this takes up to `timeout_s`; rank 0 names the missing ranks every `limit_s`.
 
@@ -146,7 +147,9 @@ def meet(rank: int, world_size: int, *, timeout_s: float, limit_s: float = LIMIT
         PeerError: not all ranks have come in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    shared, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    # torchrun --max-restarts serves the same store again, with the notes and gloo's addresses of ranks that have ended.
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", shared)
     store.set_timeout(timeout)
     _note(store, rank, "")
     if store.add("links/arrived", 1) == world_size:

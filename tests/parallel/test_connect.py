@@ -159,6 +159,17 @@ def test_ranks_meet_whoever_comes_last(torchrun, capfd):
     assert "waiting for rank 1" in capfd.readouterr().err.splitlines()
 
 
+def test_ranks_that_torchrun_starts_again_meet_again(torchrun, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    first = meet(0, 1, timeout_s=20)
+    first.set("address", "of a rank that has ended")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(PeerError, match=r"have not started: rank 1$"):
+        meet(0, 2, timeout_s=1)
+    assert not meet(1, 2, timeout_s=20).check(["address"])
+    assert connect._clone(first).check(["address"])
+
+
 def test_ranks_that_do_not_start_are_named(torchrun, capfd):
     with pytest.raises(PeerError, match="after 1 s these have not started: ranks 1, 2"):
         meet(0, 3, timeout_s=1, limit_s=0.4)

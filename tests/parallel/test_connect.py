@@ -45,10 +45,8 @@ def connect_and_fail(directory: Path, grid: Layout, fails: int, how: str, at: st
 
 def reports(directory: Path, *arguments: Any) -> tuple[str, list[str]]:
     """What run_ranks says when 4 ranks connect, and the errors that they have printed themselves."""
-    started = time.monotonic()
     with pytest.raises(RuntimeError) as failed:
         run_ranks(4, connect_and_fail, directory, *arguments, timeout_s=30)
-    assert time.monotonic() - started < 15
     printed = "".join((directory / f"rank{rank}").read_text() for rank in range(4))
     return str(failed.value), [line for line in printed.splitlines() if line.startswith("error: ")]
 

@@ -73,7 +73,7 @@ def test_every_schedule_up_to_a_size(capsys):
     assert capsys.readouterr().out.endswith("96 schedules verified: no message can hang\n")
     main("--schedule gpipe --stages 2 --microbatches 3 --up-to")
     assert capsys.readouterr().out.endswith("6 schedules verified: no message can hang\n")
-    with pytest.raises(ConfigError, match="--output x.png: --up-to draws no schedule"):
+    with pytest.raises(ConfigError, match=r"--output x\.png: --up-to draws no schedule"):
         main("--schedule gpipe --stages 2 --microbatches 3 --up-to --output x.png")
 
 

@@ -82,6 +82,7 @@ def test_errors_of_files_and_of_communication_that_differ_stay_themselves():
         BrokenPipeError(errno.EPIPE, "Broken pipe"),  # of a closed stdout
         ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),  # of a tracker
         RuntimeError("Timed out waiting 1800000ms for recv operation to complete"),
+        RuntimeError("reading (0, 1) failed:\nConnectionResetError: [Errno 104] Connection reset by peer"),  # of data
     ):
         assert as_triaxis_error(error) is None
 

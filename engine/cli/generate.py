@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parse_options(arguments)
         prompts = read_prompts(options.input, chat=options.chat) if options.input else []
-        world = init_distributed(options.device, timeout_s=WAIT_S)
     except TriaxisError as error:
         error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
+    world = init_distributed(options.device, timeout_s=WAIT_S)
     with leave_together(world, lambda: ""):
         world = build_process_groups(world, Layout(tp=world.layout.world_size))
         options.dir = run_on_all_ranks(world, lambda: _model_directory(options.dir))

@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _prove_up_to(options: argparse.Namespace) -> None:
     """Prove every schedule of at most these sizes."""
+    if options.output:
+        raise ConfigError(f"--output {options.output}: --up-to draws no schedule; leave out one of the two")
     require_at_least(1, stages=options.stages, microbatches=options.microbatches, chunks=options.chunks)
     names = (*SCHEDULES, FORWARD_ONLY) if options.schedule == "all" else (options.schedule,)
     chunks = {INTERLEAVED: range(2, (options.chunks or 2) + 1), FORWARD_ONLY: range(1, (options.chunks or 1) + 1)}

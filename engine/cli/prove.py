@@ -39,7 +39,7 @@ Any setting can be added: --section.key VALUE; `python -m engine config --schema
 examples:
   python tools/prove.py --layout tp=8,pp=4,dp=32 --preset llama2-7b
   python tools/prove.py --layout tp=2,pp=4,dp=2 --preset tiny --parallel.schedule zero_bubble --all-ranks
-  python tools/prove.py --layout tp=4,pp=2,dp=8 --config examples/llama2_7b.yaml --precision.mode fp8
+  python tools/prove.py --layout tp=4,pp=2,dp=8 --config examples/configs/llama2_7b.yaml --precision.mode fp8
 """
 _STEPS = 2  # the second waits for what the first has left under way
 _MOST_SHOWN = 20  # problems
@@ -84,6 +84,7 @@ def _config(options: argparse.Namespace, overrides: list[str], layout: Layout) -
     """
     default = None if options.config else max(2 * layout.pp, 2)
     count = options.microbatches or default
+    _require_free(overrides, counted=count is not None)
     overrides = [*overrides, f"--parallel.tp={layout.tp}", f"--parallel.pp={layout.pp}", "--parallel.compile=false"]
     if options.config:
         config = load(options.config, overrides, presets=PRESETS, trained=trained)
@@ -96,6 +97,16 @@ def _config(options: argparse.Namespace, overrides: list[str], layout: Layout) -
     enough = 1 << 60  # bytes: the layout is given, whatever it needs
     choose_layout(config, ClusterSpec(layout.world_size, layout.tp, enough, "cuda", torch.bfloat16))
     return config
+
+
+def _require_free(overrides: list[str], *, counted: bool) -> None:
+    """Refuse settings that options of this program decide, rather than prove something else than what is asked for."""
+    decided = {"parallel.tp": "--layout", "parallel.pp": "--layout"} | (
+        {"batch.global": "--microbatches"} if counted else {}
+    )
+    for name in (argument.partition("=")[0].removeprefix("--") for argument in overrides):
+        if name in decided:
+            raise ConfigError(f"--{name}: {decided[name]} decides it here; leave it out, or change {decided[name]}")
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ communicators, which say that a link is not there yet but not who is missing, an
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import ConfigError, PeerError, as_triaxis_error, end_process
@@ -138,7 +139,7 @@ class Watch:
 
 
 def meet(rank: int, world_size: int, *, timeout_s: float, limit_s: float = LIMIT_S) -> Store:
-    """Wait in torchrun's store until all ranks have come, and return the store.
+    """Wait in torchrun's store until all ranks have come, and return the store of this start of them.
 
     One rank may be slow to start, so this takes up to `timeout_s`; rank 0 names the missing ranks every `limit_s`.
 
@@ -146,7 +147,12 @@ def meet(rank: int, world_size: int, *, timeout_s: float, limit_s: float = LIMIT
         PeerError: not all ranks have come in time.
     """
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    try:
+        shared, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    except dist.DistNetworkError as failure:
+        where = f"MASTER_ADDR = {os.environ['MASTER_ADDR']}, MASTER_PORT = {os.environ['MASTER_PORT']}"
+        raise PeerError(f"the store of rank 0 or torchrun ({where}): {failure}".partition("\n")[0]) from failure
+    store = PrefixStore(f"start {_restarts(world_size)}", shared)
     store.set_timeout(timeout)
     _note(store, rank, "")
     if store.add("links/arrived", 1) == world_size:
@@ -161,6 +167,14 @@ def meet(rank: int, world_size: int, *, timeout_s: float, limit_s: float = LIMIT
     error = PeerError(f"after {timeout_s:g} s these have not started: {_missing(store, world_size)}")
     error.reported_elsewhere = store.add("links/reported/arrived", 1) > 1
     raise error
+
+
+def _restarts(world_size: int) -> str:
+    """How often torchrun has started these ranks again (--max-restarts), with a store that still has the notes and the
+    addresses of those that have ended. Not known on several nodes, which count only their own failures.
+    """
+    on_one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_node else "0"
 
 
 def describe_ranks(link: Link, places: Mapping[int, Place]) -> str:

@@ -233,7 +233,7 @@ def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
     try:
         here = choose_device(device, local_rank)
     except ConfigError as error:
-        error.reported_elsewhere = local_rank != 0
+        error.reported_elsewhere = local_rank != torch.cuda.device_count()  # the first one that has no GPU
         raise
     if here.type == "cuda":
         torch.cuda.set_device(here)

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.load import load_decoder
+from engine.cli import generate
 from engine.cli.generate import _print, main
 from engine.data.chat.encoder import ChatEncoder
 from engine.data.chat.find import find_template
 from engine.data.tokenizers.load import load_tokenizer
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError, DataError, PeerError
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
 from engine.testing.distributed import run_ranks
@@ -367,3 +368,18 @@ def test_a_model_cannot_command_the_terminal(capsys, monkeypatch, terminal, expe
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     assert _print(iter(["a\x1b[2J", "\té\n"])) == ["a\x1b[2J", "\té\n"]
     assert capsys.readouterr().out == expected
+
+
+def test_ranks_that_do_not_connect_keep_who_reports_it(monkeypatch):
+    """An error of the start says itself which rank prints it, which may be any."""
+    error = PeerError("not all ranks have come")
+    error.reported_elsewhere = True
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(generate, "init_distributed", fail)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(PeerError):
+        main(["anything", "--prompt", "hi"])
+    assert error.reported_elsewhere

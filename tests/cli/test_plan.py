@@ -73,6 +73,8 @@ def test_every_schedule_up_to_a_size(capsys):
     assert capsys.readouterr().out.endswith("96 schedules verified: no message can hang\n")
     main("--schedule gpipe --stages 2 --microbatches 3 --up-to")
     assert capsys.readouterr().out.endswith("6 schedules verified: no message can hang\n")
+    with pytest.raises(ConfigError, match=r"--output x\.png: --up-to draws no schedule"):
+        main("--schedule gpipe --stages 2 --microbatches 3 --up-to --output x.png")
 
 
 def test_a_fault_in_any_of_them_is_found(monkeypatch):

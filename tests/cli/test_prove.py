@@ -1,5 +1,6 @@
 """The program that proves a layout: what it prints, what it finds, its errors."""
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -110,6 +111,9 @@ def test_many_problems_are_counted(monkeypatch):
         ("--layout tp=3 --preset tiny", "parallel.tp = 3 does not divide"),
         ("--layout dp=2 --preset tiny --microbatches 0", "--microbatches 0: expected at least 1"),
         ("--layout dp=2 --preset tiny --processes 0", "--processes 0: expected at least 1"),
+        ("--layout pp=2 --preset tiny --parallel.pp 4", "--parallel.pp: --layout decides it here"),
+        ("--layout pp=2 --preset tiny --parallel.tp=2", "--parallel.tp: --layout decides it here"),
+        ("--layout dp=2 --preset tiny --batch.global 64", "--batch.global: --microbatches decides it here"),
         ("--layout dp=2 --preset tiny --parallel.schedle x", "parallel.schedle: no such setting"),
         ("--layout pp=2 --preset tiny --parallel.schedule interleaved", "virtual_stages"),
     ],
@@ -123,6 +127,11 @@ def test_a_model_is_required(capsys):
     with pytest.raises(SystemExit):
         main("--layout dp=2")
     assert "one of the arguments --preset --config is required" in capsys.readouterr().err
+
+
+def test_files_of_the_examples_exist():
+    named = re.findall(r"--config (\S+)", prove.EXAMPLES)
+    assert named and all((PROGRAM.parents[1] / name).is_file() for name in named)
 
 
 def test_as_a_program():

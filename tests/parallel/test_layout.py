@@ -233,6 +233,18 @@ def test_a_rank_has_a_gpu_of_its_own(gpus):
         choose_device("cuda", 2)
 
 
+@pytest.mark.parametrize(("count", "silent"), [(0, [False, True, True]), (1, [False, True]), (2, [False])])
+def test_the_first_rank_without_a_gpu_says_so(gpus, monkeypatch, count, silent):
+    gpus(count)
+    seen = []
+    for rank in range(count, 3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(ConfigError, match="needs GPU") as failed:
+            init_distributed("cuda")
+        seen.append(failed.value.reported_elsewhere)
+    assert seen == silent
+
+
 def test_ranks_share_gpus_where_nccl_allows_it(gpus, monkeypatch):
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     gpus(2)

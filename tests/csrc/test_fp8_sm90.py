@@ -69,6 +69,11 @@ def test_adds_to_what_is_there(emulated, scaling):
     ops.fp8_matmul_sm90_add_(out, *given(a, b))
     assert error(out - before[1:-1], expected(a, b)) < 1e-5
     assert torch.equal(around[[0, -1]], before[[0, -1]])  # nothing beyond the edges
+    once = ops.fp8_matmul_sm90(*given(a, b), torch.float32)
+    for start in (torch.zeros_like(once), once):  # exact: zero and twice
+        out = start.clone()
+        ops.fp8_matmul_sm90_add_(out, *given(a, b))
+        assert torch.equal(out, start + once)
 
 
 def test_of_nothing(emulated):

@@ -157,6 +157,21 @@ def test_a_failing_row_or_alternative_leaves_the_others(monkeypatch, capsys):
     assert result["others"] == {"good": 4.0, "bad": "ZeroDivisionError: division by zero"}
 
 
+def test_a_copy_has_fewer_elements_than_2_to_31(monkeypatch):
+    """From there on PyTorch's copy is slower; the row with the most bytes is measured by a copy of `LARGEST_COPY`."""
+    shapes = []
+
+    def randint(high, shape, dtype, device):
+        shapes.append((shape[0], dtype.itemsize))
+        return torch.empty(0)
+
+    monkeypatch.setattr(torch, "randint", randint)
+    monkeypatch.setattr(kernels, "samples", lambda calls: [0.5])
+    assert kernels.copy_seconds(2 * kernels.LARGEST_COPY) == pytest.approx(1.0)
+    assert shapes == [(kernels.LARGEST_COPY // 16, 8)] * 2
+    assert all(count < 2**31 for count, _ in shapes)
+
+
 @pytest.fixture
 def small(emulated, monkeypatch):  # noqa: F811
     """The cases at sizes for the host."""

@@ -100,6 +100,12 @@ void run_sm90(const triaxis_fp8_matmul_args& x, const Tensor& a, const Tensor& a
   check(a_scale_inv, blocks(x.k), x.m, "a_scale_inv");
   if (x.b_scaling == TRIAXIS_BLOCK_1X128) check(b_scale_inv, blocks(x.k), x.n, "b_scale_inv");
   if (x.b_scaling == TRIAXIS_BLOCK_128X128) check(b_scale_inv, blocks(x.n), padded_blocks(x.k), "b_scale_inv");
+  const auto aligned = [](const void* memory, const char* name) {  // TMA takes no other
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(memory) % 16 == 0, name,
+                    ": expected memory that starts at a multiple of 16 bytes");
+  };
+  aligned(x.a, "a"), aligned(x.b, "b"), aligned(x.out, "out");
+  aligned(x.a_scale_inv, "a_scale_inv"), aligned(x.b_scale_inv, "b_scale_inv");
   const OnDevice device(a);
   check_status(triaxis_fp8_matmul_sm90(&x, a.get_device_index(), device.stream), "fp8_matmul_sm90");
 }

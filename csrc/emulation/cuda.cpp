@@ -26,6 +26,20 @@ void wait_until(const std::function<bool()>& happened) {
   state().progress = true;
 }
 
+void fail(const std::string& reason) {
+  const uint3 at = threadIdx;
+  state().failure = "thread " + std::to_string(at.x) + " of block " + std::to_string(blockIdx.x) + ": " + reason;
+  wait(Wait::done);  // never resumed
+}
+
+std::vector<const Fiber*> lanes_of_warp() {
+  const State& s = state();
+  std::vector<const Fiber*> lanes;
+  const int first = s.current_index / 32 * 32;
+  for (int i = first; i < std::min(first + 32, s.threads); ++i) lanes.push_back(s.fibers[size_t(i)].get());
+  return lanes;
+}
+
 namespace {
 
 void fiber_main() {
@@ -61,6 +75,13 @@ void resume(State& s, int index) {
   }
 }
 
+// Their stacks are inside a kernel, so that no fiber can be used again.
+[[noreturn]] void stop(State& s, const std::string& reason) {
+  s.fibers.clear();
+  s.failure.clear();
+  throw std::runtime_error(reason);
+}
+
 // Runs the lanes of a warp until each waits for the block, polls an event, or is done.
 void run_warp(State& s, int warp) {
   for (bool again = true; again;) {
@@ -68,6 +89,7 @@ void run_warp(State& s, int warp) {
     for (int i = warp * 32; i < std::min(warp * 32 + 32, s.threads); ++i) {
       if (s.fibers[i]->wait != Wait::none) continue;
       resume(s, i);
+      if (!s.failure.empty()) stop(s, std::string(s.failure));
       again = true;
     }
   }
@@ -89,6 +111,7 @@ void run_block(State& s) {
     Fiber& f = fiber(s, i);
     f.wait = Wait::none;
     f.polling = false;
+    f.copies = f.fenced = 0;
     f.index = {unsigned(i) % blockDim.x, unsigned(i) / blockDim.x % blockDim.y, unsigned(i) / blockDim.x / blockDim.y};
   }
   for (;;) {
@@ -99,9 +122,7 @@ void run_block(State& s) {
     for (int i = 0; i < s.threads; ++i) {
       polling |= s.fibers[i]->wait == Wait::event;
       if (s.fibers[i]->wait == Wait::warp || (polling && !s.progress)) {
-        const std::string reason = stuck(s);
-        s.fibers.clear();  // their stacks are inside a kernel
-        throw std::runtime_error(reason);
+        stop(s, stuck(s));
       }
       waiting |= s.fibers[i]->wait == Wait::block;
     }

@@ -2,8 +2,9 @@
 //
 // Warps run in a random order, drawn from a seed, each as far as it can before the next one: with almost any seed this
 // order exposes a missing barrier, which round-robin would hide. A deadlock (a warp that waits for a lane that never comes,
-// a barrier that not all threads reach) raises. Shared memory declared in a kernel is a static variable, which keeps the
-// values of the last block; dynamic shared memory is filled with 0xCD.
+// a barrier that not all threads reach) raises, and so does what is against the rules of TMA (gemm/hopper.cuh). Shared memory
+// declared in a kernel is a static variable, which keeps the values of the last block; dynamic shared memory is filled with
+// 0xCD.
 #pragma once
 
 #include <ucontext.h>
@@ -57,6 +58,7 @@ struct Fiber {
   ucontext_t entry{};
   jmp_buf resume{};
   bool entered = false, polling = false;
+  int copies = 0, fenced = 0;  // waits for TMA copies that it has passed, and how many of them its last fence covers
   Wait wait = Wait::none;
   uint3 index{};
 };
@@ -76,6 +78,7 @@ struct State {
   int current_index = 0;
   int threads = 0;
   bool progress = false;  // since the last round a fiber did more than poll an event
+  std::string failure;    // why a thread stopped the kernel
   std::mt19937_64 random{0};
   std::mutex one_launch;
 };
@@ -84,6 +87,8 @@ State& state();
 void seed(uint64_t value);
 void wait(Wait reason);
 void wait_until(const std::function<bool()>& happened);  // polls for an event that other threads of the block cause
+void fail(const std::string& reason);                    // stops the kernel from within a thread: the launch raises
+std::vector<const Fiber*> lanes_of_warp();               // those of the current thread's warp, itself included
 int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel);
 uint64_t exchange(uint32_t mask, uint64_t value, int source_lane);
 

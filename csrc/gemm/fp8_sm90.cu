@@ -21,7 +21,7 @@ constexpr int kStages = 5;  // as many as fit into shared memory
 constexpr int kGroup = 8;   // tiles of a column of the order in which tiles are computed; see tile_at
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // the last warpgroup is the producer's
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;  // setmaxnreg moves them from the former to the latter
-constexpr int kScalesOf128 = 4;  // copied for a 128 × 128 block, of which one is used: TMA copies at least 16 bytes
+constexpr int kScalesOf128 = 4;  // copied for a 128 × 128 block, of which one is used: TMA copies 16 bytes from a multiple of them
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 65536);
 
 struct Shared {
@@ -81,21 +81,26 @@ __device__ void produce(const Matmul& p, Shared& shared) {
       copy(p.b, shared.b[ring.stage], full, tile.n * kTileN, k * kTileK);
       copy(p.a_scale_inv, shared.a_scale_inv[ring.stage], full, k, tile.m * kTileM);
       if (kB1x128) copy(p.b_scale_inv, shared.b_scale_inv[ring.stage], full, k, tile.n * kTileN);
-      if (!kB1x128) copy(p.b_scale_inv, shared.b_scale_inv[ring.stage], full, tile.n, k);
+      if (!kB1x128) copy(p.b_scale_inv, shared.b_scale_inv[ring.stage], full, tile.n, k / kScalesOf128 * kScalesOf128);
     }
   }
 }
 
-// total += partial · scales. The scales of A start at the warpgroup's first row.
+// total += partial · scales. The scales of A start at the warpgroup's first row; those of B at the tile's first column, or
+// at the scale of the 128 × 128 block.
 template <bool kB1x128>
 __device__ __forceinline__ void promote(
     float (&total)[kFragment], const float (&partial)[kFragment], const float* a_scale_inv, const float* b_scale_inv,
     int thread) {
-  const float of_row[2] = {a_scale_inv[fragment_row(thread, 0)], a_scale_inv[fragment_row(thread, 2)]};
-  const float of_block[2] = {of_row[0] * b_scale_inv[0], of_row[1] * b_scale_inv[0]};
+  const float of_row[2] = {
+      read_copied<1>(a_scale_inv + fragment_row(thread, 0)).at[0],
+      read_copied<1>(a_scale_inv + fragment_row(thread, 2)).at[0]};
+  const float of_b = kB1x128 ? 0.0f : read_copied<1>(b_scale_inv).at[0];
+  const float of_block[2] = {of_row[0] * of_b, of_row[1] * of_b};
 #pragma unroll
   for (int i = 0; i < kFragment; i += 4) {
-    const Vec<float, 2> of_column = kB1x128 ? load<2>(b_scale_inv + fragment_column(thread, i)) : Vec<float, 2>{};
+    const Vec<float, 2> of_column =
+        kB1x128 ? read_copied<2>(b_scale_inv + fragment_column(thread, i)) : Vec<float, 2>{};
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       total[i + j] += partial[i + j] * (kB1x128 ? of_row[j / 2] * of_column.at[j % 2] : of_block[j / 2]);
@@ -180,7 +185,9 @@ __device__ void consume(const Matmul& p, Shared& shared) {
       commit_mma();
       wait_mma(partial);
       const float* const a_scale_inv = shared.a_scale_inv[ring.stage] + group * kMmaM;
-      promote<kB1x128>(total, partial, a_scale_inv, shared.b_scale_inv[ring.stage], thread);
+      const float* const b_scale_inv = shared.b_scale_inv[ring.stage] + (kB1x128 ? 0 : k % kScalesOf128);
+      promote<kB1x128>(total, partial, a_scale_inv, b_scale_inv, thread);
+      fence_reads();
       __syncwarp();  // all lanes have read the scales: the stage is empty
       if (thread % kWarp == 0) arrive(shared.empty[ring.stage]);
     }

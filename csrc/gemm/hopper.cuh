@@ -99,6 +99,18 @@ __device__ __forceinline__ void copy(const TensorMap& map, void* to, Barrier& ba
       : "memory");
 }
 
+// Reads shared memory that TMA has filled. It needs a fence_reads() before the memory is given back to TMA.
+template <int kSize>
+__device__ __forceinline__ Vec<float, kSize> read_copied(const float* from) {
+  return load<kSize>(from);
+}
+
+// Orders what this thread has read from shared memory before later copies of TMA to the same place. A barrier does not: it
+// orders the thread's accesses with those of other threads, while TMA accesses memory in another way (the async proxy) and
+// may overwrite what a load that was issued before the arrival has not yet read. Every thread that has read needs it, and
+// then the warp is synchronized, before one lane arrives.
+__device__ __forceinline__ void fence_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -175,14 +187,18 @@ int make_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns
 
 #else
 
+// The emulation stops a kernel, and says why, at what a GPU refuses (an illegal instruction, a tensor map that the driver
+// does not make) and at what goes wrong on a GPU only sometimes (memory given back to TMA without fence_reads()).
+
 struct TensorMap {
   const unsigned char* data;
   int64_t rows, columns;
   int bytes, box_rows, box_columns;
 };
 
-struct Barrier {
+struct alignas(8) Barrier {
   int arrivals, missing, missing_bytes;
+  bool copied;  // TMA copies count for it: who waits for it reads what TMA has written
   uint32_t phase;
 
   void complete() {
@@ -192,28 +208,70 @@ struct Barrier {
   }
 };
 
+constexpr uint32_t kSharedStart = 128;  // where shared memory starts: aligned to no more than CUDA promises
+
 inline uint32_t shared_address(const void* p) {
-  return uint32_t(static_cast<const unsigned char*>(p) - emulation::state().shared.data());
+  return kSharedStart + uint32_t(static_cast<const unsigned char*>(p) - emulation::state().shared.data());
 }
 
-inline void init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline unsigned char at_shared_address(uint32_t address) { return emulation::state().shared[address - kSharedStart]; }
+
+inline void init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, false, 0}; }
 inline void fence_init() {}
 
+// One lane arrives for its warp: all lanes must have passed the waits for copies that it has passed, and have fenced what
+// they read behind them. Lanes may be ahead.
+inline void require_fenced_reads() {
+  const int copies = emulation::state().current->copies;
+  for (const auto* lane : emulation::lanes_of_warp()) {
+    if (lane->copies < copies)
+      emulation::fail("a lane arrives at a barrier for its warp before all lanes are there: __syncwarp() is missing");
+    if (lane->fenced < copies)
+      emulation::fail("a lane arrives at a barrier after reads of memory that TMA filled, and fence_reads() is missing");
+  }
+}
+
 inline void arrive(Barrier& barrier) {
+  require_fenced_reads();
   --barrier.missing;
   barrier.complete();
 }
 
 inline void arrive_expecting(Barrier& barrier, int bytes) {
   barrier.missing_bytes += bytes;
+  barrier.copied = true;
   arrive(barrier);
 }
 
 inline void wait(Barrier& barrier, uint32_t parity) {
   emulation::wait_until([&] { return barrier.phase % 2 != parity; });
+  emulation::state().current->copies += barrier.copied;  // it will read, also by loads that are not read_copied()
+}
+
+template <int kSize>
+Vec<float, kSize> read_copied(const float* from) {
+  auto& self = *emulation::state().current;
+  self.fenced = std::min(self.fenced, self.copies - 1);
+  return load<kSize>(from);
+}
+
+inline void fence_reads() { emulation::state().current->fenced = emulation::state().current->copies; }
+
+inline void require_rules_of_copy(const TensorMap& map, void* to, Barrier& barrier, int column) {
+  const uint32_t address = shared_address(to), alignment = map.bytes == 1 ? kSwizzle * kSwizzleRows : 128;
+  const auto text = [](int64_t value) { return std::to_string(value); };
+  if (int64_t(column) * map.bytes % 16 != 0)
+    emulation::fail("TMA copies from column " + text(column) + ", " + text(int64_t(column) * map.bytes) +
+                    " bytes into a row: not a multiple of 16 bytes");
+  if (address % alignment != 0)
+    emulation::fail("TMA copies to address " + text(address) + " of shared memory: not a multiple of " + text(alignment));
+  if (address - kSharedStart + uint64_t(map.box_rows) * map.box_columns * map.bytes > emulation::state().shared.size())
+    emulation::fail("TMA copies beyond the end of shared memory");
+  if (shared_address(&barrier) % 8 != 0) emulation::fail("a barrier at an address that is not a multiple of 8");
 }
 
 inline void copy(const TensorMap& map, void* to, Barrier& barrier, int row, int column) {
+  require_rules_of_copy(map, to, barrier, column);
   for (int r = 0; r < map.box_rows; ++r) {
     for (int c = 0; c < map.box_columns; ++c) {
       const uint32_t at = uint32_t(r * map.box_columns + c) * map.bytes;
@@ -244,7 +302,7 @@ inline float operand(uint64_t descriptor, int row, int k) {
   }();
   const uint32_t start = (descriptor & 0x3fff) * 16, distance = (descriptor >> 32 & 0x3fff) * 16;
   const uint32_t at = start + row / kSwizzleRows * distance + row % kSwizzleRows * kSwizzle + k;
-  return numbers[emulation::state().shared[descriptor >> 62 == 1 ? swizzled(at) : at]];
+  return numbers[at_shared_address(descriptor >> 62 == 1 ? swizzled(at) : at)];
 }
 
 inline void mma(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
@@ -262,9 +320,29 @@ inline void mma(float (&d)[kFragment], uint64_t a, uint64_t b, bool add) {
   }
 }
 
+// What cuTensorMapEncodeTiled requires of the maps that make_tensor_map() asks for.
+inline void require_rules_of_map(const TensorMap& map) {
+  const int64_t row = map.columns * map.bytes, box_row = int64_t(map.box_columns) * map.bytes;
+  const auto require = [&](bool kept, const char* rule) {
+    if (!kept)
+      throw std::runtime_error(
+          "no tensor map of " + std::to_string(map.rows) + " × " + std::to_string(map.columns) + " elements of " +
+          std::to_string(map.bytes) + " bytes in boxes of " + std::to_string(map.box_rows) + " × " +
+          std::to_string(map.box_columns) + ": " + rule);
+  };
+  require(reinterpret_cast<uintptr_t>(map.data) % 16 == 0, "the matrix must start at a multiple of 16 bytes");
+  require(map.rows > 0 && map.columns > 0 && map.rows <= 1ll << 32 && map.columns <= 1ll << 32, "1 to 2^32 elements");
+  require(row % 16 == 0 && row < 1ll << 40, "rows must be multiples of 16 bytes, and less than 2^40");
+  require(map.box_rows > 0 && map.box_columns > 0 && map.box_rows <= 256 && map.box_columns <= 256,
+          "a box has 1 to 256 elements along each dimension");
+  require(box_row % 16 == 0, "a row of a box must be a multiple of 16 bytes");
+  require(map.bytes != 1 || box_row <= kSwizzle, "a row of a swizzled box has at most 128 bytes");
+}
+
 template <typename T>
 int make_tensor_map(TensorMap& map, const T* data, int64_t rows, int64_t columns, int box_rows, int box_columns) {
   map = {reinterpret_cast<const unsigned char*>(data), rows, columns, int(sizeof(T)), box_rows, box_columns};
+  require_rules_of_map(map);
   return 0;
 }
 

@@ -157,7 +157,9 @@ class OpsConfig(Section):
         "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
     )
     fp8_matmul: Fp8MatmulImpl = Field(
-        "auto", description="auto: cuBLASLt through csrc, else PyTorch; triaxis: custom kernel, for blockwise scales"
+        "auto",
+        description="auto: cuBLASLt through csrc, else PyTorch; triaxis: custom kernel for blockwise scales, "
+        "refused on a GPU until it is proven there",
     )
 
 

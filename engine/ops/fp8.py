@@ -85,7 +85,8 @@ def _on_gpu(
     a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, out: Tensor | None, fast: bool, impl: Fp8MatmulImpl
 ) -> Tensor:
     """Resolve `auto` and run: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which
-    is TENSORWISE and does not accumulate. The custom kernel (Hopper, scales per block) must be requested by name.
+    is TENSORWISE and does not accumulate. The custom kernel (Hopper, scales per block) must be requested by name, which
+    a run on a GPU refuses until it is proven (`require_fp8`).
     """
     if impl == "auto":
         impl = "torch" if native.WHY_NOT else "cublaslt"

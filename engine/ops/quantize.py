@@ -148,9 +148,13 @@ def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_inv_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool = False) -> Tensor:
-    """Return the dequantization factor amax / max(dtype), which maps the largest FP8 value to `amax`."""
-    scale_inv = amax.clamp(min=_MIN_AMAX) / torch.finfo(dtype).max
-    return torch.exp2(torch.ceil(torch.log2(scale_inv.double()))).float() if power_of_two else scale_inv
+    """Return the dequantization factor amax / max(dtype), which maps the largest FP8 value to `amax`.
+
+    The same on every device: CUDA divides by a number as it multiplies by its reciprocal, so the divisor is a tensor;
+    and its log2 of some powers of two is an ulp too large, so a billionth is taken off: fp32 numbers differ by more.
+    """
+    scale_inv = amax.clamp(min=_MIN_AMAX) / torch.full_like(amax, torch.finfo(dtype).max)
+    return torch.exp2(torch.ceil(torch.log2(scale_inv.double()) - 1e-9)).float() if power_of_two else scale_inv
 
 
 def _quantize_blocks(x: Tensor, dtype: torch.dtype, scaling: Scaling, power_of_two: bool) -> tuple[Tensor, Tensor]:

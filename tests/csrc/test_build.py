@@ -30,6 +30,23 @@ def test_every_kernel_compiles_for_hopper_and_the_tuned_ones_keep_to_their_regis
     matmul = reports["fp8_sm90"]
     assert matmul.count(" 0 bytes spill stores, 0 bytes spill loads") == 4  # output dtypes, scalings
     assert "wgmma" not in matmul  # ptxas warns of them only if it has to serialize them
+    # 4 warpgroups share the registers of a multiprocessor, before setmaxnreg moves them
+    assert set(re.findall(r"for 'sm_90a'\n.*\n.*\n.*Used (\d+) registers", matmul)) == {"128"}
+
+
+def test_the_custom_matmul_gives_a_stage_back_behind_a_fence(toolchain):
+    """In the PTX of each kernel: reads of scales, the fence of the async proxy, the warp's barrier, the arrival."""
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=compute_90a", "-ptx", "-o", "-"]
+    ptx = run([str(toolchain.nvcc), *flags, str(ROOT / "csrc" / "gemm" / "fp8_sm90.cu")])
+    kernels = ptx.split(".entry ")[1:]
+    assert len(kernels) == 4
+    pattern = r"ld\.shared|wgmma\.wait_group|fence\.proxy\.async\.shared::cta|bar\.warp\.sync|mbarrier\.arrive\.shared"
+    for kernel in kernels:
+        found = re.findall(pattern, kernel)
+        after_the_matmuls = found[found.index("wgmma.wait_group") :]
+        last_read = max(i for i, name in enumerate(after_the_matmuls) if name == "ld.shared")
+        given_back = ["fence.proxy.async.shared::cta", "bar.warp.sync", "mbarrier.arrive.shared"]
+        assert after_the_matmuls[last_read + 1 : last_read + 4] == given_back
 
 
 def test_without_nvcc_the_operators_are_there_and_no_kernels(toolchain, tmp_path):

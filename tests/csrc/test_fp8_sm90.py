@@ -69,6 +69,11 @@ def test_adds_to_what_is_there(emulated, scaling):
     ops.fp8_matmul_sm90_add_(out, *given(a, b))
     assert error(out - before[1:-1], expected(a, b)) < 1e-5
     assert torch.equal(around[[0, -1]], before[[0, -1]])  # nothing beyond the edges
+    once = ops.fp8_matmul_sm90(*given(a, b), torch.float32)
+    for start in (torch.zeros_like(once), once):  # exact: zero and twice
+        out = start.clone()
+        ops.fp8_matmul_sm90_add_(out, *given(a, b))
+        assert torch.equal(out, start + once)
 
 
 def test_of_nothing(emulated):
@@ -95,6 +100,9 @@ def test_wrong_arguments_are_named(emulated):
         ops.fp8_matmul_sm90(*given(a, b), torch.float16)
     with pytest.raises(RuntimeError, match="out: expected float32"):
         ops.fp8_matmul_sm90_add_(torch.zeros(16, 32, dtype=torch.bfloat16), *given(a, b))
+    shifted = torch.empty(33 * 128, dtype=E4M3, device=a.values.device)[1 : 32 * 128 + 1].view(32, 128)
+    with pytest.raises(RuntimeError, match="b: expected memory that starts at a multiple of 16 bytes"):
+        ops.fp8_matmul_sm90(a.values, shifted, a.scale_inv, b.scale_inv, a.scaling, b.scaling, torch.float32)
     e5m2 = a.values.to(torch.float8_e5m2)
     with pytest.raises(RuntimeError, match="a and b: expected float8_e4m3fn"):
         ops.fp8_matmul_sm90(e5m2, b.values, a.scale_inv, b.scale_inv, "block_1x128", "block_128x128", torch.float32)
@@ -115,3 +123,26 @@ def test_wrong_arguments_are_named(emulated):
 def test_what_is_broken_shows(broken, old, new):
     code, output = broken("gemm/fp8_sm90.cu", old, new, f"{__file__}::test_matmul[block_1x128-400-128-1424]")
     assert code == 1, output
+
+
+PROMOTE, FENCE = "      promote<kB1x128>(total, partial, a_scale_inv, b_scale_inv, thread);\n", "      fence_reads();\n"
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("k / kScalesOf128 * kScalesOf128", "k", "from column 1, 4 bytes into a row: not a multiple of 16 bytes"),
+        ("(0u - shared_address(memory)) % kAlignment", "0", "of shared memory: not a multiple of 1024"),
+        (FENCE, "", "fence_reads() is missing"),
+        (PROMOTE + FENCE, FENCE + PROMOTE, "fence_reads() is missing"),
+        (FENCE, "      if (thread % kWarp == 0) fence_reads();\n", "fence_reads() is missing"),
+        ("__syncwarp();", "", "__syncwarp() is missing"),
+        ("(kB1x128 ? 0 : k % kScalesOf128)", "0", "AssertionError"),
+    ],
+    ids=["column", "destination", "no fence", "fence too early", "fence of a lane", "no syncwarp", "scale of block 0"],
+)
+def test_what_only_a_gpu_would_show_is_named(broken, old, new, message):
+    """An illegal instruction, or values that are wrong now and then."""
+    code, output = broken("gemm/fp8_sm90.cu", old, new, f"{__file__}::test_matmul[block_128x128-400-128-1424]")
+    assert code == 1, output
+    assert message in output

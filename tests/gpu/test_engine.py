@@ -23,14 +23,14 @@ def small(*overrides: str) -> tuple[str, ...]:
     return (*sizes, "--data.seq_length", "128", *overrides)
 
 
-def train(tmp_path, device: str, overrides: tuple[str, ...], preset: str = "tiny", steps: int = 5):
+def train(tmp_path, device: str, overrides: tuple[str, ...], preset: str = "tiny", steps: int = 5, lr: float = 1e-3):
     """Losses and gradient norms."""
     config = run_config(tmp_path, *overrides, preset=preset)
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
     model, optimizer = build_model(config, init_distributed(device), dtype, seed=1)
     batches = random_batches(config)
     tokens = config.batch.global_ * config.data.seq_length
-    results = [train_step(model, optimizer, batches, step=step, lr=1e-3, tokens=tokens) for step in range(1, steps + 1)]
+    results = [train_step(model, optimizer, batches, step=step, lr=lr, tokens=tokens) for step in range(1, steps + 1)]
     return [torch.cat([getattr(result, name) for result in results]).cpu() for name in ("loss", "grad_norm")]
 
 
@@ -47,7 +47,13 @@ def test_training_in_fp32(tmp_path, preset, recompute):
     "overrides", [BF16, (*BF16, "--optimizer.moments", "bf16"), *FP8, CUSTOM_MATMUL], ids=lambda o: " ".join(o[1::2])
 )
 def test_training_in_fewer_bits(tmp_path, overrides):
-    on_cpu, on_gpu = (train(tmp_path, device, small(*overrides)) for device in ("cpu", "cuda"))
+    """In FP8 with a tenth of the learning rate: a value that rounds to another code is amplified from step to step.
+
+    Two runs on a CPU whose matmuls differ by 1e-6 are, in five steps, up to 1e-2 (loss) and 6e-1 (norm) apart at 1e-3,
+    and 7e-4 and 2.4e-2 at 1e-4 (worst of three recipes and three runs).
+    """
+    lr = 1e-4 if "fp8" in overrides else 1e-3
+    on_cpu, on_gpu = (train(tmp_path, device, small(*overrides), lr=lr) for device in ("cpu", "cuda"))
     torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=5e-3, atol=0)
     torch.testing.assert_close(on_gpu[1], on_cpu[1], rtol=5e-2, atol=0)
 

@@ -13,9 +13,11 @@ from tests.csrc.test_fp8_sm90 import (  # noqa: F401
     test_of_nothing,
     test_wrong_arguments_are_named,
 )
+from tools.bench import fp8_accumulate
 
 ops = torch.ops.triaxis
 ACCURATE = 2e-3  # relative L2
+RUNS = 100
 
 if torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("a kernel for compute capability 9.0 alone", allow_module_level=True)
@@ -38,14 +40,29 @@ def test_matmul(emulated, m, n, k, scaling):
 @pytest.mark.parametrize("m, n, k", [(208, 144, 144), (12288, 4096, 8192)])
 @pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
 def test_adds_to_what_is_there(emulated, m, n, k, scaling):
+    """Twice the same matmul is twice its result, bit for bit; a sum with other values is rounded."""
     torch.manual_seed(0)
     a, b = operand(m, k, "block_1x128"), operand(n, k, scaling)
-    around = torch.randn(m + 2, n)
+    exact = expected(a, b)
+    around = torch.randn(m + 2, n) * exact.std()
     before = around.clone()
     ops.fp8_matmul_sm90_add_(around[1:-1], *given(a, b))
-    exact = expected(a, b)
     assert error(around[1:-1] - before[1:-1], exact) < ACCURATE
     assert torch.equal(around[[0, -1]], before[[0, -1]])  # nothing beyond the edges
+    once = ops.fp8_matmul_sm90(*given(a, b), torch.float32)
+    twice = once.clone()
+    ops.fp8_matmul_sm90_add_(twice, *given(a, b))
+    assert torch.equal(twice, 2 * once)
+
+
+@pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
+def test_zeros_plus_matmul_is_the_matmul_bitwise(emulated, scaling):
+    """100 times, because a fault in the order of memory shows now and then; the message says where errors lie."""
+    torch.manual_seed(0)
+    operands = fp8_accumulate.operand(12288, 8192, "block_1x128"), fp8_accumulate.operand(4096, 8192, scaling)
+    unequal, found = fp8_accumulate.compare(*operands, RUNS)
+    assert unequal == 0
+    assert found.runs == 0, "\n".join(found.lines(RUNS))
 
 
 def test_repeats_bitwise(emulated):

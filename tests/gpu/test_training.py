@@ -41,7 +41,7 @@ def test_projection_and_loss_in_chunks(emulated):
     labels, mask = torch.randint(0, 32_000, (20_000,)), (torch.rand(20_000) < 0.9).float()
     found = []
     for function, dtype in ((linear_cross_entropy, torch.bfloat16), (linear_cross_entropy_reference, torch.float32)):
-        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
         loss = function(*leaves, labels, mask, z_loss=1e-4)
         loss.backward()
         found.append([loss.detach(), *(leaf.grad.float() for leaf in leaves)])
@@ -58,7 +58,8 @@ def test_more_elements_than_32_bits_count(emulated):
     exp_avg, exp_avg_sq = (torch.zeros(MORE_THAN_32_BITS, dtype=torch.bfloat16) for _ in range(2))
     param = torch.zeros(MORE_THAN_32_BITS, dtype=torch.bfloat16)
     ends = [slice(0, 4096), slice(2**31 - 2048, 2**31 + 2048), slice(2**32 - 2048, MORE_THAN_32_BITS)]
-    before = [[x[end].float() for x in (master, grad, exp_avg, exp_avg_sq)] for end in ends]
+    state = (master, grad, exp_avg, exp_avg_sq)
+    before = [[x[end].to(torch.float32, copy=True) for x in state] for end in ends]  # .float() of fp32 is a view
     ones = torch.ones(1)
     ops.adamw_(master, grad, exp_avg, exp_avg_sq, param, ones, None, None, 1e-2, 0.9, 0.95, 1e-8, 0.1)
     for end, old in zip(ends, before, strict=True):

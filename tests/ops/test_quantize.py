@@ -40,6 +40,23 @@ def test_blocks_of_very_different_sizes():
     assert (coarse - x)[small].norm() > 0.3 * x[small].norm()
 
 
+def test_scales_are_those_of_every_device(monkeypatch):
+    """With CUDA's arithmetic: a quotient by a number is a product with its reciprocal, and log2 of 2^n may exceed n."""
+    amax = torch.cat((torch.rand(20_000) + 1e-3, 448 * torch.exp2(torch.arange(-20.0, 20))))
+    cases = [(dtype, power_of_two) for dtype in (E4M3, E5M2) for power_of_two in (False, True)]
+    expected = [scale_inv_from_amax(amax, *case) for case in cases]
+    assert torch.equal(expected[1][20_000:], torch.exp2(torch.arange(-20.0, 20)).clamp(min=2.0**-22))
+    divide, log2 = torch.Tensor.__truediv__, torch.log2
+
+    def by_reciprocal(x, y):
+        return divide(x, y) if isinstance(y, torch.Tensor) else x * (1 / y)
+
+    monkeypatch.setattr(torch.Tensor, "__truediv__", by_reciprocal)
+    monkeypatch.setattr(torch, "log2", lambda x: log2(x).nextafter(torch.tensor(torch.inf).double()))
+    for case, scales in zip(cases, expected, strict=True):
+        assert torch.equal(scale_inv_from_amax(amax, *case), scales), case
+
+
 def test_both_ways_are_one_matrix():
     x = torch.randn(32, 48)
     for scaling in ("tensorwise", "block_128x128"):

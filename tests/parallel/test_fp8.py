@@ -197,7 +197,13 @@ def test_what_fp8_cannot_do_is_said_before_the_start(tmp_path):
             ("--ops.fp8_matmul", "triaxis"),
             "has scales per block, and cannot run precision.recipe = tensorwise; use cublaslt",
         ),
-        ((9, 0), ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "triaxis"), ""),
+        (
+            (9, 0),
+            ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "triaxis"),
+            "ops.fp8_matmul = triaxis is refused on a GPU: the custom kernel gave wrong values .* use cublaslt",
+        ),
+        ((9, 0), ("--precision.recipe", "blockwise", "--ops.fp8_matmul", "cublaslt"), ""),
+        ((9, 0), ("--precision.recipe", "blockwise"), ""),
         ((8, 9), (), ""),
     ],
 )

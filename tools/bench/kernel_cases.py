@@ -62,10 +62,11 @@ def _case(
     *,
     gradients: int = 0,
     others: dict[str, Callable[..., Any] | None] | None = None,
+    meaning: Callable[[Any], Any] = lambda results: results,
 ) -> Case:
     """Create a case from the PyTorch function `plain`: in fp32 the reference; eager and compiled, alternatives.
     If `gradients` > 0, the first tensors of a set are gradients of the results, and the gradients of the other tensors
-    are computed.
+    are computed. `meaning` maps results to the tensors that are compared with the reference.
     """
     made = [buffers() for _ in range(SETS)]
     wrap = partial(_differentiated, gradients) if gradients else _called
@@ -73,7 +74,7 @@ def _case(
 
     def check() -> None:
         wide = [x.float() if x.is_floating_point() else x for x in made[0]]
-        require_close(ours(*made[0])(), wrap(plain)(*wide)(), ROUNDING)
+        require_close(meaning(ours(*made[0])()), meaning(wrap(plain)(*wide)()), ROUNDING)
 
     return Case(
         [ours(*tensors) for tensors in made],
@@ -210,18 +211,28 @@ def _norm_to_fp8() -> Case:
         return partial(torch.ops.triaxis.norm_forward_fp8, x, *options)
 
     def plain(x: Tensor, weight: Tensor) -> Any:
-        return quantize_reference(norm(x, weight).to(BF16), *given)  # type: ignore[arg-type]
+        values, _, scale_inv, _ = quantize_reference(norm(x, weight).to(BF16), *given)  # type: ignore[arg-type]
+        return values, scale_inv
 
-    return _case(ours, plain, lambda: (_random(TOKENS, HIDDEN), *_weights(False)))
+    def meaning(results: tuple[Tensor, ...]) -> Tensor:
+        return dequantize(QuantizedTensor(results[0], results[1], "block_1x128"))
+
+    return _case(ours, plain, lambda: (_random(TOKENS, HIDDEN), *_weights(False)), meaning=meaning)
 
 
 def _quantize(scaling: str) -> Case:
     scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensorwise" else None
     given = (torch.float8_e4m3fn, scaling, True, True, scale, None, scaling == "block_1x128")
+
+    def meaning(results: tuple[Tensor, ...]) -> list[Tensor]:
+        values, scales = results[:2], results[2:] if scale is None else [scale.reciprocal()] * 2
+        return [dequantize(QuantizedTensor(*x, scaling)) for x in zip(values, scales, strict=True)]  # type: ignore[arg-type]
+
     return _case(
         lambda x: partial(torch.ops.triaxis.quantize, x, *given),
         lambda x: quantize_reference(x, *given),  # type: ignore[arg-type]
         lambda: (_random(TOKENS, HIDDEN),),
+        meaning=meaning,
     )
 
 

@@ -7,17 +7,23 @@
 A row is checked against its reference, then timed: a CUDA graph of calls that alternate between four sets of random
 buffers (together many times the size of the L2 cache) is replayed 50 times without waiting between replays; the median
 is reported. The alternatives (PyTorch, torch.compile, flash-attn, apex, Transformer Engine) run in the same process in
-the same way. `--results` prints earlier results, or writes them to a document between its two markers; rows without a
-result stay empty. Alternative considered: timing each call, which measures the launch if the kernel is shorter.
+the same way. Rows are measured in a process of their own, and in a new one behind a row that leaves the GPU unusable or
+ends the process: an illegal instruction costs the row that caused it, which is named. `--results` prints earlier
+results, or writes them to a document between its two markers; rows without a result stay empty. Alternative considered:
+timing each call, which measures the launch if the kernel is shorter.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +52,8 @@ from tools.bench.kernel_table import (
 ROTATIONS, SAMPLES = 5, 50
 MATMUL = 8192  # rows and columns of the bf16 matmul measured for comparison
 LARGEST_COPY = 16 * 10**9  # bytes; the time of larger ones is extrapolated
+CONTEXT: SpawnContext | ForkContext = multiprocessing.get_context("spawn")  # a process that uses CUDA cannot be forked
+GAVE_UP = 3  # exit code of a process that has sent all results it can give
 
 
 def samples(calls: Sequence[Call], refresh: Call | None = None) -> list[float]:
@@ -70,12 +78,16 @@ def samples(calls: Sequence[Call], refresh: Call | None = None) -> list[float]:
 
 
 def copy_seconds(size: int) -> float:
-    """Return the seconds of a device copy that moves `size` bytes, half read and half written."""
+    """Return the seconds of a device copy that moves `size` bytes, half read and half written.
+
+    It copies elements of 8 bytes: a copy of 2^31 elements or more runs at two thirds of the speed.
+    """
     once = min(size, LARGEST_COPY)
     count = kernel_cases.SETS if once < 2 * 10**9 else 1
-    options = {"dtype": torch.uint8, "device": kernel_cases.DEVICE}
-    pairs = [[torch.randint(256, (once // 2,), **options) for _ in range(2)] for _ in range(count)]  # type: ignore[call-overload]
-    return statistics.median(samples([partial(a.copy_, b) for a, b in pairs])) * size / once
+    options = {"dtype": torch.int64, "device": kernel_cases.DEVICE}
+    elements = -(-once // 16)
+    pairs = [[torch.randint(2**62, (elements,), **options) for _ in range(2)] for _ in range(count)]  # type: ignore[call-overload]
+    return statistics.median(samples([partial(a.copy_, b) for a, b in pairs])) * size / (16 * elements)
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -117,21 +129,69 @@ def machine(commit: str | None) -> dict[str, Any]:
 
 def run(chosen: Sequence[Row], commit: str | None, file: Path | None) -> dict[str, Any]:
     """Measure the rows: {"machine": …, "rows": {key: result}}. The file is updated after each row."""
+    document: dict[str, Any] = {"machine": {}, "rows": {}}
+    for row, result in results_of(chosen, commit):
+        if row is None:
+            if "error" in result:
+                raise RuntimeError(f"the ceilings of this GPU cannot be measured: {result['error']}")
+            document["machine"] = result
+            continue
+        document["rows"][key(row)] = result
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+        print("  ".join(cells(row, result)), flush=True)
+        for name, time in result.get("others", {}).items():
+            print(f"    {name}: {time if isinstance(time, str) else f'{time * 1e6:,.1f} µs'}")
+    return document
+
+
+def results_of(chosen: Sequence[Row], commit: str | None) -> Iterator[tuple[Row | None, dict[str, Any]]]:
+    """Measure in other processes: yield (None, the machine), then each row with its result."""
+    waiting: list[Row | None] = [None, *chosen]
+    while waiting:
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_measure_rows, args=(sender, waiting, commit))
+        process.start()
+        sender.close()
+        done = 0
+        try:
+            while done < len(waiting):
+                yield waiting[done], receiver.recv()
+                done += 1
+        except EOFError:  # the process has ended, perhaps as it should: behind an error
+            process.join()
+            if process.exitcode != GAVE_UP:
+                code = process.exitcode or 0
+                how = f"{'signal' if code < 0 else 'exit code'} {abs(code)}"
+                yield waiting[done], {"error": f"its process ended with {how}"}
+                done += 1
+        finally:
+            process.terminate()  # all results are there, or nobody waits for them
+            process.join()
+        waiting = waiting[done:]
+
+
+def _measure_rows(sender: Connection, waiting: Sequence[Row | None], commit: str | None) -> None:
+    """Measure the machine, if it stands first, and rows, and send the results, until the GPU is unusable."""
     functorch_config.donated_buffer = False  # backward passes run repeatedly
     with torch.cuda.stream(torch.cuda.Stream()):  # graphs cannot capture the default stream
-        document: dict[str, Any] = {"machine": machine(commit), "rows": {}}
-        for row in chosen:
-            result = document["rows"][key(row)] = measure(row)
+        for row in waiting:
+            sender.send(machine(commit) if row is None else measure(row))
+            if not _gpu_is_usable():
+                os._exit(GAVE_UP)  # without cleaning up, which would fail as well
             torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
-            print("  ".join(cells(row, result)), flush=True)
-            for name, time in result.get("others", {}).items():
-                print(f"    {name}: {time if isinstance(time, str) else f'{time * 1e6:,.1f} µs'}")
-    return document
+
+
+def _gpu_is_usable() -> bool:
+    """Whether no call has left the GPU in an error that all later calls of this process would have, too."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,10 @@
 """The benchmark of the kernels: its arithmetic, its table, and its cases as they run on the host."""
 
 import json
+import multiprocessing
+import os
+import re
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -157,6 +161,21 @@ def test_a_failing_row_or_alternative_leaves_the_others(monkeypatch, capsys):
     assert result["others"] == {"good": 4.0, "bad": "ZeroDivisionError: division by zero"}
 
 
+def test_a_copy_has_fewer_elements_than_2_to_31(monkeypatch):
+    """From there on PyTorch's copy is slower; the row with the most bytes is measured by a copy of `LARGEST_COPY`."""
+    shapes = []
+
+    def randint(high, shape, dtype, device):
+        shapes.append((shape[0], dtype.itemsize))
+        return torch.empty(0)
+
+    monkeypatch.setattr(torch, "randint", randint)
+    monkeypatch.setattr(kernels, "samples", lambda calls: [0.5])
+    assert kernels.copy_seconds(2 * kernels.LARGEST_COPY) == pytest.approx(1.0)
+    assert shapes == [(kernels.LARGEST_COPY // 16, 8)] * 2
+    assert all(count < 2**31 for count, _ in shapes)
+
+
 @pytest.fixture
 def small(emulated, monkeypatch):  # noqa: F811
     """The cases at sizes for the host."""
@@ -233,8 +252,58 @@ def on_gpu(small, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(kernels.native, "has_kernels", lambda: True)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    monkeypatch.setattr(kernels, "CONTEXT", multiprocessing.get_context("fork"))  # with the same fakes
     monkeypatch.setattr(kernels, "MATMUL", 64)
     monkeypatch.setattr(kernels, "LARGEST_COPY", 4096)
+
+
+def test_a_row_that_ruins_its_process_costs_no_other_row(on_gpu, monkeypatch, tmp_path, capfd):
+    """By an illegal instruction, which all later calls report, or by a signal; the machine is measured once."""
+    calls = [lambda: None]
+
+    def synchronize():
+        if broken:
+            raise RuntimeError("CUDA error: an illegal instruction was encountered\nmore")
+
+    def illegal():
+        broken.append(True)
+        synchronize()
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def case(row):
+        print(f"process {os.getpid()}", flush=True)
+        case = kernel_cases.Case(calls, {"RMSNorm forward": illegal, "SwiGLU forward": killed}.get(row.name, int))
+        if row.name == "LayerNorm forward":
+            case.others["another package"] = illegal
+        return case
+
+    broken = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(kernels, "case_of", case)
+    machine = kernels.machine
+    monkeypatch.setattr(kernels, "machine", lambda commit: print("machine", flush=True) or machine(commit))
+    results = tmp_path / "a.json"
+    names = ["RMSNorm", "LayerNorm", "SwiGLU", "RoPE"]
+    assert kernels.main(["--only", *names, "--json", str(results), "--commit", "abc"]) == 1
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    illegal_instruction = "RuntimeError: CUDA error: an illegal instruction was encountered"
+    assert {name: result["error"] for name, result in rows.items() if "error" in result} == {
+        "RMSNorm forward": illegal_instruction,
+        "SwiGLU forward": "its process ended with signal 9",
+    }
+    assert rows["LayerNorm forward"]["others"] == {"another package": illegal_instruction}
+    assert len(rows) == 9
+    printed = capfd.readouterr().out
+    assert printed.count("machine\n") == 1
+    assert len(set(re.findall(r"process (\d+)", printed))) == 4
+
+
+def test_a_machine_that_cannot_be_measured(on_gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "machine", lambda commit: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="ceilings of this GPU cannot be measured: its process ended with signal 9"):
+        kernels.main(["--only", "RoPE"])
 
 
 def test_a_whole_run(on_gpu, tmp_path, capsys):

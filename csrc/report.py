@@ -100,7 +100,9 @@ def _line(kernel: Kernel) -> str:
         loop = kernel.loop
         counts += f", {len(kernel.code):5} instructions, {divisions(kernel.code):2} divisions"
         counts += f"; longest loop {len(loop):4}, {divisions(loop):2}"
-    return f"{counts}: {name.replace('triaxis::(anonymous namespace)::', '').partition('(triaxis_')[0]}"
+    for noise in (r"triaxis::\(anonymous namespace\)::", r"^void ", r"\(\w+\)(?=\d)", r"\(triaxis_\w+_args.*"):
+        name = re.sub(noise, "", name)
+    return f"{counts}: {name}"
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ __host__ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(floa
 template <>
 __host__ __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 
-// 16 bytes in 4 registers, for what a kernel keeps over an iteration: of a Vec, which has elements of 2 bytes, the compiler
-// would keep each in a register.
-template <typename T>
-struct alignas(16) Packed {
-  static constexpr int size = 16 / sizeof(T);
-  uint32_t words[4];
+// A vector in as few registers as it fills, for what a kernel keeps over an iteration or a barrier: of a Vec, which has
+// elements of 2 bytes, the compiler would keep each in a register.
+template <typename T, int kSize = 16 / sizeof(T)>
+struct alignas(kSize * sizeof(T)) Packed {
+  static constexpr int size = kSize, num_words = kSize * sizeof(T) / 4;
+  uint32_t words[num_words];
 
   __device__ __forceinline__ static Packed load(const T* p) { return *reinterpret_cast<const Packed*>(p); }
 
@@ -62,8 +62,10 @@ struct alignas(16) Packed {
   // Makes the compiler convert the elements again, where it would keep their floats in registers. `zero` is an argument of the
   // kernel, so that the compiler does not know that nothing changes; ptxas sees through anything weaker, as an empty `asm`.
   __device__ __forceinline__ void forget(uint32_t zero) {
+    if constexpr (sizeof(T) < 4) {  // else nothing was converted
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] ^= zero;
+      for (int i = 0; i < num_words; ++i) words[i] += zero;  // not ^=: a second time would undo the first
+    }
   }
 };
 

@@ -43,6 +43,13 @@ def test_every_kernel_compiles_for_hopper_and_the_tuned_ones_keep_to_their_regis
     one_vector = [k for name, k in tuned.items() if "norm_backwardI" in name and "Li1E" in name]
     assert len(one_vector) == 3 * 2 * 2
     assert all(kernel.registers <= 64 for kernel in one_vector)  # two blocks of 512 threads on a multiprocessor
+    quantizers = reports["quantize"]
+    assert len(quantizers) == 3 * 2 * (
+        1 + 2 * 2
+    )  # dtypes; formats; one scale, or blocks whose scales are powers of two or not
+    assert not [name for name, kernel in quantizers.items() if kernel.spilled]
+    bf16 = [kernel for name, kernel in quantizers.items() if "bfloat16" in name]
+    assert all(kernel.registers <= 80 for kernel in bf16)  # three blocks of 256 threads on a multiprocessor, or four
     matmul = reports["fp8_sm90"]
     assert len(matmul) == 4  # output dtypes, scalings
     assert not [name for name, kernel in matmul.items() if kernel.spilled]
@@ -60,6 +67,19 @@ def test_a_row_of_the_backward_of_a_norm_takes_few_instructions(objects, centere
         assert 128 < len(loop) <= limit  # 8 elements, of which each takes 16 instructions at least
         assert divisions(loop) == 0
         assert sum("STG.E.128" in i.text for i in loop) == 1  # it is the loop over rows
+
+
+def test_quantizing_by_powers_of_two_divides_nothing(objects):
+    """In bf16: 1,008, 1,272 and 1,024 instructions for the three scalings when this was written."""
+    found = kernels_of(objects["quantize"], "quantizeI13__nv_bfloat16")
+    scaled = {"scaling0ELb0": 1100, "scaling1ELb1": 1400, "scaling2ELb1": 1100}
+    for which, limit in scaled.items():
+        kernels = [kernel for name, kernel in found.items() if which in name]
+        assert len(kernels) == 2  # formats
+        for kernel in kernels:
+            assert 500 < len(kernel.code) <= limit  # 64 elements, each of which takes 8 instructions at least
+            assert divisions(kernel.code) == 0
+    assert any(divisions(kernel.code) for name, kernel in found.items() if "scaling1ELb0" in name)  # what to look for
 
 
 def test_without_nvcc_the_operators_are_there_and_no_kernels(toolchain, tmp_path):

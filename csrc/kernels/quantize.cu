@@ -1,4 +1,4 @@
-// Quantization to FP8, row-major, transposed, or both from one read.
+// Quantization to FP8, row-major, transposed, or both from one read; and transposition of FP8.
 //
 // A block takes a tile of 128 × 128, the size of a scaling block, and keeps it in registers: a thread has 8 × 8 elements, and
 // converts them to fp32 for the maxima and again for each output, because fp32 would take twice the registers of bf16. Maxima are reduced along rows by shuffles and along columns through shared memory. The transpose goes through shared
@@ -192,6 +192,75 @@ int launch(const triaxis_quantize_args& a, void* stream) {
   return LAUNCH(kernel, grid, dim3(kThreads), 0, stream, a, 0u);
 }
 
+// The columns of 4 rows of 4 bytes.
+__device__ __forceinline__ void transpose_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t (&columns)[4]) {
+  const uint32_t ab01 = __byte_perm(a, b, 0x5140), ab23 = __byte_perm(a, b, 0x7362);  // 0x5140: a0 b0 a1 b1
+  const uint32_t cd01 = __byte_perm(c, d, 0x5140), cd23 = __byte_perm(c, d, 0x7362);
+  columns[0] = __byte_perm(ab01, cd01, 0x5410);  // a0 b0 c0 d0
+  columns[1] = __byte_perm(ab01, cd01, 0x7632);
+  columns[2] = __byte_perm(ab23, cd23, 0x5410);
+  columns[3] = __byte_perm(ab23, cd23, 0x7632);
+}
+
+// `zero` is 0, for Packed::forget.
+template <typename T, __nv_fp8_interpretation_t kType, triaxis_scaling kScaling>
+__global__ void __launch_bounds__(kThreads, kScaling == TRIAXIS_TENSORWISE ? 4 : 3)
+    transpose_fp8(const triaxis_transpose_fp8_args a, uint32_t zero) {
+  __shared__ __align__(32) float maxima[kDown][kTile];
+  __shared__ __align__(32) float column_scales[kTile];
+  __shared__ __align__(16) uint8_t tile_bytes[kTile * kTile];
+  const Place at;
+  const bool inside = at.column < a.columns && at.row < a.rows;  // all or none of a thread's 8 × 8 elements
+  Packed<T, kSize> x[kPasses];
+#pragma unroll
+  for (int p = 0; p < kPasses; ++p) {
+    x[p] = {};
+    if (inside) x[p] = Packed<T, kSize>::load(static_cast<const T*>(a.x) + (at.row + p) * a.columns + at.column);
+  }
+
+  Vec<uint8_t, kPasses> bytes[kSize];
+  if constexpr (kScaling == TRIAXIS_TENSORWISE) {
+    static_assert(kSize == 8 && kPasses == 8);
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {  // of the 8 × 8 bytes
+      const int word = quarter % 2, down = quarter / 2 * 4;
+      uint32_t columns[4];
+      transpose_bytes(x[down].words[word], x[down + 1].words[word], x[down + 2].words[word], x[down + 3].words[word], columns);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) reinterpret_cast<uint32_t*>(&bytes[4 * word + j])[quarter / 2] = columns[j];
+    }
+  } else {
+    float of_row[kPasses];
+    Vec<float, kSize> column_max = {};
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+      of_row[p] = inside ? a.scale_inv[blockIdx.x * a.rows + at.row + p] : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) column_max.at[j] = fmaxf(column_max.at[j], fabsf(x[p][j] * of_row[p]));
+      x[p].forget(zero);
+    }
+    scale_columns<kType, true>(at, column_max, maxima, column_scales, a.transposed_scale_inv, a.columns, a.columns);
+    const Vec<float, kSize> scales = load<kSize>(column_scales + at.across * kSize);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      Vec<uint16_t, kPasses / 2> pairs;
+#pragma unroll
+      for (int p = 0; p < kPasses; p += 2)
+        pairs.at[p / 2] = to_fp8<kType>(x[p][j] * of_row[p] * scales.at[j], x[p + 1][j] * of_row[p + 1] * scales.at[j]);
+      bytes[j] = *reinterpret_cast<Vec<uint8_t, kPasses>*>(&pairs);
+    }
+  }
+  store_transposed(at, bytes, tile_bytes, static_cast<uint8_t*>(a.transposed), a.rows, a.columns);
+}
+
+bool valid(const triaxis_transpose_fp8_args& a) {
+  return (a.dtype == TRIAXIS_E4M3 || a.dtype == TRIAXIS_E5M2) && a.rows >= 0 && a.columns >= 0 && a.rows % 16 == 0 &&
+         a.columns % 16 == 0 && a.rows <= 65535ll * kTile &&  // the largest gridDim.y
+         reinterpret_cast<uintptr_t>(a.x) % kSize == 0 && reinterpret_cast<uintptr_t>(a.transposed) % 16 == 0 &&
+         (a.scaling == TRIAXIS_TENSORWISE ||
+          (a.scaling == TRIAXIS_BLOCK_1X128 && a.scale_inv != nullptr && a.transposed_scale_inv != nullptr));
+}
+
 bool valid(const triaxis_quantize_args& a) {
   return floating(a.dtype) && (a.out_dtype == TRIAXIS_E4M3 || a.out_dtype == TRIAXIS_E5M2) && a.rows >= 0 &&
          a.columns >= 0 && a.columns % 16 == 0 && (a.transposed == nullptr || a.rows % 16 == 0) &&
@@ -214,4 +283,17 @@ extern "C" int triaxis_quantize(const triaxis_quantize_args* args, void* stream)
     if (reinterpret_cast<uintptr_t>(a.x) % bytes != 0 || a.stride % kSize != 0) return kInvalidArgument;
     return a.out_dtype == TRIAXIS_E4M3 ? launch<T, __NV_E4M3>(a, stream) : launch<T, __NV_E5M2>(a, stream);
   });
+}
+
+extern "C" int triaxis_transpose_fp8(const triaxis_transpose_fp8_args* args, void* stream) {
+  const triaxis_transpose_fp8_args& a = *args;
+  if (a.rows == 0 || a.columns == 0) return 0;
+  if (!valid(a)) return kInvalidArgument;
+  const bool e4m3 = a.dtype == TRIAXIS_E4M3;
+  const auto kernel = a.scaling == TRIAXIS_TENSORWISE  // moves bytes, whatever they stand for
+                          ? transpose_fp8<__nv_fp8_e4m3, __NV_E4M3, TRIAXIS_TENSORWISE>
+                      : e4m3 ? transpose_fp8<__nv_fp8_e4m3, __NV_E4M3, TRIAXIS_BLOCK_1X128>
+                             : transpose_fp8<__nv_fp8_e5m2, __NV_E5M2, TRIAXIS_BLOCK_1X128>;
+  const dim3 grid(unsigned(ceil_div(a.columns, kTile)), unsigned(ceil_div(a.rows, kTile)));
+  return LAUNCH(kernel, grid, dim3(kThreads), 0, stream, a, 0u);
 }

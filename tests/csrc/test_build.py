@@ -44,9 +44,11 @@ def test_every_kernel_compiles_for_hopper_and_the_tuned_ones_keep_to_their_regis
     assert len(one_vector) == 3 * 2 * 2
     assert all(kernel.registers <= 64 for kernel in one_vector)  # two blocks of 512 threads on a multiprocessor
     quantizers = reports["quantize"]
-    assert len(quantizers) == 3 * 2 * (
-        1 + 2 * 2
-    )  # dtypes; formats; one scale, or blocks whose scales are powers of two or not
+    transposes = [name for name in quantizers if "transpose_fp8" in name]
+    assert len(transposes) == 1 + 2  # one scale; formats in blocks
+    assert all(quantizers[name].registers <= 80 for name in transposes)
+    # dtypes; formats; one scale, or blocks whose scales are powers of two or not
+    assert len(quantizers) - len(transposes) == 3 * 2 * (1 + 2 * 2)
     assert not [name for name, kernel in quantizers.items() if kernel.spilled]
     bf16 = [kernel for name, kernel in quantizers.items() if "bfloat16" in name]
     assert all(kernel.registers <= 80 for kernel in bf16)  # three blocks of 256 threads on a multiprocessor, or four
@@ -80,6 +82,15 @@ def test_quantizing_by_powers_of_two_divides_nothing(objects):
             assert 500 < len(kernel.code) <= limit  # 64 elements, each of which takes 8 instructions at least
             assert divisions(kernel.code) == 0
     assert any(divisions(kernel.code) for name, kernel in found.items() if "scaling1ELb0" in name)  # what to look for
+
+
+def test_transposing_divides_nothing(objects):
+    """480 instructions for 64 bytes of a thread with one scale, and 936 in blocks, when this was written."""
+    found = kernels_of(objects["quantize"], "transpose_fp8")
+    assert len(found) == 3
+    for name, kernel in found.items():
+        assert 100 < len(kernel.code) <= (530 if "scaling0E" in name else 1030)
+        assert divisions(kernel.code) == 0
 
 
 def test_without_nvcc_the_operators_are_there_and_no_kernels(toolchain, tmp_path):
@@ -148,7 +159,7 @@ def test_a_library_of_another_torch_is_named(tmp_path):
 
 def test_a_library_of_an_older_package_is_named(monkeypatch):
     monkeypatch.setattr(native, "SCHEMA_VERSION", native.SCHEMA_VERSION + 1)
-    assert "belongs to another version of this package (operator schemas 2, expected 3); reinstall" in native._load()
+    assert "belongs to another version of this package (operator schemas 3, expected 4); reinstall" in native._load()
 
 
 def test_every_operator_is_in_the_library():

@@ -1,4 +1,4 @@
-// Quantization to FP8, and FP8 matmuls: by cuBLASLt, and by the kernel for Hopper.
+// Quantization to FP8, transposition of FP8, and FP8 matmuls: by cuBLASLt, and by the kernel for Hopper.
 
 #include "operator.h"
 
@@ -58,6 +58,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
   const OnDevice device(x);
   check_status(triaxis_quantize(&a, device.stream), "quantize");
   return {values, values_t, scale_inv, scale_inv_t};
+}
+
+// -> the transpose, and its scale_inv; empty if tensorwise
+std::tuple<Tensor, Tensor> transpose_fp8(Tensor values, Tensor scale_inv, std::string scaling) {
+  STD_TORCH_CHECK(values.dim() == 2 && values.is_contiguous(), "values: expected a dense matrix");
+  const int64_t rows = values.size(0), columns = values.size(1);
+  STD_TORCH_CHECK(rows % 16 == 0 && columns % 16 == 0, "values: [", rows, ", ", columns, "]: FP8 takes multiples of 16");
+  if (reinterpret_cast<uintptr_t>(values.data_ptr()) % 8 != 0) values = torch::stable::clone(values);  // of the kernel's loads
+  triaxis_transpose_fp8_args a{};
+  a.dtype = fp8_dtype(values.scalar_type(), "values");
+  a.scaling = scaling_of(scaling);
+  STD_TORCH_CHECK(a.scaling != TRIAXIS_BLOCK_128X128, "scaling is 'tensorwise' or 'block_1x128', not '", scaling, "'");
+  if (a.scaling == TRIAXIS_BLOCK_1X128)
+    STD_TORCH_CHECK(scale_inv.dim() == 2 && scale_inv.size(0) == blocks(columns) && scale_inv.size(1) == rows &&
+                        scale_inv.is_contiguous() && scale_inv.scalar_type() == ScalarType::Float,
+                    "scale_inv: expected dense float32 [", blocks(columns), ", ", rows, "]");
+  Tensor transposed = empty(values, {columns, rows}, values.scalar_type());
+  Tensor transposed_scale_inv = new_scale_inv(values, columns, rows, a.scaling);
+  a.x = values.data_ptr();
+  a.transposed = transposed.data_ptr();
+  a.scale_inv = floats(scale_inv);
+  a.transposed_scale_inv = floats(transposed_scale_inv);
+  a.rows = rows;
+  a.columns = columns;
+  const OnDevice device(values);
+  check_status(triaxis_transpose_fp8(&a, device.stream), "transpose_fp8");
+  return {transposed, transposed_scale_inv};
 }
 
 // Checks and pointers that the matmuls share.
@@ -133,6 +160,7 @@ const Operator kOperators[] = {
     {"quantize(Tensor x, ScalarType dtype, str scaling, bool row_major, bool transposed, Tensor? scale, Tensor(a!)? amax, "
      "bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(quantize)},
+    {"transpose_fp8(Tensor values, Tensor scale_inv, str scaling) -> (Tensor, Tensor)", TRIAXIS_KERNEL(transpose_fp8)},
     {"fp8_matmul_sm90(" OPERANDS ", ScalarType dtype) -> Tensor", TRIAXIS_KERNEL(fp8_matmul_sm90)},
     {"fp8_matmul_sm90_add_(Tensor(a!) out, " OPERANDS ") -> ()", TRIAXIS_KERNEL(fp8_matmul_sm90_add_)},
 };

@@ -1,6 +1,8 @@
 // Vectors: what a thread loads or stores in one access; 16 bytes if the alignment allows, else one element.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace triaxis {
@@ -26,18 +28,6 @@ __device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
   *reinterpret_cast<Vec<T, kSize>*>(p) = v;
 }
 
-// Makes the compiler forget the floats it converted `v` to, so that 4 registers stay live and not 8.
-template <typename T>
-__device__ __forceinline__ void keep_packed(Vec<T>& v) {
-#ifdef __CUDA_ARCH__
-  uint32_t* const words = reinterpret_cast<uint32_t*>(&v);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(words[i]));
-#else
-  (void)v;
-#endif
-}
-
 __host__ __device__ __forceinline__ float to_float(float x) { return x; }
 __host__ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __host__ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -50,6 +40,39 @@ template <>
 __host__ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <>
 __host__ __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+
+// A vector in as few registers as it fills, for what a kernel keeps over an iteration or a barrier: of a Vec, which has
+// elements of 2 bytes, the compiler would keep each in a register.
+template <typename T, int kSize = 16 / sizeof(T)>
+struct alignas(kSize * sizeof(T)) Packed {
+  static constexpr int size = kSize, num_words = kSize * sizeof(T) / 4;
+  uint32_t words[num_words];
+
+  __device__ __forceinline__ static Packed load(const T* p) { return *reinterpret_cast<const Packed*>(p); }
+
+  // Element j as a float, in one instruction; of FP8 in three for two.
+  __device__ __forceinline__ float operator[](int j) const {
+    if constexpr (sizeof(T) == 4) return __int_as_float(int(words[j]));
+    if constexpr (sizeof(T) == 1) {
+      constexpr auto kType = std::is_same_v<T, __nv_fp8_e4m3> ? __NV_E4M3 : __NV_E5M2;
+      const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(uint16_t(words[j / 4] >> (j % 4 < 2 ? 0 : 16)), kType);
+      return to_float(__ushort_as_half(j % 2 == 0 ? pair.x : pair.y));
+    }
+    const uint32_t word = words[j / 2];
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      return __int_as_float(int(j % 2 == 0 ? word << 16 : word & 0xffff0000u));
+    return to_float(__ushort_as_half(uint16_t(j % 2 == 0 ? word : word >> 16)));
+  }
+
+  // Makes the compiler convert the elements again, where it would keep their floats in registers. `zero` is an argument of the
+  // kernel, so that the compiler does not know that nothing changes; ptxas sees through anything weaker, as an empty `asm`.
+  __device__ __forceinline__ void forget(uint32_t zero) {
+    if constexpr (sizeof(T) < 4) {  // else nothing was converted
+#pragma unroll
+      for (int i = 0; i < num_words; ++i) words[i] += zero;  // not ^=: a second time would undo the first
+    }
+  }
+};
 
 template <typename T>
 __host__ __device__ __forceinline__ float rounded(float x) { return to_float(from_float<T>(x)); }

@@ -169,6 +169,24 @@ typedef struct {
 
 int triaxis_quantize(const triaxis_quantize_args* args, void* stream);
 
+/* Transposes x [rows, columns] in FP8, both sizes multiples of 16, contiguous, x aligned to 8 bytes and `transposed` to 16.
+ *
+ * TRIAXIS_TENSORWISE moves bytes. TRIAXIS_BLOCK_1X128 multiplies by `scale_inv` [blocks of a row, rows] and quantizes the
+ * result again, in blocks along the rows of the transpose, as triaxis_quantize with power_of_two: from powers of two to powers
+ * of two, so that only numbers which become subnormal are rounded.
+ */
+typedef struct {
+  const void* x;
+  void* transposed;
+  const float* scale_inv;
+  float* transposed_scale_inv; /* [blocks of a column, columns] */
+  int64_t rows, columns;
+  triaxis_dtype dtype; /* E4M3 or E5M2 */
+  triaxis_scaling scaling;
+} triaxis_transpose_fp8_args;
+
+int triaxis_transpose_fp8(const triaxis_transpose_fp8_args* args, void* stream);
+
 /* FP8 matmul: out [m, n] = a [m, k] · bᵀ for b [n, k], both contiguous, with scale_inv as triaxis_quantize writes it; fp32
  * accumulation. `accumulate` adds to `out`. Sizes are multiples of 16, pointers of 16 bytes. `fast` accumulates in fewer
  * bits.

@@ -18,7 +18,7 @@ constexpr int kGeneralThreads = 256;
 
 // Which kernels a backward takes, and how it launches them.
 struct Plan {
-  int vectors = 0;  // of a row for each thread; 0: the general kernels
+  void (*kernel)(const triaxis_norm_backward_args, uint32_t) = nullptr;  // the tuned one; null: the general kernels
   dim3 block;
   int grid = 1;
 };
@@ -153,93 +153,103 @@ __device__ __forceinline__ float normalized(float x, float mean, float rstd) {
   return (kCentered ? x - mean : x) * rstd;
 }
 
-// The inputs of a row's backward.
+// A thread's vectors of one row. Threads beyond the end of the row get its last vector: so only the weight, which is zero
+// there, and stores have to ask where a row ends.
 template <typename T, int kVectors>
-struct BackwardRow {
-  Vec<T> grad_y[kVectors], x[kVectors];
-  float mean, rstd;
+struct Row {
+  Packed<T> at[kVectors];
 
-  __device__ __forceinline__ void load(const triaxis_norm_backward_args& a, int64_t row, int row_vectors) {
-    if (row >= a.rows) return;
+  __device__ __forceinline__ void load(const void* matrix, int64_t row, int64_t stride, int row_vectors) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int v = threadIdx.x + i * blockDim.x;
-      if (v >= row_vectors) continue;
-      grad_y[i] = load_vec(row_of<T>(a.grad_y, row, a.grad_y_stride) + v * Vec<T>::size);
-      x[i] = load_vec(row_of<T>(a.x, row, a.x_stride) + v * Vec<T>::size);
+      const int v = threadIdx.x + i * blockDim.x, inside = v < row_vectors ? v : row_vectors - 1;
+      at[i] = Packed<T>::load(row_of<T>(matrix, row, stride) + inside * Packed<T>::size);
     }
-    rstd = a.rstd[row];
-    mean = a.mean != nullptr ? a.mean[row] : 0.0f;
+  }
+
+  __device__ __forceinline__ void forget(uint32_t zero) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) at[i].forget(zero);
   }
 };
 
-// With dx̂ = dy · weight and means over the row: dx = (dx̂ − mean(dx̂) − x̂ · mean(dx̂ · x̂)) · rstd, without mean(dx̂) for
-// RMSNorm; d weight = Σ dy · x̂ and d bias = Σ dy over the rows.
+// The inputs of a row's backward.
 template <typename T, bool kCentered, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads) norm_backward(const triaxis_norm_backward_args a) {
+struct BackwardRow {
+  Row<T, kVectors> grad_y, x;
+  float mean = 0.0f, rstd;
+
+  __device__ __forceinline__ void load(const triaxis_norm_backward_args& a, int row, int row_vectors) {
+    if (row >= a.rows) return;
+    grad_y.load(a.grad_y, row, a.grad_y_stride, row_vectors);
+    x.load(a.x, row, a.x_stride, row_vectors);
+    rstd = a.rstd[row];
+    if (kCentered) mean = a.mean[row];
+  }
+};
+
+// Blocks of kMaxThreads that a multiprocessor must have room for. Two leave 64 registers a thread, enough for one vector: 32
+// warps hide more of the time that loads and sums take than the 16 of two vectors.
+constexpr int backward_blocks(int vectors) { return vectors == 1 ? 2 : 1; }
+
+// With dx̂ = dy · weight and means over the row: dx = (dx̂ − mean(dx̂) − x̂ · mean(dx̂ · x̂)) · rstd, without mean(dx̂) for
+// RMSNorm; d weight = Σ dy · x̂ and d bias = Σ dy over the rows. `kGradSum`: the residual stream has a gradient to add. `zero`
+// is 0, for Packed::forget.
+template <typename T, bool kCentered, bool kGradSum, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, backward_blocks(kVectors))
+    norm_backward(const triaxis_norm_backward_args a, uint32_t zero) {
   constexpr int kSize = Vec<T>::size;
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
   const int row_vectors = int(a.columns / kSize);
-  const float columns = float(a.columns);
-  const int64_t first = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, step = int64_t(gridDim.x) * blockDim.y;
+  const float share = 1.0f / float(a.columns);  // of a column in a mean; not in the loop, where a division costs a tenth
+  const int rows = int(a.rows), first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
 
   // For all rows of this thread: the weight at its columns, and the sums of their gradients.
-  Vec<T> weight[kVectors];
+  Row<T, kVectors> weight;
   float grad_weight[kVectors][kSize] = {}, grad_bias[kVectors][kSize] = {};
+  weight.load(a.weight, 0, 0, row_vectors);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int v = threadIdx.x + i * blockDim.x;
-    if (v >= row_vectors) continue;
-    weight[i] = load_vec(static_cast<const T*>(a.weight) + v * kSize);
-  }
-  BackwardRow<T, kVectors> now, next;
+  for (int i = 0; i < kVectors; ++i)
+    if (int(threadIdx.x + i * blockDim.x) >= row_vectors) weight.at[i] = {};
+  BackwardRow<T, kCentered, kVectors> now, next;
   next.load(a, first, row_vectors);
-  for (int64_t row = first; row < a.rows; row += step) {
+#pragma unroll 1
+  for (int row = first; row < rows; row += step) {
     // Prefetch the next row; sum dx̂ · x̂ and dx̂ over this one, and add to the weight gradients.
     now = next;
     next.load(a, row + step, row_vectors);
     float dot = 0.0f, total = 0.0f;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
-      keep_packed(weight[i]);
-      keep_packed(now.grad_y[i]);
-      keep_packed(now.x[i]);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float w = to_float(weight[i].at[j]), dy = to_float(now.grad_y[i].at[j]);
-        const float x = normalized<kCentered>(to_float(now.x[i].at[j]), now.mean, now.rstd);
+        const float w = weight.at[i][j], dy = now.grad_y.at[i][j];
+        const float x = normalized<kCentered>(now.x.at[i][j], now.mean, now.rstd);
         dot += dy * w * x;
         if (kCentered) total += dy * w, grad_bias[i][j] += dy;
         grad_weight[i][j] += dy * x;
       }
     }
-    Vec<T> grad_sum[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {  // loaded while the block reduces
-      const int v = threadIdx.x + i * blockDim.x;
-      if (v < row_vectors && a.grad_sum != nullptr)
-        grad_sum[i] = load_vec(row_of<T>(a.grad_sum, row, a.grad_sum_stride) + v * kSize);
-    }
-    dot = row_sum(dot) / columns;
-    if (kCentered) total = row_sum(total) / columns;
-    // The gradient of x, with that of the residual stream added before it is rounded.
+    Row<T, kVectors> grad_sum;  // loaded while the block reduces
+    if (kGradSum) grad_sum.load(a.grad_sum, row, a.grad_sum_stride, row_vectors);
+    dot = row_sum(dot) * share;
+    if (kCentered) total = row_sum(total) * share;
+    // The gradient of x, with that of the residual stream added before it is rounded. The floats of RMSNorm's row stay in
+    // registers over the sum; LayerNorm, which has a bias, converts them again.
+    if (kCentered) weight.forget(zero), now.grad_y.forget(zero), now.x.forget(zero);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if (v >= row_vectors) continue;
-      keep_packed(now.grad_y[i]);
-      keep_packed(now.x[i]);
       Vec<T> grad_x;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float x = normalized<kCentered>(to_float(now.x[i].at[j]), now.mean, now.rstd);
-        float dx = (to_float(now.grad_y[i].at[j]) * to_float(weight[i].at[j]) - total - x * dot) * now.rstd;
-        if (a.grad_sum != nullptr) dx += to_float(grad_sum[i].at[j]);
+        const float x = normalized<kCentered>(now.x.at[i][j], now.mean, now.rstd);
+        float dx = (now.grad_y.at[i][j] * weight.at[i][j] - total - x * dot) * now.rstd;
+        if (kGradSum) dx += grad_sum.at[i][j];
         grad_x.at[j] = from_float<T>(dx);
       }
-      store(static_cast<T*>(a.grad_x) + row * a.columns + v * kSize, grad_x);
+      if (v < row_vectors) store(static_cast<T*>(a.grad_x) + int64_t(row) * a.columns + v * kSize, grad_x);
     }
   }
   // This thread's share of the weight gradients, one of gridDim.x · blockDim.y.
@@ -362,43 +372,48 @@ int forward(const triaxis_norm_forward_args& a, void* stream) {
   return launch_forward<T, kCentered, 4>(a, block_for(vectors, 4), stream);
 }
 
+template <typename T, bool kCentered, int kVectors>
+Plan tuned_backward_plan(const triaxis_norm_backward_args& a) {
+  Plan plan;
+  plan.kernel =
+      a.grad_sum ? norm_backward<T, kCentered, true, kVectors> : norm_backward<T, kCentered, false, kVectors>;
+  plan.block = block_for(a.columns / Vec<T>::size, kVectors);
+  plan.grid = persistent_grid(plan.kernel, plan.block.x * plan.block.y, ceil_div(a.rows, plan.block.y));
+  return plan;
+}
+
 template <typename T, bool kCentered>
 Plan backward_plan(const triaxis_norm_backward_args& a) {
   const int64_t vectors = a.columns / Vec<T>::size;
   const bool tuned = a.columns % Vec<T>::size == 0 && vectors <= 2 * kMaxThreads && aligned<T>(a.grad_y, a.grad_y_stride) &&
                      aligned<T>(a.grad_sum, a.grad_sum_stride) && aligned<T>(a.x, a.x_stride) &&
-                     aligned<T>(a.weight, 0) && aligned<T>(a.grad_x, 0);
+                     aligned<T>(a.weight, 0) && aligned<T>(a.grad_x, 0) && a.rows <= 1 << 30;  // counted in an int
+  if (tuned && vectors <= kMaxThreads) return tuned_backward_plan<T, kCentered, 1>(a);
+  if (tuned) return tuned_backward_plan<T, kCentered, 2>(a);  // no more: two rows, the weight and its gradient are in registers
+  // A share for every 1024 rows, at most 64 of them: they bound the workspace and what the last kernel has to add.
   Plan plan;
-  if (tuned) {  // with at most 2 vectors a thread: two rows, the weight and the sums of its gradients fill the registers
-    plan.vectors = vectors <= 128 ? 1 : 2;
-    plan.block = block_for(vectors, plan.vectors);
-    const auto kernel = plan.vectors == 1 ? norm_backward<T, kCentered, 1> : norm_backward<T, kCentered, 2>;
-    plan.grid = persistent_grid(kernel, plan.block.x * plan.block.y, ceil_div(a.rows, plan.block.y));
-  } else {
-    // A share for every 1024 rows, at most 64 of them: they bound the workspace and what the last kernel has to add.
-    plan.grid = int(ceil_div(a.rows, 1024) < 64 ? ceil_div(a.rows, 1024) : 64);
-    if (plan.grid == 0) plan.grid = 1;
-  }
+  plan.grid = int(ceil_div(a.rows, 1024) < 64 ? ceil_div(a.rows, 1024) : 64);
+  if (plan.grid == 0) plan.grid = 1;
   return plan;
 }
 
 // Shares of the weight gradients in the workspace.
-int64_t parts_of(const Plan& plan) { return int64_t(plan.grid) * (plan.vectors == 0 ? 1 : plan.block.y); }
+int64_t parts_of(const Plan& plan) { return int64_t(plan.grid) * (plan.kernel == nullptr ? 1 : plan.block.y); }
 
 template <typename T, bool kCentered>
 int backward(const triaxis_norm_backward_args& a, void* stream) {
   const Plan plan = backward_plan<T, kCentered>(a);
   const unsigned column_blocks = unsigned(ceil_div(a.columns, kWarp));
   int status = 0;
-  if (plan.vectors == 0) {
+  if (plan.kernel == nullptr) {
     const auto kernel = norm_backward_input_general<T, kCentered>;
     status = LAUNCH(kernel, dim3(persistent_grid(kernel, kGeneralThreads, a.rows)), dim3(kGeneralThreads), 0, stream, a);
     if (status != 0) return status;
     const auto weights = norm_backward_weight_general<T, kCentered>;
     status = LAUNCH(weights, dim3(column_blocks, plan.grid), dim3(kWarp, kLanes), 0, stream, a);
   } else {
-    const auto kernel = plan.vectors == 1 ? norm_backward<T, kCentered, 1> : norm_backward<T, kCentered, 2>;
-    status = LAUNCH(kernel, dim3(plan.grid), plan.block, 0, stream, a);
+    const auto kernel = plan.kernel;
+    status = LAUNCH(kernel, dim3(plan.grid), plan.block, 0, stream, a, 0u);
   }
   if (status != 0) return status;
   const dim3 grid(column_blocks, kCentered ? 2 : 1);

@@ -11,7 +11,15 @@ from torch import Tensor
 from engine.config.schema import Fp8MatmulImpl
 from engine.ops import native
 from engine.ops.linear import matmul_transposed
-from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, BLOCK_SIZE, TENSORWISE, QuantizedTensor, quantize
+from engine.ops.quantize import (
+    BLOCK_1X128,
+    BLOCK_128X128,
+    BLOCK_SIZE,
+    TENSORWISE,
+    QuantizedTensor,
+    Scaling,
+    quantize_reference,
+)
 
 _SIZE_MULTIPLE = 16  # m, n and k must be multiples of it
 _SCALINGS = {
@@ -62,13 +70,26 @@ def dequantize(x: QuantizedTensor) -> Tensor:
 
 
 def transpose(x: QuantizedTensor) -> QuantizedTensor:
-    """Transpose. Exact for TENSORWISE; BLOCK_1X128 is quantized again, in blocks along the other dimension."""
-    if x.scaling == TENSORWISE:
-        return QuantizedTensor(x.values.t().contiguous(), x.scale_inv, TENSORWISE)
-    wide = dequantize(x).to(torch.bfloat16)
-    _, result = quantize(wide, x.values.dtype, x.scaling, row_major=False, transposed=True, power_of_two=True)
-    assert result is not None
-    return result
+    """Transpose. Exact for TENSORWISE; BLOCK_1X128 is quantized again, by powers of two along the other dimension: if
+    the scales of `x` are powers of two, only values that become subnormal are rounded.
+
+    Raises:
+        ValueError: `x` is BLOCK_128X128, which `quantize` transposes.
+    """
+    if x.scaling == BLOCK_128X128:
+        raise ValueError("a matrix scaled block_128x128 is not transposed: quantize it with transposed=True")
+    run = torch.ops.triaxis.transpose_fp8 if native.runs(x.scale_inv) else transpose_reference
+    values, scale_inv = run(x.values, x.scale_inv, x.scaling)
+    return QuantizedTensor(values, x.scale_inv if x.scaling == TENSORWISE else scale_inv, x.scaling)
+
+
+def transpose_reference(values: Tensor, scale_inv: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """Reference of `triaxis::transpose_fp8` in PyTorch: the transpose and its `scale_inv`, empty for TENSORWISE."""
+    if scaling == TENSORWISE:
+        return values.t().contiguous(), scale_inv.new_empty(0)
+    wide = dequantize(QuantizedTensor(values, scale_inv, scaling))
+    _, values_t, _, scale_inv_t = quantize_reference(wide, values.dtype, scaling, False, True, None, None, True)
+    return values_t, scale_inv_t
 
 
 def _require_supported(a: QuantizedTensor, b: QuantizedTensor) -> None:

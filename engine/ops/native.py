@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_csrc.so"
-SCHEMA_VERSION = 2  # of the operators' schemas; `triaxis_schema_version` in csrc/bind/status.cpp
+SCHEMA_VERSION = 3  # of the operators' schemas; `triaxis_schema_version` in csrc/bind/status.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -104,6 +104,12 @@ def _quantize(
     )
 
 
+def _transpose_fp8(values: Tensor, scale_inv: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
+    rows, columns = values.shape
+    blocks = (0,) if scaling == "tensorwise" else (-(-rows // 128), columns)
+    return values.new_empty(columns, rows), values.new_empty(blocks, dtype=torch.float32)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "norm_forward": _norm_forward,
     "norm_forward_fp8": _norm_forward_fp8,
@@ -119,6 +125,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "adamw_": lambda *args: None,
     "square_sum": lambda x: x.new_empty(()),
     "quantize": _quantize,
+    "transpose_fp8": _transpose_fp8,
     "fp8_matmul": lambda a, b, *rest: a.new_empty(a.shape[0], b.shape[0], dtype=rest[-2]),
     "fp8_matmul_add_": lambda *args: None,
     "fp8_matmul_sm90": lambda a, b, *rest: a.new_empty(a.shape[0], b.shape[0], dtype=rest[-1]),

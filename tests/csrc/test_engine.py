@@ -71,6 +71,9 @@ def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     fused = {"tensorwise": 0, "delayed": 2, "blockwise": 3}[recipe] * 4 * 4  # steps, microbatches, layers
     assert calls.get("triaxis::norm_forward_fp8", 0) == 2 * fused
     assert calls.get("triaxis::swiglu_forward_fp8", 0) == (fused if preset == "tiny" else 0)
+    assert (
+        calls["triaxis::transpose_fp8"] == 3 * 4 * 4 * 4
+    )  # of the input, for the gradient of each of a layer's 4 weights
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -94,7 +94,10 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("columns", [128, 520, 77], ids=["a row a warp", "a row a block", "general"])
+WIDTHS = {"a row a warp": 128, "a row a block": 520, "two vectors a thread in fp32": 4000, "general": 77}
+
+
+@pytest.mark.parametrize("columns", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(name for name in o if o[name]) or "plain")
 def test_options(emulated, options, columns):
     torch.manual_seed(1)
@@ -137,6 +140,18 @@ def test_not_a_number_stays_in_its_row(emulated):
     y, *_ = ops.norm_forward(x, None, torch.ones(520), None, EPS, False)
     assert y[2].isnan().all()
     assert y[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_not_a_number_stays_in_its_row_of_the_gradient(emulated, centered):
+    """Also in the last vector, which threads beyond the end of the row load as well."""
+    grad, x, statistics = torch.randn(4, 520), torch.randn(4, 520), torch.ones(4)
+    grad[2, 519] = torch.nan
+    mean = statistics if centered else statistics[:0]
+    grad_x, grad_weight, _ = ops.norm_backward(grad, None, x, torch.ones(520), mean, statistics, centered)
+    assert grad_x[2].isnan().all()
+    assert grad_x[[0, 1, 3]].isfinite().all()
+    assert grad_weight.isnan().nonzero().flatten().tolist() == [519]
 
 
 def test_wrong_arguments_are_named(emulated):

@@ -48,6 +48,7 @@ def cases():
             (torch.randn(16, 32), torch.float8_e5m2, "block_1x128", True, False, None, None, True),
             (torch.randn(16, 32), torch.float8_e4m3fn, "block_128x128", False, True, None, None, False),
         ],
+        "transpose_fp8": [(fp8[0], one, "tensorwise"), (fp8[0], rows, "block_1x128")],
         "fp8_matmul_sm90": [
             (*fp8, rows, rows, "block_1x128", "block_1x128", torch.bfloat16),
             (*fp8, rows, torch.ones(1, 4), "block_1x128", "block_128x128", torch.float32),
@@ -59,7 +60,7 @@ def cases():
 @pytest.mark.parametrize("name", sorted(cases()))
 def test_opcheck(emulated, name):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if name.startswith("fp8"):
+    if name.startswith(("fp8", "transpose_fp8")):
         checks.remove("test_schema")  # it does arithmetic on arguments, which PyTorch has none of for FP8
     for arguments in cases()[name]:
         torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=checks)

@@ -1,10 +1,14 @@
 """csrc/kernels/quantize.cu, run on the host, against its reference and bit by bit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from engine.ops.quantize import quantize_reference
+from csrc import build
+from engine.ops.quantize import quantize_reference, scale_inv_from_amax
 
+ROOT = Path(__file__).parents[2]
 ops = torch.ops.triaxis
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -49,6 +53,50 @@ def test_flat_parts_of_a_weight_have_the_values_of_the_whole(emulated):
     assert len(parts) == 15
     assert torch.equal(torch.cat([bits(value).flatten() for value in values]), bits(whole).flatten())
     assert torch.equal(bits(whole).t(), bits(transposed))
+
+
+EVERY_AMAX = """
+#include "common/fp8.cuh"
+#include <cstdio>
+
+// For every float amax from 1e-4 on: the scale in integers, and by division.
+template <__nv_fp8_interpretation_t kType>
+long differences() {
+  long different = 0;
+  for (int bits = __float_as_int(triaxis::kMinAmax); bits < 0x7f800000; ++bits) {
+    const float amax = __int_as_float(bits);
+    const auto scale = triaxis::scale_from_amax<kType, true>(amax);
+    const int quotient = __float_as_int(amax / triaxis::max_value(kType)), power = quotient & 0x7f800000;
+    different += __float_as_int(scale.inv) != (quotient == power ? power : power + (1 << 23));
+    different += scale.scale * scale.inv != 1.0f;
+  }
+  return different;
+}
+
+int main() { std::printf("%ld %ld\\n", differences<__NV_E4M3>(), differences<__NV_E5M2>()); }
+"""
+
+
+def test_powers_of_two_are_right_for_every_float(toolchain, tmp_path):
+    """Exhaustive: 1.2 · 10⁹ maxima for each format, in seconds."""
+    source, program = tmp_path / "every_amax.cpp", tmp_path / "every_amax"
+    source.write_text(EVERY_AMAX, encoding="utf-8")
+    flags = ["-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", f"-isystem{toolchain.cuda}/include"]
+    build.run([toolchain.cxx, *flags, str(source), "-o", str(program)])
+    assert build.run([str(program)]).split() == ["0", "0"]
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_powers_of_two_are_those_of_the_reference(emulated, dtype):
+    """At every exponent, the largest FP8 value and its neighbors, which decide between two powers."""
+    amax = torch.tensor([1.75, 1.0, 1.9]).repeat(141) * torch.arange(-13, 128).repeat_interleave(3).double().exp2()
+    amax = amax.float()
+    amax = torch.cat([amax, amax.nextafter(torch.tensor(torch.inf)), amax.nextafter(torch.tensor(0.0))])
+    amax = amax[amax.isfinite() & (amax >= 1e-4)]
+    x = torch.zeros(-(-len(amax) // 16) * 16, 16)
+    x[: len(amax), 3] = -amax
+    scales = ops.quantize(x, dtype, "block_1x128", True, False, None, None, True)[2]
+    assert torch.equal(scales[0], scale_inv_from_amax(x.abs().amax(1), dtype, True))
 
 
 def all_finite(dtype):
@@ -159,7 +207,7 @@ def test_fused_swiglu_equals_swiglu_then_quantize(emulated, columns, source, sca
 
 
 def test_a_missing_barrier_shows(broken):
-    line = "    store(transposed + transposed_at(at, down), bytes);\n  }\n  __syncthreads();"
+    line = "store(tile + transposed_at(at.across * kSize + j, at.down), bytes[j]);\n  __syncthreads();"
     code, output = broken(
         "kernels/quantize.cu", line, line.replace("  __syncthreads();", ""), f"{__file__}::test_as_the_reference"
     )

@@ -8,6 +8,7 @@ from tests.csrc.test_norm import (  # noqa: F401
     TUNED,
     check,
     test_not_a_number_stays_in_its_row,
+    test_not_a_number_stays_in_its_row_of_the_gradient,
     test_options,
     test_rows,
     test_sizes,

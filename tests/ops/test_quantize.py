@@ -112,6 +112,22 @@ def test_transpose_is_exact_for_one_scale_and_close_for_blocks():
     assert (again - dequantize(rows).t()).norm() < 1e-3 * x.norm()  # only the smallest are rounded once more
 
 
+def test_transposed_blocks_are_those_that_bf16_gave():
+    """Dequantized by powers of two, FP8 numbers are exact in bf16."""
+    torch.manual_seed(0)
+    rows = one(torch.randn(144, 272) * torch.logspace(-3, 3, 272), E4M3, "block_1x128", power_of_two=True)
+    got = transpose(rows)
+    wide = dequantize(rows).bfloat16()
+    _, expected = quantize(wide, E4M3, "block_1x128", row_major=False, transposed=True, power_of_two=True)
+    assert torch.equal(got.values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert torch.equal(got.scale_inv, expected.scale_inv)
+
+
+def test_squares_are_not_transposed():
+    with pytest.raises(ValueError, match="quantize it with transposed=True"):
+        transpose(one(torch.randn(32, 32), E4M3, "block_128x128"))
+
+
 def test_what_a_gpu_refuses_is_refused():
     x = torch.randn(32, 32)
     with pytest.raises(ValueError, match=r"\[32, 24\] cannot be quantized: FP8 matmuls take multiples of 16"):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.ops.adamw import adamw_step_reference
 from engine.ops.choice import installed
-from engine.ops.fp8 import dequantize
+from engine.ops.fp8 import dequantize, transpose_reference
 from engine.ops.norm import layer_norm, rms_norm
-from engine.ops.quantize import QuantizedTensor, quantize, quantize_reference
+from engine.ops.quantize import QuantizedTensor, Scaling, quantize, quantize_reference
 from engine.ops.rope import apply_rope_reference, rope_tables
 from engine.ops.swiglu import swiglu_reference
 from tools.bench.kernel_table import ADAMW_STATE_BYTES, FFN, HEADS, HIDDEN, PARAMETERS, TOKENS, VOCABULARY, Row
@@ -236,6 +236,26 @@ def _quantize(scaling: str) -> Case:
     )
 
 
+def _transpose_fp8(scaling: Scaling) -> Case:
+    made = [_quantized(_random(TOKENS, HIDDEN), scaling) for _ in range(SETS)]
+
+    def calls(function: Callable[..., Any]) -> list[Call]:
+        return [partial(function, x.values, x.scale_inv, scaling) for x in made]
+
+    def check() -> None:
+        ours, plain = (calls(f)[0]() for f in (torch.ops.triaxis.transpose_fp8, transpose_reference))
+        require_close(ours[0].float(), plain[0].float(), 0.0)
+        if scaling != "tensorwise":
+            require_close(ours[1], plain[1], 0.0)
+
+    others = {"torch": transpose_reference, "torch.compile": torch.compile(transpose_reference, dynamic=False)}
+    return Case(
+        calls(torch.ops.triaxis.transpose_fp8),
+        check,
+        {name: lambda function=function: calls(function) for name, function in others.items()},  # type: ignore[misc]
+    )
+
+
 def _swiglu_forward() -> Case:
     return _case(_called(torch.ops.triaxis.swiglu_forward), swiglu_reference, lambda: (_random(TOKENS, 2 * FFN),))
 
@@ -450,6 +470,8 @@ def case_of(row: Row) -> Case:
         "RMSNorm to E4M3 1×128": _norm_to_fp8,
         "quantize row + column, 1×128": partial(_quantize, "block_1x128"),
         "quantize row + column, one scale": partial(_quantize, "tensorwise"),
+        "transpose E4M3, 1×128": partial(_transpose_fp8, "block_1x128"),
+        "transpose E4M3, one scale": partial(_transpose_fp8, "tensorwise"),
         "SwiGLU forward": _swiglu_forward,
         "SwiGLU backward": _swiglu_backward,
         "RoPE on q and k": _rope,

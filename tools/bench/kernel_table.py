@@ -48,6 +48,8 @@ def rows() -> list[Row]:
         Row("RMSNorm to E4M3 1×128", matrix, "µs", 31, 26, 23.4, 3 * _MATRIX // 2),
         Row("quantize row + column, 1×128", matrix, "µs", 42, 35, 31.2, 2 * _MATRIX),
         Row("quantize row + column, one scale", matrix, "µs", 42, 35, 31.2, 2 * _MATRIX),
+        Row("transpose E4M3, 1×128", f"{TOKENS}×{HIDDEN} E4M3", "µs", 390, 22, 15.6, _MATRIX),
+        Row("transpose E4M3, one scale", f"{TOKENS}×{HIDDEN} E4M3", "µs", 190, 20, 15.6, _MATRIX),
         Row("SwiGLU forward", tall, "µs", 157, 140, 126, 3 * _FFN_MATRIX),
         Row("SwiGLU backward", tall, "µs", 262, 233, 210, 5 * _FFN_MATRIX),
         Row("RoPE on q and k", f"{TOKENS}×{2 * HIDDEN} bf16", "µs", 78, 69, 62, 4 * _MATRIX),

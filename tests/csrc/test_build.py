@@ -1,5 +1,6 @@
 """Building csrc: every kernel compiles, the tuned ones keep to their registers, and failures are named."""
 
+import re
 import shutil
 import subprocess
 import sys

@@ -126,6 +126,9 @@ class ParallelConfig(Section):
         le=7 * 24 * 3600,
         description="seconds that ranks wait for each other, at the start and in every collective",
     )
+    connect_timeout_s: int = Field(
+        60, ge=5, le=3600, description="seconds after which a connection that does not answer at the start is an error"
+    )
 
     @field_validator("tp", "pp", mode="wrap")
     @classmethod

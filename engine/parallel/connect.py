@@ -192,7 +192,8 @@ def describe_ranks(link: Link, places: Mapping[int, Place]) -> str:
     if len(there) == len(link.ranks):
         said.append(
             "all have begun, so one has stopped or the network between their hosts does not let them through; "
-            "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the interface, NCCL_DEBUG=INFO shows it"
+            "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the interface, NCCL_DEBUG=INFO shows it, "
+            "parallel.connect_timeout_s gives it more time"
         )
     return "; ".join(said)
 

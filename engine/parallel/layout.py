@@ -145,6 +145,7 @@ class World:
             "backward wrap" between the last and the first stage), so that in each pair of ranks a group carries
             messages in one direction only and no message waits for one in the other direction.
         timeout_s: of all groups.
+        connect_timeout_s: after which a link that does not answer at the start ends the process.
         store: the key-value store over which the ranks have met.
         links: what this rank has connected, in that order.
         connect_s: seconds that connecting took.
@@ -163,6 +164,7 @@ class World:
     embedding_group: dist.ProcessGroup | None = None
     channels: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
     timeout_s: int = 1800
+    connect_timeout_s: float = LIMIT_S
     store: Store | None = None
     links: tuple[Link, ...] = ()
     connect_s: float = 0.0
@@ -218,11 +220,12 @@ def ranks_per_gpu(local_size: int) -> int:
     return -(-local_size // max(torch.cuda.device_count(), 1)) if shared else 1
 
 
-def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
+def init_distributed(device: str, *, timeout_s: int = 1800, connect_timeout_s: float = LIMIT_S) -> World:
     """Join the ranks that torchrun started, if it did. All ranks are data-parallel until `build_process_groups`.
 
     Args:
         timeout_s: of all groups, in seconds; also how long the first rank waits for the last one to start.
+        connect_timeout_s: seconds after which a link that does not answer ends the process.
 
     Raises:
         PeerError: not all ranks have started in time, or they cannot reach each other.
@@ -238,11 +241,12 @@ def init_distributed(device: str, *, timeout_s: int = 1800) -> World:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     world = World(Layout(dp=world_size), rank, local_rank, local_size, here, timeout_s=timeout_s)
+    world = replace(world, connect_timeout_s=connect_timeout_s)
     if world_size == 1:
         return world
     store = _get_default_store() if dist.is_initialized() else meet(rank, world_size, timeout_s=timeout_s)
     started, timeout, everyone = time.perf_counter(), timedelta(seconds=timeout_s), tuple(range(world_size))
-    with Watch(store, rank) as watch:
+    with Watch(store, rank, connect_timeout_s) as watch:
         # The group is not bound to the device: NCCL then connects each pair of pipeline stages by itself, and a message
         # to one neighbor does not wait for one to the other.
         if not dist.is_initialized():
@@ -262,12 +266,11 @@ def build_process_groups(
     kv_replicas: int = 1,
     wraps: bool = True,
     tied: bool = True,
-    limit_s: float = LIMIT_S,
 ) -> World:
     """Put the connected ranks on a grid, build the groups of its axes and connect every link; a collective.
 
-    The process ends with exit code 69 if a link does not answer within `limit_s` seconds. By default there are groups
-    for all models and schedules; `kv_replicas`, `wraps` and `tied` are those of `Layout.links`.
+    The process ends with exit code 69 if a link does not answer within `world.connect_timeout_s`. By default there are
+    groups for all models and schedules; `kv_replicas`, `wraps` and `tied` are those of `Layout.links`.
 
     Raises:
         PeerError: the backend reports that a link has failed.
@@ -277,7 +280,7 @@ def build_process_groups(
         return here
     links = layout.links(here.rank, kv_replicas=kv_replicas, wraps=wraps, tied=tied)
     started = time.perf_counter()
-    with Watch(world.store, here.rank, limit_s) as watch:
+    with Watch(world.store, here.rank, world.connect_timeout_s) as watch:
         groups = _new_groups(here, links, channels(layout.pp, wraps), watch)
         _connect(here, links, groups, watch)
     return replace(

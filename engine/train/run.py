@@ -25,7 +25,10 @@ def train(config: Config) -> None:
     Raises:
         TriaxisError: carries the exit code of the failure; `Interrupted` after a stop request.
     """
-    world = init_distributed(config.run.device, timeout_s=config.parallel.timeout_s)
+    parallel = config.parallel
+    world = init_distributed(
+        config.run.device, timeout_s=parallel.timeout_s, connect_timeout_s=parallel.connect_timeout_s
+    )
     trainer: Trainer | None = None
     log: RunLog | None = None
     with leave_together(world, lambda: trainer.position if trainer else SETTING_UP):

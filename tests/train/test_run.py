@@ -152,11 +152,9 @@ def test_a_nan_is_printed_and_stops_the_run(workspace, capfd):
 
 def test_ranks_wait_for_each_other_as_long_as_the_setting_says(workspace, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        run, "init_distributed", lambda *_, timeout_s: asked.append(timeout_s) or init_distributed("cpu")
-    )
-    train(run_config(workspace, "--parallel.timeout_s", "77", steps=1))
-    assert asked == [77]
+    monkeypatch.setattr(run, "init_distributed", lambda *_, **options: asked.append(options) or init_distributed("cpu"))
+    train(run_config(workspace, "--parallel.timeout_s", "77", "--parallel.connect_timeout_s", "7", steps=1))
+    assert asked == [{"timeout_s": 77, "connect_timeout_s": 7}]
     with pytest.raises(ConfigError, match=r"parallel\.timeout_s.* 60"):
         run_config(workspace, "--parallel.timeout_s", "59")
 

@@ -9,6 +9,7 @@ Registers and spills are in the .txt that `compile_objects` writes next to an ob
 import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,14 @@ def divisions(code: Sequence[Instruction]) -> int:
 
 
 def find_cuobjdump() -> Path | None:
-    """CUDA's disassembler: next to nvcc, else on PATH; None if there is none."""
+    """Find CUDA's disassembler: next to nvcc, on PATH, or in the package nvidia-cuda-cuobjdump; None if there is none.
+
+    It needs nvdisasm, from the same place.
+    """
     nvcc, on_path = find_nvcc(), shutil.which("cuobjdump")
-    candidates = [*([nvcc.parent / "cuobjdump"] if nvcc else []), *([Path(on_path)] if on_path else [])]
+    candidates = [nvcc.parent / "cuobjdump"] if nvcc else []
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "cuobjdump"]  # and nvdisasm
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -23,6 +23,7 @@ NOT_IN_CODE = {  # placeholders, variables of torchrun, and names in the worked 
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
 }  # fmt: skip
 IMPORTED_AS = {"types-PyYAML": "yaml", "pytest-xdist": "pytest"}
+PROGRAMS = {"nvidia-cuda-cuobjdump": "cuobjdump", "nvidia-cuda-nvdisasm": "nvdisasm"}  # packages of these
 
 
 FOLDERS = ("engine", "tests", "tools", "csrc", "docs", "examples", ".github")
@@ -93,7 +94,9 @@ def test_the_citation_is_of_this_version():
 
 
 def test_every_extra_names_only_packages_that_code_imports():
-    files = [path for folder in ("engine", "tools", "tests", "examples") for path in (ROOT / folder).rglob("*.py")]
+    files = [
+        path for folder in ("engine", "csrc", "tools", "tests", "examples") for path in (ROOT / folder).rglob("*.py")
+    ]
     source = "\n".join(path.read_text(encoding="utf-8") for path in files if path != Path(__file__))
     source += (ROOT / "tests/lint.sh").read_text(encoding="utf-8")
     for extra, requirements in project()["optional-dependencies"].items():
@@ -101,4 +104,5 @@ def test_every_extra_names_only_packages_that_code_imports():
             package = re.split(r"[\[<>=]", requirement)[0]
             module = IMPORTED_AS.get(package, package.replace("-", "_"))
             used = rf"(^|\s)(import|from) {module}\b|\"{module}\"|^{module}\b"
+            used = PROGRAMS.get(package, used)
             assert re.search(used, source, re.M), f"extra {extra}: no code uses {package}"

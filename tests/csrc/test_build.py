@@ -29,7 +29,7 @@ def kernels_of(target: Path, part: str) -> dict[str, Kernel]:
     """Kernels in an object whose mangled names contain `part`, with their code. Skips without cuobjdump."""
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        pytest.skip("needs cuobjdump: of the CUDA toolkit, or the package nvidia-cuda-cuobjdump on PATH")
+        pytest.skip("needs cuobjdump and nvdisasm: of the CUDA toolkit, or pip install 'triaxis[dev]' on Linux x86-64")
     return {name: kernel for name, kernel in read_kernels(target, cuobjdump).items() if part in name}
 
 

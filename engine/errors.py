@@ -112,8 +112,7 @@ def as_triaxis_error(error: BaseException) -> TriaxisError | None:
     if isinstance(error, MemoryError) or any(sign in description for sign in _TORCH_OUT_OF_MEMORY):
         return OutOfMemoryError(description)
     first_line = str(error).partition("\n")[0]  # a later one may be of a traceback, of any connection
-    has_peers = os.environ.get("WORLD_SIZE", "1") != "1"
-    if has_peers and isinstance(error, RuntimeError) and any(sign in first_line for sign in _LOST_CONNECTION):
+    if isinstance(error, RuntimeError) and any(sign in first_line for sign in _LOST_CONNECTION):
         return PeerError("lost the connection to another rank, whose own message says why")
     return None
 

@@ -8,6 +8,7 @@ backend that does nothing, which have to agree on every decision and need the me
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ def _installed(session: _Session) -> Iterator[None]:
     with ExitStack() as stack:
         put = lambda where, name, value: stack.enter_context(mock.patch.object(where, name, value))  # noqa: E731
         stack.enter_context(mock.patch.dict(os.environ))
+        put(sys, "excepthook", sys.excepthook)  # each start of a process group replaces it
         put(dist, "new_group", make)
         put(engine.train.step, "check_schedule", cache(check_schedule))
         if session.device.type == "meta":

@@ -1,6 +1,7 @@
 """Recorded ranks: what is noted, which values arrive, and that nothing stays behind in this process."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -204,3 +205,10 @@ def test_nothing_stays_behind(turns: Lockstep | None) -> None:
 
 def test_only_the_ranks_that_are_asked_for_run() -> None:
     assert [rank.result for rank in record(lambda world: world.rank, Layout(dp=1024), ranks=[0, 1023])] == [0, 1023]
+
+
+def test_recording_leaves_the_hook_for_tracebacks_as_it_was():
+    """PyTorch puts one in front of it, with the rank, whenever a process group starts."""
+    before = sys.excepthook
+    record_ranks(2, lambda: init_distributed("cpu").rank)
+    assert sys.excepthook is before

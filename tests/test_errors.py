@@ -43,9 +43,7 @@ def test_the_process_ends_with_the_code_and_says_what_to_do(error, code, capsys)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(capsys, monkeypatch):
-    monkeypatch.setattr(
-        sys, "excepthook", sys.__excepthook__
-    )  # PyTorch puts its own before it
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # PyTorch puts its own before it
     error = ZeroDivisionError("none")
     error.add_note("rank 3 (host), step 12")
     with pytest.raises(SystemExit) as end:

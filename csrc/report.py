@@ -66,7 +66,7 @@ def find_cuobjdump() -> Path | None:
     nvcc, on_path = find_nvcc(), shutil.which("cuobjdump")
     candidates = [nvcc.parent / "cuobjdump"] if nvcc else []
     candidates += [Path(on_path)] if on_path else []
-    candidates += [Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "cuobjdump"]  # and nvdisasm
+    candidates += [Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin" / "cuobjdump"]
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -240,8 +240,15 @@ def init_distributed(device: str, *, timeout_s: int = 1800, connect_timeout_s: f
         raise
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    world = World(Layout(dp=world_size), rank, local_rank, local_size, here, timeout_s=timeout_s)
-    world = replace(world, connect_timeout_s=connect_timeout_s)
+    world = World(
+        Layout(dp=world_size),
+        rank,
+        local_rank,
+        local_size,
+        here,
+        timeout_s=timeout_s,
+        connect_timeout_s=connect_timeout_s,
+    )
     if world_size == 1:
         return world
     store = _get_default_store() if dist.is_initialized() else meet(rank, world_size, timeout_s=timeout_s)

@@ -215,6 +215,23 @@ def mutated(draw: random.Random, content: bytes) -> bytes:
     return bytes(result)
 
 
+def outcome(prefix: Path) -> tuple[bool, int]:
+    """Whether all reads of a dataset are refused with a format error, and the peak of memory they allocate."""
+    tracemalloc.start()
+    try:
+        data = IndexedDataset(prefix)
+        data.tokens(0, data.num_tokens)
+        starts = data.document_starts_in(0, data.num_tokens)
+        assert ((starts > 0) & (starts < data.num_tokens)).all()
+        assert sum(int(chunk.sum()) for chunk in data.document_lengths()) == data.num_tokens
+        data.verify(1 << 16)
+        return False, tracemalloc.get_traced_memory()[1]
+    except DataFormatError:
+        return True, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("checked_at_opening", [0, 1 << 20])
 def test_mutated_files_give_data_or_a_format_error(tmp_path, monkeypatch, checked_at_opening):
     """2 x 2,500 mutations: no other exception, no read outside the files, no large allocation."""
@@ -223,23 +240,14 @@ def test_mutated_files_give_data_or_a_format_error(tmp_path, monkeypatch, checke
     lengths = [3, 0, 5, 1, 7, 2]
     index, content = index_bytes(lengths, [0, 2, 2, 3, 6]), bytes(range(36))
     refused = 0
-    tracemalloc.start()
     for _ in range(2500):
         broken = draw.random() < 0.9
         prefix = put(tmp_path, mutated(draw, index) if broken else index, content if broken else mutated(draw, content))
-        try:
-            data = IndexedDataset(prefix)
-            data.tokens(0, data.num_tokens)
-            starts = data.document_starts_in(0, data.num_tokens)
-            assert ((starts > 0) & (starts < data.num_tokens)).all()
-            assert sum(int(chunk.sum()) for chunk in data.document_lengths()) == data.num_tokens
-            data.verify(1 << 16)
-        except DataFormatError:
-            refused += 1
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+        tries = (outcome(prefix) for _ in range(3))  # memory of other threads is counted too, but not three times
+        was_refused = next((was_refused for was_refused, peak in tries if peak < 1 << 20), None)
+        assert was_refused is not None, "reading allocates more than 1 MiB"
+        refused += was_refused
     assert refused > 1000
-    assert peak < 1 << 20
 
 
 def masked(prefix: Path) -> IndexedDataset:

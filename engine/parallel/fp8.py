@@ -115,9 +115,14 @@ def runs_in_fp8(parameter: LocalParameter, precision: PrecisionConfig, num_layer
     True for the linear layers of all blocks except the first and last ones that stay in bf16; never for embedding and
     output head.
     """
-    if precision.mode != "fp8" or parameter.layer is None or len(parameter.shape) != 2:
-        return False
-    return precision.bf16_first_layers <= parameter.layer < num_layers - precision.bf16_last_layers
+    return parameter.layer in fp8_layers(precision, num_layers) and len(parameter.shape) == 2
+
+
+def fp8_layers(precision: PrecisionConfig, num_layers: int) -> range:
+    """The layers of a model whose matmuls are in FP8; none in other precisions."""
+    if precision.mode != "fp8":
+        return range(0)
+    return range(precision.bf16_first_layers, num_layers - precision.bf16_last_layers)
 
 
 class Fp8State:

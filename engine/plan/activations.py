@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from engine.config.schema import BatchConfig, DataConfig, ModelConfig, ParallelConfig
+from engine.config.schema import BatchConfig, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from engine.model.parameters import kv_share
+from engine.ops.quantize import BLOCK_SIZE
+from engine.parallel.fp8 import fp8_layers
 from engine.parallel.layout import TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.pipeline.schedules import ActionKind, build_schedule
@@ -32,6 +34,8 @@ class ActivationSizes:
         mask: elements per token of a layer's [s, s] attention mask.
         attended: elements per token of the attention outputs.
         vocabulary: vocabulary entries on this rank.
+        fp8_layers: layers whose matmuls are in FP8.
+        fp8_itemsize: bytes per element of an activation in FP8, with its share of a scale.
     """
 
     tokens: int
@@ -45,9 +49,19 @@ class ActivationSizes:
     mask: float
     attended: float
     vocabulary: int
+    fp8_layers: range
+    fp8_itemsize: float
 
     @classmethod
-    def of(cls, model: ModelConfig, batch: BatchConfig, data: DataConfig, tp: int, itemsize: int) -> "ActivationSizes":
+    def of(
+        cls,
+        model: ModelConfig,
+        batch: BatchConfig,
+        data: DataConfig,
+        precision: PrecisionConfig,
+        tp: int,
+        itemsize: int,
+    ) -> "ActivationSizes":
         """Compute the sizes for `tp` tensor-parallel ranks and elements of `itemsize` bytes."""
         q, ffn = model.num_heads / tp * model.head_dim, model.intermediate_size / tp
         return cls(
@@ -62,24 +76,34 @@ class ActivationSizes:
             mask=_mask(model, batch, data),
             attended=2 * q if data.document_mask else q,  # outputs of single documents, then concatenated
             vocabulary=-(-model.vocab_size // tp),
+            fp8_layers=fp8_layers(precision, model.num_layers),
+            fp8_itemsize=1 + 4 / BLOCK_SIZE if precision.recipe == "blockwise" else 1,
         )
 
-    def layer(self, recompute: str) -> float:
-        """Return the elements per token that a layer saves."""
+    def layer(self, recompute: str, *, in_fp8: bool = False) -> float:
+        """Return the elements per token that a layer saves; one in FP8 counts by its bytes.
+
+        An FP8 layer saves its own copies of the inputs of its matmuls, which recompute does not discard unless it is
+        `full`: `selective` discards what bf16 matmuls would save of norms and of the activation function.
+        """
         residual = self.hidden / self.tp  # the input of each norm; its output has the same size
         qkv = self.q + 2 * self.kv
+        copies = (2 * residual + self.q + self.ffn) * self.fp8_itemsize / self.itemsize
         if recompute == "full":
             return residual
         if recompute == "selective":
-            return 2 * residual + qkv + self.q + self.up
+            return 2 * residual + qkv + self.up + (copies if in_fp8 else self.q)
         rotated = self.q + self.kv
-        return 4 * residual + qkv + rotated + self.mask + self.attended + self.up + self.ffn
+        inputs = copies if in_fp8 else 2 * residual + self.ffn  # attention saves its output in either case
+        return 2 * residual + qkv + rotated + self.mask + self.attended + self.up + inputs
 
     def kept(self, part: Part, parallel: ParallelConfig) -> int:
         """Return the bytes that `part` saves for the microbatch between its forward and backward pass."""
-        recomputed = 0 if parallel.recompute == "none" else len(part.layers[: parallel.recompute_layers])
-        elements = recomputed * self.layer(parallel.recompute)
-        elements += (len(part.layers) - recomputed) * self.layer("none")
+        recomputed = part.layers[: parallel.recompute_layers]
+        elements = sum(
+            self.layer(parallel.recompute if layer in recomputed else "none", in_fp8=layer in self.fp8_layers)
+            for layer in part.layers
+        )
         if not part.has_head:
             return int(self.tokens * elements) * self.itemsize
         # the input of the final norm; the loss computes its gradients in the forward pass: fp32 [t, h] and [v/tp, h]
@@ -91,7 +115,8 @@ class ActivationSizes:
         of [t, h] with all tokens.
         """
         elements = 4 * self.hidden + (self.q + 2 * self.kv) + self.q + self.up + self.ffn
-        return int(self.tokens * len(part.layers) * elements) * self.itemsize
+        sizes = [self.fp8_itemsize if layer in self.fp8_layers else self.itemsize for layer in part.layers]
+        return int(self.tokens * elements * sum(sizes))
 
 
 def _mask(model: ModelConfig, batch: BatchConfig, data: DataConfig) -> float:

@@ -79,9 +79,10 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
     Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed; of those that are gathered in FP8,
     only a shard is in `dtype`. Gradients are in fp32. Moments, and fp32 master weights if the model is not fp32, are
     sharded over the data-parallel ranks. Activations are those saved for backward passes at the schedule's activation
-    peak (for FP8 those of bf16, an upper bound). Links are the hidden states on the way between stages and, on a GPU,
+    peak. Links are the hidden states on the way between stages and, on a GPU,
     the buffers of NCCL's communicators. The workspace is the temporary memory of a layer or of the loss, of gradients
-    that are rounded to be summed in bf16, and, on a GPU, an allowance for libraries.
+    that are rounded to be summed in bf16, and, on a GPU, an allowance for libraries. On a GPU the operators are assumed
+    to be those of csrc; plain PyTorch takes more.
     """
     model, parallel = config.model, config.parallel
     parts = stage_parts(model, parallel, config.data.seq_length, layout.pp, stage)
@@ -89,7 +90,7 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
     size = table.local_size
     in_fp8 = sum(p.size for p in table.parameters if runs_in_fp8(p, config.precision, config.model.num_layers))
     states = (0 if dtype == torch.float32 else 4) + (8 if config.optimizer.moments == "fp32" else 4)
-    sizes = ActivationSizes.of(model, config.batch, config.data, layout.tp, dtype.itemsize)
+    sizes = ActivationSizes.of(model, config.batch, config.data, config.precision, layout.tp, dtype.itemsize)
     count = microbatches(config.batch, layout.dp)
     return MemoryEstimate(
         parameters=_parameters(size, in_fp8, dtype.itemsize, layout.dp if parallel.fp8_param_gather else 1),
@@ -122,23 +123,41 @@ def _links(config: Config, layout: Layout, stage: int, sizes: ActivationSizes, d
 
 
 def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], device_type: str) -> int:
-    """Temporary bytes of a layer's backward pass (recomputed activations, gradients inside the feed-forward) or of the
-    loss (a chunk of logits, a copy of the head's gradient), whichever is more, plus an allowance for libraries.
-
-    Tensor parallelism gathers all tokens of a layer's input, of that input's gradient, and of the loss's input.
-    """
-    tokens, hidden, itemsize = sizes.tokens, sizes.hidden, sizes.itemsize
-    gathered = hidden if sizes.tp > 1 else 0
-    recomputed = sizes.layer("none") - sizes.layer(recompute)
-    largest = int(tokens * (recomputed + sizes.up + max(sizes.ffn, 2 * gathered))) * itemsize
+    """Temporary bytes of a layer's backward pass or of the loss, whichever is more, plus an allowance for libraries."""
+    in_fp8 = any(layer in sizes.fp8_layers for part in parts for layer in part.layers)
+    largest = _layer_workspace(sizes, recompute, in_fp8=in_fp8)
     if parts[-1].has_head:
-        rows = sizes.vocabulary
-        chunk = min(tokens, chunk_rows(rows, device_type))
-        wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, and the rounded matmul output or gradient
-        logits, gradient = chunk * rows * wide, 4 * rows * hidden
-        # the gradient saved by the loss is freed before the backward pass reaches the layers
-        largest = max(largest - gradient, logits + gradient + tokens * gathered * itemsize)
+        saved = 4 * sizes.vocabulary * sizes.hidden  # by the loss; freed before the backward pass reaches the layers
+        largest = max(largest - saved, _loss_workspace(sizes, device_type))
     return largest + (_GPU_ALLOWANCE if device_type == "cuda" else 0)
+
+
+def _layer_workspace(sizes: ActivationSizes, recompute: str, *, in_fp8: bool) -> int:
+    """Recomputed activations, and the gradients at the feed-forward's activation function: of its input, and of its
+    output or, in FP8, the two copies of the first.
+
+    Tensor parallelism gathers all tokens of a layer's input and of that input's gradient.
+    """
+    gathered = sizes.hidden if sizes.tp > 1 else 0
+    recomputed = max(0, sizes.layer("none", in_fp8=in_fp8) - sizes.layer(recompute, in_fp8=in_fp8))
+    second = 2 * sizes.up * sizes.fp8_itemsize / sizes.itemsize if in_fp8 else sizes.ffn
+    return int(sizes.tokens * (recomputed + sizes.up + max(second, 2 * gathered))) * sizes.itemsize
+
+
+def _loss_workspace(sizes: ActivationSizes, device_type: str) -> int:
+    """A chunk of logits, and beside it the loss's input and a copy of the chunk's or, on a CPU, of the head's gradient;
+    or, in the backward pass, both gradients once more.
+
+    On a GPU kernels overwrite the logits by their gradient; without them there is an fp32 copy.
+    """
+    tokens, rows, hidden, itemsize = sizes.tokens, sizes.vocabulary, sizes.hidden, sizes.itemsize
+    chunk = min(tokens, chunk_rows(rows, device_type))
+    if device_type == "cuda":
+        masked = chunk * hidden * (4 + itemsize)  # the chunk's input, multiplied by the fp32 loss mask and rounded
+        return max(chunk * rows * itemsize + masked + tokens * hidden * itemsize, (rows + tokens) * hidden * itemsize)
+    wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, and the rounded matmul output or gradient
+    gathered = hidden if sizes.tp > 1 else 0
+    return chunk * rows * wide + 4 * rows * hidden + tokens * gathered * itemsize
 
 
 def _parameters(size: int, in_fp8: int, itemsize: int, shards: int) -> int:

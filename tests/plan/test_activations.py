@@ -14,6 +14,7 @@ from engine.parallel.pipeline.partition import Part
 from engine.plan.activations import ActivationSizes
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import run_config
+from engine.train.step import fp8_state
 from tests.parallel.live_memory import LiveMemory, settled
 
 TOKENS = 256
@@ -22,7 +23,7 @@ WIDE = ("--model.hidden_size", "256", "--model.intermediate_size", "512", "--dat
 
 
 def sizes_of(config: Config, tp: int = 1, itemsize: int = 2) -> ActivationSizes:
-    return ActivationSizes.of(config.model, config.batch, config.data, tp, itemsize)
+    return ActivationSizes.of(config.model, config.batch, config.data, config.precision, tp, itemsize)
 
 
 def live(config: Config, part: Part, layout: Layout) -> dict[str, tuple[int, int]]:
@@ -30,11 +31,15 @@ def live(config: Config, part: Part, layout: Layout) -> dict[str, tuple[int, int
     gradients behind it."""
     world, found = world_of(layout, kv_replicas=kv_replicas(config.model, layout.tp)), {}
     parameters = ShardedParameters(parameter_table(config.model, [part], world.tp), torch.float32, world)
+    state = fp8_state(config, parameters, world)
+    quantizers = {} if state is None else state.quantizers
+    for quantizer in quantizers.values():
+        quantizer.quantized_weight()  # kept for all microbatches
     attend = attend_within((0, 16, TOKENS), config.model.sliding_window)
     for recompute in ("none", "selective", "full"):
         decoder = Decoder(
             config.model,
-            Parameters(parameters.by_path, parameters.sinks),
+            Parameters(parameters.by_path, parameters.sinks, quantizers),
             part,
             world.tp,
             ParallelConfig(recompute=recompute),
@@ -57,7 +62,8 @@ def hold_against_estimate(config: Config, part: Part, tp: int, found: dict[str, 
         config = config.model_copy(update={"parallel": ParallelConfig(recompute=recompute)})
         tables = 4 * TOKENS * config.model.head_dim
         assert kept - tables == pytest.approx(sizes_of(config, tp, 4).kept(part, config.parallel), rel=0.04)
-        assert waiting == sizes_of(config, tp, 4).waiting(part)
+        scales = 8 * 4 * len(part.layers)  # of FP8 operands, if there is one for a tensor
+        assert waiting == pytest.approx(sizes_of(config, tp, 4).waiting(part), abs=scales)
 
 
 MIDDLE = Part(range(1, 4), has_embedding=False, has_head=False)
@@ -67,6 +73,21 @@ MIDDLE = Part(range(1, 4), has_embedding=False, has_head=False)
 def test_layers_keep_what_is_said(tmp_path, preset):
     config = run_config(tmp_path, *WIDE, preset=preset)
     hold_against_estimate(config, MIDDLE, 1, live(config, MIDDLE, Layout()))
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-starcoder2"])
+def test_fp8_layers_keep_what_is_said(tmp_path, preset, recipe):
+    """FP8 copies of what their matmuls read, which selective recompute does not discard; one layer is in bf16."""
+    fp8 = ("--precision.mode", "fp8", "--precision.recipe", recipe, "--precision.bf16_first_layers", "2")
+    config = run_config(tmp_path, *WIDE, *fp8, preset=preset)
+    hold_against_estimate(config, MIDDLE, 1, live(config, MIDDLE, Layout()))
+
+
+def test_fp8_layers_of_tensor_parallel_ranks_keep_what_is_said(tmp_path):
+    config = run_config(tmp_path, *WIDE, "--precision.mode", "fp8")
+    for found in run_ranks(2, live, config, MIDDLE, Layout(tp=2)):
+        hold_against_estimate(config, MIDDLE, 2, found)
 
 
 def test_layers_of_tensor_parallel_ranks_keep_what_is_said(tmp_path):

@@ -15,11 +15,13 @@ from engine.data.tokenizers.protocol import Tokenizer
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
+from engine.plan.microbatch import describe_microbatches
 from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
 
 
 def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
-    """Validate `config` for `world_size` ranks and print layout, pipeline stages, memory, batch and steps.
+    """Validate `config` for `world_size` ranks and print layout, pipeline stages, memory, batch, steps and microbatch
+    sizes.
 
     Missing files are reported but are not an error, as the check may run on another machine than the training.
 
@@ -46,6 +48,8 @@ def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_
     where = gpus if ranks.device_type == "cuda" else "this machine's memory"
     dtype = str(ranks.dtype).removeprefix("torch.")
     print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) per node (--ranks-per-node)")
+    for line in describe_microbatches(config, layout, ranks):
+        print(line)
     for path in missing:
         ending = path.with_suffix("").suffix
         hint = f" (data.train takes it without {ending})" if ending in (".bin", ".idx") else ""

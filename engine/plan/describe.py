@@ -12,11 +12,9 @@ from engine.formatting import counted
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Coordinates, Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
-from engine.parallel.pipeline.schedules import build_schedule
-from engine.parallel.pipeline.simulate import bubble_fraction, simulate
 from engine.plan.memory import estimate, unit_of
 from engine.plan.stages import stage_parts
-from engine.plan.throughput import FLOPS_FORMULA, flops_per_token
+from engine.plan.throughput import FLOPS_FORMULA, bubble, flops_per_token
 
 _LABEL = 12  # width of the first column
 
@@ -40,10 +38,10 @@ def describe_run(config: Config, layout: Layout, reason: str, dtype: torch.dtype
     steps, epochs = config.train.steps, config.train.epochs
     yield f"run         {f'{steps:,} steps = {steps * per_step:,} tokens' if steps else counted(epochs, 'epoch')}"
     if layout.pp > 1:
-        schedule = build_schedule(config.parallel.schedule, layout.pp, count, config.parallel.virtual_stages)
-        bubble = bubble_fraction(simulate(schedule))
-        chunks = f", {schedule.num_chunks} chunks per stage" if schedule.num_chunks > 1 else ""
-        yield f"pipeline    {schedule.name}{chunks}; its bubble adds {bubble:.1%} to the time of a step"
+        parallel = config.parallel
+        chunks = f", {parallel.virtual_stages} chunks per stage" if parallel.virtual_stages > 1 else ""
+        added = f"its bubble adds {bubble(parallel, layout.pp, count):.1%} to the time of a step"
+        yield f"pipeline    {parallel.schedule}{chunks}; {added}"
     yield from _stages(config, layout, dtype, device_type)
 
 

@@ -19,10 +19,10 @@ from engine.config.schema import Config, ModelConfig
 from engine.errors import ConfigError, OutOfMemoryError
 from engine.model.parameters import tp_problem
 from engine.parallel.layout import Layout
-from engine.plan.memory import GIB, ClusterSpec, estimate, estimate_fullest
+from engine.plan.memory import GIB, USABLE, ClusterSpec, estimate, estimate_fullest
+from engine.plan.microbatch import with_micro
 from engine.plan.stages import model_parts
 
-_USABLE = 0.9  # fraction of a rank's memory; the rest is for fragmentation and errors of the estimate
 _NODE = 8  # ranks of a full node, when a remedy adds ranks to a single node with fewer
 
 
@@ -37,7 +37,7 @@ def choose_layout(config: Config, ranks: ClusterSpec) -> tuple[Layout, str]:
     automatic = [axis for axis, size in sizes.items() if size == "auto"]
     if not automatic:
         return layouts[0], "as configured" + _crossing(layouts[0], ranks)
-    limit = f"{_USABLE:.0%} of {ranks.capacity / GIB:.1f} GiB"
+    limit = f"{USABLE:.0%} of {ranks.capacity / GIB:.1f} GiB"
     if fitting := _first_fitting(config, layouts, ranks):
         layout, needed = fitting
         reason = f"the smallest tp × pp whose fullest rank, {needed / GIB:.1f} GiB, fits in {limit}"
@@ -160,7 +160,7 @@ def _needed(config: Config, layout: Layout, ranks: ClusterSpec) -> int:
 
 def _first_fitting(config: Config, layouts: list[Layout], ranks: ClusterSpec) -> tuple[Layout, int] | None:
     """Return the layout that `auto` chooses, and the memory that its fullest rank needs."""
-    limit = _USABLE * ranks.capacity
+    limit = USABLE * ranks.capacity
     for layout in layouts:
         stages = (estimate(config, layout, s, ranks.dtype, ranks.device_type) for s in range(layout.pp))
         if all(needed.total <= limit for needed in stages):
@@ -193,9 +193,12 @@ def _changes(config: Config, ranks: ClusterSpec) -> Iterator[list[tuple[str, Con
     stronger = modes[modes.index(parallel.recompute) + (1 if in_all else 0) :]
     recomputing = {mode: _with_parallel(config, recompute=mode, recompute_layers=None) for mode in stronger}
     yield [(f"parallel.recompute = {mode}", changed, ranks) for mode, changed in recomputing.items()]
-    if config.batch.micro > 1:
-        batch = config.batch.model_copy(update={"micro": 1})
-        yield [("batch.micro = 1", config.model_copy(update={"batch": batch}), ranks)]
+    micro, batch = config.batch.micro, config.batch.global_
+    smaller = [size for size in range(micro - 1, 0, -1) if batch % size == 0]
+    yield [(f"batch.micro = {size}", with_micro(config, size), ranks) for size in smaller]
+    if config.optimizer.moments == "fp32":
+        optimizer = config.optimizer.model_copy(update={"moments": "bf16"})
+        yield [("optimizer.moments = bf16", config.model_copy(update={"optimizer": optimizer}), ranks)]
     more = [_grown(ranks, ranks.count * factor) for factor in (2, 4, 8, 16)]
     yield [(f"{grown.count} such ranks", config, grown) for grown in more]
 

@@ -50,7 +50,7 @@ def refusal(ranks: ClusterSpec, *overrides: str) -> str:
         ("llama2-7b", 40, {4: (4, 1, 1), 8: (4, 1, 2), 64: (2, 1, 32), 512: (2, 1, 256)}),
         ("llama2-7b", 80, {2: (2, 1, 1), 4: (2, 1, 2), 8: (1, 1, 8), 64: (1, 1, 64), 512: (1, 1, 512)}),
         ("llama2-7b", 139.8, {2: (1, 1, 2), 8: (1, 1, 8), 64: (1, 1, 64)}),
-        ("llama3-8b", 80, {4: (2, 1, 2), 8: (2, 1, 4), 64: (2, 1, 32)}),
+        ("llama3-8b", 80, {4: (2, 1, 2), 8: (2, 1, 4), 64: (1, 1, 64)}),
         ("llama3-8b", 139.8, {8: (1, 1, 8), 64: (1, 1, 64)}),
         ("qwen2.5-7b", 24, {16: (4, 2, 2)}),  # 28 heads: tp 8 does not divide them
         ("qwen3-8b", 40, {8: (4, 1, 2)}),
@@ -187,6 +187,26 @@ AS_ASKED = ("--parallel.tp", "1", "--parallel.pp", "1")
     [
         (1, 80, (), {"2 such ranks": "tp 2 × pp 1 × dp 1"}),
         (1, 24, (), {"8 such ranks": "tp 8 × pp 1 × dp 1"}),
+        (
+            1,
+            130,
+            (),
+            {
+                "parallel.recompute = full": "tp 1 × pp 1 × dp 1",
+                "optimizer.moments = bf16": "tp 1 × pp 1 × dp 1",
+                "2 such ranks": "tp 1 × pp 1 × dp 2",
+            },
+        ),
+        (
+            8,
+            110,
+            (*AS_ASKED, "--batch.micro", "4"),
+            {
+                "parallel.tp = auto and parallel.pp = auto": "tp 2 × pp 1 × dp 4",
+                "parallel.recompute = selective": "tp 1 × pp 1 × dp 8",
+                "batch.micro = 2": "tp 1 × pp 1 × dp 8",
+            },
+        ),
         (
             8,
             60,

@@ -58,7 +58,7 @@ def microbatch_sizes(config: Config, layout: Layout, ranks: ClusterSpec) -> list
 
 
 def recommended(sizes: list[MicrobatchSize], capacity: int) -> MicrobatchSize | None:
-    """Return the smallest of `sizes` that is within 2 % of the fastest that fits; None if none fits."""
+    """Return the smallest of `sizes` that is within 2 % of the fastest that fits `capacity` bytes; None if none does."""
     fitting = [size for size in sizes if size.needed <= _TIGHT * capacity]
     fastest = min((size.seconds for size in fitting), default=0.0)
     return next((size for size in fitting if size.seconds <= _WORTH * fastest), None)
@@ -92,21 +92,21 @@ def _fit(size: MicrobatchSize, capacity: int) -> str:
 def _advice(
     config: Config, layout: Layout, ranks: ClusterSpec, sizes: list[MicrobatchSize], now: MicrobatchSize
 ) -> Iterator[str]:
-    best = recommended(sizes, ranks.capacity)
+    best, limit = recommended(sizes, ranks.capacity), _TIGHT * ranks.capacity
     if best is None:
         return  # `require_fit` says what would fit, or the choice of the layout what is safer
-    if best is now or (now.needed <= _TIGHT * ranks.capacity and now.seconds <= _WORTH * best.seconds):
+    if now.needed <= limit and now.seconds <= _WORTH * best.seconds:
         best = now
         yield f"batch.micro = {now.micro} is within 2% of the fastest that fits"
     else:
-        change = f"{_speed(best, now)} the speed by a model of one H200, "
-        yield f"recommended: batch.micro = {best.micro}, {change}{best.needed / GIB:.1f} of {ranks.capacity / GIB:.1f} GiB"
+        memory = f"{best.needed / GIB:.1f} of {ranks.capacity / GIB:.1f} GiB"
+        yield f"recommended: batch.micro = {best.micro}, {_speed(best, now)} the speed by a model of one H200, {memory}"
     if best.needed > USABLE * ranks.capacity:
         yield f"batch.micro = {best.micro} is tight (more than {USABLE:.0%}): set {_EXPANDABLE}"
-    faster = (size for size in sizes if size.seconds * _WORTH < best.seconds and size.needed > _TIGHT * ranks.capacity)
-    if (larger := next(faster, None)) and config.optimizer.moments == "fp32":
+    larger = next((size for size in sizes if size.seconds * _WORTH < best.seconds and size.needed > limit), None)
+    if larger and config.optimizer.moments == "fp32":
         smaller = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"moments": "bf16"})})
         needed = estimate_fullest(with_micro(smaller, larger.micro), layout, ranks.dtype, ranks.device_type).total
-        if needed <= _TIGHT * ranks.capacity:
+        if needed <= limit:
             both = f"batch.micro = {larger.micro} and optimizer.moments = bf16"
             yield f"with {both}: {_speed(larger, now)} the speed, {needed / GIB:.1f} GiB"

@@ -22,8 +22,8 @@ _PEAK_BF16_TFLOPS = {  # dense, by datasheet
     "B200": 2250.0,
     "L40S": 362.0,
 }
-# Of one H200, from whole steps of llama2-7b with 8 and with 4 microbatches (docs/measurements.md): a microbatch costs 22
-# ms beside the time of its tokens (weights read, fp32 gradients read and written, launches).
+# Fitted to whole steps of llama2-7b on one H200, with 8 and with 4 microbatches (docs/measurements.md). Each microbatch
+# costs 22 ms beside the time of its tokens: weights are read, fp32 gradients read and written, kernels launched.
 _SECONDS_PER_PARAMETER = 0.022 / 6.74e9
 _FLOPS = {"bf16": 597e12, "fp8": 828e12}  # per second, in the time of the tokens
 
@@ -32,9 +32,10 @@ def step_seconds(config: Config, layout: Layout) -> float:
     """Predict the time of a step on one kind of GPU, without communication: for ratios between settings of a run."""
     table, tokens = parameter_table(config.model), config.batch.micro * config.data.seq_length
     count, shards = microbatches(config.batch, layout.dp), layout.tp * layout.pp
-    flops = tokens * flops_per_token(config.model, table, config.data.seq_length)
-    one = (flops / _FLOPS["fp8" if config.precision.mode == "fp8" else "bf16"] + table.num_parameters * _SECONDS_PER_PARAMETER) / shards
-    return count * one * (1 + bubble(config.parallel, layout.pp, count))
+    rate = _FLOPS["fp8" if config.precision.mode == "fp8" else "bf16"]
+    passes = tokens * flops_per_token(config.model, table, config.data.seq_length) / rate
+    fixed = table.num_parameters * _SECONDS_PER_PARAMETER
+    return count * (passes + fixed) / shards * (1 + bubble(config.parallel, layout.pp, count))
 
 
 def bubble(parallel: ParallelConfig, pp: int, num_microbatches: int) -> float:

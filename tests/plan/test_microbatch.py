@@ -45,6 +45,13 @@ def test_what_was_faster_on_an_h200_is_recommended_there():
     assert choice(Layout(), H200_GIB, *ONE_H200, *BF16_MOMENTS, "--precision.mode", "fp8") == 2
 
 
+def test_the_example_has_what_is_recommended_for_80_gib():
+    """And its comment says what is for 141 GB."""
+    for ranks in (8, 64):
+        assert choice(Layout(dp=ranks), 80) == config_of().batch.micro
+        assert choice(Layout(dp=ranks), H200_GIB) == 2
+
+
 def test_in_a_pipeline_the_bubble_counts():
     pipeline = Layout(pp=4, dp=2)
     assert choice(pipeline, 600, "--batch.global", "1024") == 2
@@ -75,7 +82,7 @@ def test_the_table_and_the_advice():
     header, one, two, four, *advice = lines(
         Layout(), H200_GIB, *ONE_H200, *BF16_MOMENTS, "--precision.mode", "fp8", "--precision.recipe", "delayed"
     )
-    assert header.split() == ["microbatch", "batch.micro", "microbatches", *"peak GiB free GiB predicted speed".split()]
+    assert header == "microbatch  batch.micro  microbatches  peak GiB  free GiB  predicted speed"
     assert one.split() == ["1", "8", "119.1", "20.7", "1.00×", "configured"]
     assert two.split() == ["2", "4", "135.8", "4.0", "1.05×", "tight"]
     assert four.split()[:2] == ["4", "2"] and four.endswith("does not fit")

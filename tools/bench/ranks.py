@@ -6,10 +6,13 @@ ends. The ranks share the GPU, which NCCL allows from 2.30 on; a newer one than 
 
     pip install --target nccl 'nvidia-nccl-cu13>=2.30'
     LD_PRELOAD=$PWD/nccl/nvidia/nccl/lib/libnccl.so.2 python tools/bench/ranks.py
+    LD_PRELOAD=… python tools/bench/ranks.py --traces traces         # and how much of the communication is hidden
     python tools/bench/ranks.py --backend staged                    # any NCCL: every message goes through the host
     python tools/bench/ranks.py --device cpu --backend gloo --only 'pp 2' 'pp 2, rank 1 fails in step 2'
 
 The table has the losses: those of every layout must be those of one rank. Exit code 1: a run did not do what it should.
+With --traces, each rank of a layout leaves a trace of its last two steps there, and the tables of overlap.py follow.
+Ranks that share a GPU take turns on it, so their figures say what is launched beside what, not how fast it is alone.
 """
 
 import argparse
@@ -31,18 +34,23 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile, schedule
 
 import engine.train.step
 import engine.train.trainer
 import engine.train.warm_up
 from engine.config.schema import Config
-from engine.errors import run_program
+from engine.errors import ConfigError, run_program
 from engine.parallel.layout import choose_device
 from engine.testing.distributed import SHARED_GPU
 from engine.testing.hangs import RECORDER_SETTINGS, recorded_calls
 from engine.testing.runs import losses, read_records, run_config, write_dataset
 from engine.testing.staged import STAGED, register_staged
 from engine.train.run import train
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench.overlap import read_activity, table
 
 _HIDDEN_SIZE = {"cuda": 512, "cpu": 64}
 _STEPS, _FAILS_IN = 4, 2
@@ -121,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return _train_on_rank(options)
     with tempfile.TemporaryDirectory() as name:
         results = _start_all(options, Path(name))
+    if options.traces is not None:
+        _print_overlap(options.traces, options.only)
     reference = results.get("one rank")
     bad = [name for name, result in results.items() if not result.is_as_expected(RUNS[name], reference)]
     for name in bad:
@@ -136,6 +146,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=", ".join(RUNS)
     )
     parser.add_argument("--timeout", type=float, default=30, metavar="S", help="seconds per run (default: 30)")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="leave traces of each rank there; see overlap.py")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # of the ranks
     return parser.parse_args(arguments)
 
@@ -152,6 +163,19 @@ def _start_all(options: argparse.Namespace, directory: Path) -> dict[str, Result
     return results
 
 
+def _print_overlap(directory: Path, names: Sequence[str]) -> None:
+    """Print the share of communication that is hidden, of each run that has left traces in `directory`."""
+    for name in names:
+        paths = sorted((directory / name).glob("rank*.json.gz"))
+        if not paths:
+            continue
+        print(f"\n{name}\n")
+        try:
+            print(*table([read_activity(path) for path in paths]), sep="\n")
+        except ConfigError as error:  # not over NCCL
+            print(error)
+
+
 def _row(name: str, result: Result) -> str:
     first, others = result.step_seconds[:1], result.step_seconds[1:]
     steps = [f"{statistics.median(some):.2f}" if some else "" for some in (first, others)]
@@ -165,13 +189,18 @@ def _start(options: argparse.Namespace, name: str, run: Run, directory: Path) ->
     directory.mkdir()
     write_dataset(directory / "corpus")
     logs, failed = directory / "logs", directory / "failed"
+    traces = []
+    if options.traces is not None and run.ranks > 1 and not run.rank_1_fails:
+        folder = options.traces.resolve() / name
+        folder.mkdir(parents=True, exist_ok=True)
+        traces = ["--traces", str(folder)]
     started = time.time()
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.ranks}"),
             *("--redirects", "3", "--log-dir", str(logs)),
             *(__file__, "--device", options.device, "--backend", options.backend, "--timeout", str(options.timeout)),
-            *("--directory", str(directory), "--only", name),
+            *("--directory", str(directory), "--only", name, *traces),
         ],
         env={**os.environ, **RECORDER_SETTINGS, **SHARED_GPU, **run.environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -207,6 +236,9 @@ def _train_on_rank(options: argparse.Namespace) -> None:
         if run.rank_1_fails and os.environ["RANK"] == "1":
             failing = _failing(options.directory / "failed")
             changes.enter_context(mock.patch.object(engine.train.trainer, "train_step", failing))
+        if options.traces is not None:
+            traced = _traced(options.traces / f"rank{os.environ['RANK']}.json.gz")
+            changes.enter_context(mock.patch.object(engine.train.trainer, "train_step", traced))
         if not run.warms_up:
             changes.enter_context(mock.patch.object(engine.train.warm_up, "first_use_waits", lambda device: False))
         train(_config(options, run))
@@ -247,6 +279,24 @@ def _config(options: argparse.Namespace, run: Run) -> Config:
     batch = ("--data.seq_length", "256", "--batch.global", "8", "--batch.micro", "1")
     end = ("--train.eval_interval", "0", "--checkpoint.interval", "0", "--run.device", options.device)
     return run_config(options.directory, *sizes, *batch, *end, *run.settings, steps=_STEPS)
+
+
+def _traced(path: Path) -> Any:
+    """A `train_step` that records all steps but the first two, and writes the trace to `path` after the last."""
+    train_step = engine.train.step.train_step
+    steps = schedule(wait=1, warmup=1, active=_STEPS - 2, repeat=1)
+    profiler = profile(schedule=steps, on_trace_ready=lambda done: done.export_chrome_trace(str(path)))
+
+    def step_and_record(*arguments: Any, step: int, **options: Any) -> Any:
+        if step == 1:
+            profiler.start()
+        result = train_step(*arguments, step=step, **options)
+        if step == _STEPS and torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels that have not run are not in the trace
+        profiler.step()
+        return result
+
+    return step_and_record
 
 
 def _failing(note: Path) -> Any:

@@ -1,10 +1,15 @@
 """The first runs of several ranks, on a CPU over the staging group."""
 
+import gzip
 from dataclasses import replace
 
+import orjson
 import pytest
+import torch
 
-from tools.bench.ranks import RUNS, Result, main
+import engine.train.step
+from tests.tools.bench.test_overlap import ONE_RANK, write
+from tools.bench.ranks import RUNS, Result, _print_overlap, _traced, main
 
 FINE = Result(0, 9.0, [2.0, 1.0, 1.0, 1.0], [4.0, 3.0, 2.0, 1.0], None, "")
 FAILS = "pp 2, rank 1 fails in step 2"
@@ -52,3 +57,24 @@ def test_what_a_run_should_do():
     assert not replace(failed, exit_code=0).is_as_expected(fails, FINE)
     assert not replace(failed, output="something else").is_as_expected(fails, FINE)
     assert replace(FINE, exit_code=1, losses=[]).is_as_expected(RUNS["pp 2, not warmed up"], FINE)
+
+
+def test_a_trace_has_the_last_two_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.train.step, "train_step", lambda x, *, step: x.sinh() * step)
+    path = tmp_path / "rank0.json.gz"
+    step = _traced(path)
+    for number in range(1, 5):
+        assert not path.exists()
+        assert step(torch.zeros(1), step=number) == 0
+    events = orjson.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert [event.get("name") for event in events].count("aten::sinh") == 2
+
+
+def test_the_tables_of_traces(tmp_path, capsys):
+    for name, events in (("tp 2", ONE_RANK), ("dp 2", [])):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rank0.json.gz", events)
+    _print_overlap(tmp_path, ["one rank", "dp 2", "tp 2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "dp 2" and "none of them a kernel of NCCL" in lines[3]
+    assert lines[5] == "tp 2" and lines[-1] == "rank 0: 5.0 ms, computing 40.0%, only communicating 40.0%, idle 20.0%"

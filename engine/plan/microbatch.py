@@ -58,7 +58,7 @@ def microbatch_sizes(config: Config, layout: Layout, ranks: ClusterSpec) -> list
 
 
 def recommended(sizes: list[MicrobatchSize], capacity: int) -> MicrobatchSize | None:
-    """Return the smallest of `sizes` that is within 2 % of the fastest that fits `capacity` bytes; None if none does."""
+    """Return the smallest of `sizes` within 2 % of the fastest that fits in `capacity` bytes; None if none does."""
     fitting = [size for size in sizes if size.needed <= _TIGHT * capacity]
     fastest = min((size.seconds for size in fitting), default=0.0)
     return next((size for size in fitting if size.seconds <= _WORTH * fastest), None)

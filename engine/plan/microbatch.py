@@ -1,8 +1,8 @@
 """The rule for `batch.micro`: which microbatch sizes are possible, the memory and speed of each, and the one to take.
 
 A larger microbatch makes a step of the same batch faster: fewer passes read the weights and add to the fp32 gradients.
-It keeps more activations, and a pipeline fills with fewer microbatches, so its bubble grows. The rule takes the smallest
-size within 2 % of the fastest that fits. It does not recompute to make room, which costs more than is gained.
+It keeps more activations, and a pipeline fills with fewer microbatches, so its bubble grows. The rule takes the
+smallest size within 2 % of the fastest that fits. It does not recompute to make room, which costs more than is gained.
 Alternative considered: `batch.micro: auto`. The size decides in which order gradients are summed, so a run resumed on
 other GPUs would no longer be bitwise the same; the data loader and the choice of a layout need it first; and it would
 decide for a few percent what one line in the configuration says.

@@ -22,7 +22,9 @@ from engine.plan.stages import stage_parts
 
 GIB, MIB = 1 << 30, 1 << 20
 USABLE = 0.9  # fraction of a rank's memory to plan with; the rest is for fragmentation and errors of the estimate
-_GPU_ALLOWANCE = 2 * GIB  # CUDA context, libraries and their workspaces
+# Beside tensors: the CUDA context, libraries and their workspaces; on a CPU what libraries and the allocator keep (0.1 to
+# 0.4 GiB in the layouts of docs/measurements.md).
+_ALLOWANCE = {"cuda": 2 * GIB, "cpu": 400 * MIB}
 # An NCCL communicator with NCCL's defaults on the NVLink of an H100: 24 channels (github.com/NVIDIA/nccl/issues/1367),
 # each with 10 MiB to receive in (NCCL_BUFFSIZE = 4 MiB, LL128 4.7 MiB, LL 0.5 MiB, in pages of 2 MiB) and 2 MiB to send
 # from (github.com/NVIDIA/nccl/issues/1685). Not measured with this engine; more than it takes across nodes or on PCIe.
@@ -82,7 +84,7 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
     sharded over the data-parallel ranks. Activations are those saved for backward passes at the schedule's activation
     peak. Links are the hidden states on the way between stages and, on a GPU,
     the buffers of NCCL's communicators. The workspace is the temporary memory of a layer or of the loss, of gradients
-    that are rounded to be summed in bf16, and, on a GPU, an allowance for libraries. On a GPU the operators are assumed
+    that are rounded to be summed in bf16, and an allowance for libraries. On a GPU the operators are assumed
     to be those of csrc; plain PyTorch takes more.
     """
     model, parallel = config.model, config.parallel
@@ -130,7 +132,7 @@ def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], de
     if parts[-1].has_head:
         saved = 4 * sizes.vocabulary * sizes.hidden  # by the loss; freed before the backward pass reaches the layers
         largest = max(largest - saved, _loss_workspace(sizes, device_type))
-    return largest + (_GPU_ALLOWANCE if device_type == "cuda" else 0)
+    return largest + _ALLOWANCE[device_type]
 
 
 def _layer_workspace(sizes: ActivationSizes, recompute: str, *, in_fp8: bool) -> int:

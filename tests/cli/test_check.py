@@ -22,6 +22,7 @@ def test_a_run_that_works(workspace, capsys):
     ]
     assert "assumed     float32 on cpu, this machine's memory, 2 rank(s) per node (--ranks-per-node)" in lines
     assert lines[-1] == "ok"
+    assert not any(line.startswith("microbatch") for line in lines)  # no speed of a CPU is known
 
 
 def test_gpus_that_are_not_here(workspace, capsys):
@@ -32,6 +33,9 @@ def test_gpus_that_are_not_here(workspace, capsys):
         in lines
     )
     assert "            tp auto: the smallest tp × pp whose fullest rank, 2.6 GiB, fits in 90% of 40.0 GiB" in lines
+    table = lines.index("microbatch  batch.micro  microbatches  peak GiB  free GiB  predicted speed")
+    assert lines[table + 1].split() == ["1", "1", "2.6", "37.4", "1.00×", "configured"]
+    assert lines[table + 2].strip() == "batch.micro = 1 is within 2% of the fastest that fits"
 
 
 def test_files_that_are_not_here_are_named(tmp_path, capsys):

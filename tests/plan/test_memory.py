@@ -123,11 +123,11 @@ def test_the_workspace_is_of_a_layer_or_of_the_loss(tmp_path):
     assert first - 2 * GIB == 2 * 4096 * 3 * 11008  # gradients within the feed-forward
     assert last - 2 * GIB == 2 * 4096 * 32000 + 4096 * 4096 * (2 + 4 + 2)  # logits; the input, masked, and rounded
     last = estimate(config, Layout(pp=2), 1, BF16, "cpu").workspace
-    assert last == 64 * (2**23 // 32000 // 64) * 32000 * 6 + 32000 * 4096 * 4  # and the head's gradient
+    assert last - 400 * MIB == 64 * (2**23 // 32000 // 64) * 32000 * 6 + 32000 * 4096 * 4  # and the head's gradient
     full = config.model_copy(update={"parallel": ParallelConfig(recompute="full")})
     again = 2 * 4096 * (sizes_of(config).layer("none") - 4096)
     assert estimate(full, Layout(pp=2), 0, BF16, "cuda").workspace == first + again
-    assert estimate(config, Layout(pp=2), 0, BF16, "cpu").workspace == first - 2 * GIB
+    assert estimate(config, Layout(pp=2), 0, BF16, "cpu").workspace - 400 * MIB == first - 2 * GIB
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_peak_of_a_training_step_is_within_the_estimate(tmp_path):
             model.train(batches, 1.0)
         optimizer.parameters.reduce_gradients()
         expected = estimate(config, Layout(), 0, torch.float32, "cpu")
-        assert alive.peak == pytest.approx(expected.activations + expected.workspace, rel=0.1)
+        assert alive.peak == pytest.approx(expected.activations + expected.workspace - 400 * MIB, rel=0.1)
 
 
 MEASURED = {
@@ -226,6 +226,29 @@ def test_peaks_that_were_measured(tmp_path, name):
     found = estimate(config, Layout(), 0, BF16, "cuda").total / GIB
     assert found - 2 == pytest.approx(measured, abs=0.7)
     assert measured + 0.5 < found < 1.02 * measured
+
+
+SIZES_ON_CPU = {"num_layers": 6, "hidden_size": 1024, "intermediate_size": 2816, "num_heads": 16, "num_kv_heads": 16}
+SIZES_ON_CPU |= {"head_dim": 64, "vocab_size": 8192}
+PP = Layout(pp=2)
+MEASURED_ON_CPU = {
+    "one": (1.83, Layout(), ()),
+    "dp 2": (1.55, Layout(dp=2), ()),
+    "tp 2": (1.24, Layout(tp=2), ()),
+    "pp 2": (1.16, PP, ()),
+    "zero bubble": (1.20, PP, ("--parallel.schedule", "zero_bubble")),
+    "interleaved": (1.22, PP, (*INTERLEAVED, "2")),
+}
+"""Growth of processes in GiB: docs/measurements.md, Layouts."""
+
+
+@pytest.mark.parametrize("name", MEASURED_ON_CPU)
+def test_peaks_that_were_measured_on_a_cpu(tmp_path, name):
+    """The estimate is on the safe side, by at most 20 %."""
+    measured, layout, overrides = MEASURED_ON_CPU[name]
+    sizes = [text for key, value in SIZES_ON_CPU.items() for text in (f"--model.{key}", str(value))]
+    config = run_config(tmp_path, *sizes, "--data.seq_length", "512", "--batch.global", "8", *overrides)
+    assert measured < estimate_fullest(config, layout, torch.float32, "cpu").total / GIB < 1.2 * measured
 
 
 def test_the_fullest_stage_counts(tmp_path):

@@ -22,8 +22,8 @@ from engine.plan.stages import stage_parts
 
 GIB, MIB = 1 << 30, 1 << 20
 USABLE = 0.9  # fraction of a rank's memory to plan with; the rest is for fragmentation and errors of the estimate
-# Beside tensors: the CUDA context, libraries and their workspaces; on a CPU what libraries and the allocator keep (0.1 to
-# 0.4 GiB in the layouts of docs/measurements.md).
+# Beside tensors: the CUDA context, libraries and their workspaces; on a CPU what libraries and the allocator keep: 0.1
+# to 0.4 GiB in the layouts of docs/measurements.md.
 _ALLOWANCE = {"cuda": 2 * GIB, "cpu": 400 * MIB}
 # An NCCL communicator with NCCL's defaults on the NVLink of an H100: 24 channels (github.com/NVIDIA/nccl/issues/1367),
 # each with 10 MiB to receive in (NCCL_BUFFSIZE = 4 MiB, LL128 4.7 MiB, LL 0.5 MiB, in pages of 2 MiB) and 2 MiB to send

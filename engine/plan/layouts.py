@@ -20,7 +20,6 @@ from engine.errors import ConfigError, OutOfMemoryError
 from engine.model.parameters import tp_problem
 from engine.parallel.layout import Layout
 from engine.plan.memory import GIB, USABLE, ClusterSpec, estimate, estimate_fullest
-from engine.plan.microbatch import with_micro
 from engine.plan.stages import model_parts
 
 _NODE = 8  # ranks of a full node, when a remedy adds ranks to a single node with fewer
@@ -77,7 +76,7 @@ def _possible(config: Config, ranks: ClusterSpec) -> list[Layout]:
     tps = _divisors(ranks.per_node) if tp == "auto" else [tp]
     pps = [n for n in _divisors(ranks.count) if n <= config.model.num_layers] if pp == "auto" else [pp]
     sizes = sorted(product(tps, pps), key=lambda size: (size[0] * size[1], size[1]))
-    problems = {size: list(_problems(config, ranks.count, *size)) for size in sizes}
+    problems = {size: list(layout_problems(config, ranks.count, *size)) for size in sizes}
     layouts = [Layout(pp=p, dp=ranks.count // (t * p), tp=t) for (t, p), found in problems.items() if not found]
     if layouts:
         return layouts
@@ -90,7 +89,7 @@ def _divisors(n: int) -> list[int]:
     return [size for size in range(1, n + 1) if n % size == 0]
 
 
-def _problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str]:
+def layout_problems(config: Config, world_size: int, tp: int, pp: int) -> Iterator[str]:
     """Yield the problems of a layout, each with what would work."""
     parallel = config.parallel
     if rest := world_size % (tp * pp):
@@ -201,6 +200,11 @@ def _changes(config: Config, ranks: ClusterSpec) -> Iterator[list[tuple[str, Con
         yield [("optimizer.moments = bf16", config.model_copy(update={"optimizer": optimizer}), ranks)]
     more = [_grown(ranks, ranks.count * factor) for factor in (2, 4, 8, 16)]
     yield [(f"{grown.count} such ranks", config, grown) for grown in more]
+
+
+def with_micro(config: Config, micro: int) -> Config:
+    """Return `config` with another `batch.micro`."""
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro": micro})})
 
 
 def _with_parallel(config: Config, **changes: object) -> Config:

@@ -82,10 +82,9 @@ def estimate(config: Config, layout: Layout, stage: int, dtype: torch.dtype, dev
     Weights are in `dtype` and, for FP8, also in 8 bits, row-major and transposed; of those that are gathered in FP8,
     only a shard is in `dtype`. Gradients are in fp32. Moments, and fp32 master weights if the model is not fp32, are
     sharded over the data-parallel ranks. Activations are those saved for backward passes at the schedule's activation
-    peak. Links are the hidden states on the way between stages and, on a GPU,
-    the buffers of NCCL's communicators. The workspace is the temporary memory of a layer or of the loss, of gradients
-    that are rounded to be summed in bf16, and an allowance for libraries. On a GPU the operators are assumed
-    to be those of csrc; plain PyTorch takes more.
+    peak. Links are the hidden states on the way between stages and, on a GPU, the buffers of NCCL's communicators. The
+    workspace is the temporary memory of a layer or of the loss, of gradients that are rounded to be summed in bf16, and
+    an allowance for libraries. On a GPU the operators are assumed to be those of csrc; plain PyTorch takes more.
     """
     model, parallel = config.model, config.parallel
     parts = stage_parts(model, parallel, config.data.seq_length, layout.pp, stage)

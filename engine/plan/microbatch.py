@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from engine.config.derived import microbatches
 from engine.config.schema import Config
 from engine.parallel.layout import Layout
+from engine.plan.layouts import layout_problems, with_micro
 from engine.plan.memory import GIB, USABLE, ClusterSpec, estimate_fullest
 from engine.plan.throughput import step_seconds
 
@@ -39,19 +40,16 @@ class MicrobatchSize:
     seconds: float
 
 
-def with_micro(config: Config, micro: int) -> Config:
-    """Return `config` with another `batch.micro`."""
-    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro": micro})})
-
-
 def microbatch_sizes(config: Config, layout: Layout, ranks: ClusterSpec) -> list[MicrobatchSize]:
-    """List the sizes that divide a rank's sequences, up to the first that does not fit and to the configured one."""
+    """List the sizes that this layout allows, up to the first that does not fit and to the configured one."""
     share = config.batch.micro * microbatches(config.batch, layout.dp)
     sizes: list[MicrobatchSize] = []
     for micro in (n for n in range(1, share + 1) if share % n == 0):
         if sizes and sizes[-1].needed > ranks.capacity and micro > config.batch.micro:
             break
         changed = with_micro(config, micro)
+        if any(layout_problems(changed, layout.world_size, layout.tp, layout.pp)):
+            continue
         needed = estimate_fullest(changed, layout, ranks.dtype, ranks.device_type).total
         sizes.append(MicrobatchSize(micro, share // micro, needed, step_seconds(changed, layout)))
     return sizes

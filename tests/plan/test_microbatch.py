@@ -8,7 +8,8 @@ from engine.config.schema import Config
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout
 from engine.plan.memory import GIB, ClusterSpec, estimate_fullest
-from engine.plan.microbatch import describe_microbatches, microbatch_sizes, recommended, with_micro
+from engine.plan.layouts import with_micro
+from engine.plan.microbatch import describe_microbatches, microbatch_sizes, recommended
 from engine.plan.throughput import step_seconds
 
 H200_GIB = 139.8
@@ -72,6 +73,16 @@ def test_the_smallest_within_two_percent_of_the_fastest_that_fits(layout, gib):
                 fitting[micro] = step_seconds(config, layout)
     expected = min((m for m, s in fitting.items() if s <= 1.02 * min(fitting.values())), default=None)
     assert choice(layout, gib, "--batch.global", "96") == expected
+
+
+def test_sizes_that_the_layout_does_not_allow_are_left_out():
+    """Tensor parallelism divides the tokens of a microbatch, and FP8 needs a multiple of 16."""
+    odd = ("--batch.global", "24", "--batch.micro", "4", "--data.seq_length", "4094")
+    for precision, expected in (("bf16", [2, 4, 6, 12]), ("fp8", [])):
+        config = config_of(*odd, "--precision.mode", precision)
+        assert [size.micro for size in microbatch_sizes(config, Layout(tp=4, dp=2), gpus(8, 600))] == expected
+    config = config_of(*odd, "--batch.micro", "8", "--precision.mode", "fp8")
+    assert [size.micro for size in microbatch_sizes(config, Layout(dp=1), gpus(1, 600))] == [8, 24]
 
 
 def lines(layout: Layout, gib: float, *overrides: str) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import engine.train.step
+from engine.errors import ConfigError
 from tests.tools.bench.test_overlap import ONE_RANK, write
 from tools.bench.ranks import RUNS, Result, _print_overlap, _traced, main
 
@@ -44,6 +45,11 @@ def test_a_rank_that_is_late_shows_its_stacks(capsys):
     assert "in _train_on_rank" in problems
 
 
+def test_settings_that_do_not_exist_are_refused_before_the_start():
+    with pytest.raises(ConfigError, match=r"model\.hiden_size"):
+        main(["--device", "cpu", "--backend", "staged", "--model.hiden_size", "64"])
+
+
 def test_what_a_run_should_do():
     layout, fails = RUNS["dp 2"], RUNS[FAILS]
     assert FINE.is_as_expected(layout, None)
@@ -51,6 +57,7 @@ def test_what_a_run_should_do():
     assert not replace(FINE, exit_code=1).is_as_expected(layout, FINE)
     assert not replace(FINE, losses=FINE.losses[:3]).is_as_expected(layout, FINE)
     assert not replace(FINE, losses=[4.0, 3.0, 2.0, 1.001]).is_as_expected(layout, FINE)
+    assert replace(FINE, losses=[4.0, 3.0, 2.0, 1.001]).is_as_expected(layout, FINE, 1e-2)
     assert not FINE.is_as_expected(fails, FINE)
     failed = replace(FINE, exit_code=1, losses=[4.0], ended_after=2.0, output="planted in step 2 of rank 1")
     assert failed.is_as_expected(fails, FINE)

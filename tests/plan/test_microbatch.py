@@ -7,8 +7,8 @@ from engine.config.load import load
 from engine.config.schema import Config
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout
-from engine.plan.memory import GIB, ClusterSpec, estimate_fullest
 from engine.plan.layouts import with_micro
+from engine.plan.memory import GIB, ClusterSpec, estimate_fullest
 from engine.plan.microbatch import describe_microbatches, microbatch_sizes, recommended
 from engine.plan.throughput import step_seconds
 

@@ -158,7 +158,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=30, metavar="S", help="seconds per run (default: 30)")
     parser.add_argument("--traces", type=Path, metavar="DIR", help="leave traces of each rank there; see overlap.py")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # of the ranks
-    options, options.overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
+    options.overrides = overrides
     return options
 
 

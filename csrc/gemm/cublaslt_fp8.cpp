@@ -1,14 +1,18 @@
 // FP8 matmuls by cuBLASLt, found at run time: torch has loaded it, so that neither its headers nor nvcc are needed.
 //
 // cuBLASLt is column-major: a row-major d = a · bᵀ is its dᵀ = b · aᵀ with the first operand transposed, which is the one
-// layout that Hopper's FP8 instructions take. The algorithm that its heuristic chose for a shape is kept.
+// layout that Hopper's FP8 instructions take. A shape keeps its plan: the algorithm that the heuristic puts first, until
+// triaxis_fp8_use_algorithm replaces it, by one that engine/ops/fp8_algorithms.py has measured.
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
+#include <cstring>
 #include <map>
 #include <mutex>
-#include <tuple>
+#include <vector>
 
 #include "../include/triaxis.h"
 
@@ -20,7 +24,7 @@ using Layout = void*;
 using Preference = void*;
 
 struct Algorithm {
-  uint64_t data[8];
+  uint64_t data[TRIAXIS_FP8_ALGORITHM_BYTES / 8];
 };
 
 struct Heuristic {
@@ -48,6 +52,7 @@ struct Library {
   int (*preference_create)(Preference*);
   int (*preference_set)(Preference, int, const void*, size_t);
   int (*heuristic)(Handle, Descriptor, Layout, Layout, Layout, Layout, Preference, int, Heuristic*, int*);
+  int (*check)(Handle, Descriptor, Layout, Layout, Layout, Layout, const Algorithm*, Heuristic*);
   int (*matmul)(Handle, Descriptor, const void*, const void*, Layout, const void*, Layout, const void*, const void*, Layout,
                 void*, Layout, const Algorithm*, void*, size_t, void*);
   bool complete = true;
@@ -65,6 +70,7 @@ struct Library {
     find(found, "cublasLtMatmulPreferenceCreate", preference_create);
     find(found, "cublasLtMatmulPreferenceSetAttribute", preference_set);
     find(found, "cublasLtMatmulAlgoGetHeuristic", heuristic);
+    find(found, "cublasLtMatmulAlgoCheck", check);
     find(found, "cublasLtMatmul", matmul);
   }
 
@@ -83,8 +89,24 @@ const Library& library() {
 struct Plan {
   Descriptor descriptor = nullptr;
   Layout a = nullptr, b = nullptr, d = nullptr;
+  Preference preference = nullptr;
+  uint64_t workspace_bytes = 0;
   Algorithm algorithm{};
 };
+
+// device, m, n, k, dtypes of a, b and out, scalings of a and b, fast
+using Key = std::array<int64_t, TRIAXIS_FP8_PLAN_SIZE>;
+
+struct Plans {
+  std::mutex mutex;  // also because the scale pointers of a plan change from call to call
+  std::map<int, Handle> handles;
+  std::map<Key, Plan> by_key;
+};
+
+Plans& plans() {
+  static Plans only;
+  return only;
+}
 
 int type_of(triaxis_dtype dtype) {
   switch (dtype) {
@@ -118,6 +140,19 @@ int set_pointers(const Plan& plan, const triaxis_fp8_matmul_args& x) {
   return set(plan, kBScale, x.a_scale_inv);
 }
 
+// The first `most` algorithms that can run, in the order of the heuristic.
+int find_algorithms(Handle handle, const Plan& plan, int most, Algorithm* algorithms, int& found) {
+  std::vector<Heuristic> results(static_cast<size_t>(most));
+  int returned = 0;
+  found = 0;
+  if (const int failed = library().heuristic(handle, plan.descriptor, plan.a, plan.b, plan.d, plan.d, plan.preference, most,
+                                             results.data(), &returned))
+    return kFirstStatus + failed;
+  for (int i = 0; i < returned; ++i)
+    if (results[size_t(i)].state == 0) algorithms[found++] = results[size_t(i)].algorithm;
+  return found == 0 ? TRIAXIS_NO_ALGORITHM : 0;
+}
+
 int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
   const Library& lt = library();
   Status status;
@@ -133,19 +168,25 @@ int make_plan(const triaxis_fp8_matmul_args& x, Handle handle, Plan& plan) {
   status(lt.layout_create(&plan.a, type_of(x.b_dtype), uint64_t(x.k), uint64_t(x.n), x.k));
   status(lt.layout_create(&plan.b, type_of(x.a_dtype), uint64_t(x.k), uint64_t(x.m), x.k));
   status(lt.layout_create(&plan.d, type_of(x.out_dtype), uint64_t(x.n), uint64_t(x.m), x.n));
-  Preference preference = nullptr;
-  status(lt.preference_create(&preference));
+  status(lt.preference_create(&plan.preference));
   if (status.value != 0) return status.value;
-  status(lt.preference_set(preference, kMaxWorkspaceBytes, &x.workspace_bytes, sizeof(x.workspace_bytes)));
-  Heuristic best{};
+  plan.workspace_bytes = x.workspace_bytes;
+  status(lt.preference_set(plan.preference, kMaxWorkspaceBytes, &x.workspace_bytes, sizeof(x.workspace_bytes)));
+  if (status.value != 0) return status.value;
   int found = 0;
-  status(lt.heuristic(handle, plan.descriptor, plan.a, plan.b, plan.d, plan.d, preference, 1, &best, &found));
-  if (status.value == 0 && found == 0) return TRIAXIS_NO_ALGORITHM;
-  plan.algorithm = best.algorithm;
-  return status.value;
+  return find_algorithms(handle, plan, 1, &plan.algorithm, found);
 }
 
-using Key = std::tuple<int, int64_t, int64_t, int64_t, int, int, int, int, int, bool>;
+// Calls `use` with the plan of `key` and its handle.
+template <typename Use>
+int with_plan(const int64_t* key, Use use) {
+  Key wanted;
+  std::copy_n(key, wanted.size(), wanted.begin());
+  Plans& all = plans();
+  const std::lock_guard<std::mutex> guard(all.mutex);
+  const auto found = all.by_key.find(wanted);
+  return found == all.by_key.end() ? TRIAXIS_NO_ALGORITHM : use(all.handles[int(wanted[0])], found->second);
+}
 
 }  // namespace
 
@@ -157,20 +198,18 @@ extern "C" int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int devic
   if (in_blocks && lt.version() < kBlockScalesSince) return TRIAXIS_OLD_CUBLASLT;
   if (x.m == 0 || x.n == 0 || x.k == 0) return 0;
 
-  static std::mutex mutex;
-  static std::map<int, Handle> handles;
-  static std::map<Key, Plan> plans;
-  const std::lock_guard<std::mutex> guard(mutex);  // the scale pointers of a plan change from call to call
-  Handle& handle = handles[device];
+  Plans& all = plans();
+  const std::lock_guard<std::mutex> guard(all.mutex);
+  Handle& handle = all.handles[device];
   if (handle == nullptr) {
     if (const int failed = lt.create(&handle)) return kFirstStatus + failed;
   }
   const Key key{device, x.m, x.n, x.k, x.a_dtype, x.b_dtype, x.out_dtype, x.a_scaling, x.b_scaling, x.fast != 0};
-  auto found = plans.find(key);
-  if (found == plans.end()) {
+  auto found = all.by_key.find(key);
+  if (found == all.by_key.end()) {
     Plan plan;
     if (const int failed = make_plan(x, handle, plan)) return failed;
-    found = plans.emplace(key, plan).first;
+    found = all.by_key.emplace(key, plan).first;
   }
   const Plan& plan = found->second;
   Status status;
@@ -180,4 +219,34 @@ extern "C" int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int devic
   status(lt.matmul(handle, plan.descriptor, &alpha, x.b, plan.a, x.a, plan.b, &beta, x.out, plan.d, x.out, plan.d,
                    &plan.algorithm, x.workspace, size_t(x.workspace_bytes), stream));
   return status.value;
+}
+
+extern "C" uint64_t triaxis_cublaslt_version() { return library().complete ? library().version() : 0; }
+
+extern "C" int triaxis_fp8_plans(int64_t* keys, int most) {
+  Plans& all = plans();
+  const std::lock_guard<std::mutex> guard(all.mutex);
+  int written = 0;
+  for (auto it = all.by_key.begin(); it != all.by_key.end() && written < most; ++it, ++written)
+    std::copy(it->first.begin(), it->first.end(), keys + TRIAXIS_FP8_PLAN_SIZE * written);
+  return int(all.by_key.size());
+}
+
+extern "C" int triaxis_fp8_algorithms(const int64_t* key, int most, void* algorithms, int* found) {
+  return with_plan(key, [&](Handle handle, const Plan& plan) {
+    return find_algorithms(handle, plan, most, static_cast<Algorithm*>(algorithms), *found);
+  });
+}
+
+extern "C" int triaxis_fp8_use_algorithm(const int64_t* key, const void* algorithm) {
+  return with_plan(key, [&](Handle handle, Plan& plan) -> int {
+    Algorithm wanted;
+    std::memcpy(&wanted, algorithm, sizeof(wanted));
+    Heuristic needs{};
+    if (const int failed = library().check(handle, plan.descriptor, plan.a, plan.b, plan.d, plan.d, &wanted, &needs))
+      return kFirstStatus + failed;
+    if (needs.workspace_bytes > plan.workspace_bytes) return TRIAXIS_NO_ALGORITHM;
+    plan.algorithm = wanted;
+    return 0;
+  });
 }

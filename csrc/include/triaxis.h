@@ -23,7 +23,9 @@ enum {
   TRIAXIS_CUBLASLT_STATUS = 1000 /* plus a status of cuBLAS */
 };
 
-const char* triaxis_error_string(int status);
+#define TRIAXIS_PUBLIC __attribute__((visibility("default"))) /* Python calls it */
+
+TRIAXIS_PUBLIC const char* triaxis_error_string(int status);
 
 /* What shares a scale: a tensor, 1 × 128 elements of a row, or a block of 128 × 128. */
 typedef enum { TRIAXIS_TENSORWISE, TRIAXIS_BLOCK_1X128, TRIAXIS_BLOCK_128X128 } triaxis_scaling;
@@ -203,6 +205,22 @@ typedef struct {
 } triaxis_fp8_matmul_args;
 
 int triaxis_fp8_matmul(const triaxis_fp8_matmul_args* args, int device, void* stream);
+
+/* Algorithms of triaxis_fp8_matmul. Its first call with other sizes, dtypes or scalings makes a plan, whose algorithm is the
+ * first of cuBLASLt's heuristic. The key of a plan is TRIAXIS_FP8_PLAN_SIZE numbers: device, m, n, k, dtypes of a, b and
+ * out, scalings of a and b, fast. An algorithm is TRIAXIS_FP8_ALGORITHM_BYTES, which may be kept for the same version of
+ * cuBLASLt and the same kind of GPU.
+ *
+ * _plans writes the keys of at most `most` plans and returns how many there are. _algorithms writes at most `most` that can
+ * run, as the heuristic orders them. _use_algorithm replaces the algorithm of a plan, if cuBLASLt finds that it can run. The
+ * plan's device is the current one.
+ */
+#define TRIAXIS_FP8_PLAN_SIZE 10
+#define TRIAXIS_FP8_ALGORITHM_BYTES 64
+TRIAXIS_PUBLIC uint64_t triaxis_cublaslt_version(void); /* 0: it cannot be loaded */
+TRIAXIS_PUBLIC int triaxis_fp8_plans(int64_t* keys, int most);
+TRIAXIS_PUBLIC int triaxis_fp8_algorithms(const int64_t* key, int most, void* algorithms, int* found);
+TRIAXIS_PUBLIC int triaxis_fp8_use_algorithm(const int64_t* key, const void* algorithm);
 
 /* The same by a kernel of this library, for GPUs of compute capability 9.0: E4M3 matrices, `a` in TRIAXIS_BLOCK_1X128 and
  * `b` in TRIAXIS_BLOCK_1X128 or TRIAXIS_BLOCK_128X128; `out` bf16, or fp32, which it can accumulate into; k > 0. The

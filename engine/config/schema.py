@@ -164,6 +164,15 @@ class OpsConfig(Section):
         description="auto: cuBLASLt through csrc, else PyTorch; triaxis: custom kernel for blockwise scales, "
         "refused on a GPU until it is proven there",
     )
+    measure: bool = Field(
+        True,
+        description="measure at the start, once per machine: MKL or oneDNN for fp32 matmuls on a CPU, cuBLASLt's "
+        "algorithms for FP8 matmuls; false, or run.deterministic: oneDNN, and the algorithm that cuBLASLt puts first",
+    )
+    measured_dir: Path | None = Field(
+        None,
+        description="keeps measured choices, besides run.dir; null: $XDG_CACHE_HOME/triaxis, else ~/.cache/triaxis",
+    )
 
 
 class DatasetConfig(Section):

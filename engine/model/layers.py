@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig
+from engine.ops.linear import KINDS
 from engine.ops.norm import add_norm, layer_norm, norm_to_fp8, rms_norm
 from engine.ops.quantize import Fp8Output
 from engine.ops.swiglu import swiglu, swiglu_to_fp8
@@ -44,11 +45,13 @@ class Parameters:
         tensors: the parameters.
         sinks: gradient accumulators, in training only; a parameter without one gets its `.grad` from autograd.
         quantizers: of the linear layers whose matmuls are in FP8, keyed by the path of the weight.
+        onednn: kinds of fp32 matmuls on a CPU that oneDNN computes; see `matmul_transposed`.
     """
 
     tensors: Mapping[str, nn.Parameter]
     sinks: Mapping[str, GradientSink] = field(default_factory=dict)
     quantizers: Mapping[str, Fp8Quantizer] = field(default_factory=dict)
+    onednn: frozenset[str] = KINDS
 
 
 class ParallelLinear(nn.Module):
@@ -60,21 +63,21 @@ class ParallelLinear(nn.Module):
         self.bias = parameters.tensors.get(f"{path}.bias")
         self.sink = parameters.sinks.get(f"{path}.weight")
         self.quantizer = parameters.quantizers.get(f"{path}.weight")
-        self.tp = tp
+        self.tp, self.onednn = tp, parameters.onednn
 
 
 class ColumnLinear(ParallelLinear):
     """`x @ weight.T + bias`, sharded by output features: [t/tp, in] -> [t, out/tp]."""
 
     def forward(self, x: Activation) -> torch.Tensor:
-        return column_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer)
+        return column_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer, self.onednn)
 
 
 class RowLinear(ParallelLinear):
     """`x @ weight.T + bias`, sharded by input features: [t, in/tp] -> [t/tp, out]."""
 
     def forward(self, x: Activation) -> torch.Tensor:
-        return row_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer)
+        return row_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer, self.onednn)
 
 
 class Norm(nn.Module):
@@ -192,7 +195,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = Norm(parameters, "norm", model.norm_eps, ops)
         self.weight = parameters.tensors["embedding.weight" if model.tie_embeddings else "head.weight"]
-        self.vocab_size, self.tp = model.vocab_size, tp
+        self.vocab_size, self.tp, self.onednn = model.vocab_size, tp, parameters.onednn
 
     def forward(
         self,
@@ -206,7 +209,7 @@ class Head(nn.Module):
         `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked.
         """
         return vocab_parallel_linear_cross_entropy(
-            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices
+            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices, self.onednn
         )
 
 

@@ -20,6 +20,8 @@ _PACKAGES = {
     "flash_attn": (("flash_attn", "flash_attn_interface"), "flash-attn"),
 }
 
+_NOT_IMPLEMENTATIONS = {"measure", "measured_dir"}
+
 # (setting of `ops`, implementation) -> why a run on a GPU refuses it, and what to set. Tests and benchmarks call these
 # implementations directly. A row goes when its implementation is proven; that of the custom FP8 matmul when
 # tests/gpu/test_fp8_sm90.py has passed: results are right, and 100 accumulations bit for bit
@@ -38,7 +40,7 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
     Raises:
         ConfigError: one of them cannot.
     """
-    for name, wanted in ops.model_dump().items():
+    for name, wanted in ops.model_dump(exclude=_NOT_IMPLEMENTATIONS).items():
         if wanted in ("auto", "torch", "sdpa") or name == "fp8_matmul":  # see require_fp8
             continue
         if device.type != "cuda":
@@ -79,14 +81,15 @@ def require_fp8(precision: PrecisionConfig, ops: OpsConfig, device: torch.device
 
 
 def describe_ops(ops: OpsConfig, device: torch.device) -> str:
-    """Describe the kernels in use and every setting of `ops`, in one line."""
+    """Describe the kernels in use and the implementations that `ops` requests, in one line."""
     if device.type != "cuda":
         kernels = "plain PyTorch (no GPU)"
     elif native.has_kernels():
         kernels = "csrc kernels"
     else:
         kernels = f"plain PyTorch ({native.why_no_kernels()})"
-    return ", ".join([kernels, *(f"{name} {wanted}" for name, wanted in ops.model_dump().items())])
+    wanted = ops.model_dump(exclude=_NOT_IMPLEMENTATIONS)
+    return ", ".join([kernels, *(f"{name} {impl}" for name, impl in wanted.items())])
 
 
 def installed(package: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
-from engine.ops.linear import add_grad_weight, matmul_transposed
+from engine.ops.linear import KINDS, add_grad_weight, matmul_transposed
 
 _CHUNK_ELEMENTS_CPU = 2**23  # logits per chunk: 32 MB stay in the last-level cache and in the allocator's pool
 _CHUNK_ELEMENTS_GPU = 2**28  # 512 MiB in bf16: large matmuls, and small compared with the activations
@@ -43,6 +43,7 @@ def linear_cross_entropy(
     *,
     z_loss: float = 0.0,
     shard: VocabularyShard | None = None,
+    onednn: frozenset[str] = KINDS,
 ) -> Tensor:
     """Sum over tokens of (z − logit of the label + z_loss · z²) · loss_mask, with z the log-sum-exp of the logits
     hidden · weightᵀ; in fp32, and NaN stays NaN.
@@ -50,9 +51,10 @@ def linear_cross_entropy(
     Differentiable once, in `hidden` [t, h] and `weight` [v, h]. `labels` is int64 [t] and may be negative where masked;
     `loss_mask` is fp32 [t], 0 where the token does not count. With a `shard`, `weight` is this rank's part of the
     vocabulary, and the gradient of `hidden` is the contribution of that part: the ranks exchange two numbers per token
-    (their local z and the label's logit), never logits. `z_loss`: PaLM, arXiv 2204.02311.
+    (their local z and the label's logit), never logits. `z_loss`: PaLM, arXiv 2204.02311. `onednn`:
+    see `matmul_transposed`.
     """
-    options = _Options(z_loss, shard)
+    options = _Options(z_loss, shard, onednn)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, options)
     return _loss_and_gradients(hidden, weight, labels, loss_mask, options, False, False)[0]
@@ -78,6 +80,7 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
 class _Options:
     z_loss: float
     shard: VocabularyShard | None
+    onednn: frozenset[str]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -125,7 +128,7 @@ def _loss_and_gradients(
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
         x, mask = hidden[part], loss_mask[part, None]
-        logits = matmul_transposed(x, weight)
+        logits = matmul_transposed(x, weight, options.onednn)
         if native.runs(logits):
             chunk_loss, error = _loss_and_error_by_kernel(logits, labels[part], mask, options)
         else:
@@ -133,11 +136,11 @@ def _loss_and_gradients(
         loss += chunk_loss
         error = error.to(hidden.dtype)
         if grad_hidden is not None:
-            torch.mul(matmul_transposed(error, weight.t()), mask, out=grad_hidden[part])
+            torch.mul(matmul_transposed(error, weight.t(), options.onednn), mask, out=grad_hidden[part])
         if grad_weight is not None:
             masked = (x * mask).to(x.dtype)
             if transposed:
-                grad_weight += matmul_transposed(masked.t(), error.t())
+                grad_weight += matmul_transposed(masked.t(), error.t(), options.onednn)
             else:
                 add_grad_weight(grad_weight, error, masked)
         del logits, error  # free them before the next chunk is computed

@@ -1,12 +1,15 @@
 """Linear layers, y = x·Wᵀ + b, and the matmuls of their gradients.
 
-On a CPU, PyTorch's fp32 matmuls use MKL, which uses only half of the vector width on processors of other vendors than
-Intel. oneDNN, which PyTorch also includes, uses all of it (twice as fast on an AMD EPYC with AVX-512) and needs no copy
-of transposed operands; small matmuls use MKL, which has less overhead per call. Alternatives considered: 1×1
-convolutions, the public API of oneDNN (their gradients are slower than MKL's), and the settings of
-`torch.backends.mkldnn` (global, and they lower the precision if the processor supports it).
+On a CPU, PyTorch's fp32 matmuls use MKL, which uses only half of the vector width on some processors of other vendors
+than Intel. oneDNN, which PyTorch also includes, uses all of it (twice as fast on an AMD EPYC with AVX-512) and needs no
+copy of transposed operands; the smallest matmuls use MKL, which has less overhead per call. Which library is faster for
+the others depends on the processor and on the kind of matmul: training measures it (`measure_onednn`), other programs
+take oneDNN. Alternatives considered: 1×1 convolutions, the public API of oneDNN (their gradients are slower than
+MKL's), and the settings of `torch.backends.mkldnn` (global, and they lower the precision if the processor supports it).
 """
 
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.ops.measured import Key, fastest, processor_name
+
 _MIN_ROWS = 16  # below, oneDNN's reordering of the weight takes longer than it saves
 _MIN_MULTIPLICATIONS = 2**21  # below, its overhead per call of about 15 µs dominates
+_LARGE = 2**27  # multiplications of a large matmul, about a millisecond of one core
+_SIZES = {"small": (256, 256, 256), "large": (512, 512, 512)}  # tokens, outputs and inputs that are measured
+_PASSES = ("forward", "input gradient", "weight gradient")
+_ROUNDS = 9
+
+KINDS = frozenset(f"{size} {of_pass}" for size in _SIZES for of_pass in _PASSES)
+"""The kinds of fp32 matmuls on a CPU for which the library is chosen."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,31 +42,69 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return F.linear(x, weight, bias)
 
 
-def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """`a` [m, k] times `b` [n, k] transposed: [m, n], with the fastest implementation; not differentiable."""
-    return _onednn(a, b, None) if uses_onednn(a, b) else a @ b.t()
+def matmul_transposed(a: Tensor, b: Tensor, onednn: frozenset[str] = KINDS) -> Tensor:
+    """`a` [m, k] times `b` [n, k] transposed: [m, n]; not differentiable. `onednn`: the KINDS that oneDNN computes."""
+    return _onednn(a, b, None) if uses_onednn(a, b, onednn) else a @ b.t()
 
 
-def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add the weight gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype.
+def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor, onednn: frozenset[str] = KINDS) -> None:
+    """Add the weight gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype;
+    `onednn` as for `matmul_transposed`.
 
     On a GPU the matmul itself accumulates into `out`.
     """
     if out.device.type == "cuda":
         torch.ops.aten.addmm.dtype_out(out, grad.t(), x, torch.float32, out=out)
     else:
-        out.add_(grad_weight(grad, x))
+        out.add_(grad_weight(grad, x, onednn))
 
 
-def grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """Compute gradᵀ·x [out, in]. oneDNN copies its first operand, so the narrower one comes first."""
+def grad_weight(grad: Tensor, x: Tensor, onednn: frozenset[str] = KINDS) -> Tensor:
+    """Compute gradᵀ·x [out, in]; `onednn` as for `matmul_transposed`. oneDNN copies its first operand, so the narrower
+    one comes first.
+    """
     if grad.shape[1] > x.shape[1]:
-        return matmul_transposed(x.t(), grad.t()).t()
-    return matmul_transposed(grad.t(), x.t())
+        return matmul_transposed(x.t(), grad.t(), onednn).t()
+    return matmul_transposed(grad.t(), x.t(), onednn)
 
 
-def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is used: for large fp32 matmuls on a CPU, if PyTorch has it, and not under torch.compile."""
+def measure_onednn() -> frozenset[str]:
+    """Measure which of KINDS oneDNN computes faster than MKL; takes about 0.1 s of one core."""
+    return frozenset(
+        kind for kind, operands in _examples() if fastest((KINDS, frozenset()), _timer(*operands), _ROUNDS)
+    )
+
+
+def measured_key() -> Key:
+    """Return what the result of `measure_onednn` depends on."""
+    built_with = torch.__config__.show().splitlines()
+    decisive = ("Math Kernel Library", "MKL-DNN", "CPU capability")
+    return {
+        "what": "fp32-matmul",
+        "sizes": str(_SIZES),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "libraries": "; ".join(line.strip(" -") for line in built_with if any(word in line for word in decisive)),
+    }
+
+
+def parse_onednn(kinds: Iterable[str]) -> frozenset[str]:
+    """Return `kinds` as read from a file. Raises: ValueError, TypeError: they are not of KINDS."""
+    if not (found := frozenset(kinds)) <= KINDS:
+        raise ValueError(f"{sorted(found)} are not all of {sorted(KINDS)}")
+    return found
+
+
+def has_onednn() -> bool:
+    """Whether PyTorch includes oneDNN."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def uses_onednn(x: Tensor, weight: Tensor, onednn: frozenset[str] = KINDS) -> bool:
+    """Whether oneDNN is used: on a CPU, for fp32 matmuls of the kinds `onednn` but the smallest, if PyTorch has it, and
+    not under torch.compile.
+    """
     rows = x.numel() // max(1, x.shape[-1])
     return (
         not torch.compiler.is_compiling()
@@ -62,9 +112,32 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and rows >= _MIN_ROWS
         and rows * weight.numel() >= _MIN_MULTIPLICATIONS
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and has_onednn()
+        and _kind(x, weight, rows) in onednn
     )
+
+
+def _kind(a: Tensor, b: Tensor, rows: int) -> str:
+    """The kind, by the layout of the operands: both are row-major in the forward, and none for a weight gradient."""
+    size = "large" if rows * b.numel() >= _LARGE else "small"
+    return f"{size} {_PASSES[0 if b.stride(-1) == 1 else 1 if a.stride(-1) == 1 else 2]}"
+
+
+def _examples() -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield a kind, and operands of `matmul_transposed` of that kind."""
+    for size, (tokens, outputs, inputs) in _SIZES.items():
+        grad, weight, x = torch.ones(tokens, outputs), torch.ones(outputs, inputs), torch.ones(tokens, inputs)
+        for of_pass, operands in zip(_PASSES, ((x, weight), (grad, weight.t()), (grad.t(), x.t())), strict=True):
+            yield f"{size} {of_pass}", operands
+
+
+def _timer(a: Tensor, b: Tensor) -> Callable[[frozenset[str]], float]:
+    def seconds(onednn: frozenset[str]) -> float:
+        started = time.perf_counter()
+        matmul_transposed(a, b, onednn)
+        return time.perf_counter() - started
+
+    return seconds
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -83,6 +83,33 @@ def run_on_all_ranks(world: World, action: Callable[[], T]) -> T:
     raise on_all_ranks(world, error_of(code, text or ""))
 
 
+def compute_once(
+    world: World, keys: Sequence[int], compute: Callable[[int], Sequence[int]], size: int
+) -> list[list[int]]:
+    """The results for this rank's `keys`, each computed by the lowest rank that has the key.
+
+    Args:
+        keys: positive and distinct; other ranks may have others.
+        compute: takes an index of `keys` and returns `size` integers.
+
+    Raises:
+        TriaxisError: on all ranks, if `compute` raises one on any rank.
+    """
+    longest = max(gather_ints(world, len(keys)))
+    if longest == 0:
+        return []
+    mine, owners = [*keys, *[0] * (longest - len(keys))], dict[int, int]()
+    ranks = range(world.layout.world_size)
+    for place, key in enumerate(sum_ints(world, [key * (rank == world.rank) for rank in ranks for key in mine])):
+        if key:
+            owners.setdefault(key, place // longest)
+    owned = [index for index, key in enumerate(keys) if owners[key] == world.rank]
+    computed = run_on_all_ranks(world, lambda: {keys[index]: compute(index) for index in owned})
+    numbers = sum_ints(world, [number for key in owners for number in computed.get(key, [0] * size)])
+    results = {key: numbers[i * size : (i + 1) * size] for i, key in enumerate(owners)}
+    return [results[key] for key in keys]
+
+
 def on_all_ranks(world: World, error: TriaxisError) -> TriaxisError:
     """Mark an error that all ranks raise together, so that it is printed once."""
     error.reported_elsewhere, error.is_shared = not world.is_main, True

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
 from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
-from engine.ops.linear import add_grad_weight, grad_weight, linear, matmul_transposed
+from engine.ops.linear import KINDS, add_grad_weight, grad_weight, linear, matmul_transposed
 from engine.ops.quantize import TENSORWISE, Fp8Activation, QuantizedTensor
 from engine.parallel.collectives import all_gather, gather_sequence, gathered, reduce_scatter, scatter_sequence_sum
 from engine.parallel.fp8 import Fp8Quantizer, gather_rows, local_rows
@@ -34,17 +34,19 @@ def column_linear(
     tp: TensorParallel,
     sink: GradientSink | None = None,
     quantizer: Fp8Quantizer | None = None,
+    onednn: frozenset[str] = KINDS,
 ) -> Tensor:
     """Column-parallel linear, x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp].
 
     Args:
         sink: accumulates the weight's gradient; None leaves it to autograd.
         quantizer: if given, the matmuls are in FP8; needs a sink.
+        onednn: kinds of fp32 matmuls on a CPU that oneDNN computes; see `matmul_transposed`.
     """
     sink = _usable(sink)
     if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
-    out = _matmul(x, weight, tp, sink, quantizer)
+    out = _matmul(x, weight, tp, sink, quantizer, onednn)
     return out if bias is None else out + bias
 
 
@@ -55,14 +57,15 @@ def row_linear(
     tp: TensorParallel,
     sink: GradientSink | None = None,
     quantizer: Fp8Quantizer | None = None,
+    onednn: frozenset[str] = KINDS,
 ) -> Tensor:
-    """Row-parallel linear, x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]; `sink` and
-    `quantizer` as for `column_linear`.
+    """Row-parallel linear, x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]; `sink`,
+    `quantizer` and `onednn` as for `column_linear`.
     """
     sink = _usable(sink)
     if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
-    out = scatter_sequence_sum(_matmul(x, weight, None, sink, quantizer), tp.group)
+    out = scatter_sequence_sum(_matmul(x, weight, None, sink, quantizer, onednn), tp.group)
     return out if bias is None else out + bias
 
 
@@ -86,6 +89,7 @@ def vocab_parallel_linear_cross_entropy(
     tp: TensorParallel,
     z_loss: float = 0.0,
     target_indices: Tensor | None = None,
+    onednn: frozenset[str] = KINDS,
 ) -> Tensor:
     """Vocab-parallel output projection fused with cross-entropy; see `linear_cross_entropy`.
 
@@ -95,6 +99,7 @@ def vocab_parallel_linear_cross_entropy(
         labels, loss_mask: [t].
         target_indices: int64 indices of the tokens with a nonzero `loss_mask`; if given, logits are computed only for
             these.
+        onednn: as for `column_linear`.
 
     Returns:
         the loss summed over all t tokens, the same on every tensor-parallel rank.
@@ -105,7 +110,7 @@ def vocab_parallel_linear_cross_entropy(
         hidden = gather_sequence(hidden, tp.group)
     if target_indices is not None:
         hidden, labels, loss_mask = (x.index_select(0, target_indices) for x in (hidden, labels, loss_mask))
-    return linear_cross_entropy(hidden, weight, labels, loss_mask, z_loss=z_loss, shard=shard)
+    return linear_cross_entropy(hidden, weight, labels, loss_mask, z_loss=z_loss, shard=shard, onednn=onednn)
 
 
 def _gather_stacked(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -124,13 +129,14 @@ def _matmul(
     gather: TensorParallel | None,
     sink: GradientSink | None,
     quantizer: Fp8Quantizer | None,
+    onednn: frozenset[str],
 ) -> Tensor:
     """x·Wᵀ for all tokens. `gather`: the ranks to all-gather `x` [t/tp, in] from; None in a row-parallel layer, where x
     has all tokens and a shard of the features.
     """
     if quantizer is None:
         assert isinstance(x, Tensor)
-        return _Linear.apply(x, weight, gather, sink)
+        return _Linear.apply(x, weight, gather, sink, onednn)
     if isinstance(x, Fp8Activation):
         return _Fp8Linear.apply(x.carrier, x.quantized, weight, gather, sink, quantizer)
     return _Fp8Linear.apply(x, None, weight, gather, sink, quantizer)
@@ -143,27 +149,33 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gather: TensorParallel | None, sink: GradientSink | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gather: TensorParallel | None,
+        sink: GradientSink | None,
+        onednn: frozenset[str],
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.sink, ctx.group = weight, sink, None if gather is None else gather.group
-        return matmul_transposed(gather_sequence(x, ctx.group), weight)
+        ctx.onednn = onednn
+        return matmul_transposed(gather_sequence(x, ctx.group), weight, onednn)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (x,), weight, group, grad = ctx.saved_tensors, ctx.weight, ctx.group, grad_outputs[0].contiguous()
         if group is None:
-            grad_x = matmul_transposed(grad, weight.t()) if ctx.needs_input_grad[0] else None
-            return grad_x, _grad_weight(ctx, grad, x), None, None
+            grad_x = matmul_transposed(grad, weight.t(), ctx.onednn) if ctx.needs_input_grad[0] else None
+            return grad_x, _grad_weight(ctx, grad, x), None, None, None
         full_x = x.new_empty(group.size() * x.shape[0], x.shape[1])
         gathering = all_gather(full_x, x.contiguous(), group)
-        partial, grad_x = matmul_transposed(grad, weight.t()), torch.empty_like(x)
+        partial, grad_x = matmul_transposed(grad, weight.t(), ctx.onednn), torch.empty_like(x)
         scattering = reduce_scatter(grad_x, partial, group)
         gathering.wait()
         weight_grad = _grad_weight(ctx, grad, full_x)
         scattering.wait()
-        return grad_x, weight_grad, None, None
+        return grad_x, weight_grad, None, None, None
 
 
 def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
@@ -171,9 +183,9 @@ def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
     if not ctx.needs_input_grad[1]:
         return None
     if ctx.sink is None:
-        return grad_weight(grad, x)
-    grad, x = grad.detach(), x.detach()
-    ctx.sink.add_matmul(lambda out: add_grad_weight(out, grad, x))
+        return grad_weight(grad, x, ctx.onednn)
+    grad, x, onednn = grad.detach(), x.detach(), ctx.onednn
+    ctx.sink.add_matmul(lambda out: add_grad_weight(out, grad, x, onednn))
     return None
 
 

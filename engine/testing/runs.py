@@ -73,6 +73,7 @@ def run_config(directory: Path, *overrides: str, preset: str = "tiny", steps: in
         "run": {"dir": str(directory / "run"), "device": "cpu"},
         "model": {"preset": preset},
         "precision": {"mode": "fp32"},
+        "ops": {"measure": False},
         "data": {
             "tokenizer": "byte",
             "train": [{"path": str(directory / "corpus")}],

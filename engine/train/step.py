@@ -11,6 +11,7 @@ from engine.data.samples.permutation import keyed_below
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table
+from engine.ops.linear import KINDS
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
 from engine.parallel.fp8 import Fp8State, runs_in_fp8
@@ -42,10 +43,18 @@ class StepResult:
 class DistributedModel:
     """This rank's parts of the model, run as one stage of the pipeline."""
 
-    def __init__(self, config: Config, world: World, parts: Sequence[Part], parameters: ShardedParameters) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        parts: Sequence[Part],
+        parameters: ShardedParameters,
+        onednn: frozenset[str] = KINDS,
+    ) -> None:
         self.config, self.world = config, world
         self.fp8 = fp8_state(config, parameters, world)
-        given = Parameters(parameters.by_path, parameters.sinks, {} if self.fp8 is None else self.fp8.quantizers)
+        quantizers = {} if self.fp8 is None else self.fp8.quantizers
+        given = Parameters(parameters.by_path, parameters.sinks, quantizers, onednn)
         decoders = [Decoder(config.model, given, part, world.tp, config.parallel, config.ops) for part in parts]
         for unit in (unit for decoder in decoders for unit in decoder.units()):
             parameters.wait_for_params_before_forward(unit)
@@ -126,9 +135,11 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
 
 
 def build_model(
-    config: Config, world: World, dtype: torch.dtype, *, seed: int | None
+    config: Config, world: World, dtype: torch.dtype, *, seed: int | None, onednn: frozenset[str] = KINDS
 ) -> tuple[DistributedModel, ShardedAdamW]:
-    """Build this rank's parts of the model and their optimizer; weights are drawn from `seed`, or zeros if None."""
+    """Build this rank's parts of the model and their optimizer; weights are drawn from `seed`, or zeros if None.
+    `onednn`: see `Parameters`.
+    """
     parts = stage_parts(config.model, config.parallel, config.data.seq_length, world.layout.pp, world.coords.pp)
     table = parameter_table(config.model, parts, world.tp)
     in_fp8 = {p.path for p in table.parameters if runs_in_fp8(p, config.precision, config.model.num_layers)}
@@ -142,7 +153,7 @@ def build_model(
     )
     if seed is not None:
         parameters.initialize(seed)
-    model = DistributedModel(config, world, parts, parameters)
+    model = DistributedModel(config, world, parts, parameters, onednn)
     return model, ShardedAdamW(parameters, config.optimizer)
 
 

@@ -19,6 +19,7 @@ from engine.config.schema import Config
 from engine.data.samples.batch import ROUND, Batch
 from engine.parallel.agreement import gather_ints, run_on_all_ranks
 from engine.train.log import RunLog
+from engine.train.measure import choose_fp8_algorithms
 from engine.train.trainer import Trainer
 
 
@@ -36,12 +37,18 @@ def warm_up(trainer: Trainer, log: RunLog) -> None:
     trainer.optimizer.parameters.finish_gathering()  # as restored or imported weights are gathered
     _wait_for_device(world.device)
     batch = run_on_all_ranks(world, trainer.first_microbatch)
-    for each in paths(batch, trainer.config):
-        trainer.model.warm_up(each)
+    _use(trainer, batch)
+    if choose_fp8_algorithms(trainer.config, world, log):
+        _use(trainer, batch)  # they have kernels of their own
     _wait_for_device(world.device)
     # No schedule begins before this: a stage that is done posts nothing while another is still warming up.
     slowest = max(gather_ints(world, round(1000 * (time.perf_counter() - started))))
     log.say(f"warm-up     {slowest / 1000:.1f} s: every stage has computed each of its paths once")
+
+
+def _use(trainer: Trainer, batch: Batch) -> None:
+    for each in paths(batch, trainer.config):
+        trainer.model.warm_up(each)
 
 
 def first_use_waits(device: torch.device) -> bool:

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,13 +48,10 @@ from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
+from engine.ops.measured import processor_name
 from engine.parallel.layout import init_distributed
 from engine.train.state import restore_weights, state_slices
 from engine.train.step import build_model, train_step
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tools.bench.step import cpu_name
 
 SEQ_LENGTH = 1024
 MEDIAN_LENGTH, SPREAD = 160, 1.0  # of the log-normal conversation lengths, in tokens
@@ -276,7 +272,7 @@ def require_same_work(first: dict[str, Step]) -> None:
 
 def _describe(conversations: Conversations, threads: int) -> None:
     lengths, targets = conversations.lengths, conversations.targets
-    print(f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     print(
         f"{MODEL['num_layers']} layers, hidden {MODEL['hidden_size']}, vocabulary {MODEL['vocab_size']}, sequence "
         f"{SEQ_LENGTH}, fp32, {threads} thread(s)\na step is {lengths.size} conversations of {lengths.min()} to "

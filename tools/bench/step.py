@@ -2,8 +2,9 @@
 
 Both run eagerly in fp32 on the CPU, with alternating steps, so that other load on the machine affects both equally;
 compare the ratios. Ours is the step of `engine train`, including gradient norm and clipping; theirs is
-`LlamaForCausalLM`, `loss.backward()` and `torch.optim.AdamW(fused=True)`. The table is followed by a profile of our
-step and the time of its matmuls alone, a lower bound for any implementation on the same library.
+`LlamaForCausalLM`, `loss.backward()` and `torch.optim.AdamW(fused=True)`. Ours is also measured without a choice of the
+library for each kind of matmul (`ops.measure: false`), if that differs. The table is followed by a profile of our step
+and the time of its matmuls alone, a lower bound for any implementation on the same library.
 
     python tools/bench/step.py --vocab-size 32000 2048 --threads 1 2 --rounds 9
 
@@ -17,12 +18,12 @@ target, if any. Settings of a run (`--section.key VALUE`) can follow.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
 from engine.ops.choice import require_fp8
-from engine.ops.linear import matmul_transposed
+from engine.ops.linear import KINDS, grad_weight, matmul_transposed, measure_onednn
+from engine.ops.measured import processor_name
 from engine.parallel.layout import Layout, init_distributed
 from engine.plan.layouts import require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
@@ -69,14 +71,14 @@ def main() -> None:
     if args.device == "cuda":
         _measure_on_gpu(args)
         return
-    print(f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {_versions()}")
+    print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {_versions()}")
     for vocab_size in args.vocab_size:
         model = _model(args, vocab_size)
         torch.manual_seed(0)
         tokens = torch.randint(0, model.vocab_size, (args.batch, args.seq_length + 1))
         for threads in args.threads:
             torch.set_num_threads(threads)
-            _compare(model, tokens, threads, args.rounds)
+            _compare(model, tokens, threads, args.rounds, measure_onednn())
 
 
 def _arguments() -> argparse.Namespace:
@@ -127,12 +129,13 @@ def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     return ModelConfig(**PRESETS[args.preset] | {"vocab_size": vocab_size})
 
 
-def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int) -> None:
-    ours, weights = _ours(model, tokens)
-    sides = {"triaxis": ours} | {
-        f"transformers, {attention}": _transformers(model, tokens, weights, attention)
-        for attention in ("sdpa", "eager")
-    }
+def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int, onednn: frozenset[str]) -> None:
+    ours, weights = _ours(model, tokens, onednn)
+    sides = {"triaxis": ours}
+    if onednn != KINDS:
+        sides["triaxis, not measured"] = _ours(model, tokens, KINDS)[0]
+    for attention in ("sdpa", "eager"):
+        sides[f"transformers, {attention}"] = _transformers(model, tokens, weights, attention)
     losses = [step() for step in sides.values()]  # warmup, and check that all do the same work
     if max(losses) - min(losses) > 1e-3:
         raise TriaxisError(f"the implementations compute different losses for the same weights and tokens: {losses}")
@@ -142,12 +145,13 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
             seconds[name].append(_timed(step))
     count = tokens[:, 1:].numel()
     print(f"\nvocabulary {model.vocab_size}, {threads} thread(s), {count} tokens a step, first loss {losses[0]:.4f}")
+    print(f"  oneDNN for: {', '.join(sorted(onednn)) or 'no matmul'}")
     our_median = statistics.median(seconds["triaxis"])
     for name, times in seconds.items():
         median = statistics.median(times)
         speeds = f"{count / median:7,.0f} tokens/s ({count / max(times):,.0f} – {count / min(times):,.0f})"
-        print(f"  {name:20} {speeds:36} triaxis is {median / our_median:.2f}×")
-    _print_split(ours, model, count)
+        print(f"  {name:21} {speeds:36} triaxis is {median / our_median:.2f}×")
+    _print_split(ours, model, count, onednn)
 
 
 def _measure_on_gpu(args: argparse.Namespace) -> None:
@@ -214,13 +218,13 @@ def _report(args: argparse.Namespace, config: Config, result: dict[str, Any]) ->
         args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-def _timed(step: Step) -> float:
+def _timed(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
-def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, torch.Tensor]]:
+def _ours(model: ModelConfig, tokens: torch.Tensor, onednn: frozenset[str]) -> tuple[Step, dict[str, torch.Tensor]]:
     """Return our step, and its initial weights by Hugging Face name."""
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     raw: dict[str, Any] = {
@@ -230,7 +234,7 @@ def _ours(model: ModelConfig, tokens: torch.Tensor) -> tuple[Step, dict[str, tor
         "train": {"steps": 1},
     }
     config = resolve(raw, presets=PRESETS, source="the benchmark")
-    decoder, optimizer = build_model(config, init_distributed("cpu"), torch.float32, seed=0)
+    decoder, optimizer = build_model(config, init_distributed("cpu"), torch.float32, seed=0, onednn=onednn)
     by_path = optimizer.parameters.by_path
     weights = {
         tensor.name: part.clone()
@@ -281,7 +285,7 @@ def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, t
     return step
 
 
-def _print_split(step: Step, model: ModelConfig, tokens: int) -> None:
+def _print_split(step: Step, model: ModelConfig, tokens: int, onednn: frozenset[str]) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     spent: Counter[str] = Counter()
@@ -291,7 +295,7 @@ def _print_split(step: Step, model: ModelConfig, tokens: int) -> None:
     print(f"  one step of ours, profiled: {total:.0f} ms")
     for part, ms in spent.most_common():
         print(f"    {part:36} {ms:7.1f} ms {ms / total:5.0%}")
-    print(f"    {'its matmuls alone':36} {_matmuls_ms(model, tokens):7.1f} ms")
+    print(f"    {'its matmuls alone':36} {_matmuls_ms(model, tokens, onednn):7.1f} ms")
 
 
 def _part(event: FunctionEvent) -> str:
@@ -312,7 +316,7 @@ def _part(event: FunctionEvent) -> str:
     return "norms, rotary, SwiGLU, the rest"
 
 
-def _matmuls_ms(model: ModelConfig, tokens: int) -> float:
+def _matmuls_ms(model: ModelConfig, tokens: int, onednn: frozenset[str]) -> float:
     """Measure the time of only the step's matmuls: three for each weight."""
     total = 0.0
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
@@ -320,20 +324,14 @@ def _matmuls_ms(model: ModelConfig, tokens: int) -> float:
     layer = [(hidden, heads), (model.num_heads * model.head_dim, hidden), (hidden, 2 * ffn), (ffn, hidden)]
     for (inputs, outputs), times in Counter(layer * model.num_layers + [(hidden, model.vocab_size)]).items():
         rows = min(tokens, 256) if outputs == model.vocab_size else tokens
-        for m, k, n in ((rows, inputs, outputs), (rows, outputs, inputs), (outputs, rows, inputs)):
-            a, b = torch.randn(m, k), torch.randn(n, k)
-            seconds = min(_timed(lambda a=a, b=b: float(len(matmul_transposed(a, b)))) for _ in range(5))  # type: ignore
-            total += seconds * times * tokens / rows
+        x, weight, grad = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+        for matmul in (
+            partial(matmul_transposed, x, weight, onednn),
+            partial(matmul_transposed, grad, weight.t(), onednn),
+            partial(grad_weight, grad, x, onednn),
+        ):
+            total += min(_timed(matmul) for _ in range(5)) * times * tokens / rows
     return total * 1000
-
-
-def cpu_name() -> str:
-    """The processor's model as Linux names it, else as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _versions() -> str:

@@ -1,0 +1,82 @@
+"""Choices between implementations by measuring, the same on every rank.
+
+One rank measures, or reads what was measured before, and the others take its choice. Choices are kept for the machine,
+and in the run directory: a resumed run rounds as before, also where the machine's are gone. Without measuring
+(`ops.measure: false`, `run.deterministic`) the choice does not depend on the machine.
+"""
+
+import struct
+
+import torch
+
+from engine.config.schema import Config
+from engine.formatting import counted
+from engine.ops import linear
+from engine.ops.fp8_algorithms import Fp8Plans
+from engine.ops.measured import MeasuredChoices, default_directory, digest
+from engine.parallel.agreement import compute_once, gather_ints
+from engine.parallel.layout import World
+from engine.train.log import RunLog
+
+_ALGORITHM = struct.Struct("<8q")  # as integers, which ranks exchange
+
+
+def choose_onednn(config: Config, world: World, dtype: torch.dtype, log: RunLog) -> frozenset[str]:
+    """Choose the kinds of fp32 matmuls on a CPU that oneDNN computes, for parameters of `dtype`. A collective."""
+    if not _measures(config) or world.device.type != "cpu" or dtype != torch.float32 or not linear.has_onednn():
+        return linear.KINDS
+    kinds, choices = sorted(linear.KINDS), _choices(config, log)
+
+    def choose(_: int) -> list[int]:
+        chosen = choices.choose(linear.measured_key(), linear.measure_onednn, sorted, linear.parse_onednn)
+        return [int(kind in chosen) for kind in kinds]
+
+    (chosen,) = compute_once(world, [1], choose, len(kinds))
+    by = {bit: [kind for kind, of_kind in zip(kinds, chosen, strict=True) if of_kind == bit] for bit in (1, 0)}
+    names = {1: "oneDNN", 0: "MKL" if torch.backends.mkl.is_available() else "BLAS"}
+    texts = [f"{names[bit]} for {', '.join(of_bit)}" for bit, of_bit in by.items() if of_bit]
+    log.say(f"matmuls     fp32, as measured: {'; '.join(texts)} (kept in {choices.directories[-1]})")
+    return frozenset(by[1])
+
+
+def choose_fp8_algorithms(config: Config, world: World, log: RunLog, plans: Fp8Plans | None = None) -> bool:
+    """Choose cuBLASLt's algorithm for each FP8 matmul that has run on this rank's device. A collective.
+
+    Returns:
+        whether any rank has such matmuls; the first use of their algorithms may wait for the device.
+    """
+    if not _measures(config) or config.precision.mode != "fp8":
+        return False
+    plans, choices = plans or Fp8Plans(), _choices(config, log)
+    mine = [plan for plan in plans.existing() if plan.device == world.device.index]
+    keys = [plans.measured_key(plan) for plan in mine]
+
+    def choose(index: int) -> tuple[int, ...]:
+        plan = mine[index]
+
+        def parse(text: str) -> bytes:
+            plans.use(plan, algorithm := bytes.fromhex(text))
+            return algorithm
+
+        return _ALGORITHM.unpack(choices.choose(keys[index], lambda: plans.measure(plan), bytes.hex, parse))
+
+    chosen = [_ALGORITHM.pack(*numbers) for numbers in compute_once(world, [digest(key) for key in keys], choose, 8)]
+    first = [plans.candidates(plan, 1)[0] for plan in mine]
+    for plan, algorithm in zip(mine, chosen, strict=True):
+        plans.use(plan, algorithm)
+    if mine:
+        changed = sum(a != b for a, b in zip(first, chosen, strict=True))
+        log.say(
+            f"fp8         {counted(len(mine), 'matmul')} by cuBLASLt {plans.version}, as measured: {changed} with "
+            f"another algorithm than its heuristic's first (kept in {choices.directories[-1]})"
+        )
+    return max(gather_ints(world, len(mine))) > 0
+
+
+def _measures(config: Config) -> bool:
+    return config.ops.measure and not config.run.deterministic
+
+
+def _choices(config: Config, log: RunLog) -> MeasuredChoices:
+    machine = config.ops.measured_dir or default_directory()
+    return MeasuredChoices([config.run.dir / "measured", *([machine] if machine else [])], log.say)

@@ -62,7 +62,7 @@ class MeasuredChoices:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            self.report(f"measured    {path} cannot be used and is replaced: {type(error).__name__}: {error}")
+            self.report(f"measured    {path} cannot be used, so it is measured again: {type(error).__name__}: {error}")
             return None
 
     def _write(self, path: Path, content: Any) -> None:

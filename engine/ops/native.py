@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_csrc.so"
-SCHEMA_VERSION = (
-    4  # of the operators' schemas and of what `fp8_algorithms` calls; `triaxis_schema_version` in csrc/bind/status.cpp
-)
+SCHEMA_VERSION = 4  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

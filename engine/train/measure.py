@@ -74,7 +74,7 @@ def choose_fp8_algorithms(config: Config, world: World, log: RunLog, plans: Fp8P
 
 
 def _measures(config: Config) -> bool:
-    return config.ops.measure and not config.run.deterministic
+    return config.ops.measure and not torch.are_deterministic_algorithms_enabled()
 
 
 def _choices(config: Config, log: RunLog) -> MeasuredChoices:

@@ -1,7 +1,19 @@
 import pytest
 import torch
 
-from engine.ops.linear import add_grad_weight, grad_weight, linear, linear_reference, matmul_transposed, uses_onednn
+from engine.ops import linear as linear_module
+from engine.ops.linear import (
+    KINDS,
+    add_grad_weight,
+    grad_weight,
+    linear,
+    linear_reference,
+    matmul_transposed,
+    measure_onednn,
+    measured_key,
+    parse_onednn,
+    uses_onednn,
+)
 from tests.ops.op_parity import BF16, assert_same, strided
 
 LARGE = [(130, 257, 129), (2048, 64, 192), (64, 192, 1024), (17, 512, 256)]
@@ -85,3 +97,66 @@ def test_the_weight_gradient_is_that_of_autograd(outputs, inputs):
     grad = torch.randn(130, outputs)
     linear_reference(x, weight).backward(grad)
     torch.testing.assert_close(grad_weight(grad, x), weight.grad, rtol=1e-5, atol=2e-4)
+
+
+PASSES = {  # size -> operands of `matmul_transposed` in each pass, for tokens, outputs, inputs
+    "forward": lambda t, o, i: (torch.randn(t, i), torch.randn(o, i)),
+    "input gradient": lambda t, o, i: (torch.randn(t, o), torch.randn(o, i).t()),
+    "weight gradient": lambda t, o, i: (torch.randn(t, o).t(), torch.randn(t, i).t()),
+}
+
+
+@pytest.mark.parametrize("size, sizes", [("small", (128, 256, 192)), ("large", (1024, 512, 256))])
+@pytest.mark.parametrize("name", PASSES)
+def test_the_library_is_chosen_by_kind(monkeypatch, name, size, sizes):
+    used = []
+    onednn = linear_module._onednn
+    monkeypatch.setattr(linear_module, "_onednn", lambda *given: used.append(1) or onednn(*given))
+    a, b = PASSES[name](*sizes)
+    for kinds, expected in (({f"{size} {name}"}, [1]), (KINDS - {f"{size} {name}"}, []), (KINDS, [1]), ({}, [])):
+        used.clear()
+        result = matmul_transposed(a, b, frozenset(kinds))
+        assert used == expected
+        torch.testing.assert_close(result, a @ b.t(), rtol=1e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(256, 192), (192, 256)])
+def test_weight_gradients_take_the_library_of_their_kind(monkeypatch, outputs, inputs):
+    monkeypatch.setattr(linear_module, "_onednn", lambda *given: pytest.fail("oneDNN"))
+    grad, x = torch.randn(128, outputs), torch.randn(128, inputs)
+    add_grad_weight(torch.zeros(outputs, inputs), grad, x, KINDS - {"small weight gradient"})
+    with pytest.raises(pytest.fail.Exception):
+        add_grad_weight(torch.zeros(outputs, inputs), grad, x, frozenset({"small weight gradient"}))
+
+
+@pytest.mark.parametrize("fast", [set(), {"large forward"}, {"small weight gradient", "large input gradient"}, KINDS])
+def test_the_faster_library_of_each_kind_is_found(monkeypatch, fast):
+    measured = {}
+
+    def timer(a: torch.Tensor, b: torch.Tensor):
+        kind = linear_module._kind(a, b, a.shape[0])
+        assert uses_onednn(a, b, frozenset({kind}))  # not one of the smallest, for which nothing is chosen
+        measured[kind] = measured.get(kind, 0) + 1
+        return lambda onednn: 1.0 if (kind in onednn) == (kind in fast) else 2.0
+
+    monkeypatch.setattr(linear_module, "_timer", timer)
+    assert measure_onednn() == fast
+    assert measured == dict.fromkeys(KINDS, 1)
+
+
+def test_what_is_read_from_a_file_is_checked():
+    assert parse_onednn(["small forward"]) == {"small forward"}
+    assert parse_onednn([]) == frozenset()
+    for wrong in (["forward"], ["small forward", "x"], "small forward"):
+        with pytest.raises(ValueError, match="are not all of"):
+            parse_onednn(wrong)
+    with pytest.raises(TypeError):
+        parse_onednn(None)
+
+
+def test_the_key_names_processor_libraries_and_threads(monkeypatch):
+    before = measured_key()
+    assert before["processor"] and torch.__version__ == before["torch"]
+    assert "MKL-DNN v" in before["libraries"] or not linear_module.has_onednn()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert measured_key() == before | {"threads": 99}

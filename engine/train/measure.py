@@ -31,12 +31,12 @@ def choose_onednn(config: Config, world: World, dtype: torch.dtype, log: RunLog)
         chosen = choices.choose(linear.measured_key(), linear.measure_onednn, sorted, linear.parse_onednn)
         return [int(kind in chosen) for kind in kinds]
 
-    (chosen,) = compute_once(world, [1], choose, len(kinds))
-    by = {bit: [kind for kind, of_kind in zip(kinds, chosen, strict=True) if of_kind == bit] for bit in (1, 0)}
-    names = {1: "oneDNN", 0: "MKL" if torch.backends.mkl.is_available() else "BLAS"}
-    texts = [f"{names[bit]} for {', '.join(of_bit)}" for bit, of_bit in by.items() if of_bit]
-    log.say(f"matmuls     fp32, as measured: {'; '.join(texts)} (kept in {choices.directories[-1]})")
-    return frozenset(by[1])
+    (bits,) = compute_once(world, [1], choose, len(kinds))
+    chosen = [kind for kind, bit in zip(kinds, bits, strict=True) if bit]
+    default = "MKL" if torch.backends.mkl.is_available() else "BLAS"
+    by_onednn = f"oneDNN for {', '.join(chosen)}, {default} for the rest" if chosen else f"{default} for all kinds"
+    log.say(f"matmuls     fp32, as measured: {by_onednn} (kept in {choices.directories[-1]})")
+    return frozenset(chosen)
 
 
 def choose_fp8_algorithms(config: Config, world: World, log: RunLog, plans: Fp8Plans | None = None) -> bool:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from engine.errors import DataError
 from engine.parallel.agreement import (
     broadcast_ints,
+    compute_once,
     first_problem,
     gather_ints,
     leave_together,
@@ -88,3 +89,42 @@ def test_ranks_shut_down_together_and_one_that_fails_alone_does_not():
     assert run_ranks(2, leave, "normally") == [(False, []), (False, [])]
     assert run_ranks(2, leave, "together") == [(False, []), (False, [])]
     assert run_ranks(2, leave, "alone") == [(False, []), (True, [f"rank 1 ({socket.gethostname()}), step 3"])]
+
+
+def square_of_own_keys() -> tuple[list[int], list[list[int]], list[list[int]]]:
+    world = init_distributed("cpu")
+    keys = [[5, 9], [9, 7, 5], [], [7, 2**62]][world.rank]
+    computed = []
+
+    def compute(index: int) -> list[int]:
+        computed.append(keys[index])
+        return [-keys[index], 10 + world.rank]
+
+    return computed, compute_once(world, keys, compute, 2), compute_once(world, [], compute, 2)
+
+
+def test_what_several_ranks_need_is_computed_by_the_first_of_them():
+    computed, results, nothing = zip(*run_ranks(4, square_of_own_keys), strict=True)
+    assert computed == ([5, 9], [7], [], [2**62])
+    of_5, of_9, of_7 = [-5, 10], [-9, 10], [-7, 11]
+    assert results == ([of_5, of_9], [of_9, of_7, of_5], [], [of_7, [-(2**62), 13]])
+    assert nothing == ([],) * 4
+
+
+def test_a_lone_rank_computes_for_itself():
+    assert square_of_own_keys() == ([5, 9], [[-5, 10], [-9, 10]], [])
+
+
+def compute_what_fails() -> str:
+    world = init_distributed("cpu")
+
+    def compute(index: int) -> list[int]:
+        raise DataError("no such file")
+
+    with pytest.raises(DataError) as caught:
+        compute_once(world, [1], compute, 1)
+    return str(caught.value)
+
+
+def test_all_ranks_raise_what_the_computing_rank_raises():
+    assert run_ranks(2, compute_what_fails) == ["rank 0: no such file"] * 2

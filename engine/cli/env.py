@@ -14,7 +14,7 @@ _PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "te", "apex": "ap
 _KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
 _ON_CPU = {
     "norm": "custom RMSNorm in three passes, PyTorch's LayerNorm",
-    "linear": "oneDNN for large fp32 matmuls, else PyTorch",
+    "linear": "training measures MKL and oneDNN for each kind of fp32 matmul, else oneDNN for all but the smallest",
     "attention": "PyTorch's scaled_dot_product_attention, documents of one length at a time",
     "swiglu": "PyTorch, saving only the input",
     "rope": "PyTorch, each half written in place",

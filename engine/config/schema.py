@@ -44,7 +44,9 @@ class RunConfig(Section):
     seed: int = Field(1234, description="seed of the initial weights and the order of the samples")
     resume: str = Field("auto", description="auto (newest checkpoint in run.dir), never, or a checkpoint directory")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if available")
-    deterministic: bool = Field(False, description="bitwise reproducible on a GPU, but slower; a CPU always is")
+    deterministic: bool = Field(
+        False, description="bitwise reproducible: slower kernels on a GPU, and nothing is measured (ops.measure)"
+    )
 
 
 class RopeScaling(Section):

@@ -21,7 +21,7 @@ def tiny(workspace: Path, *overrides: str) -> list[str]:
         *("--data.tokenizer", "byte", "--data.train", f"[{{path: {workspace / 'corpus'}}}]", "--data.seq_length", "64"),
         *("--data.split", "[80, 20, 0]", "--batch.global", "4", "--lr_schedule.warmup_steps", "2"),
         *("--train.steps", "4", "--train.eval_steps", "1", "--log.interval", "1"),
-        *overrides,
+        *("--ops.measure", "false", *overrides),
     ]
 
 

@@ -48,7 +48,7 @@ def overrides(base: Path, run: Path, steps: int) -> list[str]:
         *("--data.train", f"[{{path: {base / 'chats_sft'}}}]", "--data.split", "[1, 0, 0]", "--data.seq_length", "128"),
         *("--batch.global", "2", "--optimizer.lr", "5e-3", "--train.steps", str(steps), "--train.epochs", "0"),
         *("--train.early_stopping", "0", "--train.eval_steps", "0", "--checkpoint.keep_best", "false"),
-        *("--log.interval", "1"),
+        *("--log.interval", "1", "--ops.measure", "false"),
     ]
 
 

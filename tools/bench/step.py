@@ -41,6 +41,7 @@ from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
 from engine.ops.choice import require_fp8
+from engine.ops.fp8_algorithms import Fp8Plans
 from engine.ops.linear import KINDS, grad_weight, matmul_transposed, measure_onednn
 from engine.ops.measured import processor_name
 from engine.parallel.layout import Layout, init_distributed
@@ -168,6 +169,10 @@ def _measure_on_gpu(args: argparse.Namespace) -> None:
         loss = result.loss.item()  # synchronizes
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
+        if number == 1 and config.ops.measure:  # as the warm-up of a run does
+            plans = Fp8Plans()
+            for plan in plans.existing():
+                plans.use(plan, plans.measure(plan))
         print(f"step {number}: {seconds[-1]:.3f} s, loss {loss:.4f}", flush=True)
     result_row = summary(config, seconds[WARM_UP:], torch.cuda.max_memory_allocated(), peak_tflops(world.device))
     result_row["settings"] = " ".join(args.overrides)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig
-from engine.ops.linear import KINDS
+from engine.ops.linear import MATMUL_KINDS
 from engine.ops.norm import add_norm, layer_norm, norm_to_fp8, rms_norm
 from engine.ops.quantize import Fp8Output
 from engine.ops.swiglu import swiglu, swiglu_to_fp8
@@ -51,7 +51,7 @@ class Parameters:
     tensors: Mapping[str, nn.Parameter]
     sinks: Mapping[str, GradientSink] = field(default_factory=dict)
     quantizers: Mapping[str, Fp8Quantizer] = field(default_factory=dict)
-    onednn: frozenset[str] = KINDS
+    onednn: frozenset[str] = MATMUL_KINDS
 
 
 class ParallelLinear(nn.Module):

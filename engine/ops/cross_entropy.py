@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
-from engine.ops.linear import KINDS, add_grad_weight, matmul_transposed
+from engine.ops.linear import MATMUL_KINDS, add_grad_weight, matmul_transposed
 
 _CHUNK_ELEMENTS_CPU = 2**23  # logits per chunk: 32 MB stay in the last-level cache and in the allocator's pool
 _CHUNK_ELEMENTS_GPU = 2**28  # 512 MiB in bf16: large matmuls, and small compared with the activations
@@ -43,7 +43,7 @@ def linear_cross_entropy(
     *,
     z_loss: float = 0.0,
     shard: VocabularyShard | None = None,
-    onednn: frozenset[str] = KINDS,
+    onednn: frozenset[str] = MATMUL_KINDS,
 ) -> Tensor:
     """Sum over tokens of (z − logit of the label + z_loss · z²) · loss_mask, with z the log-sum-exp of the logits
     hidden · weightᵀ; in fp32, and NaN stays NaN.

@@ -26,7 +26,7 @@ _SIZES = {"small": (256, 256, 256), "large": (512, 512, 512)}  # tokens, outputs
 _PASSES = ("forward", "input gradient", "weight gradient")
 _ROUNDS = 9
 
-KINDS = frozenset(f"{size} {of_pass}" for size in _SIZES for of_pass in _PASSES)
+MATMUL_KINDS = frozenset(f"{size} {of_pass}" for size in _SIZES for of_pass in _PASSES)
 """The kinds of fp32 matmuls on a CPU for which the library is chosen."""
 
 
@@ -42,12 +42,14 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return F.linear(x, weight, bias)
 
 
-def matmul_transposed(a: Tensor, b: Tensor, onednn: frozenset[str] = KINDS) -> Tensor:
-    """`a` [m, k] times `b` [n, k] transposed: [m, n]; not differentiable. `onednn`: the KINDS that oneDNN computes."""
+def matmul_transposed(a: Tensor, b: Tensor, onednn: frozenset[str] = MATMUL_KINDS) -> Tensor:
+    """`a` [m, k] times `b` [n, k] transposed: [m, n]; not differentiable. `onednn`: those of MATMUL_KINDS that
+    oneDNN computes.
+    """
     return _onednn(a, b, None) if uses_onednn(a, b, onednn) else a @ b.t()
 
 
-def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor, onednn: frozenset[str] = KINDS) -> None:
+def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor, onednn: frozenset[str] = MATMUL_KINDS) -> None:
     """Add the weight gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype;
     `onednn` as for `matmul_transposed`.
 
@@ -59,7 +61,7 @@ def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor, onednn: frozenset[str]
         out.add_(grad_weight(grad, x, onednn))
 
 
-def grad_weight(grad: Tensor, x: Tensor, onednn: frozenset[str] = KINDS) -> Tensor:
+def grad_weight(grad: Tensor, x: Tensor, onednn: frozenset[str] = MATMUL_KINDS) -> Tensor:
     """Compute gradᵀ·x [out, in]; `onednn` as for `matmul_transposed`. oneDNN copies its first operand, so the narrower
     one comes first.
     """
@@ -69,9 +71,9 @@ def grad_weight(grad: Tensor, x: Tensor, onednn: frozenset[str] = KINDS) -> Tens
 
 
 def measure_onednn() -> frozenset[str]:
-    """Measure which of KINDS oneDNN computes faster than MKL; takes about 0.1 s of one core."""
+    """Measure which of MATMUL_KINDS oneDNN computes faster than MKL; takes about 0.1 s of one core."""
     return frozenset(
-        kind for kind, operands in _examples() if fastest((KINDS, frozenset()), _timer(*operands), _ROUNDS)
+        kind for kind, operands in _examples() if fastest((MATMUL_KINDS, frozenset()), _timer(*operands), _ROUNDS)
     )
 
 
@@ -90,9 +92,9 @@ def measured_key() -> Key:
 
 
 def parse_onednn(kinds: Iterable[str]) -> frozenset[str]:
-    """Return `kinds` as read from a file. Raises: ValueError, TypeError: they are not of KINDS."""
-    if not (found := frozenset(kinds)) <= KINDS:
-        raise ValueError(f"{sorted(found)} are not all of {sorted(KINDS)}")
+    """Return `kinds` as read from a file. Raises: ValueError, TypeError: they are not of MATMUL_KINDS."""
+    if not (found := frozenset(kinds)) <= MATMUL_KINDS:
+        raise ValueError(f"{sorted(found)} are not all of {sorted(MATMUL_KINDS)}")
     return found
 
 
@@ -101,7 +103,7 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def uses_onednn(x: Tensor, weight: Tensor, onednn: frozenset[str] = KINDS) -> bool:
+def uses_onednn(x: Tensor, weight: Tensor, onednn: frozenset[str] = MATMUL_KINDS) -> bool:
     """Whether oneDNN is used: on a CPU, for fp32 matmuls of the kinds `onednn` but the smallest, if PyTorch has it, and
     not under torch.compile.
     """

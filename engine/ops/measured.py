@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+Choice = TypeVar("Choice")
 
 Key = Mapping[str, str | int]
 """What was measured, where, and with which versions."""
@@ -38,7 +38,9 @@ class MeasuredChoices:
     directories: Sequence[Path]
     report: Callable[[str], None]
 
-    def choose(self, key: Key, measure: Callable[[], T], to_json: Callable[[T], Any], parse: Callable[[Any], T]) -> T:
+    def choose(
+        self, key: Key, measure: Callable[[], Choice], to_json: Callable[[Choice], Any], parse: Callable[[Any], Choice]
+    ) -> Choice:
         """Return the choice kept for `key`, else that of `measure`.
 
         Args:
@@ -53,7 +55,7 @@ class MeasuredChoices:
                 self._write(path, {"key": dict(key), "choice": to_json(choice)})
         return choice
 
-    def _read(self, path: Path, key: Key, parse: Callable[[Any], T]) -> T | None:
+    def _read(self, path: Path, key: Key, parse: Callable[[Any], Choice]) -> Choice | None:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["key"] != dict(key):
@@ -92,7 +94,7 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def fastest(candidates: Sequence[T], seconds: Callable[[T], float], rounds: int) -> T:
+def fastest(candidates: Sequence[Choice], seconds: Callable[[Choice], float], rounds: int) -> Choice:
     """Return the candidate whose smallest of `rounds` times is the smallest; the first, unless it is slower by MARGIN.
 
     Candidates alternate, so that other load and changing clocks affect all of them.

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
 from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
-from engine.ops.linear import KINDS, add_grad_weight, grad_weight, linear, matmul_transposed
+from engine.ops.linear import MATMUL_KINDS, add_grad_weight, grad_weight, linear, matmul_transposed
 from engine.ops.quantize import TENSORWISE, Fp8Activation, QuantizedTensor
 from engine.parallel.collectives import all_gather, gather_sequence, gathered, reduce_scatter, scatter_sequence_sum
 from engine.parallel.fp8 import Fp8Quantizer, gather_rows, local_rows
@@ -34,7 +34,7 @@ def column_linear(
     tp: TensorParallel,
     sink: GradientSink | None = None,
     quantizer: Fp8Quantizer | None = None,
-    onednn: frozenset[str] = KINDS,
+    onednn: frozenset[str] = MATMUL_KINDS,
 ) -> Tensor:
     """Column-parallel linear, x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp].
 
@@ -57,7 +57,7 @@ def row_linear(
     tp: TensorParallel,
     sink: GradientSink | None = None,
     quantizer: Fp8Quantizer | None = None,
-    onednn: frozenset[str] = KINDS,
+    onednn: frozenset[str] = MATMUL_KINDS,
 ) -> Tensor:
     """Row-parallel linear, x·Wᵀ + b: `x` [t, in/tp], `weight` [out, in/tp], `bias` [out] -> [t/tp, out]; `sink`,
     `quantizer` and `onednn` as for `column_linear`.
@@ -89,7 +89,7 @@ def vocab_parallel_linear_cross_entropy(
     tp: TensorParallel,
     z_loss: float = 0.0,
     target_indices: Tensor | None = None,
-    onednn: frozenset[str] = KINDS,
+    onednn: frozenset[str] = MATMUL_KINDS,
 ) -> Tensor:
     """Vocab-parallel output projection fused with cross-entropy; see `linear_cross_entropy`.
 

@@ -24,8 +24,8 @@ _ALGORITHM = struct.Struct("<8q")  # as integers, which ranks exchange
 def choose_onednn(config: Config, world: World, dtype: torch.dtype, log: RunLog) -> frozenset[str]:
     """Choose the kinds of fp32 matmuls on a CPU that oneDNN computes, for parameters of `dtype`. A collective."""
     if not _measures(config) or world.device.type != "cpu" or dtype != torch.float32 or not linear.has_onednn():
-        return linear.KINDS
-    kinds, choices = sorted(linear.KINDS), _choices(config, log)
+        return linear.MATMUL_KINDS
+    kinds, choices = sorted(linear.MATMUL_KINDS), _choices(config, log)
 
     def choose(_: int) -> list[int]:
         chosen = choices.choose(linear.measured_key(), linear.measure_onednn, sorted, linear.parse_onednn)

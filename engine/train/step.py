@@ -11,7 +11,7 @@ from engine.data.samples.permutation import keyed_below
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table
-from engine.ops.linear import KINDS
+from engine.ops.linear import MATMUL_KINDS
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
 from engine.parallel.fp8 import Fp8State, runs_in_fp8
@@ -49,7 +49,7 @@ class DistributedModel:
         world: World,
         parts: Sequence[Part],
         parameters: ShardedParameters,
-        onednn: frozenset[str] = KINDS,
+        onednn: frozenset[str] = MATMUL_KINDS,
     ) -> None:
         self.config, self.world = config, world
         self.fp8 = fp8_state(config, parameters, world)
@@ -135,7 +135,7 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
 
 
 def build_model(
-    config: Config, world: World, dtype: torch.dtype, *, seed: int | None, onednn: frozenset[str] = KINDS
+    config: Config, world: World, dtype: torch.dtype, *, seed: int | None, onednn: frozenset[str] = MATMUL_KINDS
 ) -> tuple[DistributedModel, ShardedAdamW]:
     """Build this rank's parts of the model and their optimizer; weights are drawn from `seed`, or zeros if None.
     `onednn`: see `Parameters`.

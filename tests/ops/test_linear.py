@@ -3,7 +3,7 @@ import torch
 
 from engine.ops import linear as linear_module
 from engine.ops.linear import (
-    KINDS,
+    MATMUL_KINDS,
     add_grad_weight,
     grad_weight,
     linear,
@@ -113,7 +113,12 @@ def test_the_library_is_chosen_by_kind(monkeypatch, name, size, sizes):
     onednn = linear_module._onednn
     monkeypatch.setattr(linear_module, "_onednn", lambda *given: used.append(1) or onednn(*given))
     a, b = PASSES[name](*sizes)
-    for kinds, expected in (({f"{size} {name}"}, [1]), (KINDS - {f"{size} {name}"}, []), (KINDS, [1]), ({}, [])):
+    for kinds, expected in (
+        ({f"{size} {name}"}, [1]),
+        (MATMUL_KINDS - {f"{size} {name}"}, []),
+        (MATMUL_KINDS, [1]),
+        ({}, []),
+    ):
         used.clear()
         result = matmul_transposed(a, b, frozenset(kinds))
         assert used == expected
@@ -124,12 +129,14 @@ def test_the_library_is_chosen_by_kind(monkeypatch, name, size, sizes):
 def test_weight_gradients_take_the_library_of_their_kind(monkeypatch, outputs, inputs):
     monkeypatch.setattr(linear_module, "_onednn", lambda *given: pytest.fail("oneDNN"))
     grad, x = torch.randn(128, outputs), torch.randn(128, inputs)
-    add_grad_weight(torch.zeros(outputs, inputs), grad, x, KINDS - {"small weight gradient"})
+    add_grad_weight(torch.zeros(outputs, inputs), grad, x, MATMUL_KINDS - {"small weight gradient"})
     with pytest.raises(pytest.fail.Exception):
         add_grad_weight(torch.zeros(outputs, inputs), grad, x, frozenset({"small weight gradient"}))
 
 
-@pytest.mark.parametrize("fast", [set(), {"large forward"}, {"small weight gradient", "large input gradient"}, KINDS])
+@pytest.mark.parametrize(
+    "fast", [set(), {"large forward"}, {"small weight gradient", "large input gradient"}, MATMUL_KINDS]
+)
 def test_the_faster_library_of_each_kind_is_found(monkeypatch, fast):
     measured = {}
 
@@ -141,7 +148,7 @@ def test_the_faster_library_of_each_kind_is_found(monkeypatch, fast):
 
     monkeypatch.setattr(linear_module, "_timer", timer)
     assert measure_onednn() == fast
-    assert measured == dict.fromkeys(KINDS, 1)
+    assert measured == dict.fromkeys(MATMUL_KINDS, 1)
 
 
 def test_what_is_read_from_a_file_is_checked():

@@ -8,7 +8,7 @@ import torch
 
 from engine.config.schema import Config
 from engine.ops import linear
-from engine.ops.linear import KINDS
+from engine.ops.linear import MATMUL_KINDS
 from engine.parallel.layout import Layout, init_distributed
 from engine.testing.distributed import run_ranks, world_of
 from engine.testing.runs import random_batches, read_records, run_config
@@ -50,17 +50,21 @@ def test_a_step_takes_the_library_of_each_kind(workspace, monkeypatch, passes, o
     assert seen == kinds
 
 
-def step_on_ranks(config: Config) -> set[str]:
+def step_on_ranks(config: Config, tp: int, *kinds: str) -> tuple[set[str], float]:
+    """The kinds that oneDNN computed, and the loss."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        seen, world = record_kinds(monkeypatch), world_of(Layout(tp=2))
-        model, _ = build_model(config, world, FP32, seed=1, onednn=frozenset({"small input gradient"}))
-        model.train(random_batches(config), 1.0)
-        return seen
+        seen = record_kinds(monkeypatch)
+        model, _ = build_model(config, world_of(Layout(tp=tp)), FP32, seed=1, onednn=frozenset(kinds))
+        loss = model.train(random_batches(config), 1.0).item()
+        return seen, loss
 
 
 def test_tensor_parallel_layers_take_the_library_of_each_kind(workspace):
-    config = run_config(workspace, "--parallel.tp", "2")
-    assert run_ranks(2, step_on_ranks, config) == [{"small input gradient"}] * 2
+    kinds, config = ("small input gradient", "small forward"), run_config(workspace, "--parallel.tp", "2")
+    (first, loss), (second, _) = run_ranks(2, step_on_ranks, config, 2, *kinds)
+    assert first == second == set(kinds)
+    _, alone = step_on_ranks(run_config(workspace), 1)
+    assert loss == pytest.approx(alone, rel=1e-6)  # of 128 tokens, summed
 
 
 def chosen(config: Config, dtype: torch.dtype = FP32) -> frozenset[str]:
@@ -84,7 +88,7 @@ def test_the_choice_is_measured_said_and_kept(workspace, monkeypatch, capsys):
 
 @pytest.mark.skipif(not linear.has_onednn(), reason="PyTorch was built without oneDNN")
 def test_it_is_really_measured(workspace):
-    assert chosen(measuring(workspace)) <= KINDS
+    assert chosen(measuring(workspace)) <= MATMUL_KINDS
     assert len(list((workspace / "machine").iterdir())) == len(list((workspace / "run" / "measured").iterdir())) == 1
 
 
@@ -94,7 +98,7 @@ def test_without_measuring_the_choice_is_the_same_everywhere(workspace, monkeypa
     torch.use_deterministic_algorithms(case == "deterministic")
     try:
         config = measuring(workspace, "--ops.measure", str(case != "ops.measure").lower())
-        assert chosen(config, torch.bfloat16 if case == "bf16" else FP32) == KINDS
+        assert chosen(config, torch.bfloat16 if case == "bf16" else FP32) == MATMUL_KINDS
     finally:
         torch.use_deterministic_algorithms(False)
     assert not (workspace / "machine").exists()
@@ -103,7 +107,7 @@ def test_without_measuring_the_choice_is_the_same_everywhere(workspace, monkeypa
 def choose_by_rank(directory: Path) -> tuple[frozenset[str], bool]:
     """Every rank would measure another result, and keeps it in another place."""
     world, measured = init_distributed("cpu"), []
-    own = frozenset({sorted(KINDS)[world.rank]})
+    own = frozenset({sorted(MATMUL_KINDS)[world.rank]})
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(linear, "measure_onednn", lambda: measured.append(1) or own)
         place = directory / str(world.rank)
@@ -112,7 +116,7 @@ def choose_by_rank(directory: Path) -> tuple[frozenset[str], bool]:
 
 
 def test_all_ranks_take_the_choice_of_the_first(workspace):
-    of_rank_0 = frozenset({sorted(KINDS)[0]})
+    of_rank_0 = frozenset({sorted(MATMUL_KINDS)[0]})
     assert run_ranks(3, choose_by_rank, workspace) == [(of_rank_0, True), (of_rank_0, False), (of_rank_0, False)]
 
 

@@ -42,7 +42,7 @@ from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
 from engine.ops.choice import require_fp8
 from engine.ops.fp8_algorithms import Fp8Plans
-from engine.ops.linear import KINDS, grad_weight, matmul_transposed, measure_onednn
+from engine.ops.linear import MATMUL_KINDS, grad_weight, matmul_transposed, measure_onednn
 from engine.ops.measured import processor_name
 from engine.parallel.layout import Layout, init_distributed
 from engine.plan.layouts import require_fit
@@ -133,8 +133,8 @@ def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
 def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int, onednn: frozenset[str]) -> None:
     ours, weights = _ours(model, tokens, onednn)
     sides = {"triaxis": ours}
-    if onednn != KINDS:
-        sides["triaxis, not measured"] = _ours(model, tokens, KINDS)[0]
+    if onednn != MATMUL_KINDS:
+        sides["triaxis, not measured"] = _ours(model, tokens, MATMUL_KINDS)[0]
     for attention in ("sdpa", "eager"):
         sides[f"transformers, {attention}"] = _transformers(model, tokens, weights, attention)
     losses = [step() for step in sides.values()]  # warmup, and check that all do the same work

@@ -34,7 +34,7 @@ def choose_onednn(config: Config, world: World, dtype: torch.dtype, log: RunLog)
     (bits,) = compute_once(world, [1], choose, len(kinds))
     chosen = [kind for kind, bit in zip(kinds, bits, strict=True) if bit]
     default = "MKL" if torch.backends.mkl.is_available() else "BLAS"
-    by_onednn = f"oneDNN for {', '.join(chosen)}, {default} for the rest" if chosen else f"{default} for all kinds"
+    by_onednn = f"oneDNN for {', '.join(chosen)}; {default} for the rest" if chosen else f"{default} for all kinds"
     log.say(f"matmuls     fp32, as measured: {by_onednn} (kept in {choices.directories[-1]})")
     return frozenset(chosen)
 

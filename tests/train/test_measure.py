@@ -79,7 +79,7 @@ def test_the_choice_is_measured_said_and_kept(workspace, monkeypatch, capsys):
     monkeypatch.setattr(linear, "measure_onednn", lambda: frozenset({"small forward", "large forward"}))
     assert chosen(measuring(workspace)) == {"small forward", "large forward"}
     assert capsys.readouterr().out == (
-        "matmuls     fp32, as measured: oneDNN for large forward, small forward, MKL for the rest "
+        "matmuls     fp32, as measured: oneDNN for large forward, small forward; MKL for the rest "
         f"(kept in {workspace / 'machine'})\n"
     )
     monkeypatch.setattr(linear, "measure_onednn", lambda: pytest.fail("measured again"))

@@ -20,7 +20,7 @@ from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, BLOCK_SIZE, TENSORWI
 
 ALGORITHM_BYTES = 64
 NUM_CANDIDATES = 8
-_ROUNDS = 5
+_ROUNDS, _MARGIN = 5, 0.01
 _MIN_CALLS = 4  # timed together, so that the clock's resolution and the first launch do not count
 _ROTATED_BYTES = 2**27  # of operands that take turns: more than twice the L2 cache of an H200
 _MAX_SETS = 8
@@ -95,7 +95,7 @@ class Fp8Plans:
 
     def measure(self, plan: Plan) -> bytes:
         """Return the fastest of the candidates; takes about a tenth of a second. `plan` keeps the one timed last."""
-        return fastest(self.candidates(plan), self.timer(plan), _ROUNDS)
+        return fastest(self.candidates(plan), self.timer(plan), rounds=_ROUNDS, margin=_MARGIN)
 
     def timer(self, plan: Plan) -> Callable[[bytes], float]:
         """Return what measures the seconds of a matmul of `plan` by an algorithm, on random operands on the GPU."""
@@ -143,12 +143,12 @@ def _calls(plan: Plan) -> list[Callable[[], object]]:
 
 
 def _operand(rows: int, columns: int, dtype: int, scaling: int, generator: torch.Generator) -> QuantizedTensor:
-    values = torch.randn(rows, columns, device=generator.device, generator=generator).to(_DTYPES[dtype])
+    values = torch.randn(rows, columns, dtype=torch.bfloat16, device=generator.device, generator=generator)
     blocks = -(-columns // BLOCK_SIZE)
     squares = (-(-rows // BLOCK_SIZE), -(-blocks // 4) * 4)
     shape = {TENSORWISE: (1,), BLOCK_1X128: (blocks, rows), BLOCK_128X128: squares}[_SCALINGS[scaling]]
     scale_inv = torch.ones(shape, device=generator.device)
-    return QuantizedTensor(values, scale_inv, _SCALINGS[scaling])
+    return QuantizedTensor(values.to(_DTYPES[dtype]), scale_inv, _SCALINGS[scaling])
 
 
 def _seconds(calls: list[Callable[[], object]]) -> float:

@@ -24,7 +24,7 @@ _MIN_MULTIPLICATIONS = 2**21  # below, its overhead per call of about 15 µs dom
 _LARGE = 2**27  # multiplications of a large matmul, about a millisecond of one core
 _SIZES = {"small": (256, 256, 256), "large": (512, 512, 512)}  # tokens, outputs and inputs that are measured
 _PASSES = ("forward", "input gradient", "weight gradient")
-_ROUNDS = 9
+_ROUNDS, _MARGIN = 9, 0.05
 
 MATMUL_KINDS = frozenset(f"{size} {of_pass}" for size in _SIZES for of_pass in _PASSES)
 """The kinds of fp32 matmuls on a CPU for which the library is chosen."""
@@ -72,8 +72,9 @@ def grad_weight(grad: Tensor, x: Tensor, onednn: frozenset[str] = MATMUL_KINDS) 
 
 def measure_onednn() -> frozenset[str]:
     """Measure which of MATMUL_KINDS oneDNN computes faster than MKL; takes about 0.1 s of one core."""
+    libraries = (MATMUL_KINDS, frozenset[str]())
     return frozenset(
-        kind for kind, operands in _examples() if fastest((MATMUL_KINDS, frozenset()), _timer(*operands), _ROUNDS)
+        kind for kind, operands in _examples() if fastest(libraries, _timer(*operands), rounds=_ROUNDS, margin=_MARGIN)
     )
 
 

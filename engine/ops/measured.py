@@ -11,6 +11,7 @@ import os
 import platform
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,6 @@ Choice = TypeVar("Choice")
 
 Key = Mapping[str, str | int]
 """What was measured, where, and with which versions."""
-
-MARGIN = 0.05  # by which another candidate must be faster than the first: less is noise
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class MeasuredChoices:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            self.report(f"measured    {path} cannot be used, so it is measured again: {type(error).__name__}: {error}")
+            self.report(f"measured    {path} cannot be used, and is replaced: {type(error).__name__}: {error}")
             return None
 
     def _write(self, path: Path, content: Any) -> None:
@@ -74,6 +73,8 @@ class MeasuredChoices:
             unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
             unfinished.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             self.report(f"measured    not kept in {path.parent} (ops.measured_dir): {error}")
 
 
@@ -94,15 +95,16 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def fastest(candidates: Sequence[Choice], seconds: Callable[[Choice], float], rounds: int) -> Choice:
-    """Return the candidate whose smallest of `rounds` times is the smallest; the first, unless it is slower by MARGIN.
+def fastest(candidates: Sequence[Choice], seconds: Callable[[Choice], float], *, rounds: int, margin: float) -> Choice:
+    """Return the candidate whose smallest of `rounds` times is the smallest; the first, if that is not shorter by
+    `margin`, a fraction of its time that may be noise.
 
     Candidates alternate, so that other load and changing clocks affect all of them.
     """
     times = [[seconds(candidate) for candidate in candidates] for _ in range(rounds)]
     best = [min(of_one) for of_one in zip(*times, strict=True)]
     winner = best.index(min(best))
-    return candidates[winner if best[winner] < (1 - MARGIN) * best[0] else 0]
+    return candidates[winner if best[winner] < (1 - margin) * best[0] else 0]
 
 
 def digest(key: Key) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.ops.measured import MARGIN, MeasuredChoices, default_directory, digest, fastest
+from engine.ops.measured import MeasuredChoices, default_directory, digest, fastest
 
 KEY = {"what": "sum", "processor": "a", "threads": 2}
 
@@ -79,7 +79,7 @@ def test_what_is_damaged_or_foreign_is_measured_again(tmp_path, content):
     measure = Measurement("mkl")
     choice, lines = choose(measure, tmp_path)
     assert (choice, measure.count) == ("mkl", 1)
-    assert len(lines) == 1 and str(path) in lines[0] and "measured again" in lines[0]
+    assert len(lines) == 1 and str(path) in lines[0] and "is replaced" in lines[0]
     assert choose(measure, tmp_path) == ("mkl", [])
     assert measure.count == 1
 
@@ -134,13 +134,13 @@ def test_the_fastest_is_that_of_the_best_times():
         order.append(candidate)
         return times[candidate].pop(0)
 
-    assert fastest("abc", seconds, 3) == "b"
+    assert fastest("abc", seconds, rounds=3, margin=0.05) == "b"
     assert "".join(order) == "abcabcabc"
 
 
 def test_the_first_is_taken_unless_it_is_clearly_slower():
-    assert fastest("ab", {"a": 1.0, "b": 1 - MARGIN / 2}.get, 1) == "a"
-    assert fastest("ab", {"a": 1.0, "b": 1 - 2 * MARGIN}.get, 1) == "b"
+    for margin, expected in ((0.01, "b"), (0.03, "b"), (0.05, "a")):
+        assert fastest("ab", {"a": 1.0, "b": 0.96}.__getitem__, rounds=1, margin=margin) == expected
 
 
 def test_digests_are_positive_and_of_the_content():

@@ -7,6 +7,7 @@ library for each kind of matmul (`ops.measure: false`), if that differs. The tab
 and the time of its matmuls alone, a lower bound for any implementation on the same library.
 
     python tools/bench/step.py --vocab-size 32000 2048 --threads 1 2 --rounds 9
+    python tools/bench/step.py --threads 1 --clock cpu      # on a machine with much other load
 
 On a GPU, with a preset, it measures only our whole step: tokens/s, MFU and peak memory, and compares them with the
 target, if any. Settings of a run (`--section.key VALUE`) can follow.
@@ -62,6 +63,8 @@ DEFAULTS = {  # sequences per step, their length, steps of each implementation
     "cuda": {"batch": 16, "seq_length": 4096, "rounds": 8},
 }
 WARM_UP = 2  # steps: the first selects algorithms; with delayed scales, the second is the first to use them
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[], float]
 """Run one training step and return its loss."""
 
@@ -79,7 +82,7 @@ def main() -> None:
         tokens = torch.randint(0, model.vocab_size, (args.batch, args.seq_length + 1))
         for threads in args.threads:
             torch.set_num_threads(threads)
-            _compare(model, tokens, threads, args.rounds, measure_onednn())
+            _compare(model, tokens, threads, args.rounds, CLOCKS[args.clock])
 
 
 def _arguments() -> argparse.Namespace:
@@ -87,6 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[32000, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, help="steps of each implementation")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the time that all threads have computed")
     parser.add_argument("--batch", type=int, help="sequences per step")
     parser.add_argument("--seq-length", type=int)
     parser.add_argument("--heads", type=int, default=4)
@@ -130,7 +134,8 @@ def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     return ModelConfig(**PRESETS[args.preset] | {"vocab_size": vocab_size})
 
 
-def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int, onednn: frozenset[str]) -> None:
+def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int, clock: Clock) -> None:
+    onednn = measure_onednn()
     ours, weights = _ours(model, tokens, onednn)
     sides = {"triaxis": ours}
     if onednn != MATMUL_KINDS:
@@ -143,7 +148,7 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, step in sides.items():
-            seconds[name].append(_timed(step))
+            seconds[name].append(_timed(step, clock))
     count = tokens[:, 1:].numel()
     print(f"\nvocabulary {model.vocab_size}, {threads} thread(s), {count} tokens a step, first loss {losses[0]:.4f}")
     print(f"  oneDNN for: {', '.join(sorted(onednn)) or 'no matmul'}")
@@ -152,7 +157,7 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
         median = statistics.median(times)
         speeds = f"{count / median:7,.0f} tokens/s ({count / max(times):,.0f} – {count / min(times):,.0f})"
         print(f"  {name:21} {speeds:36} triaxis is {median / our_median:.2f}×")
-    _print_split(ours, model, count, onednn)
+    _print_split(ours, model, count, onednn, clock)
 
 
 def _measure_on_gpu(args: argparse.Namespace) -> None:
@@ -223,10 +228,10 @@ def _report(args: argparse.Namespace, config: Config, result: dict[str, Any]) ->
         args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
-def _timed(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _timed(step: Callable[[], object], clock: Clock) -> float:
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _ours(model: ModelConfig, tokens: torch.Tensor, onednn: frozenset[str]) -> tuple[Step, dict[str, torch.Tensor]]:
@@ -290,7 +295,7 @@ def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, t
     return step
 
 
-def _print_split(step: Step, model: ModelConfig, tokens: int, onednn: frozenset[str]) -> None:
+def _print_split(step: Step, model: ModelConfig, tokens: int, onednn: frozenset[str], clock: Clock) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     spent: Counter[str] = Counter()
@@ -300,7 +305,7 @@ def _print_split(step: Step, model: ModelConfig, tokens: int, onednn: frozenset[
     print(f"  one step of ours, profiled: {total:.0f} ms")
     for part, ms in spent.most_common():
         print(f"    {part:36} {ms:7.1f} ms {ms / total:5.0%}")
-    print(f"    {'its matmuls alone':36} {_matmuls_ms(model, tokens, onednn):7.1f} ms")
+    print(f"    {'its matmuls alone':36} {_matmuls_ms(model, tokens, onednn, clock):7.1f} ms")
 
 
 def _part(event: FunctionEvent) -> str:
@@ -321,7 +326,7 @@ def _part(event: FunctionEvent) -> str:
     return "norms, rotary, SwiGLU, the rest"
 
 
-def _matmuls_ms(model: ModelConfig, tokens: int, onednn: frozenset[str]) -> float:
+def _matmuls_ms(model: ModelConfig, tokens: int, onednn: frozenset[str], clock: Clock) -> float:
     """Measure the time of only the step's matmuls: three for each weight."""
     total = 0.0
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
@@ -335,7 +340,7 @@ def _matmuls_ms(model: ModelConfig, tokens: int, onednn: frozenset[str]) -> floa
             partial(matmul_transposed, grad, weight.t(), onednn),
             partial(grad_weight, grad, x, onednn),
         ):
-            total += min(_timed(matmul) for _ in range(5)) * times * tokens / rows
+            total += min(_timed(matmul, clock) for _ in range(5)) * times * tokens / rows
     return total * 1000
 
 

@@ -59,8 +59,9 @@ def step_on_ranks(config: Config, tp: int, *kinds: str) -> tuple[set[str], float
         return seen, loss
 
 
-def test_tensor_parallel_layers_take_the_library_of_each_kind(workspace):
-    kinds, config = ("small input gradient", "small forward"), run_config(workspace, "--parallel.tp", "2")
+@pytest.mark.parametrize("kinds", [("small weight gradient",), ("small forward", "small input gradient")], ids=str)
+def test_tensor_parallel_layers_take_the_library_of_each_kind(workspace, kinds):
+    config = run_config(workspace, "--parallel.tp", "2")
     (first, loss), (second, _) = run_ranks(2, step_on_ranks, config, 2, *kinds)
     assert first == second == set(kinds)
     _, alone = step_on_ranks(run_config(workspace), 1)

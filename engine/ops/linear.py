@@ -71,7 +71,7 @@ def grad_weight(grad: Tensor, x: Tensor, onednn: frozenset[str] = MATMUL_KINDS) 
 
 
 def measure_onednn() -> frozenset[str]:
-    """Measure which of MATMUL_KINDS oneDNN computes faster than MKL; takes about 0.1 s of one core."""
+    """Measure which of MATMUL_KINDS oneDNN computes faster than MKL; takes about 0.2 s of one core."""
     libraries = (MATMUL_KINDS, frozenset[str]())
     return frozenset(
         kind for kind, operands in _examples() if fastest(libraries, _timer(*operands), rounds=_ROUNDS, margin=_MARGIN)

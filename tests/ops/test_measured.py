@@ -91,6 +91,21 @@ def test_a_directory_that_cannot_be_written_is_reported(tmp_path):
     assert any("not kept" in line and "ops.measured_dir" in line for line in lines)
 
 
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    choose(Measurement("mkl"), tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"{")
+
+    def write_half(self: Path, text: str, encoding: str) -> None:
+        self.write_bytes(text.encode(encoding)[:9])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    choice, (_, line) = choose(Measurement("onednn"), tmp_path)
+    assert choice == "onednn" and "no space left on device" in line
+    assert path.read_bytes() == b"{" and list(tmp_path.iterdir()) == [path]
+
+
 def _choose_often(directory: Path, result: str) -> None:
     for number in range(50):
         choose(Measurement(result), directory, key=KEY | {"threads": number})

@@ -1,7 +1,7 @@
 """Profile of a training step: which kernels it launches, how long they take, and how long the device is idle.
 
 `measure` runs a step under PyTorch's profiler and summarizes its trace, in the Chrome format; `parts` adds kernels up
-by what they do. On a CPU the operators that call no others take the place of kernels.
+by what they do. On a CPU operators, without those that they call, take the place of kernels.
 """
 
 import json
@@ -9,8 +9,9 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ class Kernel:
     duration: float
     stream: int
 
+    @property
+    def end(self) -> float:
+        return self.start + self.duration
+
 
 def measure(step: Callable[[], Any], device: str, tokens: int) -> dict[str, Any]:
     """Run a step under the profiler and summarize it."""
@@ -70,24 +75,27 @@ def measure(step: Callable[[], Any], device: str, tokens: int) -> dict[str, Any]
 
 
 def kernels_of(trace: Mapping[str, Any], device: str = "cuda") -> list[Kernel]:
-    """Return what ran on the device, by start; on a CPU the operators that contain no others."""
+    """Return what ran on the device, by start; on a CPU operators, without the time of those that they call."""
     categories = ON_DEVICE if device == "cuda" else ("cpu_op",)
     events = [event for event in trace["traceEvents"] if event.get("cat") in categories and event.get("ph") == "X"]
     kernels = sorted(
         (Kernel(x["name"], x["ts"], x["dur"], x.get("args", {}).get("stream", x["tid"])) for x in events),
         key=lambda kernel: (kernel.start, -kernel.duration),
     )
-    return kernels if device == "cuda" else list(_leaves(kernels))
+    return kernels if device == "cuda" else _without_what_they_call(kernels)
 
 
-def _leaves(operators: Iterable[Kernel]) -> Iterable[Kernel]:
-    last: dict[int, Kernel] = {}
-    for operator in operators:
-        outer = last.get(operator.stream)
-        if outer is not None and outer.start + outer.duration <= operator.start:
-            yield outer
-        last[operator.stream] = operator
-    yield from last.values()
+def _without_what_they_call(operators: list[Kernel]) -> list[Kernel]:
+    """Subtract from each operator, sorted by start, those that it calls."""
+    own, stacks = [operator.duration for operator in operators], defaultdict[int, list[int]](list)
+    for number, operator in enumerate(operators):
+        stack = stacks[operator.stream]
+        while stack and operators[stack[-1]].end <= operator.start:
+            stack.pop()
+        if stack:
+            own[stack[-1]] -= operator.duration
+        stack.append(number)
+    return [replace(operator, duration=max(0.0, us)) for operator, us in zip(operators, own, strict=True)]
 
 
 def summarize(kernels: list[Kernel], wall_us: float) -> dict[str, Any]:
@@ -98,11 +106,10 @@ def summarize(kernels: list[Kernel], wall_us: float) -> dict[str, Any]:
         total = totals.setdefault(kernel.name, [0.0, 0])
         total[0] += kernel.duration
         total[1] += 1
-        until = kernel.start + kernel.duration
         if end is not None and kernel.start > end:
             gaps.append(kernel.start - end)
-        busy_us += max(0.0, until - max(kernel.start, end or kernel.start))
-        end = max(until, end or until)
+        busy_us += max(0.0, kernel.end - max(kernel.start, end or kernel.start))
+        end = max(kernel.end, end or kernel.end)
     late = [gap for gap in gaps if gap > LATE_US]
     return {
         "wall_us": wall_us,

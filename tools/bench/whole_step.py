@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(options.json, source(options.commit))
     step = _ours(config, options.device) if options.impl == "triaxis" else _theirs(config, options.impl, options.device)
     result = measure(step, batches, config, options)
+    if options.documents is not None:
+        result["mfu"] = None  # the FLOPs of attention are fewer than the formula's
     result |= {"settings": " ".join(options.settings), "impl": options.impl, "documents": options.documents}
     results.add(options.name, result)
     print(f"\n{options.name}: {result['value']:,.0f} tokens/s ({result['range'][0]:,.0f} – {result['range'][1]:,.0f})")
@@ -67,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peak = "n/a" if result["peak_gib"] is None else f"{result['peak_gib']:.1f} GiB"
     print(f"MFU {mfu}, by {FLOPS_FORMULA}; peak memory {peak}; {result['power']}", flush=True)
     if options.profile:
-        count = max(1, PROFILED_TOKENS // batches[0].tokens.numel())
-        profiled = profile(step, batches[:count], options.device)
+        profiled_batches = batches[: max(1, PROFILED_TOKENS // batches[0].tokens.numel())]
+        profiled = profile(step, profiled_batches, options.device)
         results.add(f"{options.name}, profile", profiled | {"settings": result["settings"]})
         for part, (ms, launches) in step_profile.parts(profiled["kernels"]).items():
             print(f"  {part:40}{ms:9.1f} ms {launches:7,} launches")
@@ -182,10 +185,11 @@ def _ours(config: Config, device: str) -> Step:
     if device == "cuda":
         require_fit(config, Layout(), ClusterSpec(1, 1, available(world.device, 1), "cuda", torch.bfloat16))
     model, optimizer = build_model(config, world, torch.bfloat16, seed=0)
+    numbers = count(1)
 
     def step(batches: Sequence[Batch]) -> float:
         tokens = sum(batch.tokens.numel() for batch in batches)
-        result = train_step(model, optimizer, batches, step=1, lr=OPTIMIZER.lr, tokens=tokens)
+        result = train_step(model, optimizer, batches, step=next(numbers), lr=OPTIMIZER.lr, tokens=tokens)
         return result.loss.item()
 
     return step

@@ -23,6 +23,7 @@ from tools.bench.gpu.stages import LIMIT_S, ROOT, Scale, Stage, stages
 from tools.bench.results import load, save
 
 ENVIRONMENT = "environment"
+REPORT_LIMIT_S = 120
 DONE, FAILED, NOT_RUN = "done", "failed", "not run"
 LAST_LINES = 40  # of the output of a stage that failed, in its file
 
@@ -58,7 +59,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.error = _usage_error  # type: ignore[method-assign]
     parser.add_argument("--list", action="store_true", help="list the stages with their predicted seconds, and end")
     parser.add_argument(
-        "--stages", nargs="+", metavar="NAME", help="only these, or those that begin so: step, tests-fp8"
+        "--stages", nargs="+", metavar="NAME", help="only these, or all that begin so: step, tests, kernels"
     )
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="start only stages that fit into this time")
     parser.add_argument("--results", type=Path, default=Path("runs/gpu"), metavar="DIR", help="(default: runs/gpu)")
@@ -88,16 +89,16 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def _chosen(options: argparse.Namespace, scale: Scale, library: Path | None) -> list[Stage]:
-    """Select the stages that are named, or begin with a name."""
+    """Select the stages of these names; where none has a name, those that begin with it."""
     known = stages(scale, library)
+    wanted = set()
     for name in options.stages or ():
-        if not any(_is_named(stage, name) for stage in known):
+        exact = {stage.name for stage in known if stage.name == name}
+        found = exact or {stage.name for stage in known if stage.name.startswith(f"{name}-")}
+        if not found:
             _usage_error(f"--stages {name}: expected one of {', '.join(stage.name for stage in known)}")
-    return [stage for stage in known if not options.stages or any(_is_named(stage, name) for name in options.stages)]
-
-
-def _is_named(stage: Stage, name: str) -> bool:
-    return stage.name == name or stage.name.startswith(f"{name}-")
+        wanted |= found
+    return [stage for stage in known if not options.stages or stage.name in wanted]
 
 
 def _run_all(options: argparse.Namespace, scale: Scale, statuses: dict[str, str]) -> None:
@@ -180,7 +181,7 @@ def _report(options: argparse.Namespace, scale: Scale) -> int:
     command = ["-m", "tools.bench.gpu.report", "--results", str(options.results), "--preset", scale.preset]
     for flag, path in {"--against": options.against, "--into": options.into}.items():
         command += [] if path is None else [flag, str(path)]
-    ended: Ended = run([sys.executable, *command], {}, LIMIT_S, options.results / "report.log")
+    ended: Ended = run([sys.executable, *command], {}, REPORT_LIMIT_S, options.results / "report.log")
     if ended.problem:
         print(f"error: no report: {ended.problem}", file=sys.stderr)
     return 1 if ended.problem else 0

@@ -93,7 +93,7 @@ def limits_of(all_rows: Rows, work: Work, profile: Profile, bf16_profile: Profil
         bf16_profile: of the step in bf16, whose rate stands for that of the output projection in an FP8 step.
     """
     measured = _sustained(all_rows) | _attention(all_rows)
-    bf16 = {"bf16": _bf16_rate(work, bf16_profile)} if bf16_profile is not None else {}
+    bf16 = {} if bf16_profile is None else _bf16_rate(work, bf16_profile)
     reached = bf16 | _reached(work, profile, {**bf16, **measured}.get("bf16"))
     copies = [measured.get("copy", 0.0), *_copies(all_rows)]
     missing = sorted(reached.keys() - measured.keys())
@@ -108,7 +108,7 @@ def _sustained(all_rows: Rows) -> dict[str, float]:
     for prefix, limits in names.items():
         runs = [row for name, row in all_rows.items() if name.startswith(prefix) and "calls" in row]
         if runs:
-            found |= dict.fromkeys(limits, max(runs, key=lambda row: row["seconds"])["value"])
+            found |= dict.fromkeys(limits, float(max(runs, key=lambda row: row["seconds"])["value"]))
     return found
 
 
@@ -125,9 +125,10 @@ def _copies(all_rows: Rows) -> Iterator[float]:
     yield from (row.work / all_rows[key(row)]["copy"] / 1e12 for row in rows() if "copy" in all_rows.get(key(row), {}))
 
 
-def _bf16_rate(work: Work, profile: Profile) -> float:
-    """Return the TFLOP/s of the matmuls in a profile of the step in bf16."""
-    return 6 * profile["tokens"] * (work.layers + work.head) / _matmul_seconds(profile) / 1e12
+def _bf16_rate(work: Work, profile: Profile) -> dict[str, float]:
+    """Return the TFLOP/s of the matmuls in a profile of the step in bf16, if it has any."""
+    flops, seconds = 6 * profile["tokens"] * (work.layers + work.head), _matmul_seconds(profile)
+    return {"bf16": flops / seconds / 1e12} if seconds else {}
 
 
 def _matmul_seconds(profile: Profile) -> float:
@@ -137,8 +138,9 @@ def _matmul_seconds(profile: Profile) -> float:
 
 def _reached(work: Work, profile: Profile, bf16: float | None) -> dict[str, float]:
     """Return the rates of matmuls and attention in a profile; that of FP8 without the output projection, in bf16."""
-    found, seconds, tokens = {}, _matmul_seconds(profile), profile["tokens"]
-    if work.precision != "bf16" and bf16 is not None:
+    seconds, tokens = _matmul_seconds(profile), profile["tokens"]
+    found: dict[str, float] = {}
+    if work.precision != "bf16" and seconds and bf16 is not None:
         in_fp8 = seconds - 6 * tokens * work.head / bf16 / 1e12
         found[work.precision] = 6 * tokens * work.layers / in_fp8 / 1e12
     attention = 2 * tokens * work.seq_length * work.model.num_heads * work.model.head_dim * work.model.num_layers

@@ -1,6 +1,7 @@
 """Makes the folder with all that a bare machine with PyTorch lacks: wheels, the compiled library, and NCCL.
 
-    bash tools/bench/gpu.sh --make-bundle DIR [--python-version 3.12] [--arch 90] [--without-nccl] [--limit-mib 64]
+    bash tools/bench/gpu.sh --make-bundle DIR [--python-version 3.12] [--arch 90] [--limit-mib 64]
+        [--without grpcio pillow tensorboard] [--without-nccl]
 
 Needs a package registry (pip's settings, such as PIP_NO_INDEX and PIP_FIND_LINKS, apply) and, for the kernels, nvcc.
 PyTorch and what comes with it are left out. The folder goes to the machine beside the repository; gpu.sh takes it by
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target += [word for platform in PLATFORMS for word in ("--platform", platform)]
     required = [*required_packages(), *FOR_TESTS]
     resolved = _resolved([*required, *(name for name in OPTIONAL if name not in NEEDS_ONLY_TORCH)], target)
-    pinned = [f"{name}=={version}" for name, version in resolved.items()]
+    pinned = [f"{name}=={version}" for name, version in resolved.items() if name not in options.without]
     _pip("download", "--no-deps", "--dest", str(wheels), *target, *pinned, *NEEDS_ONLY_TORCH)
     _add_library(folder)
     if not options.without_nccl:
@@ -61,6 +62,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--python-version", default="3.12", help="of the machine (default: 3.12)")
     parser.add_argument("--arch", type=int, default=90, help="whose machine code of NCCL is kept (default: 90, Hopper)")
+    parser.add_argument("--without", nargs="+", default=(), metavar="PACKAGE", help="packages that the machine has")
     parser.add_argument("--without-nccl", action="store_true", help="ranks then send their messages through the host")
     parser.add_argument("--limit-mib", type=float, help="fail if the folder is larger")
     return parser.parse_args(arguments)
@@ -94,11 +96,16 @@ def _pip(*arguments: str) -> None:
 
 def _add_library(folder: Path) -> None:
     origin = library.provide(None, None)
-    from engine.ops import native  # loads the library, which may have been built just now
-
-    if not native.has_kernels():
-        raise TriaxisError(f"{library.LIBRARY} ({origin}): {native.why_no_kernels()}; install nvcc and start again")
+    if not has_kernels():
+        raise TriaxisError(f"{library.LIBRARY} ({origin}) has no kernels for a GPU; install nvcc and start again")
     shutil.copy2(library.LIBRARY, folder / library.LIBRARY.name)
+
+
+def has_kernels() -> bool:
+    """Whether the library has kernels; in this process it is loaded here for the first time."""
+    from engine.ops import native
+
+    return native.has_kernels()
 
 
 def _add_nccl(folder: Path, target: Sequence[str], arch: int) -> None:

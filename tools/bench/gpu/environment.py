@@ -68,13 +68,13 @@ def main() -> int:
 def install(wheels: Path, required: list[str], optional: list[str]) -> list[str]:
     """Install from the folder what this environment lacks; return what could not be installed."""
     problems = []
-    for packages in (required, *([name] for name in optional)):
+    for package in (*required, *optional):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-        command += ["--find-links", str(wheels), *packages]
+        command += ["--find-links", str(wheels), package]
         settings = {"PIP_BREAK_SYSTEM_PACKAGES": "1"}  # a rented machine's Python is nobody else's
         done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
         if done.returncode:
-            problems.append(f"pip install {' '.join(packages)}: {' '.join(done.stderr.split())[-500:]}")
+            problems.append(f"pip install {package}: {' '.join(done.stderr.split())[-300:]}")
     importlib.invalidate_caches()
     return problems
 

@@ -4,6 +4,7 @@ python -m tools.bench.gpu.report --results runs/gpu [--into docs/measurements.md
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tools.bench.step_profile import LATE_US, PARTS, parts
 BEGIN_STEPS, END_STEPS = "<!-- steps: written by tools/bench/gpu -->", "<!-- steps: end -->"
 NOT_RUN = "not run"
 FASTEST_OF_OTHERS = "transformers-liger"
-SEQ_LENGTH = 4096
+TARGETED, SEQ_LENGTH = "llama2-7b", 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,14 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     documents = read(options.results)
     kernels, steps = _kernel_section(documents), steps_section(documents, options.preset)
-    page = options.results / "report.md"
-    page.write_text(
-        f"# Results\n\n{BEGIN}\n{kernels}\n{END}\n\n{BEGIN_STEPS}\n{steps}\n{END_STEPS}\n", encoding="utf-8"
-    )
+    page = options.into or options.results / "report.md"
+    if options.into is None:
+        page.write_text(f"# Results\n\n{BEGIN}\n{END}\n\n{BEGIN_STEPS}\n{END_STEPS}\n", encoding="utf-8")
+    write_between_markers(page, kernels)
+    write_between_markers(page, steps, BEGIN_STEPS, END_STEPS)
     print(f"{steps}\n\ntables: {page}")
-    if options.into is not None:
-        write_between_markers(options.into, kernels)
-        write_between_markers(options.into, steps, BEGIN_STEPS, END_STEPS)
     if options.against is not None:
         print(f"\nsince {options.against}:")
         print("\n".join(changes(read(options.against), documents)))
@@ -78,16 +77,11 @@ def _steps_table(documents: Documents, preset: str) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for step in whole_steps():
         row = found.get(step_row(step, preset))
-        target = "" if step.target is None else f"{step.target:,.0f}"
+        target = "" if step.target is None or preset != TARGETED else f"{step.target:,.0f}"
         if row is None:
-            yield f"| {step.name} | | {target} | {_why(documents, step)} | | | | | | | |"
+            yield _line([step.name, "", target, _why(documents, step), *[""] * 7])
             continue
         low, high = row["range"]
-        power = {
-            name: f"{row.get('power', {})[name][1]:,.0f}"
-            for name in ("sm_mhz", "watts")
-            if name in row.get("power", {})
-        }
         cells = [step.name, row["settings"], target, f"**{row['value']:,.0f}**", f"{low:,.0f} – {high:,.0f}"]
         at_best = _bound(documents, step, preset, row["tokens"]) if "tokens" in row else None
         cells += [
@@ -95,8 +89,17 @@ def _steps_table(documents: Documents, preset: str) -> Iterator[str]:
             _cell(row["mfu"], ".1%"),
             _cell(row["peak_gib"], ",.0f"),
         ]
-        cells += [power.get("sm_mhz", ""), power.get("watts", ""), f"{row['value'] / other:.2f}×" if other else ""]
-        yield f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+        yield _line([*cells, *_power(row), f"{row['value'] / other:.2f}×" if other else ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(cells)} |")
+
+
+def _power(row: dict[str, Any]) -> list[str]:
+    """Format the median clock and power."""
+    power = row.get("power", {})
+    return [f"{power[name][1]:,.0f}" if name in power else "" for name in ("sm_mhz", "watts")]
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -104,7 +107,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _why(documents: Documents, step: WholeStep) -> str:
-    stage = documents.get(f"step-{step.name.replace(', ', '-')}", {}).get("stage", {})
+    stage = documents.get(step.stage_name, {}).get("stage", {})
     return f"{NOT_RUN}: {stage['problem']}" if stage.get("problem") else NOT_RUN
 
 
@@ -155,7 +158,12 @@ def _parts_table(documents: Documents, step: WholeStep, preset: str, profile: di
 
 
 def _limits(at_best: Bound) -> str:
-    said = [f"{name} {value:,.3g} {'TB/s' if name == 'copy' else 'TFLOP/s'}" for name, value in at_best.limits.items()]
+    units = {"copy": (".2f", "TB/s")}
+    said = [
+        f"{name} {value:{form}} {unit}"
+        for name, value in at_best.limits.items()
+        for form, unit in [units.get(name, (",.0f", "TFLOP/s"))]
+    ]
     return f"Limits: {'; '.join(said)} ({at_best.origin})."
 
 
@@ -164,12 +172,10 @@ def _others_table(documents: Documents) -> Iterator[str]:
     yield "| what | this run | MHz | W |\n|---|---|---|---|"
     shown = 0
     for name, row in rows_of(documents).items():
-        power = row.get("power", {})
         if "calls" in row or "forward_tflops" in row or "time on the host" in name:
             shown += 1
             value = f"{row['step_s'] * 1e3:,.0f} ms a step" if "step_s" in row else f"{row['value']:,.4g} {row['unit']}"
-            clocks = [f"{power[key][1]:,.0f}" if key in power else "" for key in ("sm_mhz", "watts")]
-            yield f"| {name} | {value} | {' | '.join(clocks)} |".replace("|  |", "| |")
+            yield _line([name, value, *_power(row)])
     if not shown:
         yield f"| bursts, attention, time on the host | {NOT_RUN} | | |"
 

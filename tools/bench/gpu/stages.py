@@ -53,6 +53,10 @@ class WholeStep:
     needs: Sequence[str] = ("gpu", "kernels")
 
     @property
+    def stage_name(self) -> str:
+        return f"step-{self.name.replace(', ', '-')}"
+
+    @property
     def precision(self) -> str:
         """What its matmuls compute in: bf16, or the FP8 recipe."""
         return next((recipe for recipe in ("delayed", "tensorwise", "blockwise") if recipe in self.name), "bf16")
@@ -115,12 +119,11 @@ def _tests() -> Iterator[Stage]:
 
 
 def _step(step: WholeStep, scale: Scale) -> Stage:
-    name = f"step-{step.name.replace(', ', '-')}"
     command = ("tools/bench/whole_step.py", *_size(scale), "--name", step_row(step, scale.preset), *step.arguments)
     needs = tuple(need for need in step.needs if need in ("transformers", "liger")) if scale.rehearsed else step.needs
     # with fp32 moments, the FP8 weights do not fit into an H200 in addition to the other 120 GiB
     memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return Stage(name, f"tokens/s of {step.name}", command, 110, needs, memory)
+    return Stage(step.stage_name, f"tokens/s of {step.name}", command, 110, needs, memory)
 
 
 def step_row(step: WholeStep, preset: str) -> str:
@@ -175,7 +178,7 @@ def _ranks(scale: Scale, nccl: Path | None) -> Iterator[Stage]:
     environment = {} if nccl is None else {"LD_PRELOAD": str(nccl)}
     backend = "staged" if nccl is None else "nccl"
     layouts = {
-        "ranks": ("one rank", "dp 2", "tp 2", "pp 2", "pp 2, rank 1 fails in step 2"),
+        "ranks-layouts": ("one rank", "dp 2", "tp 2", "pp 2", "pp 2, rank 1 fails in step 2"),
         "ranks-schedules": ("one rank", "pp 2, interleaved", "pp 2, zero bubble"),
         "ranks-hangs": ("pp 2, not warmed up", "pp 2, one hardware queue"),
     }

@@ -31,7 +31,7 @@ FOR_TESTS = ("pytest", "setuptools")
 OPTIONAL = ("transformers", "liger-kernel")
 NEEDS_ONLY_TORCH = ("liger-kernel",)  # resolving it would resolve PyTorch for another machine
 NCCL, NCCL_FILE = "nvidia-nccl-cu13>=2.30", "nvidia/nccl/lib/libnccl.so.2"
-COMES_WITH_TORCH = re.compile(r"torch|triton|numpy|nvidia-.*|cuda-.*|sympy|networkx|mpmath|filelock|fsspec")
+COMES_WITH_TORCH = re.compile(r"torch|triton|numpy|nvidia-.*|cuda-.*")
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)), "manylinux2014_x86_64")
 
 

@@ -149,7 +149,9 @@ def measure(step: Step, batches: Sequence[Batch], config: Config, options: argpa
     with power.sampled(options.device) as sampled:
         for number in range(1, WARM_UP + options.rounds + 1):
             started = time.perf_counter()
-            loss = step(batches)  # waits for the device
+            loss = step(batches)
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
             print(f"step {number}: {seconds[-1]:.3f} s, loss {loss:.4f}", flush=True)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None

@@ -60,6 +60,9 @@ def figures(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Figure
 
 def changes(before: Documents, now: Documents) -> Iterator[str]:
     """Yield lines: each figure that has changed, and whether for the better; then tests with another outcome."""
+    cards = [{x["machine"]["gpu"] for x in run.values() if x["machine"].get("gpu")} for run in (before, now)]
+    if cards[0] != cards[1]:
+        yield f"not the same card: {', '.join(cards[0]) or 'unknown'} -> {', '.join(cards[1]) or 'unknown'}"
     old, new = (dict(figures(rows_of(documents))) for documents in (before, now))
     common = [name for name in new if name in old]
     changed = [name for name in common if _has_changed(old[name], new[name])]

@@ -22,7 +22,7 @@ from tools.bench.step_profile import LATE_US, PARTS, parts
 
 BEGIN_STEPS, END_STEPS = "<!-- steps: written by tools/bench/gpu -->", "<!-- steps: end -->"
 NOT_RUN = "not run"
-FASTEST_OF_OTHERS = "transformers-liger"
+OTHERS = ("transformers", "transformers-compiled", "transformers-liger")
 TARGETED, SEQ_LENGTH = "llama2-7b", 4096
 
 
@@ -72,8 +72,8 @@ def _steps_table(documents: Documents, preset: str) -> Iterator[str]:
         rows_of(documents),
         f"| whole step of {preset} | settings | target | tokens/s | range | bound | MFU ",
     )
-    other = found.get(f"{preset} {FASTEST_OF_OTHERS}, whole step", {}).get("value")
-    yield f"{columns}| GiB | MHz | W | beside transformers with Liger |"
+    others = [found.get(f"{preset} {name}, whole step", {}).get("value") for name in OTHERS]
+    yield f"{columns}| GiB | MHz | W | beside transformers eager / compiled / with Liger |"
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for step in whole_steps():
         row = found.get(step_row(step, preset))
@@ -89,7 +89,8 @@ def _steps_table(documents: Documents, preset: str) -> Iterator[str]:
             _cell(row["mfu"], ".1%"),
             _cell(row["peak_gib"], ",.0f"),
         ]
-        yield _line([*cells, *_power(row), f"{row['value'] / other:.2f}×" if other else ""])
+        ratios = [f"{row['value'] / other:.2f}×" if other else "–" for other in others]
+        yield _line([*cells, *_power(row), " / ".join(ratios) if any(others) else ""])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -84,7 +84,8 @@ def test_the_page_of_the_first_run(run, capsys):
     text = target.read_text(encoding="utf-8")
     settings = "--batch.global 8 --precision.recipe delayed --optimizer.moments bf16"
     assert (
-        f"| delayed | {settings} | 20,500 | **17,512** | 17,434 – 17,610 | 21,682 | 75.9% | 117 | | | 1.41× |" in text
+        f"| delayed | {settings} | 20,500 | **17,512** | 17,434 – 17,610 | 21,682 | 75.9% | 117 | | | 1.71× / 1.66× / 1.41× |"
+        in text
     )
     assert "| bf16, two | | 14,000 | not run | | | | | | | |" in text
     assert "| matmuls, forward and input gradient | 1,263.3 | 2,064 | 1,296.0 |" in text
@@ -108,7 +109,7 @@ def test_what_has_not_run_says_why(run):
     assert "| transformers-liger | | | not run: no liger: not installed | | | | | | | |" in section
     assert "| bf16 | | 13,600 | not run |" in section
     assert "| quantize | 78.0 | 1,408 | not run |" in section  # no rate of bf16, no bound
-    assert "1.41×" not in section  # nothing to compare with
+    assert "| | | 1.71× / 1.66× / – |" in section  # nothing to compare with
 
 
 def test_clocks_watts_and_bursts_are_shown(run):
@@ -119,7 +120,7 @@ def test_clocks_watts_and_bursts_are_shown(run):
     row = {"value": 671.23, "unit": "TFLOP/s", "calls": 1200, "seconds": 2.0, "power": power}
     save(run / "sustained.json", {"machine": {}, "rows": {"bf16 matmul 8192³, 2 s": row}})
     section = report.steps_section(compare.read(run), "llama2-7b")
-    assert "| 132 | 1,455 | 700 | 1.05× |" in section
+    assert "| 132 | 1,455 | 700 | 1.26× / 1.23× / 1.05× |" in section
     assert "| bf16 matmul 8192³, 2 s | 671.2 TFLOP/s | 1,455 | 700 |" in section
 
 
@@ -146,6 +147,12 @@ def test_changes_name_what_is_better_worse_new_gone_and_within_noise(run):
     ]
     assert lines[4] == "102 of 106 figures have changed by less than 2%"
     assert lines[5] == "1 figures were not measured now: RoPE on q and k"
+
+
+def test_another_card_is_named():
+    runs = [{"a": {"machine": {"gpu": gpu}, "rows": {}}} for gpu in ("NVIDIA H200", "NVIDIA H100")]
+    assert next(compare.changes(*runs)) == "not the same card: NVIDIA H200 -> NVIDIA H100"
+    assert "card" not in next(compare.changes(runs[0], runs[0]))
 
 
 def test_tests_that_end_otherwise_than_before(tmp_path):

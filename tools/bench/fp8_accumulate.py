@@ -24,7 +24,9 @@ from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, BLOCK_SIZE, Quantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.bench.kernel_table import source
 from tools.bench.kernels import require_kernels
+from tools.bench.results import Results
 
 STAGES = 5  # of the ring of csrc/gemm/fp8_sm90.cu
 ROWS_OF_WARP, ROWS_OF_FRAGMENT, COLUMNS_OF_FRAGMENT, TILE_COLUMNS = 16, 8, 8, 128
@@ -137,19 +139,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; see `--help`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=60, metavar="N", help="runs with each scaling (default: 60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--commit", help="commit that is measured, if git is not available")
     parser.add_argument("--shape", type=int, nargs=3, default=(12288, 4096, 8192), metavar=("M", "N", "K"))
     options = parser.parse_args(arguments)
     if options.runs < 1:
         raise ConfigError(f"--runs {options.runs}: expected 1 or more")
     require_kernels()
     m, n, k = options.shape
-    right = True
+    results = Results(options.json, source(options.commit))
     for scaling in (BLOCK_1X128, BLOCK_128X128):
         torch.manual_seed(0)
         unequal, found = compare(operand(m, k, BLOCK_1X128), operand(n, k, scaling), options.runs)
         print(f"B scaled {scaling}, {m}×{n}×{k}: two matmuls that do not add differ in {unequal} elements")
         print("\n".join(found.lines(options.runs)), flush=True)
-        right &= not unequal and not found.runs
+        row = {"runs": options.runs, "wrong_runs": found.runs, "elements": found.elements, "unequal": unequal}
+        if unequal or found.runs:
+            row["error"] = (
+                f"{found.runs} of {options.runs} runs wrong; two that do not add differ in {unequal} elements"
+            )
+        results.add(f"accumulate {scaling}", row)
+    right = not any("error" in row for row in results.rows.values())
     print("right, bit for bit" if right else "WRONG: leave ops.fp8_matmul at auto or cublaslt")
     return 0 if right else 1
 

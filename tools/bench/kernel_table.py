@@ -25,7 +25,7 @@ _FFN_MATRIX = TOKENS * FFN * 2
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table. `work`: bytes moved, or FLOPs; 0 for a training step, which step.py measures."""
+    """A row of the table. `work`: bytes moved, or FLOPs."""
 
     name: str
     shape: str
@@ -33,7 +33,7 @@ class Row:
     floor: float
     target: float
     bound: float
-    work: int = 0
+    work: int
 
 
 def rows() -> list[Row]:
@@ -59,11 +59,6 @@ def rows() -> list[Row]:
         Row("gradient norm", f"{PARAMETERS / 1e9:.2f}e9", "ms", 8.5, 7, 6.3, 4 * PARAMETERS),
     ]  # fmt: skip
     table += list(_matmuls())
-    whole = f"S 4096, {16 * 4096:,} tokens a step"
-    table += [
-        Row("llama2-7b bf16, whole step", whole, "tokens/s", 12_000, 13_700, 16_400),
-        Row("llama2-7b fp8, whole step", whole, "tokens/s", 15_000, 17_500, 24_600),
-    ]
     return table
 
 
@@ -94,10 +89,6 @@ def cells(row: Row, result: dict[str, Any] | None) -> list[str]:
         return [*line, "not yet run on a GPU", "", "", ""]
     if "error" in result:
         return [*line, f"failed: {result['error']}", "", "", ""]
-    if row.unit == "tokens/s":
-        mfu = "n/a" if result["mfu"] is None else f"{result['mfu']:.1%}"
-        rate = f"MFU {mfu}, {result['peak_gib']:.0f} GiB {result['settings']}".rstrip()
-        return [*line, f"**{_number(result['value'], row.unit)}**", rate, "", ""]
     seconds = result["seconds"]
     if result["share"] < 1:
         line[1] += f" (measured on {result['share']:.0%})"
@@ -122,7 +113,7 @@ def _in_unit(seconds: float, unit: str) -> float:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:,.0f}" if unit in ("TFLOP/s", "tokens/s") or value >= 1000 else f"{value:.1f}".removesuffix(".0")
+    return f"{value:,.0f}" if unit == "TFLOP/s" or value >= 1000 else f"{value:.1f}".removesuffix(".0")
 
 
 def table(results: dict[str, Any], *, markdown: bool) -> str:
@@ -149,22 +140,23 @@ def section(documents: Sequence[dict[str, Any]]) -> str:
     return f"{said}\n\n{table(results, markdown=True)}"
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Replace the text between the two markers of a document.
+def write_between_markers(path: Path, text: str, begin_line: str = BEGIN, end_line: str = END) -> None:
+    """Replace the text between the two marker lines of a document.
 
     Raises:
         ConfigError: the document does not have both markers, once each and in order.
     """
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + after:
-        raise ConfigError(f"--into {path}: expected a document with one line {BEGIN} and, after it, one line {END}")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    before, begin, rest = content.partition(begin_line)
+    _, end, after = rest.partition(end_line)
+    if not begin or not end or begin_line in rest or end_line in before + after:
+        wanted = f"one line {begin_line} and, after it, one line {end_line}"
+        raise ConfigError(f"--into {path}: expected a document with {wanted}")
+    path.write_text(f"{before}{begin_line}\n{text}\n{end_line}{after}", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read results written by kernels.py or step.py."""
+    """Read results written by kernels.py."""
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,10 +170,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def source(commit: str | None) -> dict[str, Any]:
     """Describe the environment of the results."""
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit or _commit()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {"gpu": gpu, "torch": torch.__version__, "commit": commit or git_commit()}
 
 
-def _commit() -> str:
+def git_commit() -> str:
+    """Describe the checked-out commit."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -2,7 +2,7 @@
 
     python tools/bench/kernels.py                                     # all rows, some minutes
     python tools/bench/kernels.py --only RMSNorm 'FP8 GEMM' --json kernels.json
-    python tools/bench/kernels.py --results kernels.json step.json --into docs/measurements.md
+    python tools/bench/kernels.py --results kernels.json --into docs/measurements.md
 
 A row is checked against its reference, then timed: a CUDA graph of calls that alternate between four sets of random
 buffers (together many times the size of the L2 cache) is replayed 50 times without waiting between replays; the median
@@ -15,7 +15,6 @@ timing each call, which measures the launch if the kernel is shorter.
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import statistics
@@ -48,6 +47,7 @@ from tools.bench.kernel_table import (
     table,
     write_between_markers,
 )
+from tools.bench.results import Results
 
 ROTATIONS, SAMPLES = 5, 50
 MATMUL = 8192  # rows and columns of the bf16 matmul measured for comparison
@@ -129,21 +129,18 @@ def machine(commit: str | None) -> dict[str, Any]:
 
 def run(chosen: Sequence[Row], commit: str | None, file: Path | None) -> dict[str, Any]:
     """Measure the rows: {"machine": …, "rows": {key: result}}. The file is updated after each row."""
-    document: dict[str, Any] = {"machine": {}, "rows": {}}
+    results = Results(file, {})
     for row, result in results_of(chosen, commit):
         if row is None:
             if "error" in result:
                 raise RuntimeError(f"the ceilings of this GPU cannot be measured: {result['error']}")
-            document["machine"] = result
+            results.describe(result)
             continue
-        document["rows"][key(row)] = result
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
+        results.add(key(row), result)
         print("  ".join(cells(row, result)), flush=True)
         for name, time in result.get("others", {}).items():
             print(f"    {name}: {time if isinstance(time, str) else f'{time * 1e6:,.1f} µs'}")
-    return document
+    return {"machine": results.machine, "rows": results.rows}
 
 
 def results_of(chosen: Sequence[Row], commit: str | None) -> Iterator[tuple[Row | None, dict[str, Any]]]:
@@ -234,7 +231,7 @@ def choose(names: Sequence[str] | None) -> list[Row]:
     Raises:
         ConfigError: no row name contains one of the given names.
     """
-    measured = [row for row in rows() if row.work]
+    measured = rows()
     for name in names or ():
         if not any(name.lower() in key(row).lower() for row in measured):
             known = ", ".join(dict.fromkeys(row.name for row in measured))

@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,7 +55,9 @@ from engine.train.run import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.bench.kernel_table import source
 from tools.bench.overlap import read_activity, table
+from tools.bench.results import Results
 
 _HIDDEN_SIZE = {"cuda": 512, "cpu": 64}
 _STEPS, _FAILS_IN = 4, 2
@@ -135,12 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         options.directory = Path(name)
         _config(options, Run())  # refuses unknown settings
-        results = _start_all(options, options.directory)
+        results, bad = _start_all(options, options.directory)
     if options.traces is not None:
         _print_overlap(options.traces, options.only)
-    reference = results.get("one rank")
-    tolerance = _ROUNDED if "--precision.mode" in options.overrides else _TOLERANCE
-    bad = [name for name, result in results.items() if not result.is_as_expected(RUNS[name], reference, tolerance)]
     for name in bad:
         print(f"== {name}, exit code {results[name].exit_code}\n{results[name].output}", file=sys.stderr)
     sys.exit(1 if bad else 0)
@@ -157,22 +156,32 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=30, metavar="S", help="seconds per run (default: 30)")
     parser.add_argument("--traces", type=Path, metavar="DIR", help="leave traces of each rank there; see overlap.py")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--commit", help="commit that is measured, if git is not available")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # of the ranks
     options, overrides = parser.parse_known_args(arguments)
     options.overrides = overrides
     return options
 
 
-def _start_all(options: argparse.Namespace, directory: Path) -> dict[str, Result]:
+def _start_all(options: argparse.Namespace, directory: Path) -> tuple[dict[str, Result], list[str]]:
+    """Start the runs one behind the other; return their results, and which are not as expected."""
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if options.backend == "nccl" else "not used"
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     print(f"{device}, torch {torch.__version__}, backend {options.backend}, NCCL {nccl}\n")
     print("| run | exit code | seconds | first step, s | other steps, s | losses |\n|---|---|---|---|---|---|")
-    results = {}
+    results: dict[str, Result] = {}
+    tolerance = _ROUNDED if "--precision.mode" in options.overrides else _TOLERANCE
+    bad, written = [], Results(options.json, source(options.commit) | {"nccl": nccl, "backend": options.backend})
     for number, name in enumerate(options.only):
         results[name] = _start(options, name, RUNS[name], directory / f"run{number}")
+        row = asdict(results[name])
+        if not results[name].is_as_expected(RUNS[name], results.get("one rank"), tolerance):
+            bad.append(name)
+            row["error"] = f"exit code {results[name].exit_code}, or losses of other than one rank's"
+        written.add(f"ranks {name}", row)
         print(_row(name, results[name]), flush=True)
-    return results
+    return results, bad
 
 
 def _print_overlap(directory: Path, names: Sequence[str]) -> None:

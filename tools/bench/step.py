@@ -9,23 +9,16 @@ and the time of its matmuls alone, a lower bound for any implementation on the s
     python tools/bench/step.py --vocab-size 32000 2048 --threads 1 2 --rounds 9
     python tools/bench/step.py --threads 1 --clock cpu      # on a machine with much other load
 
-On a GPU, with a preset, it measures only our whole step: tokens/s, MFU and peak memory, and compares them with the
-target, if any. Settings of a run (`--section.key VALUE`) can follow.
-
-    python tools/bench/step.py --preset llama2-7b --precision bf16 --json step.json
-    python tools/bench/step.py --preset llama2-7b --precision fp8 --optimizer.moments bf16
+whole_step.py measures a whole step of a preset on a GPU.
 """
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,34 +28,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.config.load import resolve
-from engine.config.schema import Config, ModelConfig, OptimizerConfig
+from engine.config.schema import ModelConfig, OptimizerConfig
 from engine.data.samples.batch import Batch, collate
 from engine.data.samples.sample import Sample
 from engine.errors import ConfigError, TriaxisError, run_program
 from engine.model.families import PRESETS
 from engine.model.parameters import parameter_table
-from engine.ops.choice import require_fp8
-from engine.ops.fp8_algorithms import Fp8Plans
 from engine.ops.linear import MATMUL_KINDS, grad_weight, matmul_transposed, measure_onednn
 from engine.ops.measured import processor_name
-from engine.parallel.layout import Layout, init_distributed
-from engine.plan.layouts import require_fit
-from engine.plan.memory import GIB, ClusterSpec, available
-from engine.plan.throughput import FLOPS_FORMULA, flops_per_token, peak_tflops
-from engine.testing.runs import random_batches
+from engine.parallel.layout import init_distributed
 from engine.train.step import build_model, train_step
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from tools.bench.kernel_table import cells, rows, source
 
 OPTIMIZER = OptimizerConfig()
 HIDDEN_SIZE = 256  # without a preset
-DEFAULTS = {  # sequences per step, their length, steps of each implementation
-    "cpu": {"batch": 4, "seq_length": 512, "rounds": 9},
-    "cuda": {"batch": 16, "seq_length": 4096, "rounds": 8},
-}
-WARM_UP = 2  # steps: the first selects algorithms; with delayed scales, the second is the first to use them
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[], float]
@@ -72,9 +50,6 @@ Step = Callable[[], float]
 def main() -> None:
     """Run the program; see `--help`."""
     args = _arguments()
-    if args.device == "cuda":
-        _measure_on_gpu(args)
-        return
     print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {_versions()}")
     for vocab_size in args.vocab_size:
         model = _model(args, vocab_size)
@@ -89,20 +64,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[32000, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, help="steps of each implementation")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each implementation (default: 9)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the time that all threads have computed")
-    parser.add_argument("--batch", type=int, help="sequences per step")
-    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step (default: 4)")
+    parser.add_argument("--seq-length", type=int, default=512, help="(default: 512)")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--preset", help="a preset of engine/model/families.py, instead of 6 layers, hidden 256")
-    parser.add_argument("--precision", choices=("bf16", "fp8"), help="on a GPU (default: bf16)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="on a GPU: write the result there, for kernels.py")
-    parser.add_argument("--commit", help="commit that is measured, if git is not available")
-    args, overrides = parser.parse_known_args()
-    args.overrides = overrides
-    args.device = _device(args)
-    for name, value in DEFAULTS[args.device].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    args = parser.parse_args()
     numbers = {"--vocab-size": min(args.vocab_size), "--threads": min(args.threads), "--rounds": args.rounds}
     numbers |= {"--batch": args.batch, "--seq-length": args.seq_length, "--heads": args.heads}
     for flag, value in numbers.items():
@@ -111,16 +79,6 @@ def _arguments() -> argparse.Namespace:
     if HIDDEN_SIZE % (2 * args.heads):
         raise ConfigError(f"--heads {args.heads}: hidden size {HIDDEN_SIZE} needs 1, 2, 4, ... or {HIDDEN_SIZE // 2}")
     return args
-
-
-def _device(args: argparse.Namespace) -> str:
-    """Select the device: a GPU measures a preset, a CPU runs the comparison."""
-    if args.preset is not None and torch.cuda.is_available():
-        return "cuda"
-    given = {"--precision": args.precision, "--json": args.json}
-    for name in [*(name for name, value in given.items() if value is not None), *args.overrides]:
-        raise ConfigError(f"{name}: only for a step on a GPU, which needs one and --preset; leave it out on a CPU")
-    return "cpu"
 
 
 def _model(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
@@ -158,74 +116,6 @@ def _compare(model: ModelConfig, tokens: torch.Tensor, threads: int, rounds: int
         speeds = f"{count / median:7,.0f} tokens/s ({count / max(times):,.0f} – {count / min(times):,.0f})"
         print(f"  {name:21} {speeds:36} triaxis is {median / our_median:.2f}×")
     _print_split(ours, model, count, onednn, clock)
-
-
-def _measure_on_gpu(args: argparse.Namespace) -> None:
-    config, world = gpu_config(args), init_distributed("cuda")
-    require_fp8(config.precision, config.ops, world.device)
-    require_fit(config, Layout(), ClusterSpec(1, 1, available(world.device, 1), "cuda", torch.bfloat16))
-    model, optimizer = build_model(config, world, torch.bfloat16, seed=0)
-    batches, tokens = random_batches(config), args.batch * args.seq_length
-    seconds: list[float] = []
-    for number in range(1, WARM_UP + args.rounds + 1):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        result = train_step(model, optimizer, batches, step=number, lr=OPTIMIZER.lr, tokens=tokens)
-        loss = result.loss.item()  # synchronizes
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        if number == 1 and config.ops.measure:  # as the warm-up of a run does
-            plans = Fp8Plans()
-            for plan in plans.existing():
-                plans.use(plan, plans.measure(plan))
-        print(f"step {number}: {seconds[-1]:.3f} s, loss {loss:.4f}", flush=True)
-    result_row = summary(config, seconds[WARM_UP:], torch.cuda.max_memory_allocated(), peak_tflops(world.device))
-    result_row["settings"] = " ".join(args.overrides)
-    _report(args, config, result_row)
-
-
-def gpu_config(args: argparse.Namespace) -> Config:
-    """Configure a run of the preset on one rank and random tokens, in microbatches of one sequence."""
-    raw: dict[str, Any] = {
-        "model": {"preset": args.preset},
-        "precision": {"mode": args.precision or "bf16"},
-        "data": {
-            "tokenizer": "byte",
-            "train": [{"path": "unused"}],
-            "seq_length": args.seq_length,
-            "document_mask": False,
-        },
-        "batch": {"micro": 1, "global": args.batch},
-        "train": {"steps": 1},
-    }
-    return resolve(raw, args.overrides, presets=PRESETS, source="the benchmark")
-
-
-def summary(config: Config, seconds: list[float], peak_bytes: int, peak: float | None) -> dict[str, Any]:
-    """Compute a row of kernel_table.py: tokens/s (median, slowest, fastest), MFU by causal FLOPs, GiB."""
-    tokens = config.batch.global_ * config.data.seq_length
-    speed = tokens / statistics.median(seconds)
-    flops = flops_per_token(config.model, parameter_table(config.model), config.data.seq_length)
-    return {
-        "value": speed,
-        "range": [tokens / max(seconds), tokens / min(seconds)],
-        "mfu": None if peak is None else speed * flops / (peak * 1e12),
-        "peak_gib": peak_bytes / GIB,
-    }
-
-
-def _report(args: argparse.Namespace, config: Config, result: dict[str, Any]) -> None:
-    name = f"{args.preset} {config.precision.mode}, whole step"
-    print(f"\n{name}: {result['value']:,.0f} tokens/s ({result['range'][0]:,.0f} – {result['range'][1]:,.0f})")
-    mfu = "n/a" if result["mfu"] is None else f"{result['mfu']:.1%} of the dense bf16 peak"
-    print(f"MFU {mfu}, by {FLOPS_FORMULA}; peak memory {result['peak_gib']:.1f} GiB")
-    for row in rows():
-        if row.name == name and (args.batch, args.seq_length) == (16, 4096):
-            print("  ".join(cells(row, result)))
-    if args.json is not None:
-        document = {"machine": source(args.commit), "rows": {name: result}}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 def _timed(step: Callable[[], object], clock: Clock) -> float:

@@ -19,7 +19,6 @@ from tools.bench.kernel_table import BEGIN, END, cells, key, rows, section, tabl
 COUNT = len(rows())
 COPY_BYTES_PER_S = 4.3e12  # of one H200
 DONE = {"seconds": 35e-6, "range": [34e-6, 36e-6], "share": 1.0, "copy": 32e-6, "others": {"a": 70e-6, "b": "failed"}}
-STEP = {"value": 13_456.7, "mfu": 0.583, "peak_gib": 130.2, "settings": ""}
 
 
 def row(name: str):
@@ -57,9 +56,6 @@ def test_cells():
     assert halved[4:8] == ["47 ms", "**52**", "3,888 GB/s", "50"]
     matmul = cells(row("FP8 GEMM tensorwise"), {"seconds": 660e-6, "share": 1.0, "others": {"a": "no"}})
     assert matmul[4:] == ["1,400 TFLOP/s", "**1,249**", "660 µs", "", "none ran"]
-    assert cells(row("llama2-7b bf16, whole step"), STEP)[5:7] == ["**13,457**", "MFU 58.3%, 130 GiB"]
-    given = {"mfu": None, "settings": "--optimizer.moments bf16"}
-    assert cells(row("llama2-7b fp8, whole step"), STEP | given)[6] == "MFU n/a, 130 GiB --optimizer.moments bf16"
     assert cells(row("RMSNorm forward"), {"error": "wrong"})[5] == "failed: wrong"
     assert {len(cells(row, None)) for row in rows()} == {len(kernel_table.HEADER)}
 
@@ -86,8 +82,7 @@ def document(tmp_path, name: str, content: dict):
 def test_results_go_between_the_markers(tmp_path, capsys):
     machine = {"gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc"}
     measured = {"machine": {**machine, "copy_tb_s": 4.31, "bf16_tflops": 788.4}, "rows": {"RMSNorm forward": DONE}}
-    whole = {"machine": machine, "rows": {"llama2-7b bf16, whole step": STEP}}
-    files = [document(tmp_path, "a.json", measured), document(tmp_path, "b.json", whole)]
+    files = [document(tmp_path, "a.json", measured), document(tmp_path, "b.json", {"machine": machine, "rows": {}})]
     target = tmp_path / "doc.md"
     target.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n", encoding="utf-8")
     for _ in range(2):  # the second time changes nothing
@@ -98,7 +93,6 @@ def test_results_go_between_the_markers(tmp_path, capsys):
     )
     assert written.endswith(f"|\n{END}\nbelow\n")
     assert "moves 4.31 TB/s, a bf16 matmul of 8192³ runs at 788 TFLOP/s" in written
-    assert "| **13,457** | MFU 58.3%, 130 GiB |" in written
     assert "old" not in written
     assert "RMSNorm forward" in capsys.readouterr().out
 
@@ -125,7 +119,7 @@ def test_arguments(tmp_path):
     with pytest.raises(ConfigError, match=r"--only nonsense: no row .* expected one of RMSNorm forward, residual add"):
         kernels.main(["--only", "nonsense"])
     assert {row.name for row in kernels.choose(["rmsnorm", "22016"])} >= {"RMSNorm forward", "FP8 GEMM tensorwise"}
-    assert len(kernels.choose(None)) == COUNT - 2  # whole steps are step.py's
+    assert len(kernels.choose(None)) == COUNT
     with pytest.raises(ConfigError, match="--results measures nothing"):
         kernels.main(["--results", "--only", "RMSNorm"])
     with pytest.raises(StorageError, match=r"none\.json"):
@@ -188,7 +182,7 @@ def small(emulated, monkeypatch):  # noqa: F811
 
 
 def on_the_host():
-    names = {row.name: row for row in rows() if row.work}
+    names = {row.name: row for row in rows()}
     chosen = [row for row in names.values() if "GEMM" not in row.name or "custom kernel" in row.name]
     assert sum("custom kernel" in row.name for row in chosen) == 2
     return chosen

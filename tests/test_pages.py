@@ -22,7 +22,7 @@ NOT_IN_CODE = {  # placeholders, variables of torchrun, and names in the worked 
     "NAME_reference", "NNODES", "NODE_RANK", "MASTER_ADDR", "attention_softcap", "final_softcap", "has_softcap",
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
 }  # fmt: skip
-IMPORTED_AS = {"types-PyYAML": "yaml", "pytest-xdist": "pytest"}
+IMPORTED_AS = {"types-PyYAML": "yaml", "pytest-xdist": "pytest", "nvidia-cudnn-frontend": "cudnn"}
 PROGRAMS = {"nvidia-cuda-cuobjdump": "cuobjdump", "nvidia-cuda-nvdisasm": "nvdisasm"}  # packages of these
 
 

@@ -3,14 +3,12 @@
 import ctypes
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from engine.ops import native
-from engine.ops.choice import installed
+from engine.ops.choice import package_versions
 
-_PACKAGES = {"flash-attn": "flash_attn", "transformer-engine": "te", "apex": "apex"}
 _KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
 _ON_CPU = {
     "norm": "custom RMSNorm in three passes, PyTorch's LayerNorm",
@@ -30,8 +28,8 @@ def environment() -> Iterator[str]:
     yield f"python      {platform.python_version()} on {platform.machine()}"
     yield f"torch       {torch.__version__}, {_cuda()}"
     yield f"csrc        {_csrc()}"
-    for name, package in _PACKAGES.items():
-        yield f"{name:19} {_package(name, package)}"
+    for name, found in package_versions().items():
+        yield f"{name:21} {found or 'not installed'}"
     yield ""
     yield "operator       here"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,22 +52,12 @@ def _csrc() -> str:
     return build().decode()
 
 
-def _package(name: str, package: str) -> str:
-    if not installed(package):
-        return "not installed"
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "installed"
-
-
 def _choice(name: str, plain: str, device: str) -> str:
     if device == "cpu":
         return f"{plain} (no GPU)" if name in _KERNELS else plain
     if name in _KERNELS:
         return "csrc kernel" if native.has_kernels() else f"PyTorch ({native.why_no_kernels()})"
-    several = "flash-attn" if installed("flash_attn") else "varlen_attn"
     return {
         "linear": "cuBLAS, weight gradients into the fp32 main gradient",
-        "attention": f"scaled_dot_product_attention (cuDNN first) for sequences of one length, else {several}",
+        "attention": "the fastest of PyTorch's and of the packages above, measured at the start",
     }[name]

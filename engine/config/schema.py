@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 SOURCES = ("preset", "from_hf", "from_checkpoint")  # settings that give the architecture
 NormImpl = Literal["auto", "triaxis", "torch", "apex", "te"]
-AttentionImpl = Literal["auto", "sdpa", "varlen", "flash_attn", "te"]
+AttentionImpl = Literal["auto", "sdpa", "varlen", "flash_attn", "flash_attn_3", "flash_attn_4", "cudnn", "te"]
 Fp8MatmulImpl = Literal["auto", "cublaslt", "triaxis", "torch"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
@@ -159,7 +159,9 @@ class OpsConfig(Section):
 
     norm: NormImpl = Field("auto", description="auto: csrc's, else PyTorch's")
     attention: AttentionImpl = Field(
-        "auto", description="auto: sdpa for sequences of one length, else flash_attn if installed, else varlen"
+        "auto",
+        description="auto: on a GPU what measures fastest, for sequences of one length and for documents; "
+        "without measuring sdpa, and varlen for documents on a GPU; see docs/attention.md",
     )
     fp8_matmul: Fp8MatmulImpl = Field(
         "auto",
@@ -169,7 +171,8 @@ class OpsConfig(Section):
     measure: bool = Field(
         True,
         description="measure at the start, once per machine: MKL or oneDNN for fp32 matmuls on a CPU, cuBLASLt's "
-        "algorithms for FP8 matmuls; false, or run.deterministic: oneDNN, and the algorithm that cuBLASLt puts first",
+        "algorithms for FP8 matmuls, attention on a GPU; false, or run.deterministic: oneDNN, the algorithm that "
+        "cuBLASLt puts first, PyTorch's attention",
     )
     measured_dir: Path | None = Field(
         None,

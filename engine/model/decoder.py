@@ -16,6 +16,7 @@ from engine.config.schema import ModelConfig, OpsConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, attend_within
 from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, ParallelLinear, Parameters
 from engine.model.parameters import whole_model
+from engine.ops.attention_choice import AttentionImpls
 from engine.ops.rope import rope_tables
 from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
@@ -82,6 +83,7 @@ class Decoder(nn.Module):
         tp: the tensor-parallel group.
         parallel: which layers are recomputed, and whether they are compiled.
         ops: implementations of operators.
+        attention: those of attention, if `ops` leaves them open.
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class Decoder(nn.Module):
         tp: TensorParallel = NO_TP,
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (immutable)
         ops: OpsConfig = OpsConfig(),  # noqa: B008
+        attention: AttentionImpls = AttentionImpls(),  # noqa: B008
     ) -> None:
         super().__init__()
         part = part or whole_model(model)
-        self.config, self.ops = model, ops
+        self.config = model
+        self.attention_impls = attention if ops.attention == "auto" else AttentionImpls(ops.attention, ops.attention)
         self.embedding = Embedding(model, parameters, tp) if part.has_embedding else None
         recomputed = part.layers[: parallel.recompute_layers] if parallel.recompute != "none" else range(0)
         selective = parallel.recompute == "selective"
@@ -156,7 +160,8 @@ class Decoder(nn.Module):
 
     def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:
         """Return the attention of a batch: causal within each document, with this model's sliding window."""
-        return attend_within(cu_seqlens, self.config.sliding_window, self.ops.attention)
+        window = self.config.sliding_window
+        return attend_within(cu_seqlens, window, self.attention_impls.of(cu_seqlens, window))
 
     def units(self) -> Iterator[nn.Module]:
         """The modules that hold the parameters, in the order in which they run."""

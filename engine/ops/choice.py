@@ -5,19 +5,24 @@ before the first step if it cannot run. Packages are detected by a module that o
 a web toolkit.
 """
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
 
-from engine.config.schema import OpsConfig, PrecisionConfig
+from engine.config.schema import ModelConfig, OpsConfig, PrecisionConfig, RunConfig
 from engine.errors import ConfigError
 from engine.ops import native
+from engine.ops.varlen import why_not
 
-# name in the config -> modules that identify the package, what to install
+# name in the config -> distribution, module that identifies it, what to install
 _PACKAGES = {
-    "apex": (("amp_C",), "NVIDIA's apex, built with its CUDA extensions"),
-    "te": (("transformer_engine.pytorch",), "transformer-engine[pytorch]"),
-    "flash_attn": (("flash_attn", "flash_attn_interface"), "flash-attn"),
+    "apex": ("apex", "amp_C", "NVIDIA's apex, built with its CUDA extensions"),
+    "te": ("transformer-engine", "transformer_engine.pytorch", "transformer-engine[pytorch]"),
+    "flash_attn": ("flash-attn", "flash_attn.flash_attn_interface", "flash-attn"),  # version 4 has only flash_attn.cute
+    "flash_attn_3": ("flash-attn-3", "flash_attn_interface", "FlashAttention-3, the folder hopper/ of flash-attn"),
+    "flash_attn_4": ("flash-attn-4", "flash_attn.cute", "flash-attn-4"),
+    "cudnn": ("nvidia-cudnn-frontend", "cudnn.sdpa.fwd.torch_op", "nvidia-cudnn-frontend>=1.29"),
 }
 
 _NOT_IMPLEMENTATIONS = {"measure", "measured_dir"}
@@ -49,7 +54,22 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
             why = f"{native.why_no_kernels()}; see python -m engine env"
             raise ConfigError(f"ops.{name} = triaxis needs the kernels of csrc: {why}")
         if wanted in _PACKAGES and not installed(wanted):
-            raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][1]}, which is not installed; use auto")
+            raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][2]}, which is not installed; use auto")
+
+
+def require_attention(
+    model: ModelConfig, ops: OpsConfig, dtype: torch.dtype, run: RunConfig, device: torch.device
+) -> None:
+    """Check that the implementation of attention that is requested by name supports the model on this GPU.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if device.type != "cuda":
+        return  # see require_implementations
+    capability, impl = torch.cuda.get_device_capability(device), ops.attention
+    if why := why_not(impl, dtype, model.head_dim, capability, deterministic=run.deterministic):
+        raise ConfigError(f"ops.attention = {impl} {why}; use auto")
 
 
 def require_fp8(precision: PrecisionConfig, ops: OpsConfig, device: torch.device) -> None:
@@ -93,12 +113,21 @@ def describe_ops(ops: OpsConfig, device: torch.device) -> str:
 
 
 def installed(package: str) -> bool:
-    """Whether "apex", "te" or "flash_attn" can be imported."""
-    return any(_found(module) for module in _PACKAGES[package][0])
-
-
-def _found(module: str) -> bool:
+    """Whether the package of an implementation, one of `_PACKAGES`, can be imported."""
     try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # no parent package
+        return find_spec(_PACKAGES[package][1]) is not None
+    except ImportError:  # of a parent package: not there, or built for another PyTorch
         return False
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the version of each package of others, by the distribution's name; None if it is not installed."""
+    names = {package: name for package, (name, *_) in _PACKAGES.items()}
+    return {name: _version(name) if installed(package) else None for package, name in names.items()}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown version"

@@ -24,7 +24,7 @@ from engine.data.tokenizers.load import load_tokenizer
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model.parameters import parameter_table
-from engine.ops.choice import require_fp8, require_implementations
+from engine.ops.choice import require_attention, require_fp8, require_implementations
 from engine.parallel.layout import World
 from engine.parallel.table import ParameterTable
 
@@ -66,6 +66,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     require_fp8(config.precision, config.ops, world.device)
     require_implementations(config.ops, world.device)
     dtype, table = model_dtype(config.precision.mode, world.device.type), parameter_table(config.model)
+    require_attention(config.model, config.ops, dtype, config.run, world.device)
     require_expressible(config.model)  # before training a model that cannot be exported
     tokenizer = open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     train_data = open_data(config, "train", tokenizer)

@@ -6,16 +6,28 @@ and in the run directory: a resumed run rounds as before, also where the machine
 """
 
 import struct
+from functools import partial
 
 import torch
 
 from engine.config.schema import Config
 from engine.formatting import counted
+from engine.model.parameters import kv_share
 from engine.ops import linear
+from engine.ops.attention_choice import (
+    IMPLS,
+    AttentionImpls,
+    AttentionProblem,
+    attention_key,
+    example_documents,
+    measure_attention,
+    parse_attention,
+)
 from engine.ops.fp8_algorithms import Fp8Plans
 from engine.ops.measured import MeasuredChoices, default_directory, digest
 from engine.parallel.agreement import compute_once, gather_ints
 from engine.parallel.layout import World
+from engine.train.inputs import Inputs
 from engine.train.log import RunLog
 
 _ALGORITHM = struct.Struct("<8q")  # as integers, which ranks exchange
@@ -71,6 +83,42 @@ def choose_fp8_algorithms(config: Config, world: World, log: RunLog, plans: Fp8P
             f"another algorithm than its heuristic's first (kept in {choices.directories[-1]})"
         )
     return max(gather_ints(world, len(mine))) > 0
+
+
+def choose_attention(config: Config, world: World, inputs: Inputs, log: RunLog) -> AttentionImpls:
+    """Choose the implementations of attention on a GPU, if `ops.attention` leaves them open. A collective."""
+    if config.ops.attention != "auto" or not _measures(config) or world.device.type != "cuda":
+        return AttentionImpls()
+    datasets = inputs.train_data.datasets
+    document_tokens = sum(data.num_tokens for data in datasets) / max(1, sum(data.num_documents for data in datasets))
+    problems = attention_problems(config, world, inputs.dtype, document_tokens)
+    choices, keys = _choices(config, log), [attention_key(problem) for problem in problems]
+
+    def choose(index: int) -> list[int]:
+        measure = partial(measure_attention, problems[index])
+        return [IMPLS.index(choices.choose(keys[index], measure, str, parse_attention))]
+
+    numbers = compute_once(world, [digest(key) for key in keys], choose, 1)
+    found = {problem.is_plain: IMPLS[number] for problem, (number,) in zip(problems, numbers, strict=True)}
+    chosen = AttentionImpls(found.get(True, "auto"), found.get(False, "auto"))
+    log.say(
+        f"attention   as measured: {chosen.plain} for sequences of one length, {chosen.documents} for documents and "
+        f"windows (kept in {choices.directories[-1]})"
+    )
+    return chosen
+
+
+def attention_problems(
+    config: Config, world: World, dtype: torch.dtype, document_tokens: float
+) -> list[AttentionProblem]:
+    """Return what attention is measured with, for this rank's heads: sequences without documents, and with some."""
+    model, length = config.model, config.data.seq_length
+    tokens = config.batch.micro * length
+    batches = [tuple(range(0, tokens + 1, length))]
+    if config.data.document_mask:
+        batches.append(example_documents(tokens, document_tokens))
+    heads = (model.num_heads // world.tp.size, kv_share(model, world.tp)[1], model.head_dim)
+    return [AttentionProblem(world.device, dtype, *heads, batch, model.sliding_window) for batch in batches]
 
 
 def _measures(config: Config) -> bool:

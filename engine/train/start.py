@@ -25,7 +25,7 @@ from engine.plan.throughput import peak_tflops
 from engine.train.evaluate import compares_evaluations
 from engine.train.inputs import Inputs, describe_template, model_dtype, packing_summary
 from engine.train.log import RunLog
-from engine.train.measure import choose_onednn
+from engine.train.measure import choose_attention, choose_onednn
 from engine.train.state import restore, restore_weights
 from engine.train.step import build_model
 from engine.train.trainer import Progress, Trainer
@@ -117,7 +117,8 @@ def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> 
     """
     from_scratch = not inputs.checkpoints and inputs.weights is None
     seed, onednn = config.run.seed if from_scratch else None, choose_onednn(config, world, inputs.dtype, log)
-    model, optimizer = build_model(config, world, inputs.dtype, seed=seed, onednn=onednn)
+    attention = choose_attention(config, world, inputs, log)
+    model, optimizer = build_model(config, world, inputs.dtype, seed=seed, onednn=onednn, attention=attention)
     trainer = Trainer(config, world, model, optimizer, inputs.train_data)
     if inputs.checkpoints:
         _resume(trainer, inputs, log)

@@ -11,6 +11,7 @@ from engine.data.samples.permutation import keyed_below
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
 from engine.model.parameters import parameter_table
+from engine.ops.attention_choice import AttentionImpls
 from engine.ops.linear import MATMUL_KINDS
 from engine.optim.optimizer import ShardedAdamW
 from engine.parallel.data import ShardedParameters
@@ -50,12 +51,14 @@ class DistributedModel:
         parts: Sequence[Part],
         parameters: ShardedParameters,
         onednn: frozenset[str] = MATMUL_KINDS,
+        attention: AttentionImpls = AttentionImpls(),  # noqa: B008 (immutable)
     ) -> None:
         self.config, self.world = config, world
         self.fp8 = fp8_state(config, parameters, world)
         quantizers = {} if self.fp8 is None else self.fp8.quantizers
         given = Parameters(parameters.by_path, parameters.sinks, quantizers, onednn)
-        decoders = [Decoder(config.model, given, part, world.tp, config.parallel, config.ops) for part in parts]
+        options = (world.tp, config.parallel, config.ops, attention)
+        decoders = [Decoder(config.model, given, part, *options) for part in parts]
         for unit in (unit for decoder in decoders for unit in decoder.units()):
             parameters.wait_for_params_before_forward(unit)
         self.dtype = next(iter(parameters.by_path.values())).dtype
@@ -135,10 +138,16 @@ def fp8_state(config: Config, parameters: ShardedParameters, world: World) -> Fp
 
 
 def build_model(
-    config: Config, world: World, dtype: torch.dtype, *, seed: int | None, onednn: frozenset[str] = MATMUL_KINDS
+    config: Config,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    seed: int | None,
+    onednn: frozenset[str] = MATMUL_KINDS,
+    attention: AttentionImpls = AttentionImpls(),  # noqa: B008 (immutable)
 ) -> tuple[DistributedModel, ShardedAdamW]:
     """Build this rank's parts of the model and their optimizer; weights are drawn from `seed`, or zeros if None.
-    `onednn`: see `Parameters`.
+    `onednn`: see `Parameters`; `attention`: see `Decoder`.
     """
     parts = stage_parts(config.model, config.parallel, config.data.seq_length, world.layout.pp, world.coords.pp)
     table = parameter_table(config.model, parts, world.tp)
@@ -153,7 +162,7 @@ def build_model(
     )
     if seed is not None:
         parameters.initialize(seed)
-    model = DistributedModel(config, world, parts, parameters, onednn)
+    model = DistributedModel(config, world, parts, parameters, onednn, attention)
     return model, ShardedAdamW(parameters, config.optimizer)
 
 

@@ -37,6 +37,7 @@ from tests.gpu.test_engine import BF16, FP8, small, train
 from tests.train.test_run import assert_bitwise, tensors
 
 DEVICE = "cuda"
+ATTENTION = ("flash_attn", "flash_attn_3", "flash_attn_4", "cudnn", "te")
 
 
 @pytest.mark.parametrize("overrides", [BF16, *FP8], ids=lambda o: " ".join(o[1::2]))
@@ -72,7 +73,7 @@ def choices() -> list[tuple[str, str, str]]:
     """Setting of `ops`, implementation, FP8 recipe or "" for bf16; of other packages, those that are installed."""
     found = [("norm", "triaxis", ""), ("norm", "torch", ""), ("attention", "sdpa", ""), ("attention", "varlen", "")]
     found += [("norm", package, "") for package in ("apex", "te") if installed(package)]
-    found += [("attention", package, "") for package in ("flash_attn", "te") if installed(package)]
+    found += [("attention", package, "") for package in ATTENTION if installed(package)]
     found += [("fp8_matmul", impl, "tensorwise") for impl in ("cublaslt", "torch")]
     return [*found, ("fp8_matmul", "cublaslt", "blockwise")]
 
@@ -89,7 +90,7 @@ def test_each_implementation_trains(tmp_path, name, impl, recipe):
 @pytest.mark.parametrize(
     "setting, impl, message",
     [(setting, package, "which is not installed") for setting, package in
-     (("norm", "apex"), ("norm", "te"), ("attention", "flash_attn"), ("attention", "te")) if not installed(package)]
+     (("norm", "apex"), ("norm", "te"), *(("attention", package) for package in ATTENTION)) if not installed(package)]
     + [("fp8_matmul", "triaxis", "refused on a GPU")],
 )  # fmt: skip
 def test_an_implementation_that_cannot_run_fails_at_the_start(tmp_path, setting, impl, message):
@@ -124,8 +125,7 @@ def test_env_says_what_runs_here():
 
 
 def _line(report: str, package: str) -> str:
-    name = {"te": "transformer-engine", "flash_attn": "flash-attn"}.get(package, package)
-    return next(line for line in report.splitlines() if line.startswith(name))
+    return next(line for line in report.splitlines() if line.startswith(f"{_PACKAGES[package][0]} "))
 
 
 # About 0.5e9 parameters, 9 GB with gradients and moments, and 5 GB of activations.

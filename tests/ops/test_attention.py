@@ -1,10 +1,7 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from engine.ops import attention as module
-from engine.ops.attention import _flash_attn, attention, attention_reference, attention_with_cache
+from engine.ops.attention import attention, attention_reference, attention_with_cache, is_plain, torch_impl
 from tests.ops.op_parity import assert_same, strided
 
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-6}
@@ -116,26 +113,13 @@ def test_never_waits_for_the_device():
     assert attention_with_cache(q[:, :3], k, v, (48,), 4).shape == (1, 3, 4, 16)
 
 
-def test_flash_attention_is_taken_in_its_newest_version_that_runs(monkeypatch):
-    """Packages that are not here, by their names: version 4 brings `flash_attn` without the function of version 2."""
-    _flash_attn.cache_clear()
-    found = {}
-    monkeypatch.setattr(module, "import_module", lambda name: found[name])
+def test_plain_sequences():
+    assert is_plain((0, 8, 16), None)
+    assert is_plain((0, 8, 16), 8)
+    assert not is_plain((0, 8, 16), 7)
+    assert not is_plain((0, 8, 15), None)
 
-    class Missing(dict):
-        def __missing__(self, name):
-            raise ImportError(name)
 
-    two, three, four = (SimpleNamespace(flash_attn_varlen_func=lambda: None) for _ in range(3))
-    cases = [
-        ({}, 9, None),
-        ({"flash_attn": two}, 8, two),
-        ({"flash_attn": two, "flash_attn_interface": three}, 9, three),
-        ({"flash_attn": two, "flash_attn_interface": three, "flash_attn.cute": four}, 9, four),
-        ({"flash_attn": SimpleNamespace(), "flash_attn.cute": four}, 8, None),
-    ]
-    for packages, capability, expected in cases:
-        _flash_attn.cache_clear()
-        found = Missing(packages)
-        assert _flash_attn(capability) is (None if expected is None else expected.flash_attn_varlen_func)
-    _flash_attn.cache_clear()
+def test_documents_on_a_gpu_use_the_kernel_of_torch_where_it_can():
+    assert torch_impl(torch.bfloat16, 128, (9, 0)) == "varlen"
+    assert torch_impl(torch.float32, 128, (9, 0)) == torch_impl(torch.bfloat16, 264, (9, 0)) == "sdpa"

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from engine.config.schema import OpsConfig
+from engine.config.schema import OpsConfig, RunConfig
 from engine.errors import ConfigError
 from engine.ops import choice, native
-from engine.ops.attention import attention_reference, choose_impl
-from engine.ops.choice import installed, require_implementations
+from engine.ops.choice import installed, require_attention, require_implementations
+from engine.testing.models import tiny_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -29,6 +29,8 @@ def test_what_needs_a_gpu_is_refused_without_one(ops):
         ({"norm": "apex"}, "NVIDIA's apex"),
         ({"norm": "te"}, "transformer-engine"),
         ({"attention": "flash_attn"}, "flash-attn"),
+        ({"attention": "flash_attn_4"}, "flash-attn-4"),
+        ({"attention": "cudnn"}, "nvidia-cudnn-frontend>=1.29"),
         ({"attention": "te"}, "transformer-engine"),
     ],
 )
@@ -53,10 +55,41 @@ def test_the_apex_of_pypi_is_not_taken_for_nvidias(monkeypatch):
     assert not installed("apex")
 
 
-def test_a_cpu_attends_by_sdpa_whatever_the_documents():
-    q = torch.randn(6, 1, 8)
-    assert choose_impl("auto", q, (0, 2, 6), None) == choose_impl("auto", q, (0, 6), 3) == "sdpa"
-    assert attention_reference(q, q, q, (0, 2, 6)).shape == q.shape
+@pytest.mark.parametrize(
+    "installed_modules, found",
+    [
+        ({"flash_attn.cute"}, ["flash_attn_4"]),  # version 4 brings flash_attn without the functions of version 2
+        ({"flash_attn.flash_attn_interface"}, ["flash_attn"]),
+        ({"flash_attn_interface"}, ["flash_attn_3"]),
+        ({"cudnn.sdpa.fwd.torch_op"}, ["cudnn"]),
+    ],
+)
+def test_versions_of_flash_attention_are_told_apart(monkeypatch, installed_modules, found):
+    monkeypatch.setattr(choice, "find_spec", lambda module: object() if module in installed_modules else None)
+    assert [name for name in ("flash_attn", "flash_attn_3", "flash_attn_4", "cudnn") if installed(name)] == found
+
+
+def test_a_package_built_for_another_pytorch_is_not_installed(monkeypatch):
+    def find_spec(module):
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(choice, "find_spec", find_spec)
+    assert not installed("flash_attn")
+
+
+def test_attention_that_does_not_support_the_model_is_refused(monkeypatch):
+    model, run = tiny_config(head_dim=256), RunConfig()
+    given = (torch.bfloat16, run, GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    message = "ops.attention = cudnn needs a head size of at most 128 .* model.head_dim = 256; use auto"
+    with pytest.raises(ConfigError, match=message):
+        require_attention(model, OpsConfig(attention="cudnn"), *given)
+    for impl in ("auto", "sdpa", "varlen", "flash_attn_4"):
+        require_attention(model, OpsConfig(attention=impl), *given)
+    deterministic = RunConfig(deterministic=True)
+    with pytest.raises(ConfigError, match="flash_attn_3 is not deterministic with heads larger than 192"):
+        require_attention(model, OpsConfig(attention="flash_attn_3"), torch.bfloat16, deterministic, GPU)
+    require_attention(model, OpsConfig(attention="cudnn"), torch.bfloat16, run, CPU)  # refused for another reason
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and installed("apex")), reason="needs a GPU and NVIDIA's apex")

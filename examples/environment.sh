@@ -11,5 +11,8 @@ if [ ! -e "$installed" ]; then
     echo "installing PyTorch and this package into $VIRTUAL_ENV (the first time this downloads some hundred megabytes)"
     python -m pip install --quiet --disable-pip-version-check torch==2.13.0
     python -m pip install --quiet --disable-pip-version-check --editable '.[dev,hf]'
+    # without its compiler of kernels, which calls on the meta device do not need
+    python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cudnn-frontend==1.32.0 \
+        || echo "nvidia-cudnn-frontend cannot be installed here; the tests that import it are skipped" >&2
     touch "$installed"
 fi

@@ -7,6 +7,7 @@ headers take ten times as long), and CMake (one more tool to install, for a doze
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -49,12 +50,22 @@ def find_nvcc() -> Path | None:
 def build_library(tools: Toolchain, directory: Path, output: Path) -> None:
     """Writes `output`: the operators, with the kernels if there is nvcc. Raises: BuildError."""
     jobs = kernel_jobs(tools) if tools.nvcc else []
-    what = f"CUDA kernels for {tools.archs}" if tools.nvcc else "no kernels: built without CUDA"
-    flags = [f'-DTRIAXIS_BUILD="{what}"', *(["-DTRIAXIS_CUDA"] if tools.nvcc else [])]
-    jobs += [(source, _cxx_command(tools, flags)) for source in _cxx_sources(HERE, ("bind", "gemm"))]
+    flags, named = ["-DTRIAXIS_CUDA"] if tools.nvcc else [], [f'-DTRIAXIS_BUILD="{_describe(tools)}"']
+    for source in _cxx_sources(HERE, ("bind", "gemm")):
+        jobs.append((source, _cxx_command(tools, [*flags, *(named if source.stem == "status" else [])])))
     objects = compile_objects(jobs, directory)
     libraries = [f"-L{tools.cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"] if tools.cuda else []
     _link(tools, objects, libraries, output)
+
+
+def _describe(tools: Toolchain) -> str:
+    """What the library is built with; `triaxis --version` prints it."""
+    compilers = [f"{Path(tools.cxx).name} {run([tools.cxx, '-dumpfullversion', '-dumpversion']).strip()}"]
+    if tools.nvcc is None:
+        return f"no kernels: built without CUDA ({compilers[0]})"
+    release = re.search(r"release [\d.]+, V([\d.]+)", run([str(tools.nvcc), "--version"]))
+    compilers.insert(0, f"nvcc {release[1] if release else 'of unknown version'}")
+    return f"CUDA kernels for {tools.archs} ({', '.join(compilers)})"
 
 
 def kernel_jobs(tools: Toolchain) -> list[tuple[Path, list[str]]]:

@@ -1,4 +1,7 @@
-"""Formatting of durations, counts and sizes."""
+"""Formatting of durations, counts, sizes and suggestions."""
+
+import difflib
+from collections.abc import Iterable
 
 
 def duration(seconds: float) -> str:
@@ -19,3 +22,9 @@ def counted(number: int, noun: str, plural: str = "s") -> str:
 def megabytes(num_bytes: float) -> str:
     """Format as `1,234.5 MB`, in units of 10^6 bytes."""
     return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def did_you_mean(name: str, known: Iterable[object]) -> str:
+    """Format the known name that is closest to `name`, as ` (did you mean 'train'?)`; empty if none is close."""
+    close = difflib.get_close_matches(name, [str(one) for one in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

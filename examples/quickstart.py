@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,6 @@ DATA = Path("data/quickstart")
 RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path("runs/quickstart-hf")
 TUNED, TUNED_EXPORT = Path("runs/quickstart-sft"), Path("runs/quickstart-sft-hf")
 CONFIG, TUNING = "examples/configs/quickstart.yaml", "examples/configs/quickstart_sft.yaml"
-TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "engine"]
 STAGES, STEPS = 11, 480
 VOCAB_SIZE = 512
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
@@ -40,8 +40,8 @@ def main() -> None:
     with stage(1, "Corpus: the sources of Python's standard library, which every machine has"):
         collect_corpus()
     with stage(2, f"Tokenizer: learn {VOCAB_SIZE} pieces of words from the corpus"):
-        tool(
-            "train_tokenizer",
+        triaxis(
+            "tokenizer",
             "--input",
             DATA / "stdlib.jsonl",
             "--vocab-size",
@@ -50,8 +50,8 @@ def main() -> None:
             DATA / "tokenizer",
         )
     with stage(3, "Preprocessing: text to token ids in a memory-mapped dataset"):
-        tool(
-            "preprocess_data", "--input", DATA / "stdlib.jsonl", "--tokenizer-model", DATA / "tokenizer.model",
+        triaxis(
+            "preprocess", "--input", DATA / "stdlib.jsonl", "--tokenizer-model", DATA / "tokenizer.model",
             "--append-eod", "--workers", 2, "--output-prefix", DATA / "stdlib",
         )  # fmt: skip
     with stage(4, f"Pretraining on 4 ranks (tensor 2 × pipeline 2), interrupted after step {STEPS // 2} with SIGTERM"):
@@ -63,27 +63,27 @@ def main() -> None:
         train(TWIN, log=Path("runs/quickstart-twin.log"))
         compare_losses()
     with stage(7, "Export to Hugging Face format; transformers must give the same logits"):
-        tool("convert_checkpoint", "--from", RUN, "--to", EXPORT, "--dtype", "fp32")
+        triaxis("convert", "--from", RUN, "--to", EXPORT, "--dtype", "fp32")
         compare_logits()
     with stage(8, "Generation: the model continues a line of Python"):
-        tool("generate", EXPORT, "--prompt", PROMPT, "--max-new-tokens", 96, "--temperature", 0.7)
+        triaxis("generate", EXPORT, "--prompt", PROMPT, "--max-new-tokens", 96, "--temperature", 0.7)
     with stage(9, "Fine-tuning on 4 ranks (tensor 2 × data 2): questions and answers out of the library's docstrings"):
         collect_questions()
-        tool(
-            "preprocess_data", "--task", "sft", "--input", DATA / "questions.jsonl", "--chat-template", "llama2",
+        triaxis(
+            "preprocess", "--task", "sft", "--input", DATA / "questions.jsonl", "--chat-template", "llama2",
             "--tokenizer-model", DATA / "tokenizer.model", "--max-length", 257, "--on-too-long", "drop",
             "--workers", 2, "--output-prefix", DATA / "questions",
         )  # fmt: skip
-        run([*TORCHRUN, "train", TUNING])
+        triaxis("train", TUNING, "--ranks", 4)
         report_tuning()
     with stage(10, "A question to the fine-tuned model, and to its export by transformers"):
-        tool("generate", TUNED, "--chat", "--prompt", QUESTION, "--max-new-tokens", 96, "--temperature", 0)
-        tool("convert_checkpoint", "--from", TUNED, "--to", TUNED_EXPORT, "--dtype", "fp32")
+        triaxis("chat", TUNED, "--prompt", QUESTION, "--max-new-tokens", 96, "--temperature", 0)
+        triaxis("convert", "--from", TUNED, "--to", TUNED_EXPORT, "--dtype", "fp32")
         ask_transformers()
     with stage(11, "Picture of the loss"):
         plot()
     print(f"\nDone in {time.perf_counter() - started:.0f} s. The models are in {EXPORT} and {TUNED_EXPORT}.")
-    print(f"Let them write: python tools/generate.py {RUN} --prompt 'import '; python tools/generate.py {TUNED} --chat")
+    print(f"Let them write: triaxis generate {RUN} --prompt 'import '; triaxis chat {TUNED}")
 
 
 @contextmanager
@@ -146,29 +146,28 @@ def documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
             yield from documented(child, name)
 
 
-def tool(name: str, *arguments: object) -> None:
-    """Run the program tools/NAME.py."""
-    run([sys.executable, f"tools/{name}.py", *map(str, arguments)])
+def triaxis(*arguments: object) -> None:
+    """Run the command `triaxis`."""
+    run(["triaxis", *map(str, arguments)])
 
 
 def run(command: list[str], log: Path | None = None) -> None:
     """Run a command, with its output in `log` if there is one; exit if it fails."""
-    show(command + (["&>", str(log)] if log else []))
+    show(command, log)
     with log.open("w") if log else nullcontext() as output:
         code = subprocess.run(command, stdout=output, stderr=output).returncode
     if code:
         sys.exit(f"quickstart: this command ended with exit code {code}; {log or 'the message above'} says why")
 
 
-def show(command: list[str]) -> None:
+def show(command: list[str], log: Path | None = None) -> None:
     """Print a command so that it can be copied into a shell."""
-    words = ["python" if word == sys.executable else repr(word) if " " in word else word for word in command]
-    print(f"    $ {' '.join(words)}", flush=True)
+    print(f"    $ {shlex.join(command)}{f' &> {log}' if log else ''}", flush=True)
 
 
 def train(directory: Path, stop_after: int | None = None, log: Path | None = None) -> None:
     """Train on four ranks. Send SIGTERM once step `stop_after` is recorded; redirect the output to `log`, if given."""
-    command = [*TORCHRUN, "train", CONFIG, "--run.dir", str(directory), "--train.steps", str(STEPS)]
+    command = ["triaxis", "train", CONFIG, "--ranks", "4", "--run.dir", str(directory), "--train.steps", str(STEPS)]
     if stop_after is None:
         return run(command, log)
     show(command)
@@ -177,14 +176,12 @@ def train(directory: Path, stop_after: int | None = None, log: Path | None = Non
         while process.poll() is None and max(losses(directory), default=0) < stop_after:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        process.wait()
+        code = process.wait()
     finally:
         process.kill()
-    code = records(directory / "events.jsonl")[-1].get("code")
     if code != 75:
         sys.exit(f"quickstart: the interrupted run should have saved and ended with code 75, but has {code}")
-    print(f"    interrupted after step {max(losses(directory))}; the ranks ended with code 75: saved, start me again")
-    print("    (the traceback above is torchrun's own way to say that it got the signal)")
+    print(f"    interrupted after step {max(losses(directory))}; ended with code 75: saved, start me again")
 
 
 def records(path: Path) -> list[dict]:

@@ -1,11 +1,14 @@
-"""`python -m engine check`: validate a configuration and print its plan, without starting the run."""
+"""`triaxis check`: validate a configuration and print its plan, without starting the run."""
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from engine.checkpoint.huggingface.config import require_expressible
 from engine.cli.arguments import require_at_least
+from engine.cli.settings import config_parser, load_config
 from engine.config.derived import with_steps
 from engine.config.schema import Config
 from engine.data.samples.dataset import SampleDataset
@@ -17,6 +20,32 @@ from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
 from engine.plan.microbatch import describe_microbatches
 from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
+
+
+DESCRIPTION = "Validate a configuration and print its layout, memory and steps, without starting the run; needs no GPU."
+EXAMPLES = """
+examples:
+  %(prog)s llama2-7b --world-size 64
+  %(prog)s llama2-7b --world-size 8 --gpu-memory-gib 40 --parallel.recompute full
+  %(prog)s tiny
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = config_parser("check", DESCRIPTION, EXAMPLES)
+    add = parser.add_argument
+    add("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
+    add("--gpu-memory-gib", type=float, default=80, metavar="N", help="memory per GPU (default 80)")
+    add("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs per node (default 8)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `--help`."""
+    options, overrides = parser().parse_known_args(arguments)
+    config = load_config(options.config, overrides)
+    check_run(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
 
 
 def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:

@@ -15,7 +15,7 @@ from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.huggingface.exporting import export
 from engine.checkpoint.huggingface.importing import import_directory
 from engine.checkpoint.run_directory import BEST, open_checkpoint
-from engine.cli.arguments import program_parser
+from engine.cli.arguments import command_name, program_parser
 from engine.cli.progress import ProgressDisplay
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.data.tokenizers.load import load_tokenizer
@@ -23,6 +23,12 @@ from engine.errors import CheckpointError, ConfigError
 from engine.formatting import counted
 from engine.model.parameters import logical_shapes
 
+EXAMPLES = """
+examples:
+  %(prog)s --from runs/llama2-7b --to llama2-7b-hf               # the newest checkpoint
+  %(prog)s --from runs/llama2-7b-sft/best --to models/chat       # the checkpoint of the best evaluation
+  %(prog)s --from models/Llama-2-7b-hf --to runs/imported        # a run directory with one checkpoint
+"""
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -49,8 +55,9 @@ class TensorProgress(ProgressDisplay):
         return f"{done} in {self.seconds:.1f} s ({self._speed()} of fp32 values)"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = program_parser(__doc__)
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = program_parser("convert", __doc__, EXAMPLES)
     parser.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR", help="input directory")
     parser.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR", help="new or empty directory")
     parser.add_argument(
@@ -61,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     source: Path = options.source
     best = source.name == BEST and source.parent.is_dir()
     if not source.is_dir() and not best:
@@ -95,7 +102,7 @@ def import_model(source: Path, target: Path) -> None:
         checkpoint = import_directory(directory, target, shapes, progress)
     print(f"imported {progress.summary()}")
     print(f"from {source} ({directory.model.family}) into {checkpoint}")
-    print(f"generate:  python tools/generate.py {target} --prompt 'Once upon a time'")
+    print(f"generate:  {command_name('generate')} {target} --prompt 'Once upon a time'")
     print(f"train on:  set run.resume to {target} in a configuration with the model section of")
     print(f"           {checkpoint / 'config.yaml'}")
 
@@ -116,5 +123,7 @@ def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
     print(f"from {checkpoint.path} (step {state.step}) into {target} as {model.family}, {kind}")
     if state.best is not None and state.best.step != state.step:
         print(f"the best evaluation was at step {state.best.step}: --from {checkpoint.path.parent / BEST}")
-    chat = "--chat" if (target / CHAT_TEMPLATE).exists() else "--prompt 'Once upon a time'"
-    print(f"generate:  python tools/generate.py {target} {chat}")
+    if (target / CHAT_TEMPLATE).exists():
+        print(f"chat:      {command_name('chat')} {target}")
+    else:
+        print(f"generate:  {command_name('generate')} {target} --prompt 'Once upon a time'")

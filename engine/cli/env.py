@@ -1,14 +1,18 @@
-"""`python -m engine env`: show the machine, the installed packages, and the implementation of each operator."""
+"""`triaxis env`: show the machine, the installed packages, and the implementation of each operator."""
 
-import ctypes
+import argparse
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+import engine
+from engine.cli.arguments import program_parser
+from engine.cli.version import commit, csrc_build
 from engine.ops import native
 from engine.ops.choice import package_versions
 
+DESCRIPTION = "Show the machine, the installed packages, and the implementation of each operator on this machine."
 _KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
 _ON_CPU = {
     "norm": "custom RMSNorm in three passes, PyTorch's LayerNorm",
@@ -23,11 +27,23 @@ _ON_CPU = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command, which has no options."""
+    return program_parser("env", DESCRIPTION)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `--help`."""
+    parser().parse_args(arguments)
+    print("\n".join(environment()))
+
+
 def environment() -> Iterator[str]:
     """Yield the lines of the report."""
+    yield f"triaxis     {engine.__version__} ({commit()})"
     yield f"python      {platform.python_version()} on {platform.machine()}"
     yield f"torch       {torch.__version__}, {_cuda()}"
-    yield f"csrc        {_csrc()}"
+    yield f"csrc        {csrc_build()}"
     for name, found in package_versions().items():
         yield f"{name:21} {found or 'not installed'}"
     yield ""
@@ -42,14 +58,6 @@ def _cuda() -> str:
         return f"built with CUDA {torch.version.cuda}, no GPU" if torch.version.cuda else "built without CUDA"
     names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}))
     return f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.device_count()} × {names}"
-
-
-def _csrc() -> str:
-    if native.WHY_NOT:
-        return f"{native.WHY_NOT}; plain PyTorch paths"
-    build = ctypes.CDLL(str(native.LIBRARY)).triaxis_build
-    build.restype = ctypes.c_char_p
-    return build().decode()
 
 
 def _choice(name: str, plain: str, device: str) -> str:

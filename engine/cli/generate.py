@@ -20,7 +20,7 @@ import torch
 from engine.checkpoint.huggingface.generation_config import stop_ids
 from engine.checkpoint.load import load_decoder
 from engine.checkpoint.opening import open_model
-from engine.cli.generate_options import COMMANDS, parse_options, utf8
+from engine.cli.generate_options import COMMANDS, generation_parser, parse_options, utf8
 from engine.cli.progress import ProgressDisplay
 from engine.data.chat.compiled import Message
 from engine.data.chat.encoder import ChatEncoder
@@ -38,10 +38,15 @@ from engine.parallel.layout import Layout, World, build_process_groups, init_dis
 WAIT_S = 7 * 24 * 3600  # timeout of the other ranks for the next input
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program; see `--help`."""
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    return generation_parser(chat=False)
+
+
+def main(arguments: Sequence[str] | None = None, *, chat: bool = False) -> None:
+    """Run the program; see `--help`. `chat` has the effect of `--chat`."""
     try:
-        options = parse_options(arguments)
+        options = parse_options(arguments, chat=chat)
         prompts = read_prompts(options.input, chat=options.chat) if options.input else []
     except TriaxisError as error:
         error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"

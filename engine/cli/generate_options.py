@@ -7,38 +7,69 @@ from pathlib import Path
 
 import torch
 
-from engine.cli.arguments import program_parser, require_at_least
+from engine.cli.arguments import command_name, program_parser, require_at_least
 from engine.errors import ConfigError
 from engine.generate.decoding import Sampling
 
-DESCRIPTION = "Generate text with a trained model: complete a prompt, chat, or answer a file of prompts."
 COMMANDS = "an empty line, Ctrl-D, /exit or /quit ends; /reset starts over"
-EXAMPLES = """
+DESCRIPTION = "Generate text with a trained model: complete a prompt, chat, or answer a file of prompts."
+EXAMPLES = f"""
 DIR: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory.
 
 examples:
-  python tools/generate.py runs/quickstart --prompt 'def main(' --max-new-tokens 64
-  git diff | python tools/generate.py DIR --prompt - --temperature 0
-  python tools/generate.py DIR --chat                                  # a conversation on the terminal
-  python tools/generate.py DIR --chat --system 'Be brief.' --prompt 'What is a mutex?'
-  python tools/generate.py DIR --chat --input questions.jsonl --output answers.jsonl --batch-size 16
-  torchrun --nproc-per-node 2 tools/generate.py DIR --prompt 'def main('      # two tensor-parallel ranks
+  %(prog)s runs/quickstart --prompt 'def main(' --max-new-tokens 64
+  git diff | %(prog)s DIR --prompt - --temperature 0
+  %(prog)s DIR --chat                                  # a conversation on the terminal
+  %(prog)s DIR --chat --system 'Be brief.' --prompt 'What is a mutex?'
+  %(prog)s DIR --chat --input questions.jsonl --output answers.jsonl --batch-size 16
+  torchrun --nproc-per-node 2 -m engine generate DIR --prompt 'def main('      # two tensor-parallel ranks
 
-A line of --input is {"prompt": "..."} or, with --chat, {"messages": [{"role": "user", "content": "..."}]}. Its answer
-is the same object with completion, num_tokens and stopped ("end of turn" or "length"), or error for a prompt that is
-too long. Rerun the same command to resume an interrupted one; ANSWERS.settings.json keeps the settings of the answers,
-and other settings are an error. The answer to a prompt depends on --seed and on its number in the file, not on
---batch-size.
+A line of --input is {{"prompt": "..."}} or, with --chat, {{"messages": [{{"role": "user", "content": "..."}}]}}. Its
+answer is the same object with completion, num_tokens and stopped ("end of turn" or "length"), or error for a prompt
+that is too long. Rerun the same command to resume an interrupted one; ANSWERS.settings.json keeps the settings of the
+answers, and other settings are an error. The answer to a prompt depends on --seed and on its number in the file, not
+on --batch-size.
+
+In a conversation, {COMMANDS}.
+"""
+CHAT_DESCRIPTION = "Talk with a trained model on the terminal, or ask it one question or a file of them."
+CHAT_EXAMPLES = f"""
+DIR: a run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory.
+
+examples:
+  %(prog)s models/chat                                 # a conversation on the terminal
+  %(prog)s models/chat --system 'Be brief.' --prompt 'What is a mutex?'
+  %(prog)s models/chat --input questions.jsonl --output answers.jsonl --batch-size 16
+
+In a conversation, {COMMANDS}. A line of --input is
+{{"messages": [{{"role": "user", "content": "..."}}]}}; `{command_name("generate")} --help` tells what an answer is.
 """
 
 
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line.
+def parse_options(arguments: Sequence[str] | None, *, chat: bool = False) -> argparse.Namespace:
+    """Parse and check the command line; `chat` for the command that always chats.
 
     Raises:
         ConfigError: options conflict or are out of range.
     """
-    parser = program_parser(DESCRIPTION, f"{EXAMPLES}\nIn a conversation, {COMMANDS}.")
+    options = generation_parser(chat=chat).parse_args(arguments)
+    _check(options)
+    return options
+
+
+def generation_parser(*, chat: bool) -> argparse.ArgumentParser:
+    """Create the parser of `generate`, or of `chat`."""
+    if chat:
+        parser = program_parser("chat", CHAT_DESCRIPTION, CHAT_EXAMPLES)
+        parser.set_defaults(chat=True, bos=False)
+    else:
+        parser = program_parser("generate", DESCRIPTION, EXAMPLES)
+        parser.add_argument(
+            "--chat", action="store_true", help="use the model's chat template; without --prompt, an interactive chat"
+        )
+        parser.add_argument(
+            "--bos", action="store_true", help="start with the beginning-of-text token, for models that need it"
+        )
     add = parser.add_argument
     add("dir", type=Path, metavar="DIR", help="directory of the model")
     add("--prompt", metavar="TEXT", help="the text to complete, or the user message; `-` reads it from stdin")
@@ -50,7 +81,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="file for the answers; existing answers are kept and the rest is added",
     )
     add("--batch-size", type=int, default=8, metavar="N", help="prompts per batch, with --input (default: 8)")
-    add("--chat", action="store_true", help="use the model's chat template; without --prompt, an interactive chat")
     add(
         "--chat-template",
         metavar="NAME|FILE",
@@ -61,11 +91,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default: 0.95)")
     add("--seed", type=int, default=0, help="seed for sampling (default: 0)")
-    add("--bos", action="store_true", help="start with the beginning-of-text token, for models that need it")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    options = parser.parse_args(arguments)
-    _check(options)
-    return options
+    return parser
 
 
 def _check(options: argparse.Namespace) -> None:

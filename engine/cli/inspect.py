@@ -23,10 +23,10 @@ from engine.errors import ConfigError
 
 EXAMPLES = """
 examples:
-  python tools/inspect_data.py data/corpus_text_document
-  python tools/inspect_data.py data/corpus_text_document --verify
-  python tools/inspect_data.py data/corpus_text_document --tokenizer tok.model --sample 7 --seq-length 512
-  python tools/inspect_data.py data/chats_sft --tokenizer models/base --sample 7
+  %(prog)s data/corpus_text_document
+  %(prog)s data/corpus_text_document --verify
+  %(prog)s data/corpus_text_document --tokenizer tok.model --sample 7 --seq-length 512
+  %(prog)s data/chats_sft --tokenizer models/base --sample 7
 
 A sample of a fine-tuning dataset is a conversation: target tokens are green, or in «» without colors.
 """
@@ -37,7 +37,7 @@ IDS_SHOWN = 32
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     require_at_least(0, head=options.head, document=options.document, sample=options.sample)
     require_at_least(1, seq_length=options.seq_length, vocab_size=options.vocab_size)
     report = _examine(options)
@@ -181,8 +181,9 @@ def _print_piece(console: Console, piece: DocumentExcerpt, title: str) -> None:
     console.print(Text(" ".join(map(str, piece.ids[:IDS_SHOWN])) + more))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = program_parser(__doc__, EXAMPLES)
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = program_parser("inspect", __doc__, EXAMPLES)
     add = parser.add_argument
     add("prefix", type=Path, help="the dataset, without .bin or .idx")
     add("--tokenizer", metavar="SPEC", help="decode to text with a .model, a tokenizer.json, a directory, or `byte`")

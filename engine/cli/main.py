@@ -1,102 +1,77 @@
-"""The `python -m engine` command: train, check, config and env."""
+"""The command `triaxis`, also `python -m engine`: finds the module of a verb and runs it.
+
+A verb's module is imported only if it is used: torch takes seconds to import, and `config` does not need it.
+"""
 
 import argparse
-import json
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
 
-from engine.config.load import load
-from engine.config.schema import Config
-from engine.errors import ConfigError
-from engine.model.families import FAMILIES, PRESETS
+from engine.cli.arguments import command_name
+from engine.errors import run_program
+from engine.formatting import did_you_mean
 
-EPILOG = (
-    "Any setting can be overridden after the file: --section.key VALUE, where VALUE is YAML; "
-    "`python -m engine config --schema` lists them all."
-)
+VERBS = {  # each is a module of engine/cli, with `main` and `parser`
+    "train": "pretrain or fine-tune, on one process or on all GPUs of one or more nodes",
+    "check": "validate a configuration, and print its layout, memory and steps",
+    "config": "list recipes and model presets, or print a configuration with all its settings",
+    "env": "show the machine, its packages and the implementation of each operator",
+    "tokenizer": "train a SentencePiece tokenizer on text",
+    "preprocess": "turn text or conversations into a dataset",
+    "inspect": "show, count and verify a dataset",
+    "convert": "convert a model from or to a Hugging Face directory",
+    "generate": "complete a prompt, or answer a file of prompts",
+    "chat": "talk with a model",
+    "checkpoints": "list, verify and prune the checkpoints of a run",
+    "plan": "check a pipeline schedule and draw its timeline",
+    "completion": "print the completion script of a shell",
+}
+EXAMPLES = """
+from text to a model that talks:
+  triaxis tokenizer --input corpus.jsonl --vocab-size 4000 --output tokenizer
+  triaxis preprocess --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod --output-prefix data/corpus
+  triaxis check tiny --data.train '[{path: data/corpus_text_document}]' --data.tokenizer tokenizer.model
+  triaxis train llama2-7b --gpus 8 --data.train '[{path: data/corpus_text_document}]' --data.tokenizer tokenizer.model
+  triaxis generate runs/llama2-7b --prompt 'Once upon a time'
+
+`triaxis VERB --help` shows the options of a verb, with examples."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; see `python -m engine --help`."""
+def start() -> NoReturn:
+    """Run this program as a process: the entry point of `triaxis` and of `python -m engine`."""
+    run_program(main)
+
+
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Run one verb; see `triaxis --help`. Returns the exit code, None for 0."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in VERBS:
+        return import_module(f"engine.cli.{given[0]}").main(given[1:])
+    if given and given[0] == "--version":
+        from engine.cli.version import describe_version
+
+        print(describe_version())
+        return None
     parser = _parser()
-    options, overrides = parser.parse_known_args(arguments)
-    if options.command == "env":
-        if overrides:
-            parser.error(f"env takes no arguments, not {' '.join(overrides)}")
-        _show_environment()
-    elif options.command == "config" and options.schema:
-        print(json.dumps(_schema(), indent=2))
-    elif options.config is None:
-        parser.error("config needs a YAML file, or --schema")
-    else:
-        _run(options, _load(options.config, overrides))
-
-
-def _schema() -> dict[str, Any]:
-    """Return the JSON schema of the configuration; the families of models are known here and not in `config`."""
-    schema = Config.model_json_schema(by_alias=True)
-    schema["$defs"]["ModelConfig"]["properties"]["family"]["enum"] = list(FAMILIES)
-    return schema
+    if given and not given[0].startswith("-"):
+        parser.error(f"no such verb: {given[0]}{did_you_mean(given[0], VERBS)}; verbs: {', '.join(VERBS)}")
+    parser.parse_args(given)
+    parser.error(f"a verb is missing: {', '.join(VERBS)}")
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser of what is not a verb. Its help lists the verbs."""
+    verbs = "\n".join(f"  {verb:13}{summary}" for verb, summary in VERBS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m engine",
-        description="Pretrain and fine-tune language models; see README.md.",
-        epilog=EPILOG,
-        allow_abbrev=False,
+        prog=command_name("").strip(),
+        usage="%(prog)s VERB [...]",
+        description=f"Pretrain and fine-tune language models of about 7B parameters.\n\nverbs:\n{verbs}",
+        epilog=EXAMPLES.strip().replace("triaxis ", command_name("")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train", help="pretrain or fine-tune: torchrun --nproc-per-node N -m engine train CONFIG"
+    parser.add_argument(
+        "--version", action="store_true", help="print the version, the commit and what csrc was built with"
     )
-    check = commands.add_parser("check", help="validate a configuration and show its layout, memory and steps")
-    show = commands.add_parser("config", help="print the resolved configuration")
-    commands.add_parser("env", help="show the machine, its packages and the implementation of each operator")
-    for command in (train, check, show):
-        command.epilog, command.allow_abbrev = EPILOG, False
-        command.add_argument("config", nargs="?" if command is show else None, help="a YAML file")
-    check.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
-    check.add_argument("--gpu-memory-gib", type=float, default=80, metavar="N", help="memory per GPU (default 80)")
-    check.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs per node (default 8)")
-    show.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
     return parser
-
-
-# Commands import their dependencies when they run: torch takes seconds to import, and `config` does not need it.
-
-
-def _run(options: argparse.Namespace, config: Config) -> None:
-    if options.command == "config":
-        print(config.to_yaml(), end="")
-    elif options.command == "check":
-        from engine.cli.check import check_run
-
-        check_run(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
-    else:
-        from engine.train.run import train
-
-        train(config)
-
-
-def _show_environment() -> None:
-    from engine.cli.env import environment
-
-    print("\n".join(environment()))
-
-
-def _load(path: str, overrides: list[str]) -> Config:
-    """Load the configuration; only the first rank on a machine reports errors."""
-    try:
-        return load(path, overrides, presets=PRESETS, trained=_trained)
-    except ConfigError as error:
-        error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
-        raise
-
-
-def _trained(kind: str, path: Path) -> tuple[Mapping[str, Any], str | None]:
-    from engine.checkpoint.opening import trained
-
-    return trained(kind, path)

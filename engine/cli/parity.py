@@ -23,8 +23,8 @@ from engine.testing.parity_report import Rounded, Row, largest, report
 
 EXAMPLES = """
 examples:
-  python tools/parity.py --output docs/parity.md
-  python tools/parity.py --ranks 4 --presets tiny-qwen2
+  %(prog)s --output docs/parity.md
+  %(prog)s --ranks 4 --presets tiny-qwen2
 """
 HARSH: list[dict[str, Any]] = [{}, {"model.init_std": 0.02}, {"optimizer.eps": 1e-8}]
 AT_A_TIME = 8  # cases per set of processes
@@ -32,7 +32,7 @@ AT_A_TIME = 8  # cases per set of processes
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     require_at_least(2, ranks=options.ranks)
     if options.output and not options.output.parent.is_dir():
         raise ConfigError(f"--output {options.output}: no such directory: {options.output.parent}")
@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"written: {options.output}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = program_parser(__doc__, EXAMPLES)
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = program_parser("parity", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--ranks", type=int, default=8, help="maximum ranks of a layout (default 8)")
     add("--presets", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="PRESET", help=", ".join(PROBLEMS))

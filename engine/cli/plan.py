@@ -18,15 +18,15 @@ from engine.plan import timeline
 
 EXAMPLES = """
 examples:
-  python tools/plan.py --schedule 1f1b --stages 4 --microbatches 8
-  python tools/plan.py --schedule all --stages 4 --microbatches 8 --output schedules.png
-  python tools/plan.py --schedule all --stages 16 --microbatches 64 --chunks 4 --up-to
+  %(prog)s --schedule 1f1b --stages 4 --microbatches 8
+  %(prog)s --schedule all --stages 4 --microbatches 8 --output schedules.png
+  %(prog)s --schedule all --stages 16 --microbatches 64 --chunks 4 --up-to
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.up_to:
         return _prove_up_to(options)
     costs = _costs(options)
@@ -97,8 +97,9 @@ def _makespan(times: Timeline) -> float:
     return max(spans[-1].end for spans in times)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = program_parser(__doc__, EXAMPLES)
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = program_parser("plan", __doc__, EXAMPLES)
     add = parser.add_argument
     names = (*SCHEDULES, FORWARD_ONLY, "all")
     add("--schedule", choices=names, required=True, help=f"parallel.schedule, {FORWARD_ONLY} (evaluation), or all")

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import NoReturn
 
-from engine.cli.preprocess_options import KINDS, parse_options
+from engine.cli.arguments import command_name
+from engine.cli.preprocess_options import KINDS, parse_options, preprocessing_parser
 from engine.cli.progress import ProgressDisplay
 from engine.data.chat.find import find_template
 from engine.data.chat.template import ChatTemplate
@@ -29,6 +30,11 @@ from engine.formatting import counted, duration, megabytes
 
 QUOTED_REASONS = 5  # reject reasons shown on the terminal, with one line each; the rejects file has all
 QUOTED_FILES = 10
+
+
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    return preprocessing_parser()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,7 +153,7 @@ def _summarize(options: argparse.Namespace, counts: Counts, seconds: float) -> N
         print(f"           {counted(counts.rejected, 'line')} skipped: {rejects_path(options.output_prefix)}")
     for key in options.json_keys:
         prefix = dataset_prefix(options.output_prefix, key)
-        print(f"           {prefix}.bin .idx .json\nnext       python tools/inspect_data.py {prefix}")
+        print(f"           {prefix}.bin .idx .json\nnext       {command_name('inspect')} {prefix}")
 
 
 def _summarize_sft(options: argparse.Namespace, counts: SftCounts, tokenizer: Tokenizer, seconds: float) -> None:
@@ -176,7 +182,7 @@ def _summarize_sft(options: argparse.Namespace, counts: SftCounts, tokenizer: To
         )
     tokenizer_flag = "" if tokenizer.kind == "byte" else f" --tokenizer {shlex.quote(options.tokenizer_model)}"
     print(f"           {data.prefix}.bin .idx .mask.bin .json")
-    print(f"next       python tools/inspect_data.py {data.prefix}{tokenizer_flag} --sample 0")
+    print(f"next       {command_name('inspect')} {data.prefix}{tokenizer_flag} --sample 0")
 
 
 def _summarize_rejected(options: argparse.Namespace, counts: SftCounts) -> None:

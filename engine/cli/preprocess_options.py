@@ -40,10 +40,10 @@ with --task sft: .jsonl, .json (objects or one array) and .parquet, of records i
 their keys: messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, text, or
 input_ids with labels or a mask. Directories are searched for all three.
 
-examples: python tools/preprocess_data.py --input corpus/ --output-prefix data/corpus \\
-              --tokenizer-model tokenizer.model --append-eod
-          python tools/preprocess_data.py --task sft --input chats.jsonl --output-prefix data/chats \\
-              --tokenizer-model models/base --chat-template chatml --max-length 4097
+examples:
+  %(prog)s --input corpus/ --output-prefix data/corpus --tokenizer-model tokenizer.model --append-eod
+  %(prog)s --task sft --input chats.jsonl --output-prefix data/chats --tokenizer-model models/base \\
+      --chat-template chatml --max-length 4097
 """
 
 
@@ -53,7 +53,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ConfigError: options conflict or are out of range, or the output exists.
     """
-    options = _parser().parse_args(arguments)
+    options = preprocessing_parser().parse_args(arguments)
     _check_task(options)
     options.json_keys = options.json_keys or ["text"]
     _check(options)
@@ -99,8 +99,9 @@ def _check_task(options: argparse.Namespace) -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = program_parser(DESCRIPTION, EXAMPLES)
+def preprocessing_parser() -> argparse.ArgumentParser:
+    """Create the parser of the options."""
+    parser = program_parser("preprocess", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, directories or glob patterns")
     add(

@@ -34,12 +34,12 @@ from engine.testing.simulator import MODES
 from engine.testing.traffic import busiest, communicators, phases, traffic
 
 EXAMPLES = """
-Any setting can be added: --section.key VALUE; `python -m engine config --schema` lists them all.
+Any setting can be added: --section.key VALUE; `triaxis config --schema` lists them all.
 
 examples:
-  python tools/prove.py --layout tp=8,pp=4,dp=32 --preset llama2-7b
-  python tools/prove.py --layout tp=2,pp=4,dp=2 --preset tiny --parallel.schedule zero_bubble --all-ranks
-  python tools/prove.py --layout tp=4,pp=2,dp=8 --config examples/configs/llama2_7b.yaml --precision.mode fp8
+  %(prog)s --layout tp=8,pp=4,dp=32 --preset llama2-7b
+  %(prog)s --layout tp=2,pp=4,dp=2 --preset tiny --parallel.schedule zero_bubble --all-ranks
+  %(prog)s --layout tp=4,pp=2,dp=8 --config examples/configs/llama2_7b.yaml --precision.mode fp8
 """
 _STEPS = 2  # the second waits for what the first has left under way
 _MOST_SHOWN = 20  # problems
@@ -47,7 +47,7 @@ _MOST_SHOWN = 20  # problems
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = parser().parse_known_args(arguments)
     require_at_least(1, microbatches=options.microbatches, processes=options.processes)
     started = time.perf_counter()
     layout = _layout(options.layout)
@@ -162,8 +162,9 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.3f} MB"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = program_parser(__doc__, EXAMPLES)
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = program_parser("prove", __doc__, EXAMPLES)
     parser.allow_abbrev = False
     add = parser.add_argument
     add("--layout", required=True, metavar="AXES", help="ranks of each axis, such as tp=8,pp=4,dp=32")

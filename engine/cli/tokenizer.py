@@ -23,7 +23,7 @@ from engine.errors import ConfigError, DataError, StorageError
 
 EXAMPLES = """
 example:
-  python tools/train_tokenizer.py --input corpus.jsonl --vocab-size 4000 --output data/tokenizer
+  %(prog)s --input corpus.jsonl --vocab-size 4000 --output data/tokenizer
 """
 MAX_SENTENCE_BYTES = 4000  # the trainer skips longer ones
 MIN_LINES = 101  # the smallest limit that the trainer accepts
@@ -33,7 +33,7 @@ QUOTED_REJECTS = 5
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     target = options.output.with_name(options.output.name.removesuffix(".model") + ".model")
     _check(options, target)
     model = train_model(
@@ -43,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{target}: {options.vocab_size:,} pieces ({options.model_type})")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = program_parser(__doc__, EXAMPLES)
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = program_parser("tokenizer", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help=".jsonl or .txt files, or directories of them")
     add("--json-key", default="text", help="key of the text in a JSON line (default: text)")

@@ -4,7 +4,6 @@ Precedence: defaults < model preset < file < command line. Unknown keys are erro
 reported in one error, so that a cluster job does not queue again for each typo.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,9 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from engine.config.checks import cross_checks
+from engine.config.recipes import find_config
 from engine.config.schema import SOURCES, Config, Section
 from engine.errors import ConfigError, TriaxisError
-from engine.formatting import counted
+from engine.formatting import counted, did_you_mean
 
 Presets = Mapping[str, Mapping[str, Any]]
 Trained = Callable[[str, Path], tuple[Mapping[str, Any], str | None]]
@@ -28,7 +28,7 @@ def load(
     """Load a `Config` from a YAML file and command-line overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe.
         overrides: for example `["--batch.micro", "2", "--run.dir=runs/a"]`; values are YAML.
         presets: model fields by preset name.
         trained: reads the directory of a trained model; if None, only presets are supported.
@@ -36,7 +36,7 @@ def load(
     Raises:
         ConfigError: with every problem found, one per line.
     """
-    return resolve(read_yaml(Path(path)), overrides, presets=presets, source=str(path), trained=trained)
+    return resolve(read_yaml(find_config(str(path))), overrides, presets=presets, source=str(path), trained=trained)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _apply_source(raw: dict[str, Any], presets: Presets, trained: Trained | None
     elif name == "preset":
         if not isinstance(value, str) or value not in presets:
             known = ", ".join(presets)
-            return f"model.preset = {value!r} is unknown{_did_you_mean(str(value), presets)}; known: {known}"
+            return f"model.preset = {value!r} is unknown{did_you_mean(str(value), presets)}; known: {known}"
         raw["model"] = {**presets[value], **model}
     return None
 
@@ -178,14 +178,14 @@ def _family_problem(raw: Mapping[str, Any], presets: Presets) -> str | None:
     known = list(dict.fromkeys(preset["family"] for preset in presets.values() if "family" in preset))
     if not isinstance(name, str) or name in known:
         return None
-    return f"model.family = {name!r} is unknown{_did_you_mean(name, known)}; known: {', '.join(known)}"
+    return f"model.family = {name!r} is unknown{did_you_mean(name, known)}; known: {', '.join(known)}"
 
 
 def _describe(item: dict[str, Any]) -> str:
     location = [str(part) for part in item["loc"]]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
-        return f"{path}: no such setting{_did_you_mean(location[-1], _siblings(location))}"
+        return f"{path}: no such setting{did_you_mean(location[-1], _siblings(location))}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
     message = item["msg"][0].lower() + item["msg"][1:]
@@ -211,8 +211,3 @@ def _siblings(location: Sequence[str]) -> list[str]:
 def _types(annotation: Any) -> list[Any]:
     inner = get_args(annotation)
     return [annotation] if not inner else [t for part in inner for t in _types(part)]
-
-
-def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

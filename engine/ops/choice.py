@@ -51,7 +51,7 @@ def require_implementations(ops: OpsConfig, device: torch.device) -> None:
         if device.type != "cuda":
             raise ConfigError(f"ops.{name} = {wanted} needs a GPU, and this run is on {device.type}; use auto")
         if wanted == "triaxis" and not native.has_kernels():
-            why = f"{native.why_no_kernels()}; see python -m engine env"
+            why = f"{native.why_no_kernels()}; see triaxis env"
             raise ConfigError(f"ops.{name} = triaxis needs the kernels of csrc: {why}")
         if wanted in _PACKAGES and not installed(wanted):
             raise ConfigError(f"ops.{name} = {wanted} needs {_PACKAGES[wanted][2]}, which is not installed; use auto")

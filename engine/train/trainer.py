@@ -130,7 +130,7 @@ class Trainer:
             if self.stopped_by:
                 return
             if tokens == 0:
-                text = f"step {step} has no target tokens; check the masks of the data (tools/inspect_data.py)"
+                text = f"step {step} has no target tokens; check the masks of the data (triaxis inspect)"
                 raise on_all_ranks(self.world, DataError(text))
             lr = learning_rate(step, self.config.optimizer.lr, self.config.lr_schedule, self.config.train.steps)
             result = train_step(self.model, self.optimizer, microbatches, step=step, lr=lr, tokens=tokens)

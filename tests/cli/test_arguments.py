@@ -5,7 +5,7 @@ from engine.errors import ConfigError
 
 
 def test_the_help_keeps_its_line_breaks():
-    shown = program_parser("First.\n\nSecond.", "examples:\n  one\n  two").format_help()
+    shown = program_parser("plan", "First.\n\nSecond.", "examples:\n  one\n  two").format_help()
     assert "First.\n\nSecond.\n" in shown and shown.endswith("examples:\n  one\n  two\n")
 
 

@@ -51,7 +51,7 @@ def test_both_ways_and_the_next_command(run_dir: Path, tmp_path: Path, capsys: p
     assert "exported 12 tensors" in said
     assert "(step 5)" in said
     assert "read back and verified" in said
-    assert f"generate.py {tmp_path / 'hf'}" in said
+    assert f"triaxis generate {tmp_path / 'hf'} --prompt" in said
 
     convert("--from", tmp_path / "hf", "--to", tmp_path / "imported")
     said = capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_as_a_program():
         return subprocess.run([sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True)
 
     example = "--schedule 1f1b --stages 4 --microbatches 8"
-    assert f"python tools/plan.py {example}\n" in run("--help").stdout
+    assert f"python {PROGRAM} {example}\n" in run("--help").stdout
     assert "bubble  37.5%" in run(*example.split()).stdout
     failed = run("--schedule", "1f1b", "--stages", "0", "--microbatches", "8")
     assert failed.returncode == 64

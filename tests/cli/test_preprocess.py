@@ -70,7 +70,7 @@ def test_from_a_clean_process(folder):
     assert "done       3 documents, 24 tokens" in out
     assert "21 bytes" not in out and "0.88 bytes per token" in out
     assert "out/a_text_document.bin .idx .json" in out
-    assert "next       python tools/inspect_data.py out/a_text_document" in out
+    assert f"next       python {PROGRAM.with_name('inspect_data.py')} out/a_text_document" in out
     assert bytes(IndexedDataset("out/a_text_document").tokens(0, 5).astype("uint8")) == b"first"
 
 
@@ -263,7 +263,7 @@ def test_the_command_of_the_smallest_configuration(main, tmp_path, monkeypatch):
     """As its comment gives it; the data have to do for training and evaluation."""
     monkeypatch.chdir(PROGRAM.parents[1])
     text = Path("examples/configs/tiny.yaml").read_text()
-    (command,) = re.findall(r"^# +python tools/preprocess_data\.py (.*)$", text, re.MULTILINE)
+    (command,) = re.findall(r"^# +triaxis preprocess (.*)$", text, re.MULTILINE)
     arguments = shlex.split(command)
     assert arguments[-2:] == ["--output-prefix", "data/tiny"]
     main(*arguments[:-1], tmp_path / "tiny", "--workers", 1)
@@ -317,15 +317,13 @@ def test_conversations_from_a_clean_process(chats):
         "1 rejected: unknown role",
         "1 too long, truncated to max_length",
         "1 of 4 records rejected, which are in out/x.rejects.jsonl:",
-        "next       python tools/inspect_data.py out/x_sft --tokenizer tok --sample 0",
+        f"next       python {PROGRAM.with_name('inspect_data.py')} out/x_sft --tokenizer tok --sample 0",
     ):
         assert line in out
     assert "skipped: chats.jsonl:3: unknown role: messages[0] has role 'critic'" in err
     assert "warning: conversations whose text contains a special token, which is encoded as such: 1" in err
-    command = re.search(r"^next +python tools/(\S+) (.*)$", out, re.MULTILINE)
-    shown = subprocess.run(
-        [sys.executable, PROGRAM.with_name(command[1]), *shlex.split(command[2])], capture_output=True, text=True
-    )
+    command = re.search(r"^next +python (.*)$", out, re.MULTILINE)
+    shown = subprocess.run([sys.executable, *shlex.split(command[1])], capture_output=True, text=True)
     assert "<|im_start|>assistant\n«answer<|im_end|>»" in shown.stdout
 
 

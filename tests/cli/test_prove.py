@@ -138,6 +138,6 @@ def test_as_a_program():
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True)
 
-    assert "python tools/prove.py --layout tp=8,pp=4,dp=32 --preset llama2-7b\n" in run("--help").stdout
+    assert f"python {PROGRAM} --layout tp=8,pp=4,dp=32 --preset llama2-7b\n" in run("--help").stdout
     proven = run("--layout", "dp=2", *SMALL.split())
     assert proven.returncode == 0 and "no hang with streams, one queue, synchronous" in proven.stdout

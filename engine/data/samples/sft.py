@@ -195,7 +195,7 @@ def _open(
         if not data.has_mask:
             raise DataError(
                 f"{dataset.path} has no .mask.bin, which marks the target tokens; "
-                "preprocess conversations with task = sft (tools/preprocess_data.py), or train with task = pretrain"
+                "preprocess conversations with task = sft (triaxis preprocess), or train with task = pretrain"
             )
         if dataset.weight not in range(1, MAX_WEIGHT + 1):
             raise ConfigError(

@@ -131,5 +131,5 @@ def _missing(path: Path) -> str:
     hint = f" (give the prefix without {ending})" if ending in (".bin", ".idx") else ""
     return (
         f"no dataset file at {path}{hint}; a dataset is a PREFIX.bin and a PREFIX.idx, "
-        "made from text by preprocessing (tools/preprocess_data.py)"
+        "made from text by preprocessing (triaxis preprocess)"
     )

@@ -148,7 +148,7 @@ def test_documents_that_run_backwards_are_found_on_access(tmp_path, monkeypatch)
 def test_a_missing_file_is_named_and_how_to_make_it(tmp_path, name):
     prefix = some(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(DataError, match=rf"{name}; .*tools/preprocess_data\.py"):
+    with pytest.raises(DataError, match=rf"{name}; .*triaxis preprocess"):
         IndexedDataset(prefix)
 
 

@@ -1,0 +1,44 @@
+"""Loads the configuration that a command line names, as `train`, `check` and `config` do."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.cli.arguments import command_name, program_parser
+from engine.config.load import load
+from engine.config.schema import Config
+from engine.errors import ConfigError
+from engine.model.families import PRESETS
+
+
+def config_parser(verb: str, description: str, examples: str, *, nargs: str | None = None) -> argparse.ArgumentParser:
+    """Create the parser of a command that takes a configuration; use `parse_known_args`, which leaves the overrides."""
+    rest = (
+        f"CONFIG is a YAML file, or the name of a recipe: `{command_name('config')}` lists them. Any setting can be\n"
+        f"overridden behind it: --section.key VALUE, where VALUE is YAML; `{command_name('config')} --schema` has all."
+    )
+    parser = program_parser(verb, description, f"{rest}\n{examples}")
+    parser.allow_abbrev = False
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help="a YAML file, or the name of a recipe")
+    return parser
+
+
+def load_config(name: str, overrides: Sequence[str]) -> Config:
+    """Load the file or recipe `name` with overrides. Of the ranks of a machine, only the first one reports errors.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    try:
+        return load(name, overrides, presets=PRESETS, trained=_trained)
+    except ConfigError as error:
+        error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def _trained(kind: str, path: Path) -> tuple[Mapping[str, Any], str | None]:
+    from engine.checkpoint.opening import trained  # imports torch
+
+    return trained(kind, path)

@@ -1,0 +1,152 @@
+"""`triaxis train`: train as one rank, or check the run and start the ranks of this node.
+
+A process that torchrun has started is a rank. Otherwise this command starts the ranks itself if there is more than one.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from engine.cli.launch import Launch, run_ranks
+from engine.cli.settings import config_parser, load_config
+from engine.config.schema import Config
+from engine.errors import ConfigError, run_program
+
+DESCRIPTION = """Pretrain or fine-tune a model, as `task` in the configuration says: on one process, with --gpus or --ranks
+on several of this node, and with --nodes on several nodes. Before it starts ranks, it checks that the configuration,
+the data and the memory fit. On SIGTERM every rank saves a checkpoint and exits with code 75; the same command resumes."""
+EXAMPLES = """
+examples:
+  %(prog)s tiny                                              # one process
+  %(prog)s tiny --ranks 2 --parallel.tp 2                    # two processes, on a CPU too
+  %(prog)s llama2-7b --gpus 8 --data.tokenizer tokenizer.model --data.train '[{path: data/web_text_document}]'
+  %(prog)s llama2-7b --gpus 8 --nodes 4 --node-rank 0 --master-addr node0       # on each node, with its number
+  %(prog)s llama2-7b --gpus 8 --dry-run                      # prints the line for torchrun, such as
+  torchrun --standalone --nproc-per-node 8 -m engine train llama2-7b
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = config_parser("train", DESCRIPTION, EXAMPLES)
+    number, add, variable = parser.add_mutually_exclusive_group(), parser.add_argument, os.environ.get
+    number.add_argument("--ranks", type=int, metavar="N", help="ranks on each node: one per GPU, or processes of a CPU "
+        "(default: NPROC_PER_NODE of the environment, else the GPUs, else 1)")  # fmt: skip
+    number.add_argument("--gpus", type=int, metavar="N", help="the same, and an error if this node has fewer GPUs")
+    add("--nodes", type=int, metavar="N", default=variable("NNODES", "1"),
+        help="nodes of the run (default: NNODES of the environment, else 1)")  # fmt: skip
+    add("--node-rank", type=int, metavar="R", default=variable("NODE_RANK"),
+        help="which node this is, from 0 (default: NODE_RANK)")  # fmt: skip
+    add("--master-addr", metavar="HOST", default=variable("MASTER_ADDR"), help="of node 0 (default: MASTER_ADDR)")
+    add("--master-port", type=int, metavar="PORT", default=variable("MASTER_PORT", "29500"),
+        help="a free port of that host (default: MASTER_PORT, else 29500)")  # fmt: skip
+    add("--dry-run", action="store_true", help="check the run, and print a line for torchrun instead of starting ranks")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Run the command; see `--help`. Returns the exit code of the ranks, None for 0."""
+    options, overrides = parser().parse_known_args(arguments)
+    is_rank = "LOCAL_RANK" in os.environ
+    if is_rank:
+        _refuse_launch_options(options)
+    config = load_config(options.config, overrides)
+    launch = None if is_rank else _launch(options, config)
+    if launch is None or (launch.world_size == 1 and not options.dry_run):
+        from engine.train.run import train
+
+        return train(config)
+    return _start(launch, config, ["engine", "train", options.config, *overrides], dry_run=options.dry_run)
+
+
+def _refuse_launch_options(options: argparse.Namespace) -> None:
+    """Check that a rank is not told to start ranks.
+
+    Raises:
+        ConfigError: it is.
+    """
+    given = [f"--{name}" for name in ("gpus", "ranks") if vars(options)[name] is not None]
+    given += ["--dry-run"] if options.dry_run else []
+    if given:
+        error = ConfigError(
+            f"{given[0]}: torchrun has started this process as a rank (LOCAL_RANK is set), and its --nproc-per-node "
+            f"says how many there are; leave out {given[0]}, or start without torchrun"
+        )
+        error.reported_elsewhere = os.environ["LOCAL_RANK"] != "0"
+        raise error
+
+
+def _launch(options: argparse.Namespace, config: Config) -> Launch:
+    """The ranks to start: as many as the options say, or as there are GPUs.
+
+    Raises:
+        ConfigError: a number is out of range, or there are fewer GPUs than --gpus.
+    """
+    ranks, variable = options.ranks, os.environ.get("NPROC_PER_NODE")
+    if options.gpus is not None:
+        _require_gpus(options.gpus, config)
+        ranks = options.gpus
+    elif ranks is None and variable is not None:
+        if not variable.isdecimal():
+            raise ConfigError(f"NPROC_PER_NODE = {variable}: expected a number of ranks")
+        ranks = int(variable)
+    elif ranks is None:
+        ranks = _num_gpus(config) or 1
+    return Launch(ranks, options.nodes, options.node_rank, options.master_addr, options.master_port)
+
+
+def _require_gpus(number: int, config: Config) -> None:
+    if number > (found := _num_gpus(config)):
+        why = "run.device = cpu" if config.run.device == "cpu" else f"this machine shows {found} of them"
+        raise ConfigError(f"--gpus {number}: {why}; --ranks {number} starts as many ranks on the device of run.device")
+
+
+def _num_gpus(config: Config) -> int:
+    """GPUs of this machine that the run may use."""
+    import torch
+
+    return 0 if config.run.device == "cpu" else torch.cuda.device_count()
+
+
+def _start(launch: Launch, config: Config, program: list[str], *, dry_run: bool) -> int | None:
+    if not dry_run:
+        launch.require_place()
+    if code := _in_a_child(lambda: check_start(config, launch)):
+        return code
+    print(launch.line(program), file=sys.stdout if dry_run else sys.stderr, flush=True)
+    return None if dry_run else run_ranks(launch, program, config.run.dir)
+
+
+def _in_a_child(check: Callable[[], None]) -> int:
+    """Run `check` in a fork, so that neither a CUDA context nor opened data stay here; return its exit code."""
+    import torch  # noqa: F401 (once, for both processes)
+
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        run_program(check)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def check_start(config: Config, launch: Launch) -> None:
+    """Make the checks of a rank's start once, while there are no ranks.
+
+    Raises:
+        TriaxisError: as each rank would.
+    """
+    from engine.config.derived import with_steps
+    from engine.parallel.connect import check_hardware_queues
+    from engine.parallel.layout import World, choose_device
+    from engine.plan.layouts import choose_layout, require_fit
+    from engine.plan.memory import ClusterSpec, available
+    from engine.train.inputs import model_dtype, open_inputs
+
+    last = launch.ranks - 1
+    device = choose_device(config.run.device, last)
+    capacity, dtype = available(device, launch.ranks), model_dtype(config.precision.mode, device.type)
+    ranks = ClusterSpec(launch.world_size, launch.ranks, capacity, device.type, dtype)
+    layout, _ = choose_layout(config, ranks)
+    require_fit(config, layout, ranks)
+    check_hardware_queues(launch.environment(), layout.pp, device.type)
+    inputs = open_inputs(config, World(layout, launch.world_size - 1, last, launch.ranks, device))
+    with_steps(config, inputs.train_data.num_rows)

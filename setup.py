@@ -9,7 +9,7 @@ Settings, from the environment:
     triaxis-VERSION-0cpu-py3-none-PLATFORM.whl    operators without kernels: no nvcc, or TRIAXIS_CUDA=off
     triaxis-VERSION-py3-none-any.whl              neither: no C++ compiler or no torch; the engine takes its plain
                                                   PyTorch paths
-pip prefers the first of these. Every wheel holds the recipes of examples/configs/ and the commit that it was built from.
+pip prefers the first of these. Every wheel holds the recipes of examples/configs/ and the commit it was built from.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """What the documents say about files, commands and extras is true of the tree."""
 
 import re
+import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,29 @@ def test_the_workflow_runs_the_two_commands_of_the_readme():
     assert job["strategy"]["matrix"]["command"] == commands == ["bash examples/quickstart.sh", "bash tests/run.sh"]
     assert {"3.10", "3.12"} <= set(job["strategy"]["matrix"]["python"])
     assert job["steps"][-1] == {"run": "${{ matrix.command }}"}
+
+
+def test_the_workflow_of_wheels_is_consistent():
+    """It has not run here: its scripts parse, what they name exists, and the wheel is the one that is tested."""
+    jobs = yaml.safe_load((ROOT / ".github/workflows/wheels.yml").read_text(encoding="utf-8"))["jobs"]
+    assert jobs["test"]["needs"] == "build"
+    assert jobs["build"]["env"]["TRIAXIS_CUDA"] == "on"
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    scripts = [step["run"] for step in steps if "run" in step]
+    for script in scripts:
+        plain = re.sub(r"\$\{\{.*?\}\}", "value", script)
+        assert subprocess.run(["bash", "-n"], input=plain, text=True, capture_output=True).returncode == 0, script
+    named = {word for script in scripts for word in re.findall(r"tests/\S+\.py", script)}
+    assert named == {"tests/e2e/test_wheel.py"} and all((ROOT / name).exists() for name in named)
+    cuda = jobs["build"]["strategy"]["matrix"]["cuda"]
+    uploaded = {step["with"]["name"].replace("${{ matrix.cuda }}", one)
+                for step in steps if "upload" in step.get("uses", "") for one in cuda}  # fmt: skip
+    assert {step["with"]["name"] for step in steps if "download" in step.get("uses", "")} <= uploaded
+    tested = jobs["test"]["strategy"]["matrix"]["include"]
+    low, high = re.search(r"torch>=([\d.]+),<([\d.]+)", " ".join(project()["dependencies"])).groups()
+    minor = [int(version.split(".")[1]) for version in (tested[0]["torch"], high)]
+    assert tested[0]["torch"] == f"{low}.*" and int(tested[-1]["torch"].split(".")[1]) == minor[1] - 1
+    assert tested[0]["python"] == project()["requires-python"].removeprefix(">=")
 
 
 def test_pre_commit_runs_the_lint_and_nothing_else():

@@ -21,7 +21,6 @@ from engine.plan.memory import GIB, ClusterSpec, available
 from engine.plan.microbatch import describe_microbatches
 from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
 
-
 DESCRIPTION = "Validate a configuration and print its layout, memory and steps, without starting the run; needs no GPU."
 EXAMPLES = """
 examples:

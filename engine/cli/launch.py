@@ -54,8 +54,8 @@ class Launch:
         if self.nodes > 1 and (self.node_rank is None or self.master_addr is None):
             raise ConfigError(
                 f"--nodes {self.nodes} needs --node-rank (0 to {self.nodes - 1}, another one on each node) and "
-                "--master-addr (the host of node 0), or NODE_RANK and MASTER_ADDR in the environment; start the command "
-                "on each node, or see examples/slurm; --dry-run prints the line of a node"
+                "--master-addr (the host of node 0), or NODE_RANK and MASTER_ADDR in the environment; start the "
+                "command on each node, or see examples/slurm; --dry-run prints the line of a node"
             )
 
     def options(self) -> list[str]:

@@ -13,9 +13,10 @@ from engine.cli.settings import config_parser, load_config
 from engine.config.schema import Config
 from engine.errors import ConfigError, run_program
 
-DESCRIPTION = """Pretrain or fine-tune a model, as `task` in the configuration says: on one process, with --gpus or --ranks
-on several of this node, and with --nodes on several nodes. Before it starts ranks, it checks that the configuration,
-the data and the memory fit. On SIGTERM every rank saves a checkpoint and exits with code 75; the same command resumes."""
+DESCRIPTION = """Pretrain or fine-tune a model, as `task` in the configuration says: on one process, with --gpus or
+--ranks on several of this node, and with --nodes on several nodes. Before it starts ranks, it checks that the
+configuration, the data and the memory fit. On SIGTERM the run saves a checkpoint and exits with code 75;
+the same command resumes it."""
 EXAMPLES = """
 examples:
   %(prog)s tiny                                              # one process
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     if launch is None or (launch.world_size == 1 and not options.dry_run):
         from engine.train.run import train
 
-        return train(config)
+        train(config)
+        return None
     return _start(launch, config, ["engine", "train", options.config, *overrides], dry_run=options.dry_run)
 
 

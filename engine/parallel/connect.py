@@ -211,7 +211,7 @@ def check_hardware_queues(environment: Mapping[str, str], pp: int, device_type: 
         raise ConfigError(
             f"CUDA_DEVICE_MAX_CONNECTIONS = 1 with parallel.pp = {pp}: with one hardware queue, a receive that waits "
             "for another stage holds up all kernels launched after it, which has not been proven safe on hardware; set "
-            "it to 32, as examples/launch.sh does, or unset it"
+            "it to 32, as triaxis train does, or unset it"
         )
 
 

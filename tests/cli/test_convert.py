@@ -56,7 +56,7 @@ def test_both_ways_and_the_next_command(run_dir: Path, tmp_path: Path, capsys: p
     convert("--from", tmp_path / "hf", "--to", tmp_path / "imported")
     said = capsys.readouterr().out
     assert "imported 12 tensors" in said
-    assert f"generate.py {tmp_path / 'imported'}" in said
+    assert f"triaxis generate {tmp_path / 'imported'} --prompt" in said
     assert f"run.resume to {tmp_path / 'imported'}" in said
     before, after = open_checkpoint(run_dir), open_checkpoint(tmp_path / "imported")
     for name in logical_shapes(MODEL):

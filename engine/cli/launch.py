@@ -19,7 +19,7 @@ HARDWARE_QUEUES = 32  # kernels of several streams wait for each other in fewer;
 
 
 @dataclass(frozen=True)
-class Launch:
+class NodeLaunch:
     """The ranks to start on this node, and where the nodes meet.
 
     Raises:
@@ -84,7 +84,7 @@ class Launch:
         return " ".join([*settings, "torchrun", *options, "-m", shlex.join(program)])
 
 
-def run_ranks(launch: Launch, program: list[str], run_dir: Path) -> int:
+def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
     """Start the ranks of `python -m PROGRAM`, wait for them, and return the exit code of the first one that failed.
 
     After a signal, which the ranks get as well, the code is the one that they recorded in `run_dir`.

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from engine.cli.launch import Launch, run_ranks
+from engine.cli.launch import NodeLaunch, run_node
 from engine.cli.settings import config_parser, load_config
 from engine.config.schema import Config
 from engine.errors import ConfigError, run_program
@@ -79,7 +79,7 @@ def _refuse_launch_options(options: argparse.Namespace) -> None:
         raise error
 
 
-def _launch(options: argparse.Namespace, config: Config) -> Launch:
+def _launch(options: argparse.Namespace, config: Config) -> NodeLaunch:
     """The ranks to start: as many as the options say, or as there are GPUs.
 
     Raises:
@@ -95,7 +95,7 @@ def _launch(options: argparse.Namespace, config: Config) -> Launch:
         ranks = int(variable)
     elif ranks is None:
         ranks = _num_gpus(config) or 1
-    return Launch(ranks, options.nodes, options.node_rank, options.master_addr, options.master_port)
+    return NodeLaunch(ranks, options.nodes, options.node_rank, options.master_addr, options.master_port)
 
 
 def _require_gpus(number: int, config: Config) -> None:
@@ -111,13 +111,13 @@ def _num_gpus(config: Config) -> int:
     return 0 if config.run.device == "cpu" else torch.cuda.device_count()
 
 
-def _start(launch: Launch, config: Config, program: list[str], *, dry_run: bool) -> int | None:
+def _start(launch: NodeLaunch, config: Config, program: list[str], *, dry_run: bool) -> int | None:
     if not dry_run:
         launch.require_place()
     if code := _in_a_child(lambda: check_start(config, launch)):
         return code
     print(launch.line(program), file=sys.stdout if dry_run else sys.stderr, flush=True)
-    return None if dry_run else run_ranks(launch, program, config.run.dir)
+    return None if dry_run else run_node(launch, program, config.run.dir)
 
 
 def _in_a_child(check: Callable[[], None]) -> int:
@@ -130,7 +130,7 @@ def _in_a_child(check: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def check_start(config: Config, launch: Launch) -> None:
+def check_start(config: Config, launch: NodeLaunch) -> None:
     """Make the checks of a rank's start once, while there are no ranks.
 
     Raises:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from engine.cli.launch import Launch, _recorded_code
+from engine.cli.launch import NodeLaunch, _recorded_code
 from engine.cli.train import _launch, parser
 from engine.errors import ConfigError
 from tests.config.minimal import build
@@ -21,30 +21,30 @@ def clean(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def launch(*arguments: str) -> Launch:
+def launch(*arguments: str) -> NodeLaunch:
     options, overrides = parser().parse_known_args(["CONFIG", *arguments])
     return _launch(options, build({}, *overrides))
 
 
 def test_without_options_it_is_as_many_ranks_as_gpus_or_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert launch() == Launch(1)
+    assert launch() == NodeLaunch(1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert launch() == Launch(8)
-    assert launch("--run.device", "cpu") == Launch(1)
-    assert launch("--ranks", "2") == Launch(2)
-    assert launch("--gpus", "4") == Launch(4)
+    assert launch() == NodeLaunch(8)
+    assert launch("--run.device", "cpu") == NodeLaunch(1)
+    assert launch("--ranks", "2") == NodeLaunch(2)
+    assert launch("--gpus", "4") == NodeLaunch(4)
     monkeypatch.setenv("NPROC_PER_NODE", "3")
-    assert launch() == Launch(3)
-    assert launch("--gpus", "4") == Launch(4)
+    assert launch() == NodeLaunch(3)
+    assert launch("--gpus", "4") == NodeLaunch(4)
 
 
 def test_options_take_precedence_over_the_variables_of_schedulers(monkeypatch):
     place = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    assert launch("--ranks", "8") == Launch(8, 4, 2, "node0", 1234)
-    assert launch("--ranks", "8", "--node-rank", "3", "--master-port", "99") == Launch(8, 4, 3, "node0", 99)
+    assert launch("--ranks", "8") == NodeLaunch(8, 4, 2, "node0", 1234)
+    assert launch("--ranks", "8", "--node-rank", "3", "--master-port", "99") == NodeLaunch(8, 4, 3, "node0", 99)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_what_cannot_be_started_is_named(monkeypatch, arguments, problem):
 
 
 def test_a_node_must_know_its_place():
-    Launch(8).require_place()
-    Launch(8, 4, 0, "node0").require_place()
-    for unknown in (Launch(8, 4), Launch(8, 4, 1), Launch(8, 4, None, "node0")):
+    NodeLaunch(8).require_place()
+    NodeLaunch(8, 4, 0, "node0").require_place()
+    for unknown in (NodeLaunch(8, 4), NodeLaunch(8, 4, 1), NodeLaunch(8, 4, None, "node0")):
         with pytest.raises(ConfigError, match=r"--nodes 4 needs --node-rank \(0 to 3"):
             unknown.require_place()
 
@@ -76,11 +76,11 @@ def test_the_line_is_one_for_torchrun(monkeypatch):
     program = ["engine", "train", "tiny", "--data.train", "[{path: a b}]"]
     settings = "OMP_NUM_THREADS=7 CUDA_DEVICE_MAX_CONNECTIONS=32 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170"
     ranks = "-m engine train tiny --data.train '[{path: a b}]'"
-    assert Launch(8).line(program) == f"{settings} torchrun --standalone --nproc-per-node 8 {ranks}"
+    assert NodeLaunch(8).line(program) == f"{settings} torchrun --standalone --nproc-per-node 8 {ranks}"
     meet = "--nnodes 4 --node-rank 1 --master-addr node0 --master-port 29500"
-    assert Launch(8, 4, 1, "node0").line(program) == f"{settings} torchrun {meet} --nproc-per-node 8 {ranks}"
+    assert NodeLaunch(8, 4, 1, "node0").line(program) == f"{settings} torchrun {meet} --nproc-per-node 8 {ranks}"
     meet = "--nnodes 4 --node-rank $NODE_RANK --master-addr $MASTER_ADDR --master-port 29500"
-    assert Launch(8, 4).line(program) == f"{settings} torchrun {meet} --nproc-per-node 8 {ranks}"
+    assert NodeLaunch(8, 4).line(program) == f"{settings} torchrun {meet} --nproc-per-node 8 {ranks}"
 
 
 def test_the_code_of_a_stopped_run_is_the_recorded_one(tmp_path):

@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
 }
 
 const Operator kOperators[] = {
-    {"norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, Tensor(a!)? amax) "
+    {"norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, Tensor(a!)? amax=None) "
      "-> (Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(norm_forward)},
     {"norm_forward_fp8(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, str scaling, "

@@ -35,7 +35,13 @@ def why_no_kernels() -> str:
 
 
 def _norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool, *amax: Any
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     rstd = x.new_empty(x.shape[0], dtype=torch.float32)
     total = x.new_empty(0 if residual is None else x.shape)
@@ -121,7 +127,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_forward": _norm_forward,
     "norm_forward_fp8": _norm_forward_fp8,
     "norm_backward": _norm_backward,
-    "swiglu_forward": lambda gate_up, amax: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    "swiglu_forward": lambda gate_up, amax=None: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8_output(x, x.shape[0], x.shape[1] // 2, scaling),
     "swiglu_backward": lambda grad_out, gate_up: gate_up.new_empty(gate_up.shape),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),

@@ -14,7 +14,7 @@ from engine.ops.quantize import ActivationWithAmax, AmaxOutput, Fp8Activation, F
 def swiglu(gate_up: Tensor) -> Tensor:
     """SwiGLU of `gate_up` [..., 2f], gate first: [..., f]."""
     if native.runs(gate_up):
-        return _KernelSwiGlu.apply(gate_up, None)
+        return _KernelSwiGlu.apply(gate_up)
     if uses_recompute(gate_up):
         return _SwiGlu.apply(gate_up)
     return swiglu_reference(gate_up)
@@ -41,14 +41,14 @@ def uses_recompute(gate_up: Tensor) -> bool:
 
 class _KernelSwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, amax: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, amax: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(gate_up)
         out = torch.ops.triaxis.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1]), amax)
         return out.view(*gate_up.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
         (gate_up,) = ctx.saved_tensors
         grad = grad_outputs[0]
         flat = gate_up.reshape(-1, gate_up.shape[-1])

@@ -77,8 +77,7 @@ def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     current = {"tensorwise": 3, "delayed": 1, "blockwise": 0}[recipe]  # steps with scales from the current amax
     weights = 0 if recipe == "blockwise" else linears // 4
     assert calls.get("triaxis::amax_", 0) == weights + current * 4 * 4 * (4 + 1)
-    assert not {"aten::abs", "aten::where"} & {key for key, count in calls.items() if count > 3 * 3}
-    assert calls.get("aten::reciprocal", 0) <= 2 * 3  # a step
+    assert all(calls.get(f"aten::{name}", 0) < linears // 4 for name in ("abs", "where", "reciprocal"))  # a few a step
 
 
 @pytest.mark.parametrize("bias", [False, True])

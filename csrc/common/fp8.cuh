@@ -56,11 +56,7 @@ __device__ __forceinline__ void raise_to(float* at, int maximum) {
 // Raises *amax, if it is not null, to the maximum of a warp. All lanes call it, after their last row.
 __device__ __forceinline__ void raise_amax(float* amax, int maximum) {
   if (amax == nullptr) return;
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const int other = __shfl_xor_sync(0xffffffffu, maximum, offset);
-    maximum = other > maximum ? other : maximum;
-  }
+  maximum = warp_max(maximum);
   if ((threadIdx.x + threadIdx.y * blockDim.x) % kWarp == 0) raise_to(amax, maximum);
 }
 

@@ -6,7 +6,7 @@ namespace triaxis {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 4;  // of 16 bytes that a thread loads before the first use: 64 KB a multiprocessor at 4 blocks
+constexpr int kVectors = 4;  // of 16 bytes that a thread loads before the first use: 64 KB a multiprocessor with 4 blocks
 
 // `vectors` of 16 bytes from `x` on, and the elements behind them up to `size`.
 template <typename T>
@@ -29,7 +29,14 @@ __global__ void __launch_bounds__(kThreads) amax(const T* x, int64_t vectors, in
   }
   for (int64_t i = vectors * kSize + int64_t(blockIdx.x) * kThreads + threadIdx.x; i < size; i += int64_t(gridDim.x) * kThreads)
     maximum = max_magnitude(maximum, to_float(x[i]));
-  raise_amax(out, maximum);
+  // One atomic a block: all blocks end at the same time.
+  __shared__ int of_block;
+  if (threadIdx.x == 0) of_block = 0;
+  __syncthreads();
+  maximum = warp_max(maximum);
+  if (threadIdx.x % kWarp == 0) atomicMax(&of_block, maximum);
+  __syncthreads();
+  if (threadIdx.x == 0) raise_to(out, of_block);
 }
 
 }  // namespace

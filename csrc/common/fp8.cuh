@@ -68,18 +68,24 @@ inline Output output_of(const triaxis_fp8_output& out) {
   return out.scaling == TRIAXIS_TENSORWISE ? Output::kTensorwise : Output::kBlocks;
 }
 
+// Element j of a vector of either kind, as a float.
+template <typename T, int kSize>
+__device__ __forceinline__ float element(const Vec<T, kSize>& v, int j) { return to_float(v.at[j]); }
+template <typename T, int kSize>
+__device__ __forceinline__ float element(const Packed<T, kSize>& v, int j) { return v[j]; }
+
 // Quantizes a thread's vector of the output at (row, column). All lanes of a warp call it, also those that are not `inside`
 // the row (with zeros in `y`), because adjacent lanes hold the 128 elements that share a scale. For kTensorwise, `scale` is
 // that of the tensor, and `amax` the maximum of this thread, for raise_amax().
-template <Output kOutput, typename T>
+template <Output kOutput, typename V>
 __device__ __forceinline__ void store_fp8(
-    const triaxis_fp8_output& out, float scale, const Vec<T>& y, int64_t row, int64_t columns, int64_t column, bool inside,
+    const triaxis_fp8_output& out, float scale, const V& y, int64_t row, int64_t columns, int64_t column, bool inside,
     int& amax) {
-  constexpr int kSize = Vec<T>::size, kLanes = 128 / kSize;
+  constexpr int kSize = V::size, kLanes = 128 / kSize;
   if constexpr (kOutput == Output::kBlocks) {
     float largest = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, fabsf(to_float(y.at[j])));
+    for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, fabsf(element(y, j)));
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2)
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
@@ -88,13 +94,13 @@ __device__ __forceinline__ void store_fp8(
     if (inside && column % 128 == 0) out.scale_inv[column / 128 * out.scale_inv_stride + row] = block.inv;
   } else {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) amax = max_magnitude(amax, to_float(y.at[j]));
+    for (int j = 0; j < kSize; ++j) amax = max_magnitude(amax, element(y, j));
   }
   if (!inside) return;
   Vec<uint16_t, kSize / 2> pairs;
 #pragma unroll
   for (int j = 0; j < kSize; j += 2)
-    pairs.at[j / 2] = to_fp8<__NV_E4M3>(to_float(y.at[j]) * scale, to_float(y.at[j + 1]) * scale);
+    pairs.at[j / 2] = to_fp8<__NV_E4M3>(element(y, j) * scale, element(y, j + 1) * scale);
   store(reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(out.values) + row * columns + column), pairs);
 }
 

@@ -28,6 +28,12 @@ __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int6
   return static_cast<const T*>(matrix) + row * stride;
 }
 
+// x̂ of one element.
+template <bool kCentered>
+__device__ __forceinline__ float normalized(float x, float mean, float rstd) {
+  return (kCentered ? x - mean : x) * rstd;
+}
+
 template <typename T, bool kCentered, int kVectors, Output kOutput>
 __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_forward_args a) {
   constexpr int kSize = Vec<T>::size;
@@ -39,26 +45,26 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_f
   int amax = 0;  // bits, of this thread's outputs
   for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += int64_t(gridDim.x) * blockDim.y) {
     // Load the row, then the residual; add, round, and store the sum.
-    Vec<T> x[kVectors];
+    Packed<T> x[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if (v < row_vectors) x[i] = load_vec(row_of<T>(a.x, row, a.x_stride) + v * kSize);
+      if (v < row_vectors) x[i] = Packed<T>::load(row_of<T>(a.x, row, a.x_stride) + v * kSize);
     }
     if (a.residual != nullptr) {
-      Vec<T> residual[kVectors];
+      Packed<T> residual[kVectors];
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int v = threadIdx.x + i * blockDim.x;
-        if (v < row_vectors) residual[i] = load_vec(row_of<T>(a.residual, row, a.residual_stride) + v * kSize);
+        if (v < row_vectors) residual[i] = Packed<T>::load(row_of<T>(a.residual, row, a.residual_stride) + v * kSize);
       }
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int v = threadIdx.x + i * blockDim.x;
         if (v >= row_vectors) continue;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) x[i].at[j] = from_float<T>(to_float(x[i].at[j]) + to_float(residual[i].at[j]));
-        store(static_cast<T*>(a.sum) + row * a.columns + v * kSize, x[i]);
+        for (int j = 0; j < kSize; j += 2) x[i].set_pair(j / 2, x[i][j] + residual[i][j], x[i][j + 1] + residual[i][j + 1]);
+        x[i].store(static_cast<T*>(a.sum) + row * a.columns + v * kSize);
       }
     }
     // Statistics in two passes over the registers: the mean, then the mean square around it.
@@ -68,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_f
       for (int i = 0; i < kVectors; ++i) {
         if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) total += to_float(x[i].at[j]);
+        for (int j = 0; j < kSize; ++j) total += x[i][j];
       }
       mean = row_sum(total) * share;
       total = 0.0f;
@@ -78,7 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_f
       if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float deviation = to_float(x[i].at[j]) - mean;
+        const float deviation = kCentered ? x[i][j] - mean : x[i][j];
         total += deviation * deviation;
       }
     }
@@ -92,23 +98,24 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_f
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
       const bool inside = v < row_vectors;
-      Vec<T> y = {};
+      Packed<T> y = {};
       if (inside) {
-        const Vec<T> weight = load_vec(static_cast<const T*>(a.weight) + v * kSize);
-        Vec<T> bias = {};
-        if (kCentered && a.bias != nullptr) bias = load_vec(static_cast<const T*>(a.bias) + v * kSize);
+        const Packed<T> weight = Packed<T>::load(static_cast<const T*>(a.weight) + v * kSize);
+        Packed<T> bias = {};
+        if (kCentered && a.bias != nullptr) bias = Packed<T>::load(static_cast<const T*>(a.bias) + v * kSize);
+        const auto result = [&](int j) {
+          const float scaled = normalized<kCentered>(x[i][j], mean, rstd) * weight[j];
+          return kCentered ? scaled + bias[j] : scaled;
+        };
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const float normalized = (to_float(x[i].at[j]) - mean) * rstd;
-          y.at[j] = from_float<T>(normalized * to_float(weight.at[j]) + to_float(bias.at[j]));
-        }
-        if (kOutput == Output::kPlain) store(static_cast<T*>(a.y) + row * a.columns + v * kSize, y);
+        for (int j = 0; j < kSize; j += 2) y.set_pair(j / 2, result(j), result(j + 1));
+        if (kOutput == Output::kPlain) y.store(static_cast<T*>(a.y) + row * a.columns + v * kSize);
       }
       if constexpr (kOutput != Output::kPlain) {
         store_fp8<kOutput>(a.fp8, scale, y, row, a.columns, int64_t(v) * kSize, inside, amax);
       } else if (a.fp8.amax != nullptr) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) amax = max_magnitude(amax, to_float(y.at[j]));
+        for (int j = 0; j < kSize; ++j) amax = max_magnitude(amax, y[j]);
       }
     }
   }
@@ -155,12 +162,6 @@ __global__ void __launch_bounds__(kGeneralThreads) norm_forward_general(const tr
     }
   }
   raise_amax(a.fp8.amax, amax);
-}
-
-// x̂ of one element.
-template <bool kCentered>
-__device__ __forceinline__ float normalized(float x, float mean, float rstd) {
-  return (kCentered ? x - mean : x) * rstd;
 }
 
 // A thread's vectors of one row. Threads beyond the end of the row get its last vector: so only the weight, which is zero

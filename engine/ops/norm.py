@@ -77,8 +77,8 @@ def norm_for_fp8(
     output: Fp8Output | AmaxOutput,
     sinks: Sinks = _NO_SINKS,
 ) -> tuple[Fp8Activation | ActivationWithAmax, Tensor]:
-    """Return the norm of x [t, h] (or of x + residual), in FP8 or with its amax, and the sum; by the kernel. FP8 requires
-    `output.supports`.
+    """Return the norm of x [t, h] (or of x + residual), in FP8 or with its amax, and the sum; by the kernel. FP8
+    requires `output.supports`.
     """
     y, total, *quantized = _KernelNorm.apply(x, residual, weight, bias, eps, sinks, output)
     total = x if residual is None else total

@@ -99,7 +99,7 @@ class ActivationWithAmax:
 
 
 def carrier_of(like: Tensor, shape: torch.Size) -> Tensor:
-    """Create a tensor of `shape`, with the dtype and device of `like`, that takes no memory; nothing reads its value."""
+    """Create a tensor of `shape`, with the dtype and device of `like`, that takes no memory and has no values."""
     return like.new_empty(()).expand(shape)
 
 
@@ -131,9 +131,9 @@ def quantize(
 ) -> tuple[QuantizedTensor | None, QuantizedTensor | None]:
     """Quantize `x` [m, k] to `dtype`: as [m, k] (`row_major`) and transposed to [k, m], each if requested.
 
-    TENSORWISE multiplies x by `scale` and raises `amax` to at least max |x|; or, without a scale, takes it from `amax`, which
-    then is max |x| (fp32 [1] each, as `scale_inv`, the reciprocal of the scale, if the caller has it). Scales per block are computed here;
-    `power_of_two` rounds their `scale_inv` up to powers of two.
+    TENSORWISE multiplies x by `scale` and raises `amax` to at least max |x|; or, without a scale, takes it from `amax`,
+    which then is max |x| (fp32 [1] each, as `scale_inv`, the reciprocal of the scale, if the caller has it). Scales per
+    block are computed here; `power_of_two` rounds their `scale_inv` up to powers of two.
 
     Raises:
         ValueError: k (or m, for the transpose) is not a multiple of 16, which FP8 matmuls need.

@@ -48,7 +48,7 @@ class _KernelSwiGlu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         grad = grad_outputs[0]
         flat = gate_up.reshape(-1, gate_up.shape[-1])

@@ -87,8 +87,8 @@ class Fp8Quantizer:
     weight_cache: tuple[QuantizedTensor, QuantizedTensor] | None = None
 
     def quantize_input(self, x: Tensor, amax: Tensor | None = None) -> QuantizedTensor:
-        """Quantize `x`, this rank's tokens or features of the input, along its rows. `amax`: its current amax, fp32 [1], if
-        the op that computed it has taken it.
+        """Quantize `x`, this rank's tokens or features of the input, along its rows. `amax`: its current amax, fp32
+        [1], if the op that computed it has taken it.
         """
         return self._quantize(x, _INPUT, _E4M3, amax, reduce_amax=True)[0]
 
@@ -146,9 +146,10 @@ class Fp8Quantizer:
             return _both(quantize(x, dtype, BLOCK_1X128, transposed=transposed, power_of_two=True))
         in_step = self.amax[which]
         if self.use_history:
-            scale, scale_inv = self.scales[which], self.scale_invs[which]
-            options = {"scale": scale, "scale_inv": scale_inv, "amax": in_step}
-            return _both(quantize(x, dtype, TENSORWISE, transposed=transposed, **options))
+            scale, inv = self.scales[which], self.scale_invs[which]
+            return _both(
+                quantize(x, dtype, TENSORWISE, transposed=transposed, scale=scale, scale_inv=inv, amax=in_step)
+            )
         amax = self._current_amax(x, amax, reduce=reduce_amax)
         if self.recipe == "delayed":
             torch.maximum(in_step, amax, out=in_step)

@@ -192,8 +192,8 @@ class _Fp8Linear(torch.autograd.Function):
         sink: GradientSink,
         quantizer: Fp8Quantizer,
     ) -> Tensor:
-        """`local`: this rank's tokens in FP8. `x`, their values or a placeholder without memory, and `weight` are passed
-        only so that autograd tracks them: the matmuls read the quantized copies.
+        """`local`: this rank's tokens in FP8. `x`, their values or a placeholder without memory, and `weight` are
+        passed only so that autograd tracks them: the matmuls read the quantized copies.
         """
         ctx.quantizer, ctx.sink, ctx.dtype = quantizer, sink, x.dtype
         ctx.group = group = None if gather is None else gather.group

@@ -70,8 +70,8 @@ def test_every_kernel_compiles_for_hopper_and_the_tuned_ones_keep_to_their_regis
 
 @pytest.mark.parametrize("centered, limits", [(0, (400, 440, 485)), (1, (550, 605, 650))], ids=["RMSNorm", "LayerNorm"])
 def test_a_row_of_the_forward_of_a_norm_takes_few_instructions(objects, centered, limits):
-    """At 4096 columns in bf16, where a thread has two vectors, with a residual: 368, 411 and 453 when this was written (515, 567
-    and 607 with a mean), plain, with one scale and with one for each block; and no division.
+    """At 4096 columns in bf16, where a thread has two vectors, with a residual; plain, with one scale, and with one for
+    each block: 368, 411 and 453 when this was written (515, 567 and 607 with a mean), and no division.
     """
     found = kernels_of(objects["norm"], f"norm_forwardI13__nv_bfloat16Lb{centered}ELi2E")
     for output, limit in enumerate(limits):
@@ -101,8 +101,9 @@ def test_reading_a_tensor_for_its_amax_takes_few_instructions(objects):
 
 
 def test_quantizing_by_powers_of_two_divides_nothing(objects):
-    """In bf16: 1,272 and 1,024 instructions with 1 × 128 and 128 × 128 blocks when this was written. With one scale, 1,192: it
-    divides for a scale from the amax, once a thread and not for each of its 64 elements, and for the scale's reciprocal.
+    """In bf16: 1,272 and 1,024 instructions with 1 × 128 and 128 × 128 blocks when this was written. With one scale,
+    1,192: it divides for a scale from the amax, once a thread and not for each of its 64 elements, and for the scale's
+    reciprocal.
     """
     found = kernels_of(objects["quantize"], "quantizeI13__nv_bfloat16")
     (one_scale,) = {len(kernel.code) for name, kernel in found.items() if "scaling0ELb0" in name}

@@ -68,7 +68,7 @@ def test_a_scale_from_the_amax(emulated, source, dtype, row_major, transposed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 1023, 4096, 4100, 100_003])
 def test_the_amax_of_a_tensor(emulated, size, dtype):
-    """Wherever it is, of whichever sign, also if the tensor starts between two vectors; and what is there is not lowered."""
+    """Wherever it is, of either sign, also if the tensor starts between two vectors; what is there is not lowered."""
     torch.manual_seed(size)
     whole = torch.randn(size + 1).to(dtype)
     for seed, x in enumerate((whole[:size], whole[1:])):

@@ -73,7 +73,7 @@ def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     assert calls.get("triaxis::swiglu_forward_fp8", 0) == (fused if preset == "tiny" else 0)
     linears = 3 * 4 * 4 * 4  # steps, microbatches, layers, linear layers
     assert calls["triaxis::transpose_fp8"] == linears  # of the input, for the weight's gradient
-    # Without a scale, a tensor is read once for its amax where no kernel takes it: weights, gradients, attention's output.
+    # Without a scale, a tensor is read for its amax where no kernel takes it: weights, gradients, attention's output.
     current = {"tensorwise": 3, "delayed": 1, "blockwise": 0}[recipe]  # steps with scales from the current amax
     weights = 0 if recipe == "blockwise" else linears // 4
     assert calls.get("triaxis::amax_", 0) == weights + current * 4 * 4 * (4 + 1)

@@ -24,7 +24,13 @@ Tensor new_scale_inv(const Tensor& like, int64_t rows, int64_t columns, triaxis_
   return torch::stable::new_zeros(like, {blocks(rows), padded_blocks(columns)}, ScalarType::Float);
 }
 
-// -> values, their transpose, scale_inv of each; empty if not requested
+void amax_(Tensor amax, Tensor x) {
+  x = torch::stable::contiguous(x);
+  const OnDevice device(x);
+  check_status(triaxis_amax(x.data_ptr(), x.numel(), dtype_of(x, "x"), one_float(amax, "amax"), device.stream), "amax_");
+}
+
+// -> values, their transpose, scale_inv of each; empty if not requested. One scale: scale_inv only if it is not given, of both.
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
     Tensor x, ScalarType dtype, std::string scaling, bool row_major, bool transposed, OptionalTensor scale,
     OptionalTensor amax, bool power_of_two) {
@@ -35,11 +41,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(
   STD_TORCH_CHECK(columns % 16 == 0 && (!transposed || rows % 16 == 0), "quantize: [", rows, ", ", columns,
                   "]: FP8 takes multiples of 16");
   a.scaling = scaling_of(scaling);
-  STD_TORCH_CHECK(a.scaling != TRIAXIS_TENSORWISE || scale.has_value(), "quantize: scaling 'tensorwise' needs a scale");
+  const bool from_amax = a.scaling == TRIAXIS_TENSORWISE && !scale.has_value();
+  STD_TORCH_CHECK(!from_amax || amax.has_value(), "quantize: scaling 'tensorwise' needs a scale, or the amax of x");
   x = with_dense_rows(x);
   Tensor values = row_major ? empty(x, {rows, columns}, dtype) : empty(x, {0}, dtype);
   Tensor values_t = transposed ? empty(x, {columns, rows}, dtype) : empty(x, {0}, dtype);
-  Tensor scale_inv = row_major ? new_scale_inv(x, rows, columns, a.scaling) : empty(x, {0}, ScalarType::Float);
+  Tensor scale_inv = from_amax   ? empty(x, {1}, ScalarType::Float)
+                     : row_major ? new_scale_inv(x, rows, columns, a.scaling)
+                                 : empty(x, {0}, ScalarType::Float);
   Tensor scale_inv_t = transposed ? new_scale_inv(x, columns, rows, a.scaling) : empty(x, {0}, ScalarType::Float);
   a.x = x.data_ptr();
   a.row_major = row_major ? values.data_ptr() : nullptr;
@@ -157,6 +166,7 @@ void fp8_matmul_sm90_add_(
 #define OPERANDS "Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, str a_scaling, str b_scaling"
 
 const Operator kOperators[] = {
+    {"amax_(Tensor(a!) amax, Tensor x) -> ()", TRIAXIS_KERNEL(amax_)},
     {"quantize(Tensor x, ScalarType dtype, str scaling, bool row_major, bool transposed, Tensor? scale, Tensor(a!)? amax, "
      "bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(quantize)},

@@ -11,7 +11,7 @@ struct Statistics {
   Tensor sum, mean, rstd;
 };
 
-// `y` or `fp8` is where the output goes.
+// `y` or `fp8.values` is where the output goes.
 Statistics run_forward(
     Tensor x, OptionalTensor residual, const Tensor& weight, const OptionalTensor& bias, double eps, bool centered, void* y,
     const triaxis_fp8_output& fp8) {
@@ -48,19 +48,21 @@ Statistics run_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
-    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered) {
+    Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered, OptionalTensor amax) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
   Tensor y = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
-  const auto [sum, mean, rstd] = run_forward(x, residual, weight, bias, eps, centered, y.data_ptr(), {});
+  triaxis_fp8_output output{};
+  output.amax = one_float(amax, "amax");
+  const auto [sum, mean, rstd] = run_forward(x, residual, weight, bias, eps, centered, y.data_ptr(), output);
   return {y, sum, mean, rstd};
 }
 
 // -> values and scale_inv of the output, then what norm_forward returns in addition to y
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward_fp8(
     Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, bool centered, std::string scaling,
-    OptionalTensor scale, OptionalTensor amax, bool power_of_two) {
+    OptionalTensor scale, OptionalTensor amax) {
   STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
-  const Fp8Result y(x, x.size(0), x.size(1), scaling, scale, amax, power_of_two);
+  const Fp8Result y(x, x.size(0), x.size(1), scaling, scale, amax);
   const auto [sum, mean, rstd] = run_forward(x, residual, weight, bias, eps, centered, nullptr, y.output);
   return {y.values, y.scale_inv, sum, mean, rstd};
 }
@@ -107,11 +109,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
 }
 
 const Operator kOperators[] = {
-    {"norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered) -> "
-     "(Tensor, Tensor, Tensor, Tensor)",
+    {"norm_forward(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, Tensor(a!)? amax=None) "
+     "-> (Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(norm_forward)},
     {"norm_forward_fp8(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, str scaling, "
-     "Tensor? scale, Tensor(a!)? amax, bool power_of_two) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+     "Tensor? scale, Tensor(a!)? amax) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(norm_forward_fp8)},
     {"norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool centered) -> "
      "(Tensor, Tensor, Tensor)",

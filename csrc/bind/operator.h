@@ -81,7 +81,7 @@ struct Fp8Result {
   triaxis_fp8_output output{};
 
   Fp8Result(const Tensor& like, int64_t rows, int64_t columns, const std::string& scaling, const OptionalTensor& scale,
-            const OptionalTensor& amax, bool power_of_two)
+            const OptionalTensor& amax)
       : values(empty(like, {rows, columns}, ScalarType::Float8_e4m3fn)),
         scale_inv(scaling == "block_1x128" ? empty(like, {(columns + 127) / 128, rows}, ScalarType::Float)
                                            : empty(like, {0}, ScalarType::Float)) {
@@ -94,7 +94,6 @@ struct Fp8Result {
     output.scale_inv = floats(scale_inv);
     output.scale_inv_stride = rows;
     output.scaling = scaling_of(scaling);
-    output.power_of_two = power_of_two;
   }
 };
 

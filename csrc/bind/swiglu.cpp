@@ -23,10 +23,11 @@ triaxis_swiglu_args args_of(const Tensor& gate_up, const Tensor& out) {
   return a;
 }
 
-Tensor swiglu_forward(Tensor gate_up) {
+Tensor swiglu_forward(Tensor gate_up, OptionalTensor amax) {
   gate_up = gate_up_of(gate_up);
   Tensor out = empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2}, gate_up.scalar_type());
-  const triaxis_swiglu_args a = args_of(gate_up, out);
+  triaxis_swiglu_args a = args_of(gate_up, out);
+  a.fp8.amax = one_float(amax, "amax");
   const OnDevice device(gate_up);
   check_status(triaxis_swiglu_forward(&a, device.stream), "swiglu_forward");
   return out;
@@ -34,9 +35,9 @@ Tensor swiglu_forward(Tensor gate_up) {
 
 // -> values and scale_inv of the output
 std::tuple<Tensor, Tensor> swiglu_forward_fp8(
-    Tensor gate_up, std::string scaling, OptionalTensor scale, OptionalTensor amax, bool power_of_two) {
+    Tensor gate_up, std::string scaling, OptionalTensor scale, OptionalTensor amax) {
   gate_up = gate_up_of(gate_up);
-  const Fp8Result out(gate_up, gate_up.size(0), gate_up.size(1) / 2, scaling, scale, amax, power_of_two);
+  const Fp8Result out(gate_up, gate_up.size(0), gate_up.size(1) / 2, scaling, scale, amax);
   triaxis_swiglu_args a = args_of(gate_up, out.values);
   a.fp8 = out.output;
   const OnDevice device(gate_up);
@@ -60,9 +61,8 @@ Tensor swiglu_backward(Tensor grad_out, Tensor gate_up) {
 }
 
 const Operator kOperators[] = {
-    {"swiglu_forward(Tensor gate_up) -> Tensor", TRIAXIS_KERNEL(swiglu_forward)},
-    {"swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax, bool power_of_two) -> "
-     "(Tensor, Tensor)",
+    {"swiglu_forward(Tensor gate_up, Tensor(a!)? amax=None) -> Tensor", TRIAXIS_KERNEL(swiglu_forward)},
+    {"swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax) -> (Tensor, Tensor)",
      TRIAXIS_KERNEL(swiglu_forward_fp8)},
     {"swiglu_backward(Tensor grad_out, Tensor gate_up) -> Tensor", TRIAXIS_KERNEL(swiglu_backward)},
 };

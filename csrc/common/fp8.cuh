@@ -39,50 +39,74 @@ __device__ __forceinline__ uint16_t to_fp8(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(float2{low, high}, __NV_SATFINITE, kType);
 }
 
-// *at = max(*at, value) for numbers that are not negative, whose bits as integers have the same order.
-__device__ __forceinline__ void atomic_max(float* at, float value) {
-  atomicMax(reinterpret_cast<int*>(at), __float_as_int(value));
+// The larger of a maximum, kept as the bits of a number that is not negative, and |x|. As integers such bits have the order
+// of the numbers, with NaN behind infinity: a NaN is not lost, as fmaxf would lose it.
+__device__ __forceinline__ int max_magnitude(int maximum, float x) {
+  const int magnitude = __float_as_int(fabsf(x));
+  return magnitude > maximum ? magnitude : maximum;
 }
 
+// Raises *at to `maximum`. Most calls find a larger value there and spare the atomic, of which the same address takes one at
+// a time.
+__device__ __forceinline__ void raise_to(float* at, int maximum) {
+  int* const bits = reinterpret_cast<int*>(at);
+  if (maximum > *static_cast<volatile int*>(bits)) atomicMax(bits, maximum);
+}
+
+// Raises *amax, if it is not null, to the maximum of a warp. All lanes call it, after their last row.
+__device__ __forceinline__ void raise_amax(float* amax, int maximum) {
+  if (amax == nullptr) return;
+  maximum = warp_max(maximum);
+  if ((threadIdx.x + threadIdx.y * blockDim.x) % kWarp == 0) raise_to(amax, maximum);
+}
+
+// How an operator writes its output: in its own dtype; or in E4M3, with one scale or one for each 1 × 128 block.
+enum class Output { kPlain, kTensorwise, kBlocks };
+
+inline Output output_of(const triaxis_fp8_output& out) {
+  if (out.values == nullptr) return Output::kPlain;
+  return out.scaling == TRIAXIS_TENSORWISE ? Output::kTensorwise : Output::kBlocks;
+}
+
+// Element j of a vector of either kind, as a float.
+template <typename T, int kSize>
+__device__ __forceinline__ float element(const Vec<T, kSize>& v, int j) { return to_float(v.at[j]); }
+template <typename T, int kSize>
+__device__ __forceinline__ float element(const Packed<T, kSize>& v, int j) { return v[j]; }
+
 // Quantizes a thread's vector of the output at (row, column). All lanes of a warp call it, also those that are not `inside`
-// the row (with zeros in `y`), because adjacent lanes hold the 128 elements that share a scale. `amax` is the thread's.
-template <typename T>
+// the row (with zeros in `y`), because adjacent lanes hold the 128 elements that share a scale. For kTensorwise, `scale` is
+// that of the tensor, and `amax` the maximum of this thread, for raise_amax().
+template <Output kOutput, typename V>
 __device__ __forceinline__ void store_fp8(
-    const triaxis_fp8_output& out, const Vec<T>& y, int64_t row, int64_t columns, int64_t column, bool inside,
-    float& amax) {
-  constexpr int kSize = Vec<T>::size, kLanes = 128 / kSize;
-  float largest = 0.0f;
+    const triaxis_fp8_output& out, float scale, const V& y, int64_t row, int64_t columns, int64_t column, bool inside,
+    int& amax) {
+  constexpr int kSize = V::size, kLanes = 128 / kSize;
+  if constexpr (kOutput == Output::kBlocks) {
+    float largest = 0.0f;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, fabsf(to_float(y.at[j])));
-  Scale scale{};
-  if (out.scaling == TRIAXIS_BLOCK_1X128) {
+    for (int j = 0; j < kSize; ++j) largest = fmaxf(largest, fabsf(element(y, j)));
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2)
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-    scale = out.power_of_two ? scale_from_amax<__NV_E4M3, true>(largest) : scale_from_amax<__NV_E4M3, false>(largest);
-    if (inside && column % 128 == 0) out.scale_inv[column / 128 * out.scale_inv_stride + row] = scale.inv;
+    const Scale block = scale_from_amax<__NV_E4M3, true>(largest);
+    scale = block.scale;
+    if (inside && column % 128 == 0) out.scale_inv[column / 128 * out.scale_inv_stride + row] = block.inv;
   } else {
-    scale.scale = *out.scale;
-    amax = fmaxf(amax, largest);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) amax = max_magnitude(amax, element(y, j));
   }
   if (!inside) return;
   Vec<uint16_t, kSize / 2> pairs;
 #pragma unroll
   for (int j = 0; j < kSize; j += 2)
-    pairs.at[j / 2] = to_fp8<__NV_E4M3>(to_float(y.at[j]) * scale.scale, to_float(y.at[j + 1]) * scale.scale);
+    pairs.at[j / 2] = to_fp8<__NV_E4M3>(element(y, j) * scale, element(y, j + 1) * scale);
   store(reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(out.values) + row * columns + column), pairs);
-}
-
-// Raises the tensor's amax by that of a warp, after its last row.
-__device__ __forceinline__ void store_amax(const triaxis_fp8_output& out, float amax) {
-  if (out.scaling != TRIAXIS_TENSORWISE || out.amax == nullptr) return;
-  amax = warp_max(amax);
-  if ((threadIdx.x + threadIdx.y * blockDim.x) % kWarp == 0) atomic_max(out.amax, amax);
 }
 
 inline bool valid_output(const triaxis_fp8_output& out, int64_t columns) {
   return columns % 16 == 0 && (out.scaling == TRIAXIS_BLOCK_1X128 ? out.scale_inv != nullptr
-                                                           : out.scaling == TRIAXIS_TENSORWISE && out.scale != nullptr);
+                                                                  : out.scaling == TRIAXIS_TENSORWISE && out.scale != nullptr);
 }
 
 }  // namespace triaxis

@@ -17,6 +17,15 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+__device__ __forceinline__ int warp_max(int x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const int other = __shfl_xor_sync(0xffffffffu, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 // Sums over threadIdx.x, any number of them in one kernel; every thread gets the result. The block is one row of threads,
 // or several rows of one warp each, which need no barrier. Two buffers used alternately make one barrier a sum enough:
 // before a thread writes a buffer again it has passed the barrier of the sum between, which all reach after reading it.

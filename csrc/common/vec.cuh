@@ -64,6 +64,21 @@ struct alignas(kSize * sizeof(T)) Packed {
     return to_float(__ushort_as_half(uint16_t(j % 2 == 0 ? word : word >> 16)));
   }
 
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Packed*>(p) = *this; }
+
+  // Elements 2i and 2i + 1, rounded: in one instruction to bf16.
+  __device__ __forceinline__ void set_pair(int i, float low, float high) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+      words[i] = uint32_t(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      words[i] = uint32_t(__half_as_ushort(from_float<T>(high))) << 16 | __half_as_ushort(from_float<T>(low));
+    } else {
+      words[2 * i] = uint32_t(__float_as_int(low));
+      words[2 * i + 1] = uint32_t(__float_as_int(high));
+    }
+  }
+
   // Makes the compiler convert the elements again, where it would keep their floats in registers. `zero` is an argument of the
   // kernel, so that the compiler does not know that nothing changes; ptxas sees through anything weaker, as an empty `asm`.
   __device__ __forceinline__ void forget(uint32_t zero) {
@@ -72,6 +87,16 @@ struct alignas(kSize * sizeof(T)) Packed {
       for (int i = 0; i < num_words; ++i) words[i] += zero;  // not ^=: a second time would undo the first
     }
   }
+};
+
+template <typename T>
+struct Packed<T, 1> {
+  static constexpr int size = 1;
+  T only;
+
+  __device__ __forceinline__ static Packed load(const T* p) { return {*p}; }
+  __device__ __forceinline__ float operator[](int) const { return to_float(only); }
+  __device__ __forceinline__ void store(T* p) const { *p = only; }
 };
 
 template <typename T>

@@ -31,15 +31,17 @@ TRIAXIS_PUBLIC const char* triaxis_error_string(int status);
 typedef enum { TRIAXIS_TENSORWISE, TRIAXIS_BLOCK_1X128, TRIAXIS_BLOCK_128X128 } triaxis_scaling;
 
 /* How a fused operator quantizes its output to E4M3: as triaxis_quantize would quantize the rounded output, with
- * TRIAXIS_TENSORWISE or TRIAXIS_BLOCK_1X128. Columns are a multiple of 16.
+ * TRIAXIS_TENSORWISE and a scale, or with TRIAXIS_BLOCK_1X128 and scales that are powers of two. Columns are a multiple of 16.
+ *
+ * `amax`, if not null, is raised to the largest |output|; not with TRIAXIS_BLOCK_1X128. Like the maxima of all operators it is
+ * NaN if an element is.
  */
 typedef struct {
-  void* values; /* [rows, columns], contiguous; null: the output is not quantized, and nothing here matters */
+  void* values; /* [rows, columns], contiguous; null: the output is not quantized, and only `amax` matters */
   const float* scale;
-  float *amax, *scale_inv; /* amax may be null; scale_inv [blocks of a row, rows] */
+  float *amax, *scale_inv; /* scale_inv [blocks of a row, rows] */
   int64_t scale_inv_stride;
   triaxis_scaling scaling;
-  int power_of_two;
 } triaxis_fp8_output;
 
 /* Normalization over the columns. RMSNorm: x̂ = x / sqrt(mean(x²) + eps); LayerNorm (`centered`): x̂ = (x − mean) /
@@ -55,7 +57,7 @@ typedef struct {
   float eps;
   triaxis_dtype dtype; /* F32, BF16 or F16 */
   int centered;
-  triaxis_fp8_output fp8; /* instead of y; for at most 2048 vectors of 16 bytes in a row, all of them aligned */
+  triaxis_fp8_output fp8; /* values instead of y; for at most 2048 vectors of 16 bytes in a row, all of them aligned */
 } triaxis_norm_forward_args;
 
 int triaxis_norm_forward(const triaxis_norm_forward_args* args, void* stream);
@@ -84,7 +86,7 @@ typedef struct {
   void* out;                      /* forward [rows, columns]; backward [rows, 2 columns]; contiguous */
   int64_t rows, columns, gate_up_stride, grad_out_stride;
   triaxis_dtype dtype;
-  triaxis_fp8_output fp8; /* in the forward, instead of out; for aligned rows */
+  triaxis_fp8_output fp8; /* in the forward, values instead of out; for aligned rows */
 } triaxis_swiglu_args;
 
 int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* stream);
@@ -151,12 +153,16 @@ int triaxis_adamw(const triaxis_adamw_args* args, void* stream);
 #define TRIAXIS_SQUARE_SUM_WORKSPACE 1024
 int triaxis_square_sum(const float* x, int64_t size, float* out, float* workspace, void* stream);
 
+/* Raises *amax to the largest |x|; to NaN if an element is. */
+int triaxis_amax(const void* x, int64_t size, triaxis_dtype dtype, float* amax, void* stream);
+
 /* Quantizes x [rows, columns] to FP8: to `row_major` [rows, columns], `transposed` [columns, rows], or both; null: not.
  *
- * TRIAXIS_TENSORWISE multiplies by *scale and raises *amax (if not null) to the largest |x|. The others compute the scales
- * of blocks and write `scale_inv`, what FP8 values are multiplied by to dequantize: TRIAXIS_BLOCK_1X128 along the rows of
- * each output, as [blocks of a row, rows]; TRIAXIS_BLOCK_128X128 as [block rows, block columns]. Their strides are between
- * rows of scale_inv. Columns, and rows for `transposed`, are multiples of 16.
+ * TRIAXIS_TENSORWISE multiplies by *scale and raises *amax (if not null) to the largest |x|. Where `scale` is null, *amax is
+ * the largest |x| already: the scale is the largest FP8 value divided by it, or 1 if it is 0 or NaN, and its reciprocal goes
+ * to scale_inv [1]. The others compute the scales of blocks and write `scale_inv`, what FP8 values are multiplied by to
+ * dequantize: TRIAXIS_BLOCK_1X128 along the rows of each output, as [blocks of a row, rows]; TRIAXIS_BLOCK_128X128 as [block
+ * rows, block columns]. Their strides are between rows of scale_inv. Columns, and rows for `transposed`, are multiples of 16.
  */
 typedef struct {
   const void* x;

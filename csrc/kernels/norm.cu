@@ -28,36 +28,43 @@ __device__ __forceinline__ const T* row_of(const void* matrix, int64_t row, int6
   return static_cast<const T*>(matrix) + row * stride;
 }
 
-template <typename T, bool kCentered, int kVectors, bool kFp8>
+// x̂ of one element.
+template <bool kCentered>
+__device__ __forceinline__ float normalized(float x, float mean, float rstd) {
+  return (kCentered ? x - mean : x) * rstd;
+}
+
+template <typename T, bool kCentered, int kVectors, Output kOutput>
 __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_forward_args a) {
   constexpr int kSize = Vec<T>::size;
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
   const int row_vectors = int(a.columns / kSize);
-  const float columns = float(a.columns);
-  float amax = 0.0f;  // of this thread's outputs, for kFp8
+  const float share = 1.0f / float(a.columns);  // of a column in a mean
+  const float scale = kOutput == Output::kTensorwise ? *a.fp8.scale : 0.0f;
+  int amax = 0;  // bits, of this thread's outputs
   for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows; row += int64_t(gridDim.x) * blockDim.y) {
     // Load the row, then the residual; add, round, and store the sum.
-    Vec<T> x[kVectors];
+    Packed<T> x[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if (v < row_vectors) x[i] = load_vec(row_of<T>(a.x, row, a.x_stride) + v * kSize);
+      if (v < row_vectors) x[i] = Packed<T>::load(row_of<T>(a.x, row, a.x_stride) + v * kSize);
     }
     if (a.residual != nullptr) {
-      Vec<T> residual[kVectors];
+      Packed<T> residual[kVectors];
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int v = threadIdx.x + i * blockDim.x;
-        if (v < row_vectors) residual[i] = load_vec(row_of<T>(a.residual, row, a.residual_stride) + v * kSize);
+        if (v < row_vectors) residual[i] = Packed<T>::load(row_of<T>(a.residual, row, a.residual_stride) + v * kSize);
       }
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int v = threadIdx.x + i * blockDim.x;
         if (v >= row_vectors) continue;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) x[i].at[j] = from_float<T>(to_float(x[i].at[j]) + to_float(residual[i].at[j]));
-        store(static_cast<T*>(a.sum) + row * a.columns + v * kSize, x[i]);
+        for (int j = 0; j < kSize; j += 2) x[i].set_pair(j / 2, x[i][j] + residual[i][j], x[i][j + 1] + residual[i][j + 1]);
+        x[i].store(static_cast<T*>(a.sum) + row * a.columns + v * kSize);
       }
     }
     // Statistics in two passes over the registers: the mean, then the mean square around it.
@@ -67,9 +74,9 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_f
       for (int i = 0; i < kVectors; ++i) {
         if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) total += to_float(x[i].at[j]);
+        for (int j = 0; j < kSize; ++j) total += x[i][j];
       }
-      mean = row_sum(total) / columns;
+      mean = row_sum(total) * share;
       total = 0.0f;
     }
 #pragma unroll
@@ -77,11 +84,11 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_f
       if (int(threadIdx.x + i * blockDim.x) >= row_vectors) continue;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float deviation = to_float(x[i].at[j]) - mean;
+        const float deviation = kCentered ? x[i][j] - mean : x[i][j];
         total += deviation * deviation;
       }
     }
-    const float rstd = rsqrtf(row_sum(total) / columns + a.eps);
+    const float rstd = rsqrtf(row_sum(total) * share + a.eps);
     if (threadIdx.x == 0) {
       a.rstd[row] = rstd;
       if (kCentered) a.mean[row] = mean;
@@ -91,22 +98,28 @@ __global__ void __launch_bounds__(kMaxThreads) norm_forward(const triaxis_norm_f
     for (int i = 0; i < kVectors; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
       const bool inside = v < row_vectors;
-      Vec<T> y = {};
+      Packed<T> y = {};
       if (inside) {
-        const Vec<T> weight = load_vec(static_cast<const T*>(a.weight) + v * kSize);
-        Vec<T> bias = {};
-        if (kCentered && a.bias != nullptr) bias = load_vec(static_cast<const T*>(a.bias) + v * kSize);
+        const Packed<T> weight = Packed<T>::load(static_cast<const T*>(a.weight) + v * kSize);
+        Packed<T> bias = {};
+        if (kCentered && a.bias != nullptr) bias = Packed<T>::load(static_cast<const T*>(a.bias) + v * kSize);
+        const auto result = [&](int j) {
+          const float scaled = normalized<kCentered>(x[i][j], mean, rstd) * weight[j];
+          return kCentered ? scaled + bias[j] : scaled;
+        };
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          const float normalized = (to_float(x[i].at[j]) - mean) * rstd;
-          y.at[j] = from_float<T>(normalized * to_float(weight.at[j]) + to_float(bias.at[j]));
-        }
-        if (!kFp8) store(static_cast<T*>(a.y) + row * a.columns + v * kSize, y);
+        for (int j = 0; j < kSize; j += 2) y.set_pair(j / 2, result(j), result(j + 1));
+        if (kOutput == Output::kPlain) y.store(static_cast<T*>(a.y) + row * a.columns + v * kSize);
       }
-      if (kFp8) store_fp8(a.fp8, y, row, a.columns, int64_t(v) * kSize, inside, amax);
+      if constexpr (kOutput != Output::kPlain) {
+        store_fp8<kOutput>(a.fp8, scale, y, row, a.columns, int64_t(v) * kSize, inside, amax);
+      } else if (a.fp8.amax != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) amax = max_magnitude(amax, y[j]);
+      }
     }
   }
-  if (kFp8) store_amax(a.fp8, amax);
+  if (kOutput != Output::kBlocks) raise_amax(a.fp8.amax, amax);
 }
 
 // The same steps, an element at a time.
@@ -114,7 +127,8 @@ template <typename T, bool kCentered>
 __global__ void __launch_bounds__(kGeneralThreads) norm_forward_general(const triaxis_norm_forward_args a) {
   __shared__ float buffers[2][kWarp];
   RowSum row_sum(buffers);
-  const float columns = float(a.columns);
+  const float share = 1.0f / float(a.columns);
+  int amax = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T* x = row_of<T>(a.x, row, a.x_stride);
     float mean = 0.0f, total = 0.0f;
@@ -127,14 +141,14 @@ __global__ void __launch_bounds__(kGeneralThreads) norm_forward_general(const tr
     }
     if (kCentered) {
       for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) total += to_float(x[c]);
-      mean = row_sum(total) / columns;
+      mean = row_sum(total) * share;
       total = 0.0f;
     }
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
       const float deviation = to_float(x[c]) - mean;
       total += deviation * deviation;
     }
-    const float rstd = rsqrtf(row_sum(total) / columns + a.eps);
+    const float rstd = rsqrtf(row_sum(total) * share + a.eps);
     if (threadIdx.x == 0) {
       a.rstd[row] = rstd;
       if (kCentered) a.mean[row] = mean;
@@ -142,15 +156,12 @@ __global__ void __launch_bounds__(kGeneralThreads) norm_forward_general(const tr
     for (int64_t c = threadIdx.x; c < a.columns; c += blockDim.x) {
       const float weight = to_float(static_cast<const T*>(a.weight)[c]);
       const float bias = kCentered && a.bias != nullptr ? to_float(static_cast<const T*>(a.bias)[c]) : 0.0f;
-      static_cast<T*>(a.y)[row * a.columns + c] = from_float<T>((to_float(x[c]) - mean) * rstd * weight + bias);
+      const T y = from_float<T>((to_float(x[c]) - mean) * rstd * weight + bias);
+      static_cast<T*>(a.y)[row * a.columns + c] = y;
+      amax = max_magnitude(amax, to_float(y));
     }
   }
-}
-
-// x̂ of one element.
-template <bool kCentered>
-__device__ __forceinline__ float normalized(float x, float mean, float rstd) {
-  return (kCentered ? x - mean : x) * rstd;
+  raise_amax(a.fp8.amax, amax);
 }
 
 // A thread's vectors of one row. Threads beyond the end of the row get its last vector: so only the weight, which is zero
@@ -348,8 +359,10 @@ dim3 block_for(int64_t row_vectors, int each) {
 
 template <typename T, bool kCentered, int kVectors>
 int launch_forward(const triaxis_norm_forward_args& a, dim3 block, void* stream) {
-  const auto kernel =
-      a.fp8.values ? norm_forward<T, kCentered, kVectors, true> : norm_forward<T, kCentered, kVectors, false>;
+  const Output output = output_of(a.fp8);
+  const auto kernel = output == Output::kPlain        ? norm_forward<T, kCentered, kVectors, Output::kPlain>
+                      : output == Output::kTensorwise ? norm_forward<T, kCentered, kVectors, Output::kTensorwise>
+                                                      : norm_forward<T, kCentered, kVectors, Output::kBlocks>;
   const int grid = persistent_grid(kernel, block.x * block.y, ceil_div(a.rows, block.y));
   return LAUNCH(kernel, dim3(grid), block, 0, stream, a);
 }

@@ -41,6 +41,27 @@ struct Place {
   int64_t row = row0 + down * kPasses, column = column0 + across * kSize;
 };
 
+// The bits of the largest |x| of a thread's part of a tile.
+template <typename T>
+__device__ __forceinline__ int max_of_tile(const Packed<T, kSize> (&x)[kPasses]) {
+  int maximum = 0;
+#pragma unroll
+  for (int p = 0; p < kPasses; ++p) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) maximum = max_magnitude(maximum, x[p][j]);
+  }
+  return maximum;
+}
+
+// The scale of the tensor: as given, or of the largest |x|, as scale_from_amax in engine/ops/quantize.py.
+template <__nv_fp8_interpretation_t kType>
+__device__ __forceinline__ float tensor_scale(const triaxis_quantize_args& a) {
+  if (a.scale != nullptr) return *a.scale;
+  const float amax = *a.amax, scale = amax > 0.0f ? max_value(kType) / amax : 1.0f;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.scale_inv = 1.0f / scale;
+  return scale;
+}
+
 // The scales of 1 × 128 blocks of the transpose: one for each column of the tile, from the maxima of each thread's rows.
 template <__nv_fp8_interpretation_t kType, bool kPowerOfTwo>
 __device__ __forceinline__ void scale_columns(
@@ -101,39 +122,39 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kScaling>)) quantize(con
   // This thread's maxima of |x|: of each of its rows, of each of its columns, of all.
   float row_max[kPasses], amax = 0.0f;
   Vec<float, kSize> column_max = {};
+  if (kScaling == TRIAXIS_TENSORWISE) {
+    if (a.scale != nullptr && a.amax != nullptr) raise_amax(a.amax, max_of_tile(x));
+  } else {
 #pragma unroll
-  for (int p = 0; p < kPasses; ++p) {
-    row_max[p] = 0.0f;
+    for (int p = 0; p < kPasses; ++p) {
+      row_max[p] = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const float magnitude = fabsf(x[p][j]);
-      row_max[p] = fmaxf(row_max[p], magnitude);
-      column_max.at[j] = fmaxf(column_max.at[j], magnitude);
+      for (int j = 0; j < kSize; ++j) {
+        const float magnitude = fabsf(x[p][j]);
+        row_max[p] = fmaxf(row_max[p], magnitude);
+        column_max.at[j] = fmaxf(column_max.at[j], magnitude);
+      }
+      amax = fmaxf(amax, row_max[p]);
+      x[p].forget(zero);
     }
-    amax = fmaxf(amax, row_max[p]);
-    x[p].forget(zero);
   }
   if (kScaling == TRIAXIS_BLOCK_1X128 && a.transposed != nullptr)
     scale_columns<kType, kPowerOfTwo>(
         at, column_max, maxima, column_scales, a.transposed_scale_inv, a.transposed_scale_inv_stride, a.columns);
   // One scale for the tile: that of the tensor, or of the 128 × 128 block from the maximum over the thread block.
   Scale tile{};
-  if (kScaling == TRIAXIS_TENSORWISE) tile.scale = *a.scale;
-  if (kScaling == TRIAXIS_BLOCK_128X128 || (kScaling == TRIAXIS_TENSORWISE && a.amax != nullptr)) {
+  if (kScaling == TRIAXIS_TENSORWISE) tile.scale = tensor_scale<kType>(a);
+  if (kScaling == TRIAXIS_BLOCK_128X128) {
     amax = warp_max(amax);
     if (threadIdx.x % kWarp == 0) maxima[0][threadIdx.x / kWarp] = amax;
     __syncthreads();
     amax = 0.0f;
     for (int w = 0; w < kThreads / kWarp; ++w) amax = fmaxf(amax, maxima[0][w]);
-    if (kScaling == TRIAXIS_BLOCK_128X128) tile = scale_from_amax<kType, kPowerOfTwo>(amax);
+    tile = scale_from_amax<kType, kPowerOfTwo>(amax);
     if (threadIdx.x == 0) {
-      if (kScaling == TRIAXIS_TENSORWISE) {
-        atomic_max(a.amax, amax);
-      } else {
-        if (a.scale_inv != nullptr) a.scale_inv[blockIdx.y * a.scale_inv_stride + blockIdx.x] = tile.inv;
-        if (a.transposed_scale_inv != nullptr)
-          a.transposed_scale_inv[blockIdx.x * a.transposed_scale_inv_stride + blockIdx.y] = tile.inv;
-      }
+      if (a.scale_inv != nullptr) a.scale_inv[blockIdx.y * a.scale_inv_stride + blockIdx.x] = tile.inv;
+      if (a.transposed_scale_inv != nullptr)
+        a.transposed_scale_inv[blockIdx.x * a.transposed_scale_inv_stride + blockIdx.y] = tile.inv;
     }
   }
 
@@ -265,7 +286,7 @@ bool valid(const triaxis_quantize_args& a) {
   return floating(a.dtype) && (a.out_dtype == TRIAXIS_E4M3 || a.out_dtype == TRIAXIS_E5M2) && a.rows >= 0 &&
          a.columns >= 0 && a.columns % 16 == 0 && (a.transposed == nullptr || a.rows % 16 == 0) &&
          a.rows <= 65535ll * kTile &&  // the largest gridDim.y
-         (a.scaling != TRIAXIS_TENSORWISE || a.scale != nullptr);
+         (a.scaling != TRIAXIS_TENSORWISE || a.scale != nullptr || (a.amax != nullptr && a.scale_inv != nullptr));
 }
 
 }  // namespace

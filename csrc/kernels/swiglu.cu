@@ -15,11 +15,12 @@ __device__ __forceinline__ T* at(const void* matrix, int64_t row, int64_t stride
   return static_cast<T*>(const_cast<void*>(matrix)) + row * stride + column;
 }
 
-template <typename T, int kSize, bool kFp8>
+template <typename T, int kSize, Output kOutput>
 __global__ void __launch_bounds__(kThreads) swiglu_forward(const triaxis_swiglu_args a) {
   const int64_t column = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   const bool inside = column < a.columns;  // threads outside stay: the FP8 output shuffles over whole warps
-  float amax = 0.0f;
+  const float scale = kOutput == Output::kTensorwise ? *a.fp8.scale : 0.0f;
+  int amax = 0;  // bits
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     Vec<T, kSize> out = {};
     if (inside) {
@@ -30,11 +31,16 @@ __global__ void __launch_bounds__(kThreads) swiglu_forward(const triaxis_swiglu_
         const float g = to_float(gate.at[j]);
         out.at[j] = from_float<T>(g * sigmoid(g) * to_float(up.at[j]));
       }
-      if (!kFp8) store(at<T>(a.out, row, a.columns, column), out);
+      if (kOutput == Output::kPlain) store(at<T>(a.out, row, a.columns, column), out);
     }
-    if constexpr (kFp8) store_fp8(a.fp8, out, row, a.columns, column, inside, amax);
+    if constexpr (kOutput != Output::kPlain) {
+      store_fp8<kOutput>(a.fp8, scale, out, row, a.columns, column, inside, amax);
+    } else if (a.fp8.amax != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) amax = max_magnitude(amax, to_float(out.at[j]));
+    }
   }
-  if (kFp8) store_amax(a.fp8, amax);
+  if (kOutput != Output::kBlocks) raise_amax(a.fp8.amax, amax);
 }
 
 // With s = sigmoid(gate): d gate = d · up · s · (1 + gate · (1 − s)) and d up = d · gate · s.
@@ -82,11 +88,12 @@ extern "C" int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* str
   return with_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
     const int size = by_vector<T>(a, false) ? Vec<T>::size : 1;
-    const bool fp8 = a.fp8.values != nullptr;
-    if (fp8 && (size == 1 || !valid_output(a.fp8, a.columns))) return kInvalidArgument;
-    const auto kernel = fp8         ? swiglu_forward<T, Vec<T>::size, true>
-                        : size == 1 ? swiglu_forward<T, 1, false>
-                                    : swiglu_forward<T, Vec<T>::size, false>;
+    const Output output = output_of(a.fp8);
+    if (output != Output::kPlain && (size == 1 || !valid_output(a.fp8, a.columns))) return kInvalidArgument;
+    const auto kernel = output == Output::kTensorwise ? swiglu_forward<T, Vec<T>::size, Output::kTensorwise>
+                        : output == Output::kBlocks   ? swiglu_forward<T, Vec<T>::size, Output::kBlocks>
+                        : size == 1                   ? swiglu_forward<T, 1, Output::kPlain>
+                                                      : swiglu_forward<T, Vec<T>::size, Output::kPlain>;
     return LAUNCH(kernel, grid_for(a, size), dim3(kThreads), 0, stream, a);
   });
 }

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig
 from engine.ops.linear import MATMUL_KINDS
-from engine.ops.norm import add_norm, layer_norm, norm_to_fp8, rms_norm
-from engine.ops.quantize import Fp8Output
-from engine.ops.swiglu import swiglu, swiglu_to_fp8
+from engine.ops.norm import add_norm, layer_norm, norm_for_fp8, rms_norm
+from engine.ops.quantize import AmaxOutput, Fp8Output
+from engine.ops.swiglu import swiglu, swiglu_for_fp8
 from engine.parallel.fp8 import Fp8Quantizer
 from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
@@ -99,13 +99,13 @@ class Norm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps, self.impl, self.sinks)
 
     def fused(
-        self, x: torch.Tensor, residual: torch.Tensor | None, output: Fp8Output | None
+        self, x: torch.Tensor, residual: torch.Tensor | None, output: Fp8Output | AmaxOutput | None
     ) -> tuple[Activation, torch.Tensor]:
-        """Normalize s = x + residual [t, h], or s = x without a residual. Return (normalized s, s), the first in FP8 if
-        `output` is given.
+        """Normalize s = x + residual [t, h], or s = x without a residual. Return (normalized s, s), the first in FP8 or
+        with its amax if `output` says so.
         """
         if output is not None:
-            return norm_to_fp8(x, residual, self.weight, self.bias, self.eps, output, self.sinks)
+            return norm_for_fp8(x, residual, self.weight, self.bias, self.eps, output, self.sinks)
         if residual is None:
             return self(x), x
         return add_norm(x, residual, self.weight, self.bias, self.eps, self.impl, self.sinks)
@@ -136,11 +136,11 @@ class NormLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (linear(norm(s)), s) for s = x + residual (the add is fused into the norm), or s = x without one."""
-        normed, total = self.norm.fused(x, residual, self._fp8_output(x))
+        normed, total = self.norm.fused(x, residual, self._output(x))
         with _discarded(normed, lambda: self.norm(total), self.selective_recompute):
             return self.linear(normed), total
 
-    def _fp8_output(self, x: torch.Tensor) -> Fp8Output | None:
+    def _output(self, x: torch.Tensor) -> Fp8Output | AmaxOutput | None:
         if self.linear.quantizer is None or self.selective_recompute or self.norm.impl not in ("auto", "triaxis"):
             return None
         return self.linear.quantizer.input_spec(x, x.shape[-1])
@@ -161,8 +161,8 @@ class ActivationLinear(nn.Module):
         self.selective_recompute = selective_recompute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if output := self._fp8_output(x):
-            return self.linear(swiglu_to_fp8(x, output))
+        if output := self._output(x):
+            return self.linear(swiglu_for_fp8(x, output))
         activated = self._activate(x)
         with _discarded(activated, lambda: self._activate(x), self.selective_recompute):
             return self.linear(activated)
@@ -170,7 +170,7 @@ class ActivationLinear(nn.Module):
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
         return swiglu(x) if self.gated else F.gelu(x, approximate="tanh")
 
-    def _fp8_output(self, x: torch.Tensor) -> Fp8Output | None:
+    def _output(self, x: torch.Tensor) -> Fp8Output | AmaxOutput | None:
         if self.linear.quantizer is None or self.selective_recompute or not self.gated:
             return None
         return self.linear.quantizer.input_spec(x, x.shape[1] // 2)

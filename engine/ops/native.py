@@ -35,7 +35,13 @@ def why_no_kernels() -> str:
 
 
 def _norm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     rstd = x.new_empty(x.shape[0], dtype=torch.float32)
     total = x.new_empty(0 if residual is None else x.shape)
@@ -85,9 +91,16 @@ def _cross_entropy_statistics(logits: Tensor, labels: Tensor, first_label: int) 
 
 
 def _quantize(
-    x: Tensor, dtype: torch.dtype, scaling: str, row_major: bool, transposed: bool, *rest: Any
+    x: Tensor,
+    dtype: torch.dtype,
+    scaling: str,
+    row_major: bool,
+    transposed: bool,
+    scale: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     rows, columns = x.shape
+    from_amax = scaling == "tensorwise" and scale is None
 
     def scale_inv(requested: bool, rows: int, columns: int) -> Tensor:
         blocks = -(-columns // 128)
@@ -99,7 +112,7 @@ def _quantize(
     return (
         x.new_empty((rows, columns) if row_major else 0, dtype=dtype),
         x.new_empty((columns, rows) if transposed else 0, dtype=dtype),
-        scale_inv(row_major, rows, columns),
+        x.new_empty(1, dtype=torch.float32) if from_amax else scale_inv(row_major, rows, columns),
         scale_inv(transposed, columns, rows),
     )
 
@@ -114,7 +127,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_forward": _norm_forward,
     "norm_forward_fp8": _norm_forward_fp8,
     "norm_backward": _norm_backward,
-    "swiglu_forward": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    "swiglu_forward": lambda gate_up, amax=None: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8_output(x, x.shape[0], x.shape[1] // 2, scaling),
     "swiglu_backward": lambda grad_out, gate_up: gate_up.new_empty(gate_up.shape),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
@@ -124,6 +137,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy_gradient_": lambda *args: None,
     "adamw_": lambda *args: None,
     "square_sum": lambda x: x.new_empty(()),
+    "amax_": lambda *args: None,
     "quantize": _quantize,
     "transpose_fp8": _transpose_fp8,
     "fp8_matmul": lambda a, b, *rest: a.new_empty(a.shape[0], b.shape[0], dtype=rest[-2]),

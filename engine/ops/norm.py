@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.config.schema import NormImpl
 from engine.ops import native
-from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
+from engine.ops.quantize import ActivationWithAmax, AmaxOutput, Fp8Activation, Fp8Output, carrier_of
 
 AddGradient = Callable[[Tensor], None]
 Sinks = tuple[AddGradient | None, AddGradient | None]
@@ -68,18 +68,23 @@ def add_norm(
     return layer_norm(total, weight, bias, eps, impl, sinks), total
 
 
-def norm_to_fp8(
+def norm_for_fp8(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    output: Fp8Output,
+    output: Fp8Output | AmaxOutput,
     sinks: Sinks = _NO_SINKS,
-) -> tuple[Fp8Activation, Tensor]:
-    """Return the norm of x [t, h] (or of x + residual) in FP8, and the sum. Requires `output.supports`."""
-    carrier, total, values, scale_inv = _KernelNorm.apply(x, residual, weight, bias, eps, sinks, output)
-    return Fp8Activation(output.quantized(values, scale_inv), carrier), total
+) -> tuple[Fp8Activation | ActivationWithAmax, Tensor]:
+    """Return the norm of x [t, h] (or of x + residual), in FP8 or with its amax, and the sum; by the kernel. FP8
+    requires `output.supports`.
+    """
+    y, total, *quantized = _KernelNorm.apply(x, residual, weight, bias, eps, sinks, output)
+    total = x if residual is None else total
+    if isinstance(output, AmaxOutput):
+        return ActivationWithAmax(y, output.amax), total
+    return Fp8Activation(output.quantized(*quantized), y), total
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -146,7 +151,7 @@ class _KernelNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         sinks: Sinks,
-        output: Fp8Output | None = None,
+        output: Fp8Output | AmaxOutput | None = None,
     ) -> tuple[Tensor, ...]:
         h = x.shape[-1]
         given = (
@@ -158,12 +163,13 @@ class _KernelNorm(torch.autograd.Function):
             bias is not None,
         )
         quantized: tuple[Tensor, ...] = ()
-        if output is None:
-            y, total, mean, rstd = torch.ops.triaxis.norm_forward(*given)
-            y = y.view(x.shape)
-        else:
+        if isinstance(output, Fp8Output):
             *quantized, total, mean, rstd = torch.ops.triaxis.norm_forward_fp8(*given, *output.arguments)
             y = carrier_of(x, x.shape)
+        else:
+            amax = None if output is None else output.amax
+            y, total, mean, rstd = torch.ops.triaxis.norm_forward(*given, amax)
+            y = y.view(x.shape)
         total = x if residual is None else total.view(x.shape)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.has_residual, ctx.has_bias = residual is not None, bias is not None

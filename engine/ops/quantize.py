@@ -39,12 +39,17 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Fp8Output:
-    """E4M3 output spec of a fused operator; the fields are arguments of `quantize`."""
+    """E4M3 output spec of a fused operator; blocks have scales that are powers of two.
+
+    Attributes:
+        scale, scale_inv: fp32 [1], for TENSORWISE.
+        amax: fp32 [1], raised to at least the largest |output|; TENSORWISE.
+    """
 
     scaling: Literal["tensorwise", "block_1x128"]
     scale: Tensor | None = None
+    scale_inv: Tensor | None = None
     amax: Tensor | None = None
-    power_of_two: bool = False
 
     def supports(self, x: Tensor, columns: int) -> bool:
         """Whether the kernels support an output with `columns` elements per row, computed from `x`."""
@@ -52,13 +57,24 @@ class Fp8Output:
         return native.runs(x) and columns % 16 == 0 and columns <= 2048 * vector and x.data_ptr() % 16 == 0
 
     @property
-    def arguments(self) -> tuple[str, Tensor | None, Tensor | None, bool]:
+    def arguments(self) -> tuple[str, Tensor | None, Tensor | None]:
         """The last arguments of the fused operators."""
-        return self.scaling, self.scale, self.amax, self.power_of_two
+        return self.scaling, self.scale, self.amax
 
     def quantized(self, values: Tensor, scale_inv: Tensor) -> QuantizedTensor:
         """Wrap the output of a fused operator, which returns no `scale_inv` for TENSORWISE."""
-        return QuantizedTensor(values, scale_inv if self.scale is None else self.scale.reciprocal(), self.scaling)
+        return QuantizedTensor(values, scale_inv if self.scale_inv is None else self.scale_inv, self.scaling)
+
+
+@dataclass(frozen=True)
+class AmaxOutput:
+    """Output spec of an operator that takes the amax of its output while it writes it, before there is a scale.
+
+    Attributes:
+        amax: fp32 [1], zero before.
+    """
+
+    amax: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,9 +90,31 @@ class Fp8Activation:
     carrier: Tensor
 
 
+@dataclass(frozen=True)
+class ActivationWithAmax:
+    """An activation [t, h] in the model's dtype, and its amax, fp32 [1]."""
+
+    values: Tensor
+    amax: Tensor
+
+
 def carrier_of(like: Tensor, shape: torch.Size) -> Tensor:
-    """Create a tensor of `shape`, with the dtype and device of `like`, that takes no memory."""
-    return like.new_zeros(()).expand(shape)
+    """Create a tensor of `shape`, with the dtype and device of `like`, that takes no memory and has no values."""
+    return like.new_empty(()).expand(shape)
+
+
+def update_amax(amax: Tensor, x: Tensor) -> None:
+    """Raise `amax`, fp32 [1], to max |x|, or to NaN if `x` has one; one read of memory on a GPU."""
+    if native.runs(x):
+        torch.ops.triaxis.amax_(amax, x)
+    else:
+        amax_reference(amax, x)
+
+
+def amax_reference(amax: Tensor, x: Tensor) -> None:
+    """Reference of `triaxis::amax_` in PyTorch."""
+    if x.numel():
+        torch.maximum(amax, x.abs().amax().view(1), out=amax)
 
 
 def quantize(
@@ -87,13 +125,15 @@ def quantize(
     row_major: bool = True,
     transposed: bool = False,
     scale: Tensor | None = None,
+    scale_inv: Tensor | None = None,
     amax: Tensor | None = None,
     power_of_two: bool = False,
 ) -> tuple[QuantizedTensor | None, QuantizedTensor | None]:
     """Quantize `x` [m, k] to `dtype`: as [m, k] (`row_major`) and transposed to [k, m], each if requested.
 
-    TENSORWISE multiplies x by `scale` (fp32, one element) and updates `amax` (fp32, one element) to at least max |x|.
-    Scales per block are computed here; `power_of_two` rounds their `scale_inv` up to powers of two.
+    TENSORWISE multiplies x by `scale` and raises `amax` to at least max |x|; or, without a scale, takes it from `amax`,
+    which then is max |x| (fp32 [1] each, as `scale_inv`, the reciprocal of the scale, if the caller has it). Scales per
+    block are computed here; `power_of_two` rounds their `scale_inv` up to powers of two.
 
     Raises:
         ValueError: k (or m, for the transpose) is not a multiple of 16, which FP8 matmuls need.
@@ -102,13 +142,14 @@ def quantize(
     if columns % 16 or (transposed and rows % 16):
         raise ValueError(f"[{rows}, {columns}] cannot be quantized: FP8 matmuls take multiples of 16")
     run = torch.ops.triaxis.quantize if native.runs(x) else quantize_reference
-    values, values_t, scale_inv, scale_inv_t = run(x, dtype, scaling, row_major, transposed, scale, amax, power_of_two)
+    values, values_t, *found = run(x, dtype, scaling, row_major, transposed, scale, amax, power_of_two)
     if scaling == TENSORWISE:
-        assert scale is not None
-        scale_inv = scale_inv_t = scale.reciprocal()
+        if scale is not None:
+            found[0] = scale.reciprocal() if scale_inv is None else scale_inv
+        found[1] = found[0]
     return (
-        QuantizedTensor(values, scale_inv, scaling) if row_major else None,
-        QuantizedTensor(values_t, scale_inv_t, scaling) if transposed else None,
+        QuantizedTensor(values, found[0], scaling) if row_major else None,
+        QuantizedTensor(values_t, found[1], scaling) if transposed else None,
     )
 
 
@@ -123,22 +164,32 @@ def quantize_reference(
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reference of `triaxis::quantize` in PyTorch: values, their transpose, and the `scale_inv` of each; empty if not
-    requested.
+    requested. TENSORWISE: one `scale_inv` for both, the first, and none if there is a scale.
     """
     wide = x.float()
     no_values, no_scales = x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
     if scaling == TENSORWISE:
-        assert scale is not None
-        if amax is not None and x.numel():
-            torch.maximum(amax, wide.abs().amax().view_as(amax), out=amax)
+        scale_inv = no_scales
+        if scale is None:
+            assert amax is not None
+            scale = scale_from_amax(amax, dtype)
+            scale_inv = scale.reciprocal()
+        elif amax is not None:
+            amax_reference(amax, wide)
         values = to_fp8(wide * scale, dtype)
         values_t = values.t().contiguous() if transposed else no_values
-        return values if row_major else no_values, values_t, no_scales, no_scales
+        return values if row_major else no_values, values_t, scale_inv, no_scales
     (values, scale_inv), (values_t, scale_inv_t) = (
         _quantize_blocks(matrix, dtype, scaling, power_of_two) if requested else (no_values, no_scales)
         for requested, matrix in ((row_major, wide), (transposed, wide.t()))
     )
     return values, values_t, scale_inv, scale_inv_t
+
+
+def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """max(dtype) / amax, fp32 of any shape: the factor before the cast to FP8; 1 where `amax` is 0 or NaN."""
+    largest = torch.full_like(amax, torch.finfo(dtype).max)
+    return torch.where(amax > 0, largest / amax, 1.0)
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
-from engine.ops.quantize import Fp8Activation, Fp8Output, carrier_of
+from engine.ops.quantize import ActivationWithAmax, AmaxOutput, Fp8Activation, Fp8Output, carrier_of
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -20,8 +20,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return swiglu_reference(gate_up)
 
 
-def swiglu_to_fp8(gate_up: Tensor, output: Fp8Output) -> Fp8Activation:
-    """SwiGLU of `gate_up` [t, 2f] in FP8: [t, f]. Requires `output.supports`."""
+def swiglu_for_fp8(gate_up: Tensor, output: Fp8Output | AmaxOutput) -> Fp8Activation | ActivationWithAmax:
+    """SwiGLU of `gate_up` [t, 2f], in FP8 or with its amax: [t, f]; by the kernel. FP8 requires `output.supports`."""
+    if isinstance(output, AmaxOutput):
+        return ActivationWithAmax(_KernelSwiGlu.apply(gate_up, output.amax), output.amax)
     carrier, values, scale_inv = _KernelSwiGluFp8.apply(gate_up, output)
     return Fp8Activation(output.quantized(values, scale_inv), carrier)
 
@@ -39,31 +41,34 @@ def uses_recompute(gate_up: Tensor) -> bool:
 
 class _KernelSwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, amax: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(gate_up)
-        out = torch.ops.triaxis.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1]))
+        out = torch.ops.triaxis.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1]), amax)
         return out.view(*gate_up.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         grad = grad_outputs[0]
         flat = gate_up.reshape(-1, gate_up.shape[-1])
-        return torch.ops.triaxis.swiglu_backward(grad.reshape(-1, grad.shape[-1]), flat).view(gate_up.shape)
+        return torch.ops.triaxis.swiglu_backward(grad.reshape(-1, grad.shape[-1]), flat).view(gate_up.shape), None
 
 
 class _KernelSwiGluFp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, output: Fp8Output) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(gate_up)
+        ctx.set_materialize_grads(False)
         values, scale_inv = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments)
         ctx.mark_non_differentiable(values, scale_inv)
         return carrier_of(gate_up, values.shape), values, scale_inv
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad_outputs[0] is None:
+            return None, None
         return torch.ops.triaxis.swiglu_backward(grad_outputs[0], *ctx.saved_tensors), None
 
 

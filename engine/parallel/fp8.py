@@ -10,7 +10,7 @@ Tensor-parallel ranks use the same scale for every tensor (amax is max-reduced o
 on the tp size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,15 +19,43 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.config.schema import Fp8MatmulImpl, Fp8Recipe, PrecisionConfig
+from engine.ops import native
 from engine.ops.fp8 import transpose
-from engine.ops.quantize import BLOCK_1X128, BLOCK_128X128, TENSORWISE, Fp8Output, QuantizedTensor, quantize
+from engine.ops.quantize import (
+    BLOCK_1X128,
+    BLOCK_128X128,
+    TENSORWISE,
+    AmaxOutput,
+    Fp8Output,
+    QuantizedTensor,
+    quantize,
+    update_amax,
+)
 from engine.parallel.collectives import all_max, gathered
 from engine.parallel.layout import TensorParallel, World
 from engine.parallel.table import LocalParameter
 
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WEIGHT_DTYPE = _E4M3
-_INPUT, _GRAD = 0, 1
+_INPUT, _GRAD = slice(0, 1), slice(1, 2)  # of what there is for each layer
+
+
+class AmaxSlots:
+    """Hands out fp32 [1] tensors that are zero, for current maxima: one launch zeroes a thousand of them, some four
+    microbatches of 32 layers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._unused: Iterator[Tensor] = iter(())
+
+    def take(self) -> Tensor:
+        """Return a slot that nothing else uses."""
+        slot = next(self._unused, None)
+        if slot is None:
+            self._unused = iter(torch.zeros(1024, device=self._device).split(1))
+            slot = next(self._unused)
+        return slot
 
 
 @dataclass
@@ -37,8 +65,9 @@ class Fp8Quantizer:
     Attributes:
         weight: the local weight [out, in] in the model's dtype; not read if `gathered` is given.
         tp: the tensor-parallel group.
-        scales, amax: of input and gradient, fp32 [2]; the scales that "delayed" uses in this step, and the amax of this
-            step so far.
+        scales, scale_invs, amax: of input and gradient, fp32 [2]; the scales that "delayed" uses in this step, their
+            reciprocals, and the amax of this step so far.
+        slots: where the current amax of other tensors is taken.
         impl: the implementation of the matmuls.
         use_history: True once "delayed" takes its scales from the history; False in its first step, which has none.
         gathered: the weight in FP8, if that is what the data-parallel ranks gather; see `Fp8Weights`.
@@ -49,34 +78,44 @@ class Fp8Quantizer:
     weight: Tensor
     tp: TensorParallel
     scales: Tensor
+    scale_invs: Tensor
     amax: Tensor
+    slots: AmaxSlots
     impl: Fp8MatmulImpl = "auto"
     use_history: bool = False
     gathered: QuantizedTensor | None = None
     weight_cache: tuple[QuantizedTensor, QuantizedTensor] | None = None
 
-    def quantize_input(self, x: Tensor, *, reduce_amax: bool) -> QuantizedTensor:
-        """Quantize `x` [t, in] along its rows; `reduce_amax` if its features are sharded over the tp ranks."""
-        return self._quantize(x, _INPUT, _E4M3, reduce_amax)[0]
-
-    def input_spec(self, x: Tensor, features: int) -> Fp8Output | None:
-        """FP8 output spec for the op that computes this layer's input [t, features] from `x`, or None if it cannot be
-        fused: the scale is not known in advance, or there is no kernel.
+    def quantize_input(self, x: Tensor, amax: Tensor | None = None) -> QuantizedTensor:
+        """Quantize `x`, this rank's tokens or features of the input, along its rows. `amax`: its current amax, fp32
+        [1], if the op that computed it has taken it.
         """
-        if torch.compiler.is_compiling():
+        return self._quantize(x, _INPUT, _E4M3, amax, reduce_amax=True)[0]
+
+    def input_spec(self, x: Tensor, features: int) -> Fp8Output | AmaxOutput | None:
+        """Output spec for the op that computes this layer's input [t, features] from `x`: FP8 if the scale is known in
+        advance, else with its amax; None if there is no kernel.
+        """
+        if torch.compiler.is_compiling() or not native.runs(x):
             return None
-        if self.recipe == "blockwise":
-            spec = Fp8Output(BLOCK_1X128, power_of_two=True)
-        elif self.use_history:
-            spec = Fp8Output(TENSORWISE, self.scales[_INPUT : _INPUT + 1], self.amax[_INPUT : _INPUT + 1])
-        else:
-            return None
+        if self.recipe != "blockwise" and not self.use_history:
+            return AmaxOutput(self.slots.take())
+        spec = Fp8Output(BLOCK_1X128)
+        if self.recipe != "blockwise":
+            spec = Fp8Output(TENSORWISE, self.scales[_INPUT], self.scale_invs[_INPUT], self.amax[_INPUT])
         return spec if spec.supports(x, features) else None
 
-    def quantize_grad_output(self, grad: Tensor, *, reduce_amax: bool) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """Quantize the gradient of the output [t, out], and its transpose; `reduce_amax` as for the input."""
+    def quantize_grad_output(
+        self, grad: Tensor, *, reduce_amax: bool, amax: Tensor | None = None
+    ) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """Quantize the gradient of the output [t, out], and its transpose.
+
+        Args:
+            reduce_amax: whether its features are sharded over the tp ranks.
+            amax: as for the input.
+        """
         dtype = _E4M3 if self.recipe == "blockwise" else _E5M2
-        return self._quantize(grad, _GRAD, dtype, reduce_amax, transposed=True)
+        return self._quantize(grad, _GRAD, dtype, amax, reduce_amax=reduce_amax, transposed=True)
 
     def quantized_weight(self) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Return the FP8 weight [out, in], row-major and transposed, quantized once per `Fp8State.weights_changed`."""
@@ -90,23 +129,39 @@ class Fp8Quantizer:
         weight = self.weight.detach()
         if self.recipe == "blockwise":
             return _both(quantize(weight, WEIGHT_DTYPE, BLOCK_128X128, transposed=True, power_of_two=True))
-        scale = self._current_scale(weight, WEIGHT_DTYPE, True)
-        return _both(quantize(weight, WEIGHT_DTYPE, TENSORWISE, transposed=True, scale=scale))
+        amax = self._current_amax(weight, None, reduce=True)
+        return _both(quantize(weight, WEIGHT_DTYPE, TENSORWISE, transposed=True, amax=amax))
 
     def _quantize(
-        self, x: Tensor, which: int, dtype: torch.dtype, reduce_amax: bool, *, transposed: bool = False
+        self,
+        x: Tensor,
+        which: slice,
+        dtype: torch.dtype,
+        amax: Tensor | None,
+        *,
+        reduce_amax: bool,
+        transposed: bool = False,
     ) -> tuple[QuantizedTensor, QuantizedTensor]:
         if self.recipe == "blockwise":
             return _both(quantize(x, dtype, BLOCK_1X128, transposed=transposed, power_of_two=True))
-        amax = self.amax[which : which + 1] if self.recipe == "delayed" else None
-        scale = self.scales[which : which + 1] if self.use_history else self._current_scale(x, dtype, reduce_amax)
-        return _both(quantize(x, dtype, TENSORWISE, transposed=transposed, scale=scale, amax=amax))
+        in_step = self.amax[which]
+        if self.use_history:
+            scale, inv = self.scales[which], self.scale_invs[which]
+            return _both(
+                quantize(x, dtype, TENSORWISE, transposed=transposed, scale=scale, scale_inv=inv, amax=in_step)
+            )
+        amax = self._current_amax(x, amax, reduce=reduce_amax)
+        if self.recipe == "delayed":
+            torch.maximum(in_step, amax, out=in_step)
+        return _both(quantize(x, dtype, TENSORWISE, transposed=transposed, amax=amax))
 
-    def _current_scale(self, x: Tensor, dtype: torch.dtype, reduce_amax: bool) -> Tensor:
-        amax = x.abs().amax().float().view(1)
-        if reduce_amax and self.tp.group is not None:
+    def _current_amax(self, x: Tensor, amax: Tensor | None, *, reduce: bool) -> Tensor:
+        """The amax of `x`, which is `amax` if that is given, over the tp ranks if `reduce`."""
+        if amax is None:
+            update_amax(amax := self.slots.take(), x)
+        if reduce and self.tp.group is not None:
             all_max(amax, self.tp.group).wait()
-        return scale_from_amax(amax, dtype)
+        return amax
 
 
 def runs_in_fp8(parameter: LocalParameter, precision: PrecisionConfig, num_layers: int) -> bool:
@@ -155,13 +210,14 @@ class Fp8State:
         self._history = torch.zeros(count, 2, amax_history, device=device)  # newest first
         self._amax = torch.zeros(count, 2, device=device)
         self._scales = torch.ones(count, 2, device=device)
+        self._scale_invs = torch.ones(count, 2, device=device)
         self._largest = torch.tensor([torch.finfo(_E4M3).max, torch.finfo(_E5M2).max], device=device)
         self._has_history = False
+        of_layers = zip(self._scales, self._scale_invs, self._amax, strict=True)
+        slots = AmaxSlots(device)
         self.quantizers = {
-            path: Fp8Quantizer(
-                recipe, weight, world.tp, self._scales[index], self._amax[index], impl, gathered=gathered.get(path)
-            )
-            for index, (path, weight) in enumerate(weights.items())
+            path: Fp8Quantizer(recipe, weight, world.tp, *of_layer, slots, impl, gathered=gathered.get(path))
+            for (path, weight), of_layer in zip(weights.items(), of_layers, strict=True)
         }
 
     def weights_changed(self) -> None:
@@ -176,6 +232,7 @@ class Fp8State:
         self._amax.zero_()
         top = self._history.amax(2)
         self._scales.copy_(torch.where(top > 0, self._largest / top, 1.0))
+        torch.reciprocal(self._scales, out=self._scale_invs)
         for quantizer in self.quantizers.values():
             quantizer.use_history = self._has_history
 
@@ -215,25 +272,12 @@ class Fp8State:
         self._has_history = True
 
 
-def local_rows(x: QuantizedTensor, tp: TensorParallel) -> QuantizedTensor:
-    """Copy this rank's tokens out of `x` [t, in]."""
-    rows = slice(tp.rank * (size := x.values.shape[0] // tp.size), (tp.rank + 1) * size)
-    scale_inv = x.scale_inv[:, rows].contiguous() if x.scaling == BLOCK_1X128 else x.scale_inv
-    return QuantizedTensor(x.values[rows].clone(), scale_inv, x.scaling)
-
-
 def gather_rows(x: QuantizedTensor, group: ProcessGroup) -> QuantizedTensor:
     """All-gather the tokens of all ranks, in half the bytes of bf16: [t/tp, in] -> [t, in]."""
     values = gathered(x.values.view(torch.uint8), group).view(x.values.dtype)
     if x.scaling != BLOCK_1X128:
         return QuantizedTensor(values, x.scale_inv, x.scaling)
     return QuantizedTensor(values, gathered(x.scale_inv.t(), group).t().contiguous(), x.scaling)
-
-
-def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """max(dtype) / amax, fp32 of any shape: the factor before the cast to FP8; 1 where `amax` is 0."""
-    largest = torch.full_like(amax, torch.finfo(dtype).max)
-    return torch.where(amax > 0, largest / amax, 1.0)
 
 
 def _both(results: tuple[QuantizedTensor | None, QuantizedTensor | None]) -> tuple[QuantizedTensor, QuantizedTensor]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.ops.quantize import TENSORWISE, QuantizedTensor, quantize
+from engine.ops.quantize import TENSORWISE, QuantizedTensor, quantize, scale_from_amax, update_amax
 from engine.parallel.buckets import ALIGNMENT, Bucket
 from engine.parallel.collectives import all_max
-from engine.parallel.fp8 import WEIGHT_DTYPE, scale_from_amax
+from engine.parallel.fp8 import WEIGHT_DTYPE
 from engine.parallel.layout import World
 
 
@@ -44,7 +44,7 @@ class Fp8Weights:
         self._amax.zero_()
         for bucket in self._buckets:
             for number, part in self._parts(bucket):
-                self._amax[number] = bucket.param_shard[part].abs().amax()
+                update_amax(self._amax[number : number + 1], bucket.param_shard[part])
         for group in (self.world.dp_group, self.world.tp_group):
             if group is not None:
                 all_max(self._amax, group).wait()
@@ -57,7 +57,8 @@ class Fp8Weights:
         shard = values[bucket.begin : bucket.end]
         for number, part in self._parts(bucket):
             rows = bucket.param_shard[part].view(-1, ALIGNMENT)  # kernels take matrices
-            quantized, _ = quantize(rows, WEIGHT_DTYPE, TENSORWISE, scale=self._scale[number : number + 1])
+            scale, scale_inv = (of_all[number : number + 1] for of_all in (self._scale, self._scale_inv))
+            quantized, _ = quantize(rows, WEIGHT_DTYPE, TENSORWISE, scale=scale, scale_inv=scale_inv)
             assert quantized is not None
             shard[part] = quantized.values.view(torch.uint8).flatten()
         return values, shard

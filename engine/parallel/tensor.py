@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
 from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
 from engine.ops.linear import MATMUL_KINDS, add_grad_weight, grad_weight, linear, matmul_transposed
-from engine.ops.quantize import TENSORWISE, Fp8Activation, QuantizedTensor
+from engine.ops.quantize import TENSORWISE, ActivationWithAmax, Fp8Activation, QuantizedTensor
 from engine.parallel.collectives import all_gather, gather_sequence, gathered, reduce_scatter, scatter_sequence_sum
-from engine.parallel.fp8 import Fp8Quantizer, gather_rows, local_rows
+from engine.parallel.fp8 import Fp8Quantizer, gather_rows
 from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
 
-Activation = Tensor | Fp8Activation
-"""The input of a linear layer [t, in], in the model's dtype or quantized to FP8."""
+Activation = Tensor | ActivationWithAmax | Fp8Activation
+"""The input of a linear layer [t, in]: in the model's dtype, perhaps with its amax, or quantized to FP8."""
 
 
 def column_linear(
@@ -139,7 +139,9 @@ def _matmul(
         return _Linear.apply(x, weight, gather, sink, onednn)
     if isinstance(x, Fp8Activation):
         return _Fp8Linear.apply(x.carrier, x.quantized, weight, gather, sink, quantizer)
-    return _Fp8Linear.apply(x, None, weight, gather, sink, quantizer)
+    values, amax = (x.values, x.amax) if isinstance(x, ActivationWithAmax) else (x, None)
+    local = quantizer.quantize_input(values.detach(), amax)
+    return _Fp8Linear.apply(values, local, weight, gather, sink, quantizer)
 
 
 class _Linear(torch.autograd.Function):
@@ -190,31 +192,26 @@ def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """FP8 version of `_Linear`. It saves only this rank's token shard of the quantized input for the backward."""
+    """FP8 version of `_Linear`. It all-gathers FP8 values, and saves only this rank's for the backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        local: QuantizedTensor | None,
+        local: QuantizedTensor,
         weight: Tensor,
         gather: TensorParallel | None,
         sink: GradientSink,
         quantizer: Fp8Quantizer,
     ) -> Tensor:
-        """`local`: this rank's tokens in FP8 if the op before has quantized them; `x` is then a placeholder without
-        memory. `weight` is passed only so that autograd tracks it: the matmuls read the quantized copy.
+        """`local`: this rank's tokens in FP8. `x`, their values or a placeholder without memory, and `weight` are
+        passed only so that autograd tracks them: the matmuls read the quantized copies.
         """
         ctx.quantizer, ctx.sink, ctx.dtype = quantizer, sink, x.dtype
         ctx.group = group = None if gather is None else gather.group
-        if local is None:
-            quantized = quantizer.quantize_input(gather_sequence(x, group), reduce_amax=gather is None)
-            saved = quantized if gather is None or group is None else local_rows(quantized, gather)
-        else:
-            saved = local
-            quantized = local if group is None else gather_rows(local, group)
-        ctx.save_for_backward(saved.values, saved.scale_inv)
-        ctx.scaling = saved.scaling
+        ctx.save_for_backward(local.values, local.scale_inv)
+        ctx.scaling = local.scaling
+        quantized = local if group is None else gather_rows(local, group)
         fast = quantized.scaling == TENSORWISE
         return scaled_matmul(quantized, quantizer.quantized_weight()[0], x.dtype, fast=fast, impl=quantizer.impl)
 

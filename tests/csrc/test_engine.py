@@ -71,9 +71,13 @@ def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     fused = {"tensorwise": 0, "delayed": 2, "blockwise": 3}[recipe] * 4 * 4  # steps, microbatches, layers
     assert calls.get("triaxis::norm_forward_fp8", 0) == 2 * fused
     assert calls.get("triaxis::swiglu_forward_fp8", 0) == (fused if preset == "tiny" else 0)
-    assert (
-        calls["triaxis::transpose_fp8"] == 3 * 4 * 4 * 4
-    )  # of the input, for the gradient of each of a layer's 4 weights
+    linears = 3 * 4 * 4 * 4  # steps, microbatches, layers, linear layers
+    assert calls["triaxis::transpose_fp8"] == linears  # of the input, for the weight's gradient
+    # Without a scale, a tensor is read for its amax where no kernel takes it: weights, gradients, attention's output.
+    current = {"tensorwise": 3, "delayed": 1, "blockwise": 0}[recipe]  # steps with scales from the current amax
+    weights = 0 if recipe == "blockwise" else linears // 4
+    assert calls.get("triaxis::amax_", 0) == weights + current * 4 * 4 * (4 + 1)
+    assert all(calls.get(f"aten::{name}", 0) < linears // 4 for name in ("abs", "where", "reciprocal"))  # a few a step
 
 
 @pytest.mark.parametrize("bias", [False, True])

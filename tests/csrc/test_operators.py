@@ -21,17 +21,18 @@ def cases():
         "norm_forward": [
             (x, x, weight, bias, 1e-5, True),
             (x, None, weight, None, 1e-5, False),
+            (x, x, weight, None, 1e-5, False, one.clone()),
         ],
         "norm_backward": [
             (x, x, x, weight, mean, rstd, True),
             (x, None, x, weight, mean[:0], rstd, False),
         ],
         "norm_forward_fp8": [
-            (x, x, weight, bias, 1e-5, True, "block_1x128", None, None, True),
-            (x, None, weight, None, 1e-5, False, "tensorwise", one, one.clone(), False),
+            (x, x, weight, bias, 1e-5, True, "block_1x128", None, None),
+            (x, None, weight, None, 1e-5, False, "tensorwise", one, one.clone()),
         ],
-        "swiglu_forward": [(x,)],
-        "swiglu_forward_fp8": [(x, "block_1x128", None, None, False), (x, "tensorwise", one, one.clone(), False)],
+        "swiglu_forward": [(x,), (x, one.clone())],
+        "swiglu_forward_fp8": [(x, "block_1x128", None, None), (x, "tensorwise", one, one.clone())],
         "swiglu_backward": [(x[:, :32], x)],
         "rope": [(heads, cos, sin, True)],
         "rope_qk": [(heads, cos, sin, 2)],
@@ -43,7 +44,9 @@ def cases():
             (weight.clone(), bias, bias.clone(), bias.square(), None, one, None, None, *settings),
         ],
         "square_sum": [(weight,)],
+        "amax_": [(one.clone(), x)],
         "quantize": [
+            (torch.randn(16, 32), torch.float8_e5m2, "tensorwise", False, True, None, one.clone(), False),
             (torch.randn(16, 32), torch.float8_e4m3fn, "tensorwise", True, True, one, one.clone(), False),
             (torch.randn(16, 32), torch.float8_e5m2, "block_1x128", True, False, None, None, True),
             (torch.randn(16, 32), torch.float8_e4m3fn, "block_128x128", False, True, None, None, False),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csrc import build
-from engine.ops.quantize import quantize_reference, scale_inv_from_amax
+from engine.ops.quantize import amax_reference, quantize_reference, scale_from_amax, scale_inv_from_amax
 
 ROOT = Path(__file__).parents[2]
 ops = torch.ops.triaxis
@@ -38,6 +38,56 @@ def test_as_the_reference(emulated, rows, columns, source, dtype, scaling, power
     if scaling == "tensorwise":
         assert torch.equal(*amax)
         assert amax[1].item() == x.float().abs().max().item()
+
+
+# nothing; numbers around what is as small, and as large, as scales get; NaN
+MAXIMA = [0.0, 1e-45, 1e-38, 3.7e-37, 1e-4, 0.3, 1.0, 3.3, 448.0, 57344.0, 3e38, torch.inf, torch.nan]
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row_major, transposed", [(True, True), (True, False), (False, True)])
+def test_a_scale_from_the_amax(emulated, source, dtype, row_major, transposed):
+    """Bitwise what quantizing by the scale gives, and the scale's reciprocal; the amax is only read."""
+    torch.manual_seed(0)
+    x = (torch.randn(144, 272) * torch.logspace(-3, 2, 272)).to(source)
+    for value in [*MAXIMA, x.abs().max().item()]:
+        amax = torch.tensor([value])
+        scale = scale_from_amax(amax, dtype)
+        assert value > 0 or scale.item() == 1
+        form = (dtype, "tensorwise", row_major, transposed)
+        *expected, _, _ = ops.quantize(x, *form, scale, None, False)
+        for run in (ops.quantize, quantize_reference):
+            *values, scale_inv, other = run(x, *form, None, amax, False)
+            assert all(torch.equal(bits(a), bits(b)) for a, b in zip(values, expected, strict=True)), value
+            assert torch.equal(scale_inv, scale.reciprocal()), value
+            assert other.numel() == 0
+        assert torch.equal(bits(amax), bits(torch.tensor([value])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 1023, 4096, 4100, 100_003])
+def test_the_amax_of_a_tensor(emulated, size, dtype):
+    """Wherever it is, of either sign, also if the tensor starts between two vectors; what is there is not lowered."""
+    torch.manual_seed(size)
+    whole = torch.randn(size + 1).to(dtype)
+    for seed, x in enumerate((whole[:size], whole[1:])):
+        emulated(seed)
+        for at, value in ((0, 9.0), (size // 2, -11.5), (size - 1, 100.0), (0, -torch.inf), (size - 1, torch.nan)):
+            if size:
+                x[at] = value
+            got, expected = torch.tensor([2.5]), torch.tensor([2.5])
+            ops.amax_(got, x)
+            amax_reference(expected, x)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        if size:
+            assert got.isnan()
+
+
+def test_the_amax_of_a_part_of_each_row(emulated):
+    x = torch.arange(-20.0, 20).view(4, 10)
+    ops.amax_(amax := torch.zeros(1), x[:, 3:7])
+    assert amax.item() == 17
 
 
 def test_flat_parts_of_a_weight_have_the_values_of_the_whole(emulated):
@@ -154,7 +204,7 @@ def test_wrong_arguments_are_named(emulated):
     x = torch.randn(16, 24)
     with pytest.raises(RuntimeError, match="FP8 takes multiples of 16"):
         ops.quantize(x, FP8[0], "block_1x128", True, False, None, None, False)
-    with pytest.raises(RuntimeError, match="needs a scale"):
+    with pytest.raises(RuntimeError, match="needs a scale, or the amax of x"):
         ops.quantize(x[:, :16], FP8[0], "tensorwise", True, False, None, None, False)
     with pytest.raises(RuntimeError, match="'tensorwise', 'block_1x128' or 'block_128x128'"):
         ops.quantize(x[:, :16], FP8[0], "columns", True, False, None, None, False)
@@ -162,13 +212,13 @@ def test_wrong_arguments_are_named(emulated):
         ops.quantize(x[:, :16], torch.bfloat16, "block_1x128", True, False, None, None, False)
 
 
-FUSED = [("block_1x128", False), ("block_1x128", True), ("tensorwise", False)]
+FUSED = ["block_1x128", "tensorwise"]
 
 
 @pytest.mark.parametrize("columns", [16, 128, 144, 520 * 2, 8192])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scaling, power_of_two", FUSED)
-def test_fused_norms_equal_norm_then_quantize(emulated, columns, source, scaling, power_of_two):
+@pytest.mark.parametrize("scaling", FUSED)
+def test_fused_norms_equal_norm_then_quantize(emulated, columns, source, scaling):
     torch.manual_seed(columns)
     emulated(columns)
     x, residual, weight, bias = (
@@ -181,8 +231,8 @@ def test_fused_norms_equal_norm_then_quantize(emulated, columns, source, scaling
     ):
         amax = [torch.tensor([1.0]), torch.tensor([1.0])]
         y, *beside = ops.norm_forward(*arguments)
-        values, _, scales, _ = ops.quantize(y, FP8[0], scaling, True, False, scale, amax[0], power_of_two)
-        got, got_scales, *got_beside = ops.norm_forward_fp8(*arguments, scaling, scale, amax[1], power_of_two)
+        values, _, scales, _ = ops.quantize(y, FP8[0], scaling, True, False, scale, amax[0], True)
+        got, got_scales, *got_beside = ops.norm_forward_fp8(*arguments, scaling, scale, amax[1])
         assert torch.equal(bits(got), bits(values))
         assert torch.equal(got_scales, scales)
         assert torch.equal(*amax)
@@ -191,19 +241,52 @@ def test_fused_norms_equal_norm_then_quantize(emulated, columns, source, scaling
 
 @pytest.mark.parametrize("columns", [16, 128, 144, 1376])
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scaling, power_of_two", FUSED)
-def test_fused_swiglu_equals_swiglu_then_quantize(emulated, columns, source, scaling, power_of_two):
+@pytest.mark.parametrize("scaling", FUSED)
+def test_fused_swiglu_equals_swiglu_then_quantize(emulated, columns, source, scaling):
     torch.manual_seed(columns)
     emulated(columns)
     gate_up = torch.randn(5, 2 * columns).to(source)
     scale = torch.tensor([20.0]) if scaling == "tensorwise" else None
     amax = [torch.tensor([0.1]), torch.tensor([0.1])]
     out = ops.swiglu_forward(gate_up)
-    values, _, scales, _ = ops.quantize(out, FP8[0], scaling, True, False, scale, amax[0], power_of_two)
-    got, got_scales = ops.swiglu_forward_fp8(gate_up, scaling, scale, amax[1], power_of_two)
+    values, _, scales, _ = ops.quantize(out, FP8[0], scaling, True, False, scale, amax[0], True)
+    got, got_scales = ops.swiglu_forward_fp8(gate_up, scaling, scale, amax[1])
     assert torch.equal(bits(got), bits(values))
     assert torch.equal(got_scales, scales)
     assert torch.equal(*amax)
+
+
+@pytest.mark.parametrize("columns", [16, 77, 128, 1040, 4000, 8192])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_and_swiglu_take_the_amax_of_what_they_write(emulated, columns, source):
+    """Of the rounded output, which it does not change; raised, not lowered; NaN if an element is."""
+    torch.manual_seed(columns)
+    emulated(columns)
+    x, residual, weight, bias = (
+        torch.randn(*size).to(source) for size in ((7, columns), (7, columns), (columns,), (columns,))
+    )
+    calls = {
+        ops.norm_forward: [(x, None, weight, None, 1e-5, False), (x, residual, weight, bias, 1e-5, True)],
+        ops.swiglu_forward: [(torch.randn(7, 2 * columns).to(source),)],
+    }
+    for op, arguments in ((op, arguments) for op, cases in calls.items() for arguments in cases):
+        for start, broken in ((0.0, False), (1e3, False), (0.0, True)):
+            given = arguments[0].clone()
+            if broken:
+                given[5, columns - 1] = torch.nan
+            amax = torch.tensor([start])
+            plain, got = op(given, *arguments[1:]), op(given, *arguments[1:], amax)
+            torch.testing.assert_close(got, plain, rtol=0, atol=0, equal_nan=True)
+            amax_reference(expected := torch.tensor([start]), plain if isinstance(plain, torch.Tensor) else plain[0])
+            torch.testing.assert_close(amax, expected, rtol=0, atol=0, equal_nan=True)
+            assert amax.isnan() == broken
+
+
+def test_the_amax_of_a_given_scale_keeps_nan(emulated):
+    x = torch.ones(16, 128)
+    x[3, 4] = torch.nan
+    ops.quantize(x, FP8[0], "tensorwise", True, False, torch.ones(1), amax := torch.zeros(1), False)
+    assert amax.isnan()
 
 
 def test_a_missing_barrier_shows(broken):

@@ -28,8 +28,8 @@ ADDED = [(pair, impl) for pair, impl in IMPLS if pair in ("tensors", "a gradient
 def quantized(rows: int, columns: int, scaling: str, dtype: torch.dtype) -> QuantizedTensor:
     """Random values whose magnitude differs between rows and along a row."""
     x = torch.randn(rows, columns) * torch.logspace(-1, 1, columns) * torch.logspace(-1, 1, rows)[:, None]
-    scale = torch.finfo(dtype).max / x.abs().amax().view(1) if scaling == "tensorwise" else None
-    result, _ = quantize(x.bfloat16(), dtype, scaling, scale=scale, power_of_two=scaling != "tensorwise")
+    amax = x.abs().amax().view(1) if scaling == "tensorwise" else None
+    result, _ = quantize(x.bfloat16(), dtype, scaling, amax=amax, power_of_two=scaling != "tensorwise")
     return result
 
 

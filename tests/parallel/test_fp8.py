@@ -7,7 +7,8 @@ from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.model.layers import ColumnLinear, Parameters
 from engine.ops.choice import require_fp8
-from engine.parallel.fp8 import Fp8State
+from engine.ops.quantize import scale_from_amax
+from engine.parallel.fp8 import AmaxSlots, Fp8State
 from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
 from engine.parallel.layout import Layout
 from engine.testing.distributed import run_ranks, world_of
@@ -99,18 +100,44 @@ def scales_of_unequal_shares() -> list[float]:
     values = torch.full((16, 16), 1.0 + world.coords.tp)
     state = Fp8State({"w": values}, "tensorwise", world, amax_history=1)
     layer = state.quantizers["w"]
-    weight, x = layer.quantized_weight()[0], layer.quantize_input(3 * values, reduce_amax=True)
-    grad, whole = (
-        layer.quantize_grad_output(5 * values, reduce_amax=True)[0],
-        layer.quantize_input(3 * values, reduce_amax=False),
-    )
-    return [q.scale_inv.item() for q in (weight, x, grad, whole)]
+    of_grad = [layer.quantize_grad_output(5 * values, reduce_amax=reduce)[0] for reduce in (True, False)]
+    found = [layer.quantized_weight()[0], layer.quantize_input(3 * values), *of_grad]
+    found.append(layer.quantize_input(3 * values, (3 * values).max().view(1)))  # the op that made it has taken its amax
+    return [q.scale_inv.item() for q in found]
 
 
 def test_ranks_use_the_scale_of_the_largest_share():
-    first, second = run_ranks(2, scales_of_unequal_shares)
-    assert first[:3] == second[:3] == pytest.approx([2 / 448, 6 / 448, 10 / 57344])
-    assert first[3] == pytest.approx(3 / 448)
+    of_ranks = run_ranks(2, scales_of_unequal_shares)
+    for own, found in zip((1, 2), of_ranks, strict=True):
+        assert found == pytest.approx([2 / 448, 6 / 448, 10 / 57344, 5 * own / 57344, 6 / 448])
+
+
+def test_delayed_computes_the_scales_of_all_layers_at_the_start_of_a_step():
+    """Bitwise the current scale of the history's amax, and its reciprocal."""
+    state = Fp8State({name: torch.ones(16, 16) for name in "ab"}, "delayed", world_of(), amax_history=2)
+    amax = {"a": (3.0, 0.3), "b": (0.0, 7.0)}
+    for step in range(2):
+        state.begin_step()
+        for name, (of_input, of_grad) in amax.items():
+            layer = state.quantizers[name]
+            layer.quantize_input(torch.full((16, 16), of_input / (step + 1)))
+            layer.quantize_grad_output(torch.full((16, 16), -of_grad / (step + 1)), reduce_amax=False)
+        state.end_step()
+    state.begin_step()
+    for name, found in amax.items():
+        pairs = zip(found, (torch.float8_e4m3fn, torch.float8_e5m2), strict=True)
+        scales = torch.stack([scale_from_amax(torch.tensor(value), dtype) for value, dtype in pairs])
+        layer = state.quantizers[name]
+        assert torch.equal(layer.scales, scales)
+        assert torch.equal(layer.scale_invs, scales.reciprocal())
+        x = layer.quantize_input(torch.ones(16, 16))
+        assert x.scale_inv.data_ptr() == layer.scale_invs.data_ptr()  # not computed again
+
+
+def test_slots_of_maxima_are_zero_and_separate():
+    slots = AmaxSlots(torch.device("cpu"))
+    taken = [slots.take().add_(number + 1) for number in range(2050)]
+    assert torch.equal(torch.cat(taken), torch.arange(1.0, 2051))
 
 
 def test_some_layers_stay_in_bf16(tmp_path):
@@ -143,12 +170,12 @@ def test_a_rehearsal_has_the_scales_of_the_steps_to_come(recipe, steps, sources)
 
     def use() -> None:
         found.append(layer.use_history)
-        layer.quantize_input(torch.full((16, 16), 7.0), reduce_amax=False)
+        layer.quantize_input(torch.full((16, 16), 7.0))
         layer.quantized_weight()
 
     for _ in range(steps):
         state.begin_step()
-        layer.quantize_input(torch.full((16, 16), 3.0), reduce_amax=False)
+        layer.quantize_input(torch.full((16, 16), 3.0))
         state.end_step()
     before = (layer.use_history, *layer.amax.tolist(), *layer.scales.tolist())
     state.rehearse(use)

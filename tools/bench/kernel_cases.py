@@ -17,7 +17,7 @@ from engine.ops.adamw import adamw_step_reference
 from engine.ops.choice import installed
 from engine.ops.fp8 import dequantize, transpose_reference
 from engine.ops.norm import layer_norm, rms_norm
-from engine.ops.quantize import QuantizedTensor, Scaling, quantize, quantize_reference
+from engine.ops.quantize import QuantizedTensor, Scaling, amax_reference, quantize, quantize_reference
 from engine.ops.rope import apply_rope_reference, rope_tables
 from engine.ops.swiglu import swiglu_reference
 from tools.bench.kernel_table import ADAMW_STATE_BYTES, FFN, HEADS, HIDDEN, PARAMETERS, TOKENS, VOCABULARY, Row
@@ -202,12 +202,31 @@ def _norm_backward(residual: bool, centered: bool) -> Case:
     )
 
 
+def _norm_with_amax() -> Case:
+    """The norm, and the largest |y|, which without it is one more read of y."""
+    norm = _norm(False)
+
+    def ours(x: Tensor, weight: Tensor) -> Call:
+        amax = torch.zeros(1, device=DEVICE)
+
+        def call() -> tuple[Tensor, Tensor]:
+            return torch.ops.triaxis.norm_forward(x, None, weight, None, EPS, False, amax)[0], amax
+
+        return call
+
+    def plain(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        y = norm(x, weight)
+        return y, y.abs().amax().float().view(1)
+
+    return _case(ours, plain, lambda: (_random(TOKENS, HIDDEN), *_weights(False)))
+
+
 def _norm_to_fp8() -> Case:
     """Quantize the rounded output, as two separate kernels would."""
     norm, given = _norm(False), (torch.float8_e4m3fn, "block_1x128", True, False, None, None, True)
 
     def ours(x: Tensor, weight: Tensor) -> Call:
-        options = (None, weight, None, EPS, False, "block_1x128", None, None, True)
+        options = (None, weight, None, EPS, False, "block_1x128", None, None)
         return partial(torch.ops.triaxis.norm_forward_fp8, x, *options)
 
     def plain(x: Tensor, weight: Tensor) -> Any:
@@ -220,12 +239,16 @@ def _norm_to_fp8() -> Case:
     return _case(ours, plain, lambda: (_random(TOKENS, HIDDEN), *_weights(False)), meaning=meaning)
 
 
-def _quantize(scaling: str) -> Case:
-    scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensorwise" else None
-    given = (torch.float8_e4m3fn, scaling, True, True, scale, None, scaling == "block_1x128")
+def _quantize(scaling: str, *, from_amax: bool = False) -> Case:
+    """One scale is given, or computed `from_amax`, or there is one for each block."""
+    amax = torch.full((1,), 7.0, device=DEVICE) if from_amax else None
+    scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensorwise" and not from_amax else None
+    given = (torch.float8_e4m3fn, scaling, True, True, scale, amax, scaling == "block_1x128")
 
     def meaning(results: tuple[Tensor, ...]) -> list[Tensor]:
-        values, scales = results[:2], results[2:] if scale is None else [scale.reciprocal()] * 2
+        values, scales = results[:2], results[2:]
+        if scaling == "tensorwise":
+            scales = (results[2] if scale is None else scale.reciprocal(),) * 2
         return [dequantize(QuantizedTensor(*x, scaling)) for x in zip(values, scales, strict=True)]  # type: ignore[arg-type]
 
     return _case(
@@ -234,6 +257,23 @@ def _quantize(scaling: str) -> Case:
         lambda: (_random(TOKENS, HIDDEN),),
         meaning=meaning,
     )
+
+
+def _amax() -> Case:
+    def of(function: Callable[[Tensor, Tensor], None], x: Tensor) -> Call:
+        amax = torch.zeros(1, device=DEVICE)
+
+        def call() -> Tensor:
+            function(amax, x)
+            return amax
+
+        return call
+
+    def plain(x: Tensor) -> Tensor:
+        amax_reference(amax := x.new_zeros(1, dtype=torch.float32), x)
+        return amax
+
+    return _case(partial(of, torch.ops.triaxis.amax_), plain, lambda: (_random(TOKENS, HIDDEN),))
 
 
 def _transpose_fp8(scaling: Scaling) -> Case:
@@ -379,8 +419,8 @@ def _gradient_norm() -> Case:
 
 
 def _quantized(x: Tensor, scaling: str) -> QuantizedTensor:
-    scale = torch.finfo(torch.float8_e4m3fn).max / x.abs().amax().float().view(1) if scaling == "tensorwise" else None
-    result, _ = quantize(x, torch.float8_e4m3fn, scaling, scale=scale, power_of_two=True)  # type: ignore[arg-type]
+    amax = x.abs().amax().float().view(1) if scaling == "tensorwise" else None
+    result, _ = quantize(x, torch.float8_e4m3fn, scaling, amax=amax, power_of_two=True)  # type: ignore[arg-type]
     assert result is not None
     return result
 
@@ -467,9 +507,12 @@ def case_of(row: Row) -> Case:
         "RMSNorm backward + residual": partial(_norm_backward, True, False),
         "LayerNorm forward": partial(_norm_forward, False, True),
         "LayerNorm backward": partial(_norm_backward, False, True),
+        "RMSNorm forward with amax": _norm_with_amax,
         "RMSNorm to E4M3 1×128": _norm_to_fp8,
         "quantize row + column, 1×128": partial(_quantize, "block_1x128"),
         "quantize row + column, one scale": partial(_quantize, "tensorwise"),
+        "quantize row + column, scale from amax": partial(_quantize, "tensorwise", from_amax=True),
+        "amax": _amax,
         "transpose E4M3, 1×128": partial(_transpose_fp8, "block_1x128"),
         "transpose E4M3, one scale": partial(_transpose_fp8, "tensorwise"),
         "SwiGLU forward": _swiglu_forward,

@@ -27,7 +27,7 @@ def row(name: str):
 
 def test_bounds_are_the_bytes_at_the_speed_of_a_copy():
     moved = [row for row in rows() if row.unit in ("µs", "ms")]
-    assert len(moved) == 16
+    assert len(moved) == 19
     for row in moved:
         seconds = row.work / COPY_BYTES_PER_S
         assert row.bound / {"µs": 1e6, "ms": 1e3}[row.unit] == pytest.approx(seconds, rel=0.07), row.name
@@ -288,7 +288,7 @@ def test_a_row_that_ruins_its_process_costs_no_other_row(on_gpu, monkeypatch, tm
         "SwiGLU forward": "its process ended with signal 9",
     }
     assert rows["LayerNorm forward"]["others"] == {"another package": illegal_instruction}
-    assert len(rows) == 9
+    assert len(rows) == 10
     printed = capfd.readouterr().out
     assert printed.count("machine\n") == 1
     assert len(set(re.findall(r"process (\d+)", printed))) == 4
@@ -304,14 +304,14 @@ def test_a_whole_run(on_gpu, tmp_path, capsys):
     """Every row but those whose kernel the host lacks, which fail and leave the others alone."""
     results, target = tmp_path / "runs" / "a.json", tmp_path / "doc.md"
     target.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
-    names = ["norm", "swiglu", "rope", "quantize", "cross", "adamw"]
+    names = ["norm", "swiglu", "rope", "quantize", "amax", "cross", "adamw"]
     arguments = ["--only", *names, "--json", str(results), "--commit", "abc", "--into", str(target)]
     assert kernels.main(arguments) == 0
     document = json.loads(results.read_text(encoding="utf-8"))
     assert document["machine"]["gpu"] == "a GPU"
     assert document["machine"]["commit"] == "abc"
     assert document["machine"]["bf16_tflops"] == pytest.approx(2 * 64**3 / 1e-3 / 1e12)
-    assert len(document["rows"]) == 14
+    assert len(document["rows"]) == 17
     one = document["rows"]["SwiGLU forward"]
     assert one["seconds"] == pytest.approx(1e-3 / kernels.ROTATIONS / kernel_cases.SETS)
     assert document["rows"]["cross-entropy forward + backward"]["seconds"] == pytest.approx(1e-3 / kernel_cases.SETS)

@@ -25,15 +25,16 @@ __device__ __forceinline__ float max_across(float x) {
 }
 
 // A thread's part of a tile: kRows adjacent rows from `row` on, 8 columns from `column` on. Tiles begin at multiples of 128
-// rows and at `column0`, and columns end before `end`, a multiple of 8 columns away.
+// rows and at `column0`, and columns end before `end`, a multiple of 8 columns away. There are fewer than 2^31 of each.
 template <int kRows>
 struct Place {
-  __device__ __forceinline__ Place(int64_t tile_row, int64_t column0, int64_t end)
-      : tile_row(tile_row), column0(column0), end(end), row(tile_row * kTile + down * kRows),
+  __device__ __forceinline__ Place(int tile_row, int column0, int end)
+      : tile_row(tile_row), column0(column0), end(end), row(int64_t(tile_row) * kTile + down * kRows),
         column(column0 + across * kTileColumns), inside(column < end) {}
 
   int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
-  int64_t tile_row, column0, end, row, column;
+  int tile_row, column0, end;
+  int64_t row, column;
   bool inside;
 };
 
@@ -60,15 +61,6 @@ __device__ __forceinline__ int max_of_tile(const Packed<T, kTileColumns> (&x)[kR
     for (int j = 0; j < kTileColumns; ++j) maximum = max_magnitude(maximum, x[p][j]);
   }
   return maximum;
-}
-
-// The scale of the tensor: as given, or of the largest |x|, as scale_from_amax in engine/ops/quantize.py.
-template <__nv_fp8_interpretation_t kType>
-__device__ __forceinline__ float tensor_scale(const triaxis_quantize_args& a) {
-  if (a.scale != nullptr) return *a.scale;
-  const float amax = *a.amax, scale = amax > 0.0f ? max_value(kType) / amax : 1.0f;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.scale_inv = 1.0f / scale;
-  return scale;
 }
 
 // The scales of 1 × 128 blocks of the transpose: one for each column of the tile, from the maxima of each thread's rows.
@@ -112,11 +104,12 @@ __device__ __forceinline__ void store_transposed(
   }
 }
 
-// Quantizes the tile `x`, which has zeros outside the matrix, to the outputs of `a`. `zero` is 0, for Packed::forget.
+// Quantizes the tile `x`, which has zeros outside the matrix, to the outputs of `a`. `tensor_scale`: for one scale, what x is
+// multiplied by. `zero` is 0, for Packed::forget.
 template <typename T, __nv_fp8_interpretation_t kType, triaxis_scaling kScaling, bool kPowerOfTwo, int kRows>
 __device__ __forceinline__ void quantize_tile(
-    const Place<kRows>& at, Packed<T, kTileColumns> (&x)[kRows], const triaxis_quantize_args& a, TileMemory<kRows>& memory,
-    uint32_t zero) {
+    const Place<kRows>& at, Packed<T, kTileColumns> (&x)[kRows], const triaxis_quantize_args& a, float tensor_scale,
+    TileMemory<kRows>& memory, uint32_t zero) {
   // This thread's maxima of |x|: of each of its rows, of each of its columns, of all.
   float row_max[kRows], amax = 0.0f;
   Vec<float, kTileColumns> column_max = {};
@@ -139,8 +132,7 @@ __device__ __forceinline__ void quantize_tile(
   if (kScaling == TRIAXIS_BLOCK_1X128 && a.transposed != nullptr)
     scale_columns<kType, kPowerOfTwo>(at, column_max, memory, a.transposed_scale_inv, a.transposed_scale_inv_stride);
   // One scale for the tile: that of the tensor, or of the 128 × 128 block from the maximum over the thread block.
-  Scale tile{};
-  if (kScaling == TRIAXIS_TENSORWISE) tile.scale = tensor_scale<kType>(a);
+  Scale tile{tensor_scale, 0.0f};
   if (kScaling == TRIAXIS_BLOCK_128X128) {
     amax = warp_max(amax);
     if (threadIdx.x % kWarp == 0) memory.maxima[0][threadIdx.x / kWarp] = amax;
@@ -196,6 +188,21 @@ __device__ __forceinline__ void quantize_tile(
     bytes[j] = *reinterpret_cast<Vec<uint8_t, kRows>*>(&pairs);
   }
   store_transposed(at, bytes, memory, static_cast<uint8_t*>(a.transposed), a.rows);
+}
+
+// Whether tiles can be counted: the largest gridDim.y, and Place.
+inline bool valid_tiles(int64_t rows, int64_t columns) {
+  return rows >= 0 && columns >= 0 && rows <= 65535ll * kTile && columns < (1ll << 31) - kTile;
+}
+
+// Whether `out` is how fused kernels quantize a gradient: row-major and transposed, in E5M2 with a given scale or in E4M3 with
+// blocks of 1 × 128.
+inline bool valid_gradient(const triaxis_quantize_args& out) {
+  return valid_tiles(out.rows, out.columns) && out.rows % 16 == 0 && out.columns % 16 == 0 &&
+         out.row_major != nullptr && out.transposed != nullptr &&
+         (out.scaling == TRIAXIS_TENSORWISE
+              ? out.scale != nullptr
+              : out.scaling == TRIAXIS_BLOCK_1X128 && out.scale_inv != nullptr && out.transposed_scale_inv != nullptr);
 }
 
 }  // namespace triaxis

@@ -15,11 +15,20 @@ constexpr int kThreads = kTileThreads<kRows>;
 template <typename T, triaxis_scaling kScaling>
 constexpr int kBlocks = sizeof(T) == 4 ? 2 : std::is_same_v<T, __half> || kScaling == TRIAXIS_BLOCK_1X128 ? 3 : 4;
 
+// The scale of the tensor: as given, or of the largest |x|, as scale_from_amax in engine/ops/quantize.py.
+template <__nv_fp8_interpretation_t kType>
+__device__ __forceinline__ float tensor_scale(const triaxis_quantize_args& a) {
+  if (a.scale != nullptr) return *a.scale;
+  const float amax = *a.amax, scale = amax > 0.0f ? max_value(kType) / amax : 1.0f;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.scale_inv = 1.0f / scale;
+  return scale;
+}
+
 // `zero` is 0, for Packed::forget.
 template <typename T, __nv_fp8_interpretation_t kType, triaxis_scaling kScaling, bool kPowerOfTwo>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, kScaling>)) quantize(const triaxis_quantize_args a, uint32_t zero) {
   __shared__ TileMemory<kRows> memory;
-  const Place<kRows> at(blockIdx.y, int64_t(blockIdx.x) * kTile, a.columns);
+  const Place<kRows> at(blockIdx.y, blockIdx.x * kTile, int(a.columns));
   Packed<T, kTileColumns> x[kRows];  // zeros outside the matrix; all loads are issued before the first use
 #pragma unroll
   for (int p = 0; p < kRows; ++p) {
@@ -27,7 +36,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<T, kScaling>)) quantize(con
     if (at.inside && at.row + p < a.rows)
       x[p] = Packed<T, kTileColumns>::load(static_cast<const T*>(a.x) + (at.row + p) * a.stride + at.column);
   }
-  quantize_tile<T, kType, kScaling, kPowerOfTwo>(at, x, a, memory, zero);
+  const float scale = kScaling == TRIAXIS_TENSORWISE ? tensor_scale<kType>(a) : 0.0f;
+  quantize_tile<T, kType, kScaling, kPowerOfTwo>(at, x, a, scale, memory, zero);
 }
 
 template <typename T, __nv_fp8_interpretation_t kType>
@@ -57,7 +67,7 @@ template <typename T, __nv_fp8_interpretation_t kType, triaxis_scaling kScaling>
 __global__ void __launch_bounds__(kThreads, kScaling == TRIAXIS_TENSORWISE ? 4 : 3)
     transpose_fp8(const triaxis_transpose_fp8_args a, uint32_t zero) {
   __shared__ TileMemory<kRows> memory;
-  const Place<kRows> at(blockIdx.y, int64_t(blockIdx.x) * kTile, a.columns);
+  const Place<kRows> at(blockIdx.y, blockIdx.x * kTile, int(a.columns));
   const bool inside = at.inside && at.row < a.rows;  // all or none of a thread's 8 × 8 elements
   Packed<T, kTileColumns> x[kRows];
 #pragma unroll
@@ -102,17 +112,16 @@ __global__ void __launch_bounds__(kThreads, kScaling == TRIAXIS_TENSORWISE ? 4 :
 }
 
 bool valid(const triaxis_transpose_fp8_args& a) {
-  return (a.dtype == TRIAXIS_E4M3 || a.dtype == TRIAXIS_E5M2) && a.rows >= 0 && a.columns >= 0 && a.rows % 16 == 0 &&
-         a.columns % 16 == 0 && a.rows <= 65535ll * kTile &&  // the largest gridDim.y
+  return (a.dtype == TRIAXIS_E4M3 || a.dtype == TRIAXIS_E5M2) && valid_tiles(a.rows, a.columns) && a.rows % 16 == 0 &&
+         a.columns % 16 == 0 &&
          reinterpret_cast<uintptr_t>(a.x) % kTileColumns == 0 && reinterpret_cast<uintptr_t>(a.transposed) % 16 == 0 &&
          (a.scaling == TRIAXIS_TENSORWISE ||
           (a.scaling == TRIAXIS_BLOCK_1X128 && a.scale_inv != nullptr && a.transposed_scale_inv != nullptr));
 }
 
 bool valid(const triaxis_quantize_args& a) {
-  return floating(a.dtype) && (a.out_dtype == TRIAXIS_E4M3 || a.out_dtype == TRIAXIS_E5M2) && a.rows >= 0 &&
-         a.columns >= 0 && a.columns % 16 == 0 && (a.transposed == nullptr || a.rows % 16 == 0) &&
-         a.rows <= 65535ll * kTile &&  // the largest gridDim.y
+  return floating(a.dtype) && (a.out_dtype == TRIAXIS_E4M3 || a.out_dtype == TRIAXIS_E5M2) &&
+         valid_tiles(a.rows, a.columns) && a.columns % 16 == 0 && (a.transposed == nullptr || a.rows % 16 == 0) &&
          (a.scaling != TRIAXIS_TENSORWISE || a.scale != nullptr || (a.amax != nullptr && a.scale_inv != nullptr));
 }
 

@@ -86,12 +86,12 @@ def _rope_qk_backward(grad_q: Tensor, grad_k: Tensor, *rest: Any) -> Tensor:
 
 
 def _rope_qk_backward_fp8(grad_q: Tensor, grad_k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fp8_gradient(_rope_qk_backward(grad_q, grad_k).flatten(1), rest[3])
+    return _fp8_gradient(_rope_qk_backward(grad_q, grad_k).flatten(1), *rest[-3:])
 
 
-def _fp8_gradient(gradient: Tensor, scaling: str) -> tuple[Tensor, ...]:
+def _fp8_gradient(gradient: Tensor, scaling: str, scale: Tensor | None, amax: Tensor | None) -> tuple[Tensor, ...]:
     dtype = torch.float8_e5m2 if scaling == "tensorwise" else torch.float8_e4m3fn
-    return _quantize(gradient, dtype, scaling, True, True)
+    return _quantize(gradient, dtype, scaling, True, True, scale)
 
 
 def _cross_entropy_statistics(logits: Tensor, labels: Tensor, first_label: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "swiglu_forward": lambda gate_up, amax=None: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8_output(x, x.shape[0], x.shape[1] // 2, scaling),
     "swiglu_backward": lambda grad_out, gate_up, amax: gate_up.new_empty(gate_up.shape),
-    "swiglu_backward_fp8": lambda grad_out, gate_up, scaling, *rest: _fp8_gradient(gate_up, scaling),
+    "swiglu_backward_fp8": lambda grad_out, gate_up, *output: _fp8_gradient(gate_up, *output),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
     "rope_qk": _rope_qk,
     "rope_qk_backward": _rope_qk_backward,

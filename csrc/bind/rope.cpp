@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qk_backward_fp8(
 const Operator kOperators[] = {
     {"rope(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", TRIAXIS_KERNEL(rope)},
     {"rope_qk(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor)", TRIAXIS_KERNEL(rope_qk)},
-    {"rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, Tensor(a!)? amax) -> Tensor",
+    {"rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, Tensor(a!)? amax=None) -> Tensor",
      TRIAXIS_KERNEL(rope_qk_backward)},
     {"rope_qk_backward_fp8(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, str scaling, Tensor? scale, "
      "Tensor(a!)? amax) -> (Tensor, Tensor, Tensor, Tensor)",

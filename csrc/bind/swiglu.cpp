@@ -82,7 +82,7 @@ const Operator kOperators[] = {
     {"swiglu_forward(Tensor gate_up, Tensor(a!)? amax=None) -> Tensor", TRIAXIS_KERNEL(swiglu_forward)},
     {"swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax) -> (Tensor, Tensor)",
      TRIAXIS_KERNEL(swiglu_forward_fp8)},
-    {"swiglu_backward(Tensor grad_out, Tensor gate_up, Tensor(a!)? amax) -> Tensor", TRIAXIS_KERNEL(swiglu_backward)},
+    {"swiglu_backward(Tensor grad_out, Tensor gate_up, Tensor(a!)? amax=None) -> Tensor", TRIAXIS_KERNEL(swiglu_backward)},
     {"swiglu_backward_fp8(Tensor grad_out, Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax) -> "
      "(Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(swiglu_backward_fp8)},

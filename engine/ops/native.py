@@ -138,7 +138,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_backward": _norm_backward,
     "swiglu_forward": lambda gate_up, amax=None: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8_output(x, x.shape[0], x.shape[1] // 2, scaling),
-    "swiglu_backward": lambda grad_out, gate_up, amax: gate_up.new_empty(gate_up.shape),
+    "swiglu_backward": lambda grad_out, gate_up, amax=None: gate_up.new_empty(gate_up.shape),
     "swiglu_backward_fp8": lambda grad_out, gate_up, *output: _fp8_gradient(gate_up, *output),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
     "rope_qk": _rope_qk,

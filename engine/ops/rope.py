@@ -95,7 +95,7 @@ class _KernelRotateQkv(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         ops, arguments = torch.ops.triaxis, (*grad_outputs, *ctx.saved_tensors)
         if ctx.handover is None:
-            grad = ops.rope_qk_backward(*arguments, None)
+            grad = ops.rope_qk_backward(*arguments)
         else:
             grad = ctx.handover.compute(ops.rope_qk_backward, ops.rope_qk_backward_fp8, arguments, ctx.shape)
         return grad, None, None, None, None

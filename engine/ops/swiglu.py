@@ -99,7 +99,7 @@ class _KernelSwiGluFp8(torch.autograd.Function):
 def _kernel_backward(grad: Tensor, gate_up: Tensor, handover: GradHandover | None) -> Tensor:
     ops = torch.ops.triaxis
     if handover is None:
-        return ops.swiglu_backward(grad, gate_up, None)
+        return ops.swiglu_backward(grad, gate_up)
     return handover.compute(ops.swiglu_backward, ops.swiglu_backward_fp8, (grad, gate_up), gate_up.shape)
 
 

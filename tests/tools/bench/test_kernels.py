@@ -28,7 +28,7 @@ def row(name: str):
 
 def test_bounds_are_the_bytes_at_the_speed_of_a_copy():
     moved = [row for row in rows() if row.unit in ("µs", "ms")]
-    assert len(moved) == 19
+    assert len(moved) == 22
     for row in moved:
         seconds = row.work / COPY_BYTES_PER_S
         assert row.bound / {"µs": 1e6, "ms": 1e3}[row.unit] == pytest.approx(seconds, rel=0.07), row.name
@@ -317,7 +317,7 @@ def test_a_whole_run(on_gpu, tmp_path, capsys):
     assert document["machine"]["gpu"] == "a GPU"
     assert document["machine"]["commit"] == "abc"
     assert document["machine"]["bf16_tflops"] == pytest.approx(2 * 64**3 / 1e-3 / 1e12)
-    assert len(document["rows"]) == 17
+    assert len(document["rows"]) == 20
     one = document["rows"]["SwiGLU forward"]
     assert one["seconds"] == pytest.approx(1e-3 / kernels.ROTATIONS / kernel_cases.SETS)
     assert document["rows"]["cross-entropy forward + backward"]["seconds"] == pytest.approx(1e-3 / kernel_cases.SETS)

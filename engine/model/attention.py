@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
 
     def _grad_handover(self, x: torch.Tensor) -> GradHandover | None:
-        """Of the gradient of q, k and v, between the projection and rotary positions; None if norms lie between them."""
+        """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them."""
         if self.q_norm is not None:
             return None
         return self.qkv.linear.grad_handover(x, lambda output: hands_over(output, self.head_dim))

@@ -77,9 +77,10 @@ class ColumnLinear(ParallelLinear):
             supports: whether the op can hand over a gradient as an output spec says.
         """
         output = None if self.quantizer is None else self.quantizer.grad_spec(x)
-        if output is None or (isinstance(output, Fp8Output) and self.bias is not None):  # a bias sums the gradient's values
+        if output is None or not supports(output):
             return None
-        return GradHandover(output) if supports(output) else None
+        summed = isinstance(output, Fp8Output) and self.bias is not None  # the gradient of a bias needs the values
+        return None if summed else GradHandover(output)
 
 
 class RowLinear(ParallelLinear):
@@ -182,7 +183,7 @@ class ActivationLinear(nn.Module):
             return self.linear(activated)
 
     def grad_handover(self, up: ColumnLinear, x: torch.Tensor) -> GradHandover | None:
-        """Of the gradient of this module's input, the output of `up`; None if it is not handed over. `x`: as for `up`."""
+        """Of the gradient of this module's input, the output of `up`; None without one. `x`: as for `up`."""
         return up.grad_handover(x, lambda output: hands_over(output, up.weight.shape[0])) if self.gated else None
 
     def _activate(self, x: torch.Tensor, handover: GradHandover | None) -> torch.Tensor:

@@ -104,10 +104,10 @@ class ActivationWithAmax:
 class GradHandover:
     """How the op after a linear layer hands over the gradient of that layer's output, in one backward pass.
 
-    Both get this object in their forward. In the backward, the op computes the gradient as `output` says, and the layer takes
-    it: in FP8, row-major and transposed, while autograd carries a tensor without memory from one to the other; or with its
-    amax. The values are those without a handover, bit for bit: gradients are rounded to the model's dtype before they are
-    quantized. The layer's output must have no other use, as the sum of two gradients was never quantized.
+    Both get this object in their forward. In the backward, the op computes the gradient as `output` says, and the layer
+    takes it: in FP8, row-major and transposed, while autograd carries a tensor without memory from one to the other; or
+    with its amax. Results are those without a handover, bit for bit: the gradient is rounded to the model's dtype before
+    it is quantized. The layer's output must have no other use, as the sum of two gradients was never quantized.
 
     Attributes:
         gradient: what the op's backward has returned to autograd, until the layer takes it.
@@ -125,8 +125,8 @@ class GradHandover:
         arguments: tuple[Tensor, ...],
         shape: torch.Size,
     ) -> Tensor:
-        """Compute a gradient of `shape` by one of two kernels: `plain` takes `arguments` and an amax, `fused` `arguments` and
-        an FP8 output. Return it, or what carries it.
+        """Compute a gradient of `shape` by one of two kernels: `plain` takes `arguments` and an amax, `fused` takes
+        `arguments` and an FP8 output. Return the gradient, or what carries it.
         """
         if isinstance(self.output, AmaxOutput):
             self.gradient = plain(*arguments, self.output.amax)

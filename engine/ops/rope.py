@@ -50,8 +50,8 @@ def apply_rope_qkv(
 
 
 def hands_over(output: Fp8Output | AmaxOutput, head_dim: int) -> bool:
-    """Whether the kernel can hand over the gradient of q, k and v as `output` says: for FP8, a block of 128 elements has whole
-    heads.
+    """Whether the kernel can hand over the gradient of q, k and v as `output` says: in FP8, if heads fill blocks of 128
+    elements.
     """
     return isinstance(output, AmaxOutput) or head_dim in (16, 32, 64, 128)
 

@@ -41,8 +41,8 @@ def swiglu_for_fp8(
 
 
 def hands_over(output: Fp8Output | AmaxOutput, columns: int) -> bool:
-    """Whether the kernel can hand over the gradient of `gate_up`, which has `columns` features, as `output` says: no block of
-    a row may have elements of both halves.
+    """Whether the kernel can hand over the gradient of `gate_up`, which has `columns` features, as `output` says: no block
+    of a row may have elements of both halves.
     """
     in_blocks = isinstance(output, Fp8Output) and output.scaling == BLOCK_1X128
     return not in_blocks or columns // 2 % BLOCK_SIZE == 0

@@ -81,7 +81,8 @@ def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     assert calls.get("triaxis::swiglu_forward_fp8", 0) == (fused if preset == "tiny" else 0)
     linears = 3 * 4 * 4 * 4  # steps, microbatches, layers, linear layers
     assert calls["triaxis::transpose_fp8"] == linears  # of the input, for the weight's gradient
-    # A tensor without a scale is read once for its amax where no kernel takes it: weights, the gradients of two layers, attention's output.
+    # A tensor without a scale is read once for its amax where no kernel takes it: weights, the gradients of two layers,
+    # attention's output.
     current = {"tensorwise": 3, "delayed": 1, "blockwise": 0}[recipe]  # steps with scales from the current amax
     weights = 0 if recipe == "blockwise" else linears // 4
     assert calls.get("triaxis::amax_", 0) == weights + current * 4 * 4 * (2 + 1)
@@ -126,7 +127,7 @@ def test_gradients_that_ops_hand_over_change_no_bit(
 
 
 def steps_of_a_rank(library: Path, directory: Path, layout: Layout, overrides: tuple[str, ...]):
-    """Numbers and parameters of a rank, with all gradients quantized by the linear layers, and with those handed over."""
+    """Numbers and parameters of a rank, with all gradients quantized by linear layers, and with those handed over."""
     torch.ops.load_library(library)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(native, "runs", lambda x: x.dtype != torch.float64)

@@ -1,5 +1,5 @@
-"""Backward passes of csrc that write FP8 or take the amax, run on the host: bit for bit those that write the gradient, then
-`quantize`.
+"""Backward passes of csrc that write FP8 or take the amax, run on the host: bit for bit what plain ones and `quantize`
+give.
 """
 
 import pytest
@@ -13,7 +13,7 @@ HOSTILE = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-40, -3e38, 3e38, 5e-3
 
 
 def hostile(*shape, dtype, seed=0):
-    """Random values of many magnitudes, among them some that are no numbers, too large, too small, and whole blocks of zeros."""
+    """Random values of many magnitudes, some of them no numbers, too large or too small, and rows of zeros."""
     torch.manual_seed(seed)
     x = (torch.randn(shape) * torch.logspace(-8, 3, shape[-1])).to(dtype)
     flat = x.view(-1)
@@ -24,7 +24,7 @@ def hostile(*shape, dtype, seed=0):
 
 
 def assert_as_quantized(fused, plain, arguments, scaling):
-    """The fused operator's values, their transpose, both scales and the amax are those of the plain one and `quantize`."""
+    """The fused operator's values, transpose, scales and amax are those of the plain one and `quantize`."""
     scale = torch.tensor([20.0]) if scaling == "tensorwise" else None
     dtype = torch.float8_e5m2 if scaling == "tensorwise" else torch.float8_e4m3fn
     amax = [torch.tensor([0.1]), torch.tensor([0.1])] if scaling == "tensorwise" else [None, None]

@@ -105,9 +105,9 @@ class GradHandover:
     """How the op after a linear layer hands over the gradient of that layer's output, in one backward pass.
 
     Both get this object in their forward. In the backward, the op computes the gradient as `output` says, and the layer
-    takes it: in FP8, row-major and transposed, while autograd carries a tensor without memory from one to the other; or
-    with its amax. Results are those without a handover, bit for bit: the gradient is rounded to the model's dtype before
-    it is quantized. The layer's output must have no other use, as the sum of two gradients was never quantized.
+    takes it: in FP8, row-major and transposed, while autograd carries a tensor without memory from one to the other, or
+    with its amax. Results are those without a handover, bit for bit: the gradient is rounded to the model's dtype
+    before it is quantized. The layer's output must have no other use, as the sum of two gradients was never quantized.
 
     Attributes:
         gradient: what the op's backward has returned to autograd, until the layer takes it.

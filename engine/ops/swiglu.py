@@ -41,8 +41,8 @@ def swiglu_for_fp8(
 
 
 def hands_over(output: Fp8Output | AmaxOutput, columns: int) -> bool:
-    """Whether the kernel can hand over the gradient of `gate_up`, which has `columns` features, as `output` says: no block
-    of a row may have elements of both halves.
+    """Whether the kernel can hand over the gradient of `gate_up`, which has `columns` features, as `output` says: no
+    block of a row may have elements of both halves.
     """
     in_blocks = isinstance(output, Fp8Output) and output.scaling == BLOCK_1X128
     return not in_blocks or columns // 2 % BLOCK_SIZE == 0
@@ -93,7 +93,8 @@ class _KernelSwiGluFp8(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad_outputs[0] is None:
             return None, None, None
-        return _kernel_backward(grad_outputs[0], *ctx.saved_tensors, ctx.handover), None, None
+        (gate_up,) = ctx.saved_tensors
+        return _kernel_backward(grad_outputs[0], gate_up, ctx.handover), None, None
 
 
 def _kernel_backward(grad: Tensor, gate_up: Tensor, handover: GradHandover | None) -> Tensor:

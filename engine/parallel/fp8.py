@@ -101,8 +101,8 @@ class Fp8Quantizer:
         return spec if not isinstance(spec, Fp8Output) or spec.supports(x, features) else None
 
     def grad_spec(self, x: Tensor) -> Fp8Output | AmaxOutput | None:
-        """Output spec for the op whose backward computes the gradient of this layer's output, which is on the device and
-        in the dtype of `x`; as `input_spec`.
+        """Output spec for the op whose backward computes the gradient of this layer's output, on the device and in the
+        dtype of `x`; as `input_spec`.
         """
         return self._spec(x, _GRAD) if torch.is_grad_enabled() else None
 

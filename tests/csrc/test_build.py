@@ -120,8 +120,8 @@ def test_quantizing_by_powers_of_two_divides_nothing(objects):
 
 
 def test_a_backward_to_fp8_leaves_room_for_two_blocks(objects):
-    """When this was written, SwiGLU's took 1,728 instructions with one scale and 2,136 in blocks, with 32 sigmoids; RoPE's,
-    for a tile, 870 and 1,047.
+    """When this was written, SwiGLU's took 1,728 instructions with one scale and 2,136 in blocks, with 32 sigmoids;
+    RoPE's took 870 and 1,047 for a tile.
     """
     limits = {"swiglu": (1850, 2300), "rope": (940, 1130)}
     for name, (one_scale, blocks) in limits.items():
@@ -138,8 +138,8 @@ def test_a_backward_to_fp8_leaves_room_for_two_blocks(objects):
 
 
 def test_swiglu_and_rope_divide_nothing_but_for_the_sigmoid(objects):
-    """In bf16, for 8 elements: SwiGLU forward 178 instructions a row and backward 262 (245 and 317 with exact divisions),
-    to FP8 187 and 207 (371 before); RoPE 548 for a head of each of q, k and v.
+    """In bf16, for 8 elements: SwiGLU forward 178 instructions a row and backward 262 (245 and 317 with exact
+    divisions), to FP8 187 and 207 (371 before); RoPE 548 for a head of each of q, k and v.
     """
     loops = {n: k.loop for n, k in kernels_of(objects["swiglu"], "ardI13__nv_bfloat16Li8E").items()}
     assert len(loops) == 3 + 1  # outputs of the forward; the backward

@@ -131,3 +131,10 @@ def test_wrong_arguments_are_named(emulated):
     heads = heads_and_tables(16, 2, 1, 48, torch.float32)
     with pytest.raises(RuntimeError, match="rope_qk_backward_fp8: invalid argument"):
         ops.rope_qk_backward_fp8(*heads, "block_1x128", None, None)
+
+
+def test_a_missing_barrier_shows(broken):
+    """Between the two tiles of a block, which share its memory."""
+    barrier = "  __syncthreads();  // all have read the shared memory\n"
+    code, output = broken("kernels/swiglu.cu", barrier, "", f"{__file__}::test_swiglu")
+    assert code == 1, output

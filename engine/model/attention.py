@@ -14,7 +14,7 @@ from engine.model.layers import Norm, NormLinear, Parameters, RowLinear
 from engine.model.parameters import kv_share
 from engine.ops.attention import attention
 from engine.ops.quantize import GradHandover
-from engine.ops.rope import apply_rope, apply_rope_qkv, hands_over
+from engine.ops.rope import apply_rope, apply_rope_qkv, rope_hands_over
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import checkpoint
 
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them."""
         if self.q_norm is not None:
             return None
-        return self.qkv.linear.grad_handover(x, lambda output: hands_over(output, self.head_dim))
+        return self.qkv.linear.grad_handover(x, lambda output: rope_hands_over(output, self.head_dim))
 
     def attend(self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention proper, which depends on the documents of the batch; not compiled."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from engine.config.schema import ModelConfig, OpsConfig
 from engine.ops.norm import add_norm, layer_norm, norm_for_fp8, rms_norm
 from engine.ops.quantize import AmaxOutput, Fp8Output, GradHandover
-from engine.ops.swiglu import hands_over, swiglu, swiglu_for_fp8
+from engine.ops.swiglu import swiglu, swiglu_for_fp8, swiglu_hands_over
 from engine.parallel.fp8 import Fp8Quantizer
 from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
@@ -184,7 +184,7 @@ class ActivationLinear(nn.Module):
 
     def grad_handover(self, up: ColumnLinear, x: torch.Tensor) -> GradHandover | None:
         """Of the gradient of this module's input, the output of `up`; None without one. `x`: as for `up`."""
-        return up.grad_handover(x, lambda output: hands_over(output, up.weight.shape[0])) if self.gated else None
+        return up.grad_handover(x, lambda output: swiglu_hands_over(output, up.weight.shape[0])) if self.gated else None
 
     def _activate(self, x: torch.Tensor, handover: GradHandover | None) -> torch.Tensor:
         return swiglu(x, handover) if self.gated else F.gelu(x, approximate="tanh")

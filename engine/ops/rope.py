@@ -49,7 +49,7 @@ def apply_rope_qkv(
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
-def hands_over(output: Fp8Output | AmaxOutput, head_dim: int) -> bool:
+def rope_hands_over(output: Fp8Output | AmaxOutput, head_dim: int) -> bool:
     """Whether the kernel can hand over the gradient of q, k and v as `output` says: in FP8, if heads fill blocks of 128
     elements.
     """

@@ -40,7 +40,7 @@ def swiglu_for_fp8(
     return Fp8Activation(output.quantized(values, scale_inv), carrier)
 
 
-def hands_over(output: Fp8Output | AmaxOutput, columns: int) -> bool:
+def swiglu_hands_over(output: Fp8Output | AmaxOutput, columns: int) -> bool:
     """Whether the kernel can hand over the gradient of `gate_up`, which has `columns` features, as `output` says: no
     block of a row may have elements of both halves.
     """

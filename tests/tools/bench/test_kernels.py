@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError, StorageError
-from tests.csrc.conftest import emulated, toolchain  # noqa: F401
+from tests.csrc.conftest import emulated, emulated_library, toolchain  # noqa: F401
 from tools.bench import kernel_cases, kernel_table, kernels
 from tools.bench.kernel_table import BEGIN, END, cells, key, rows, section, table, write_between_markers
 

@@ -179,7 +179,7 @@ def test_a_copy_has_fewer_elements_than_2_to_31(monkeypatch):
 @pytest.fixture
 def small(emulated, monkeypatch):  # noqa: F811
     """The cases at sizes for the host."""
-    sizes = {"TOKENS": 32, "HIDDEN": 256, "FFN": 96, "VOCABULARY": 48, "HEADS": 2, "PARAMETERS": 20_000, "PIECE": 7000}
+    sizes = {"TOKENS": 32, "HIDDEN": 256, "FFN": 128, "VOCABULARY": 48, "HEADS": 2, "PARAMETERS": 20_000, "PIECE": 7000}
     for name, size in sizes.items():
         monkeypatch.setattr(kernel_cases, name, size)
     monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")

@@ -40,8 +40,8 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Fp8Output:
-    """FP8 output spec of a fused operator; blocks have scales that are powers of two. Activations are E4M3; gradients are
-    E5M2, with scales per block E4M3.
+    """FP8 output spec of a fused operator; blocks have scales that are powers of two. Activations are E4M3; gradients
+    are E5M2, with scales per block E4M3.
 
     Attributes:
         scale, scale_inv: fp32 [1], for TENSORWISE.

@@ -97,6 +97,44 @@ struct Fp8Result {
   }
 };
 
+// A gradient [rows, columns] in FP8, row-major and transposed, that a fused backward computes: E5M2 if tensorwise, else E4M3.
+struct Fp8Gradient {
+  Tensor values, transposed, scale_inv, transposed_scale_inv;  // the last two are empty if tensorwise
+  triaxis_quantize_args output{};
+
+  Fp8Gradient(const Tensor& like, int64_t rows, int64_t columns, const std::string& scaling, const OptionalTensor& scale,
+              const OptionalTensor& amax)
+      : values(empty(like, {rows, columns}, dtype(scaling))),
+        transposed(empty(like, {columns, rows}, dtype(scaling))),
+        scale_inv(new_scale_inv(like, rows, columns, scaling)),
+        transposed_scale_inv(new_scale_inv(like, columns, rows, scaling)) {
+    STD_TORCH_CHECK(rows % 16 == 0 && columns % 16 == 0, "[", rows, ", ", columns, "]: FP8 takes multiples of 16");
+    STD_TORCH_CHECK(scaling == "block_1x128" || (scaling == "tensorwise" && scale.has_value()),
+                    "scaling is 'block_1x128', or 'tensorwise' with a scale");
+    output.row_major = values.data_ptr();
+    output.transposed = transposed.data_ptr();
+    output.scale = one_float(scale, "scale");
+    output.amax = one_float(amax, "amax");
+    output.scale_inv = floats(scale_inv);
+    output.transposed_scale_inv = floats(transposed_scale_inv);
+    output.rows = rows;
+    output.columns = columns;
+    output.scale_inv_stride = rows;
+    output.transposed_scale_inv_stride = columns;
+    output.scaling = scaling_of(scaling);
+    output.power_of_two = true;
+  }
+
+ private:
+  static ScalarType dtype(const std::string& scaling) {
+    return scaling == "tensorwise" ? ScalarType::Float8_e5m2 : ScalarType::Float8_e4m3fn;
+  }
+  static Tensor new_scale_inv(const Tensor& like, int64_t rows, int64_t columns, const std::string& scaling) {
+    if (scaling == "tensorwise") return empty(like, {0}, ScalarType::Float);
+    return empty(like, {(columns + 127) / 128, rows}, ScalarType::Float);
+  }
+};
+
 // Makes the device of a tensor current for as long as this lives, and holds its stream.
 #ifdef TRIAXIS_EMULATED
 struct OnDevice {

@@ -61,32 +61,55 @@ std::tuple<Tensor, Tensor> rope_qk(Tensor qkv, Tensor cos, Tensor sin, int64_t k
   return {q, k};
 }
 
-// The gradient of qkv, from those of rotated q and k and of v.
-Tensor rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin) {
+// Arguments of the backward but for its groups, checked. The gradients are replaced by such with dense heads.
+triaxis_rope_args backward_args(Tensor& grad_q, Tensor& grad_k, Tensor& grad_v, const Tensor& cos, const Tensor& sin) {
   triaxis_rope_args a = args_of(grad_q, cos, sin, true);
   for (const Tensor& other : {grad_k, grad_v}) {
     STD_TORCH_CHECK(other.dim() == 3 && other.size(0) == grad_q.size(0) && other.size(1) == grad_k.size(1) &&
                         other.size(2) == grad_q.size(2) && other.scalar_type() == grad_q.scalar_type(),
                     "rope_qk_backward: gradients of different shapes or dtypes");
   }
-  grad_q = with_dense_heads(grad_q);
-  grad_k = with_dense_heads(grad_k);
-  grad_v = with_dense_heads(grad_v);
+  for (Tensor* grad : {&grad_q, &grad_k, &grad_v}) *grad = with_dense_heads(*grad);
+  return a;
+}
+
+// The gradient of qkv, from those of rotated q and k and of v.
+Tensor rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, OptionalTensor amax) {
+  triaxis_rope_args a = backward_args(grad_q, grad_k, grad_v, cos, sin);
   const int64_t q_heads = grad_q.size(1), kv_heads = grad_k.size(1);
   Tensor out = empty(grad_q, {grad_q.size(0), q_heads + 2 * kv_heads, grad_q.size(2)}, grad_q.scalar_type());
   a.groups[0] = heads(grad_q, 0, out, 0, q_heads, true);
   a.groups[1] = heads(grad_k, 0, out, q_heads, kv_heads, true);
   a.groups[2] = heads(grad_v, 0, out, q_heads + kv_heads, kv_heads, false);
+  a.amax = one_float(amax, "amax");
   const OnDevice device(grad_q);
   check_status(triaxis_rope(&a, device.stream), "rope_qk_backward");
   return out;
 }
 
+// -> values [t, (n + 2 n_kv) d], their transpose, scale_inv of each; of the gradient of qkv
+std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qk_backward_fp8(
+    Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, std::string scaling, OptionalTensor scale,
+    OptionalTensor amax) {
+  triaxis_rope_args a = backward_args(grad_q, grad_k, grad_v, cos, sin);
+  const int64_t q_heads = grad_q.size(1), kv_heads = grad_k.size(1);
+  const Fp8Gradient out(grad_q, grad_q.size(0), (q_heads + 2 * kv_heads) * grad_q.size(2), scaling, scale, amax);
+  a.groups[0] = heads(grad_q, 0, grad_q, 0, q_heads, true);
+  a.groups[1] = heads(grad_k, 0, grad_k, 0, kv_heads, true);
+  a.groups[2] = heads(grad_v, 0, grad_v, 0, kv_heads, false);
+  const OnDevice device(grad_q);
+  check_status(triaxis_rope_fp8(&a, &out.output, device.stream), "rope_qk_backward_fp8");
+  return {out.values, out.transposed, out.scale_inv, out.transposed_scale_inv};
+}
+
 const Operator kOperators[] = {
     {"rope(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", TRIAXIS_KERNEL(rope)},
     {"rope_qk(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor)", TRIAXIS_KERNEL(rope_qk)},
-    {"rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin) -> Tensor",
+    {"rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, Tensor(a!)? amax=None) -> Tensor",
      TRIAXIS_KERNEL(rope_qk_backward)},
+    {"rope_qk_backward_fp8(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, str scaling, Tensor? scale, "
+     "Tensor(a!)? amax) -> (Tensor, Tensor, Tensor, Tensor)",
+     TRIAXIS_KERNEL(rope_qk_backward_fp8)},
 };
 
 }  // namespace

@@ -86,7 +86,7 @@ typedef struct {
   void* out;                      /* forward [rows, columns]; backward [rows, 2 columns]; contiguous */
   int64_t rows, columns, gate_up_stride, grad_out_stride;
   triaxis_dtype dtype;
-  triaxis_fp8_output fp8; /* in the forward, values instead of out; for aligned rows */
+  triaxis_fp8_output fp8; /* values only in the forward, instead of out, for aligned rows; amax also without values */
 } triaxis_swiglu_args;
 
 int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* stream);
@@ -106,7 +106,8 @@ typedef struct {
   triaxis_heads groups[3]; /* of 0 heads where unused */
   const float *cos, *sin;  /* [tokens, head_size / 2], contiguous */
   int64_t tokens, head_size;
-  int back; /* rotate back: the gradient */
+  int back;    /* rotate back: the gradient */
+  float* amax; /* may be null; raised to the largest |element| of what is written */
   triaxis_dtype dtype;
 } triaxis_rope_args;
 
@@ -176,6 +177,18 @@ typedef struct {
 } triaxis_quantize_args;
 
 int triaxis_quantize(const triaxis_quantize_args* args, void* stream);
+
+/* Backward passes that quantize the gradient [rows, columns] they compute, instead of writing it: to `row_major` and
+ * `transposed`, as triaxis_quantize would quantize the gradient rounded to the dtype of the arguments. E5M2 for
+ * TRIAXIS_TENSORWISE with a given scale; E4M3 for TRIAXIS_BLOCK_1X128, whose scales are powers of two. `x`, `stride` and the
+ * dtypes of `out` do not matter. Rows and columns are multiples of 16; all rows of the arguments are aligned to 16 bytes.
+ *
+ * SwiGLU: columns are 2 args->columns, and with blocks args->columns is a multiple of 128.
+ * Rotary positions: columns are the heads of all groups times head_size, a power of two from 16 to 128; `out` of the groups does
+ * not matter.
+ */
+int triaxis_swiglu_backward_fp8(const triaxis_swiglu_args* args, const triaxis_quantize_args* out, void* stream);
+int triaxis_rope_fp8(const triaxis_rope_args* args, const triaxis_quantize_args* out, void* stream);
 
 /* Transposes x [rows, columns] in FP8, both sizes multiples of 16, contiguous, x aligned to 8 bytes and `transposed` to 16.
  *

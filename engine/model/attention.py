@@ -13,7 +13,8 @@ from engine.config.schema import AttentionImpl, ModelConfig, OpsConfig
 from engine.model.layers import Norm, NormLinear, Parameters, RowLinear
 from engine.model.parameters import kv_share
 from engine.ops.attention import attention
-from engine.ops.rope import apply_rope, apply_rope_qkv
+from engine.ops.quantize import GradHandover
+from engine.ops.rope import apply_rope, apply_rope_qkv, rope_hands_over
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import checkpoint
 
@@ -59,19 +60,28 @@ class Attention(nn.Module):
         self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps, ops) if model.qk_norm else None
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        qkv, _ = self.qkv(x)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
+        handover = self._grad_handover(x)
+        qkv, _ = self.qkv(x, handover=handover)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
         if self.selective_recompute and torch.is_grad_enabled():
-            return self.output(checkpoint(self._attend, qkv, cos, sin, attend))
-        return self.output(self._attend(qkv, cos, sin, attend))
+            return self.output(checkpoint(self._attend, qkv, cos, sin, attend, handover))
+        return self.output(self._attend(qkv, cos, sin, attend, handover))
 
-    def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _attend(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, handover: GradHandover | None
+    ) -> torch.Tensor:
         qkv = qkv.unflatten(-1, (sum(self.heads), self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split(self.heads, dim=1)
             q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         else:
-            q, k, v = apply_rope_qkv(qkv, cos, sin, self.heads[1])
+            q, k, v = apply_rope_qkv(qkv, cos, sin, self.heads[1], handover)
         return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
+
+    def _grad_handover(self, x: torch.Tensor) -> GradHandover | None:
+        """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them."""
+        if self.q_norm is not None:
+            return None
+        return self.qkv.linear.grad_handover(x, lambda output: rope_hands_over(output, self.head_dim))
 
     def attend(self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention proper, which depends on the documents of the batch; not compiled."""

@@ -48,8 +48,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return s + mlp(s) for s = residual + x, an add that is fused into the norm; all [t/tp, h]."""
-        up, total = self.up(x, residual)  # [t, 2f/tp] or [t, f/tp]
-        return total + self.down(up)
+        handover = self.down.grad_handover(self.up.linear, x)
+        up, total = self.up(x, residual, handover)  # [t, 2f/tp] or [t, f/tp]
+        return total + self.down(up, handover)
 
 
 class Block(nn.Module):

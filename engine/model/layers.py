@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from engine.config.schema import ModelConfig, OpsConfig
 from engine.ops.linear import MATMUL_KINDS
 from engine.ops.norm import add_norm, layer_norm, norm_for_fp8, rms_norm
-from engine.ops.quantize import AmaxOutput, Fp8Output
-from engine.ops.swiglu import swiglu, swiglu_for_fp8
+from engine.ops.quantize import AmaxOutput, Fp8Output, GradHandover
+from engine.ops.swiglu import swiglu, swiglu_for_fp8, swiglu_hands_over
 from engine.parallel.fp8 import Fp8Quantizer
 from engine.parallel.gradients import GradientSink
 from engine.parallel.layout import TensorParallel
@@ -69,8 +69,21 @@ class ParallelLinear(nn.Module):
 class ColumnLinear(ParallelLinear):
     """`x @ weight.T + bias`, sharded by output features: [t/tp, in] -> [t, out/tp]."""
 
-    def forward(self, x: Activation) -> torch.Tensor:
-        return column_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer, self.onednn)
+    def forward(self, x: Activation, handover: GradHandover | None = None) -> torch.Tensor:
+        return column_linear(x, self.weight, self.bias, self.tp, self.sink, self.quantizer, handover, self.onednn)
+
+    def grad_handover(self, x: torch.Tensor, supports: Callable[[Fp8Output | AmaxOutput], bool]) -> GradHandover | None:
+        """How the op after this layer hands over the gradient of the layer's output; None if it does not.
+
+        Args:
+            x: a tensor of the device and dtype of the output.
+            supports: whether the op can hand over a gradient as an output spec says.
+        """
+        output = None if self.quantizer is None else self.quantizer.grad_spec(x)
+        if output is None or not supports(output):
+            return None
+        summed = isinstance(output, Fp8Output) and self.bias is not None  # the gradient of a bias needs the values
+        return None if summed else GradHandover(output)
 
 
 class RowLinear(ParallelLinear):
@@ -134,11 +147,15 @@ class NormLinear(nn.Module):
         self.linear = ColumnLinear(parameters, path, tp)
         self.selective_recompute = selective_recompute
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (linear(norm(s)), s) for s = x + residual (the add is fused into the norm), or s = x without one."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, handover: GradHandover | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (linear(norm(s)), s) for s = x + residual (the add is fused into the norm), or s = x without one.
+        `handover`: of the gradient of linear(norm(s)).
+        """
         normed, total = self.norm.fused(x, residual, self._output(x))
         with _discarded(normed, lambda: self.norm(total), self.selective_recompute):
-            return self.linear(normed), total
+            return self.linear(normed, handover), total
 
     def _output(self, x: torch.Tensor) -> Fp8Output | AmaxOutput | None:
         if self.linear.quantizer is None or self.selective_recompute or self.norm.impl not in ("auto", "triaxis"):
@@ -160,15 +177,20 @@ class ActivationLinear(nn.Module):
         self.linear = RowLinear(parameters, path, tp)
         self.selective_recompute = selective_recompute
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, handover: GradHandover | None = None) -> torch.Tensor:
+        """`handover`: of the gradient of `x`."""
         if output := self._output(x):
-            return self.linear(swiglu_for_fp8(x, output))
-        activated = self._activate(x)
-        with _discarded(activated, lambda: self._activate(x), self.selective_recompute):
+            return self.linear(swiglu_for_fp8(x, output, handover))
+        activated = self._activate(x, handover)
+        with _discarded(activated, lambda: self._activate(x, None), self.selective_recompute):
             return self.linear(activated)
 
-    def _activate(self, x: torch.Tensor) -> torch.Tensor:
-        return swiglu(x) if self.gated else F.gelu(x, approximate="tanh")
+    def grad_handover(self, up: ColumnLinear, x: torch.Tensor) -> GradHandover | None:
+        """Of the gradient of this module's input, the output of `up`; None without one. `x`: as for `up`."""
+        return up.grad_handover(x, lambda output: swiglu_hands_over(output, up.weight.shape[0])) if self.gated else None
+
+    def _activate(self, x: torch.Tensor, handover: GradHandover | None) -> torch.Tensor:
+        return swiglu(x, handover) if self.gated else F.gelu(x, approximate="tanh")
 
     def _output(self, x: torch.Tensor) -> Fp8Output | AmaxOutput | None:
         if self.linear.quantizer is None or self.selective_recompute or not self.gated:

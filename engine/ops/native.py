@@ -80,9 +80,18 @@ def _rope_qk(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tens
     return qkv.new_empty(tokens, heads - 2 * kv_heads, size), qkv.new_empty(tokens, kv_heads, size)
 
 
-def _rope_qk_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rope_qk_backward(grad_q: Tensor, grad_k: Tensor, *rest: Any) -> Tensor:
     tokens, heads, size = grad_q.shape
     return grad_q.new_empty(tokens, heads + 2 * grad_k.shape[1], size)
+
+
+def _rope_qk_backward_fp8(grad_q: Tensor, grad_k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fp8_gradient(_rope_qk_backward(grad_q, grad_k).flatten(1), *rest[-3:])
+
+
+def _fp8_gradient(gradient: Tensor, scaling: str, scale: Tensor | None, amax: Tensor | None) -> tuple[Tensor, ...]:
+    dtype = torch.float8_e5m2 if scaling == "tensorwise" else torch.float8_e4m3fn
+    return _quantize(gradient, dtype, scaling, True, True, scale)
 
 
 def _cross_entropy_statistics(logits: Tensor, labels: Tensor, first_label: int) -> tuple[Tensor, Tensor]:
@@ -129,10 +138,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_backward": _norm_backward,
     "swiglu_forward": lambda gate_up, amax=None: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8_output(x, x.shape[0], x.shape[1] // 2, scaling),
-    "swiglu_backward": lambda grad_out, gate_up: gate_up.new_empty(gate_up.shape),
+    "swiglu_backward": lambda grad_out, gate_up, amax=None: gate_up.new_empty(gate_up.shape),
+    "swiglu_backward_fp8": lambda grad_out, gate_up, *output: _fp8_gradient(gate_up, *output),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
     "rope_qk": _rope_qk,
     "rope_qk_backward": _rope_qk_backward,
+    "rope_qk_backward_fp8": _rope_qk_backward_fp8,
     "cross_entropy_statistics": _cross_entropy_statistics,
     "cross_entropy_gradient_": lambda *args: None,
     "adamw_": lambda *args: None,

@@ -4,6 +4,7 @@ A quantized matrix consists of FP8 values and `scale_inv`, the dequantization fa
 of a row, or per 128 × 128 block. Conversions saturate; NaN stays NaN.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -39,7 +40,8 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Fp8Output:
-    """E4M3 output spec of a fused operator; blocks have scales that are powers of two.
+    """FP8 output spec of a fused operator; blocks have scales that are powers of two. Activations are E4M3; gradients
+    are E5M2, with scales per block E4M3.
 
     Attributes:
         scale, scale_inv: fp32 [1], for TENSORWISE.
@@ -96,6 +98,58 @@ class ActivationWithAmax:
 
     values: Tensor
     amax: Tensor
+
+
+@dataclass
+class GradHandover:
+    """How the op after a linear layer hands over the gradient of that layer's output, in one backward pass.
+
+    Both get this object in their forward. In the backward, the op computes the gradient as `output` says, and the layer
+    takes it: in FP8, row-major and transposed, while autograd carries a tensor without memory from one to the other, or
+    with its amax. Results are those without a handover, bit for bit: the gradient is rounded to the model's dtype
+    before it is quantized. The layer's output must have no other use, as the sum of two gradients was never quantized.
+
+    Attributes:
+        gradient: what the op's backward has returned to autograd, until the layer takes it.
+        quantized: the gradient [t, out] in FP8 and its transpose.
+    """
+
+    output: Fp8Output | AmaxOutput
+    gradient: Tensor | None = None
+    quantized: tuple[QuantizedTensor, QuantizedTensor] | None = None
+
+    def compute(
+        self,
+        plain: Callable[..., Tensor],
+        fused: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+        arguments: tuple[Tensor, ...],
+        shape: torch.Size,
+    ) -> Tensor:
+        """Compute a gradient of `shape` by one of two kernels: `plain` takes `arguments` and an amax, `fused` takes
+        `arguments` and an FP8 output. Return the gradient, or what carries it.
+        """
+        if isinstance(self.output, AmaxOutput):
+            self.gradient = plain(*arguments, self.output.amax)
+        else:
+            values, values_t, scale_inv, scale_inv_t = fused(*arguments, *self.output.arguments)
+            self.quantized = self.output.quantized(values, scale_inv), self.output.quantized(values_t, scale_inv_t)
+            self.gradient = carrier_of(arguments[0], shape)
+        return self.gradient
+
+    def take(self, gradient: Tensor) -> tuple[tuple[QuantizedTensor, QuantizedTensor] | None, Tensor | None]:
+        """Return the FP8 values of the gradient that autograd carried to the layer, or its amax.
+
+        Raises:
+            RuntimeError: `gradient` is not what the op returned: the layer's output has another use.
+        """
+        handed_over, self.gradient = self.gradient, None
+        quantized, self.quantized = self.quantized, None
+        if handed_over is None or handed_over.data_ptr() != gradient.data_ptr():
+            raise RuntimeError(
+                "the gradient of a linear layer's output is not the one that the next op handed over: the output has "
+                "another use, and its gradient cannot be quantized before the sum; give the layer no GradHandover"
+            )
+        return quantized, self.output.amax
 
 
 def carrier_of(like: Tensor, shape: torch.Size) -> Tensor:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.config.schema import RopeScaling
 from engine.ops import native
+from engine.ops.quantize import AmaxOutput, Fp8Output, GradHandover
 
 
 def rope_tables(
@@ -35,12 +36,24 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply_rope_reference(x, cos, sin)
 
 
-def apply_rope_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split `qkv` [t, n + 2 n_kv, d] and rotate: queries [t, n, d], keys and values [t, n_kv, d]; one pass on a GPU."""
+def apply_rope_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, handover: GradHandover | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split `qkv` [t, n + 2 n_kv, d] and rotate: queries [t, n, d], keys and values [t, n_kv, d]; one pass on a GPU.
+    `handover`: of the gradient of `qkv`, by the kernel.
+    """
     if native.runs(qkv):
-        return _KernelRotateQkv.apply(qkv, cos, sin, kv_heads)
+        return _KernelRotateQkv.apply(qkv, cos, sin, kv_heads, handover)
+    assert handover is None
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def rope_hands_over(output: Fp8Output | AmaxOutput, head_dim: int) -> bool:
+    """Whether the kernel can hand over the gradient of q, k and v as `output` says: in FP8, if heads fill blocks of 128
+    elements.
+    """
+    return isinstance(output, AmaxOutput) or head_dim in (16, 32, 64, 128)
 
 
 def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -69,15 +82,23 @@ class _KernelRotate(torch.autograd.Function):
 
 class _KernelRotateQkv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, handover: GradHandover | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
+        ctx.shape, ctx.handover = qkv.shape, handover
         q, k = torch.ops.triaxis.rope_qk(qkv, cos, sin, kv_heads)
         return q, k, qkv[:, qkv.shape[1] - kv_heads :]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.triaxis.rope_qk_backward(*grad_outputs, *ctx.saved_tensors), None, None, None
+        ops, arguments = torch.ops.triaxis, (*grad_outputs, *ctx.saved_tensors)
+        if ctx.handover is None:
+            grad = ops.rope_qk_backward(*arguments)
+        else:
+            grad = ctx.handover.compute(ops.rope_qk_backward, ops.rope_qk_backward_fp8, arguments, ctx.shape)
+        return grad, None, None, None, None
 
 
 class _Rotate(torch.autograd.Function):

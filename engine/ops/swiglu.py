@@ -8,24 +8,44 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
-from engine.ops.quantize import ActivationWithAmax, AmaxOutput, Fp8Activation, Fp8Output, carrier_of
+from engine.ops.quantize import (
+    BLOCK_1X128,
+    BLOCK_SIZE,
+    ActivationWithAmax,
+    AmaxOutput,
+    Fp8Activation,
+    Fp8Output,
+    GradHandover,
+    carrier_of,
+)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """SwiGLU of `gate_up` [..., 2f], gate first: [..., f]."""
+def swiglu(gate_up: Tensor, handover: GradHandover | None = None) -> Tensor:
+    """SwiGLU of `gate_up` [..., 2f], gate first: [..., f]. `handover`: of the gradient of `gate_up`, by the kernel."""
     if native.runs(gate_up):
-        return _KernelSwiGlu.apply(gate_up)
+        return _KernelSwiGlu.apply(gate_up, None, handover)
+    assert handover is None
     if uses_recompute(gate_up):
         return _SwiGlu.apply(gate_up)
     return swiglu_reference(gate_up)
 
 
-def swiglu_for_fp8(gate_up: Tensor, output: Fp8Output | AmaxOutput) -> Fp8Activation | ActivationWithAmax:
+def swiglu_for_fp8(
+    gate_up: Tensor, output: Fp8Output | AmaxOutput, handover: GradHandover | None = None
+) -> Fp8Activation | ActivationWithAmax:
     """SwiGLU of `gate_up` [t, 2f], in FP8 or with its amax: [t, f]; by the kernel. FP8 requires `output.supports`."""
     if isinstance(output, AmaxOutput):
-        return ActivationWithAmax(_KernelSwiGlu.apply(gate_up, output.amax), output.amax)
-    carrier, values, scale_inv = _KernelSwiGluFp8.apply(gate_up, output)
+        return ActivationWithAmax(_KernelSwiGlu.apply(gate_up, output.amax, handover), output.amax)
+    carrier, values, scale_inv = _KernelSwiGluFp8.apply(gate_up, output, handover)
     return Fp8Activation(output.quantized(values, scale_inv), carrier)
+
+
+def swiglu_hands_over(output: Fp8Output | AmaxOutput, columns: int) -> bool:
+    """Whether the kernel can hand over the gradient of `gate_up`, which has `columns` features, as `output` says: no
+    block of a row may have elements of both halves.
+    """
+    in_blocks = isinstance(output, Fp8Output) and output.scaling == BLOCK_1X128
+    return not in_blocks or columns // 2 % BLOCK_SIZE == 0
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
@@ -41,24 +61,28 @@ def uses_recompute(gate_up: Tensor) -> bool:
 
 class _KernelSwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, amax: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, amax: Tensor | None, handover: GradHandover | None) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.handover = handover
         out = torch.ops.triaxis.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1]), amax)
         return out.view(*gate_up.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
         grad = grad_outputs[0]
         flat = gate_up.reshape(-1, gate_up.shape[-1])
-        return torch.ops.triaxis.swiglu_backward(grad.reshape(-1, grad.shape[-1]), flat).view(gate_up.shape), None
+        return _kernel_backward(grad.reshape(-1, grad.shape[-1]), flat, ctx.handover).view(gate_up.shape), None, None
 
 
 class _KernelSwiGluFp8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, output: Fp8Output) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, gate_up: Tensor, output: Fp8Output, handover: GradHandover | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(gate_up)
+        ctx.handover = handover
         ctx.set_materialize_grads(False)
         values, scale_inv = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments)
         ctx.mark_non_differentiable(values, scale_inv)
@@ -66,10 +90,18 @@ class _KernelSwiGluFp8(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad_outputs[0] is None:
-            return None, None
-        return torch.ops.triaxis.swiglu_backward(grad_outputs[0], *ctx.saved_tensors), None
+            return None, None, None
+        (gate_up,) = ctx.saved_tensors
+        return _kernel_backward(grad_outputs[0], gate_up, ctx.handover), None, None
+
+
+def _kernel_backward(grad: Tensor, gate_up: Tensor, handover: GradHandover | None) -> Tensor:
+    ops = torch.ops.triaxis
+    if handover is None:
+        return ops.swiglu_backward(grad, gate_up)
+    return handover.compute(ops.swiglu_backward, ops.swiglu_backward_fp8, (grad, gate_up), gate_up.shape)
 
 
 class _SwiGlu(torch.autograd.Function):

@@ -27,6 +27,7 @@ from engine.ops.quantize import (
     TENSORWISE,
     AmaxOutput,
     Fp8Output,
+    GradHandover,
     QuantizedTensor,
     quantize,
     update_amax,
@@ -96,26 +97,38 @@ class Fp8Quantizer:
         """Output spec for the op that computes this layer's input [t, features] from `x`: FP8 if the scale is known in
         advance, else with its amax; None if there is no kernel.
         """
+        spec = self._spec(x, _INPUT)
+        return spec if not isinstance(spec, Fp8Output) or spec.supports(x, features) else None
+
+    def grad_spec(self, x: Tensor) -> Fp8Output | AmaxOutput | None:
+        """Output spec for the op whose backward computes the gradient of this layer's output, on the device and in the
+        dtype of `x`; as `input_spec`.
+        """
+        return self._spec(x, _GRAD) if torch.is_grad_enabled() else None
+
+    def _spec(self, x: Tensor, which: slice) -> Fp8Output | AmaxOutput | None:
         if torch.compiler.is_compiling() or not native.runs(x):
             return None
-        if self.recipe != "blockwise" and not self.use_history:
+        if self.recipe == "blockwise":
+            return Fp8Output(BLOCK_1X128)
+        if not self.use_history:
             return AmaxOutput(self.slots.take())
-        spec = Fp8Output(BLOCK_1X128)
-        if self.recipe != "blockwise":
-            spec = Fp8Output(TENSORWISE, self.scales[_INPUT], self.scale_invs[_INPUT], self.amax[_INPUT])
-        return spec if spec.supports(x, features) else None
+        return Fp8Output(TENSORWISE, self.scales[which], self.scale_invs[which], self.amax[which])
 
     def quantize_grad_output(
-        self, grad: Tensor, *, reduce_amax: bool, amax: Tensor | None = None
+        self, grad: Tensor, *, reduce_amax: bool, handover: GradHandover | None = None
     ) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Quantize the gradient of the output [t, out], and its transpose.
 
         Args:
             reduce_amax: whether its features are sharded over the tp ranks.
-            amax: as for the input.
+            handover: what the op that computed it has done of this.
         """
+        quantized, amax = (None, None) if handover is None else handover.take(grad)
+        if quantized is not None:
+            return quantized
         dtype = _E4M3 if self.recipe == "blockwise" else _E5M2
-        return self._quantize(grad, _GRAD, dtype, amax, reduce_amax=reduce_amax, transposed=True)
+        return self._quantize(grad.contiguous(), _GRAD, dtype, amax, reduce_amax=reduce_amax, transposed=True)
 
     def quantized_weight(self) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Return the FP8 weight [out, in], row-major and transposed, quantized once per `Fp8State.weights_changed`."""

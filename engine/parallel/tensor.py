@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
 from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
 from engine.ops.linear import MATMUL_KINDS, add_grad_weight, grad_weight, linear, matmul_transposed
-from engine.ops.quantize import TENSORWISE, ActivationWithAmax, Fp8Activation, QuantizedTensor
+from engine.ops.quantize import TENSORWISE, ActivationWithAmax, Fp8Activation, GradHandover, QuantizedTensor
 from engine.parallel.collectives import all_gather, gather_sequence, gathered, reduce_scatter, scatter_sequence_sum
 from engine.parallel.fp8 import Fp8Quantizer, gather_rows
 from engine.parallel.gradients import GradientSink
@@ -34,6 +34,7 @@ def column_linear(
     tp: TensorParallel,
     sink: GradientSink | None = None,
     quantizer: Fp8Quantizer | None = None,
+    handover: GradHandover | None = None,
     onednn: frozenset[str] = MATMUL_KINDS,
 ) -> Tensor:
     """Column-parallel linear, x·Wᵀ + b: `x` [t/tp, in], `weight` [out/tp, in], `bias` [out/tp] -> [t, out/tp].
@@ -41,12 +42,13 @@ def column_linear(
     Args:
         sink: accumulates the weight's gradient; None leaves it to autograd.
         quantizer: if given, the matmuls are in FP8; needs a sink.
+        handover: how the op that follows hands over the gradient of the output; needs a quantizer.
         onednn: kinds of fp32 matmuls on a CPU that oneDNN computes; see `matmul_transposed`.
     """
     sink = _usable(sink)
     if isinstance(x, Tensor) and tp.size == 1 and sink is None:
         return linear(x, weight, bias)
-    out = _matmul(x, weight, tp, sink, quantizer, onednn)
+    out = _matmul(x, weight, tp, sink, quantizer, onednn, handover)
     return out if bias is None else out + bias
 
 
@@ -130,6 +132,7 @@ def _matmul(
     sink: GradientSink | None,
     quantizer: Fp8Quantizer | None,
     onednn: frozenset[str],
+    handover: GradHandover | None = None,
 ) -> Tensor:
     """x·Wᵀ for all tokens. `gather`: the ranks to all-gather `x` [t/tp, in] from; None in a row-parallel layer, where x
     has all tokens and a shard of the features.
@@ -138,10 +141,10 @@ def _matmul(
         assert isinstance(x, Tensor)
         return _Linear.apply(x, weight, gather, sink, onednn)
     if isinstance(x, Fp8Activation):
-        return _Fp8Linear.apply(x.carrier, x.quantized, weight, gather, sink, quantizer)
+        return _Fp8Linear.apply(x.carrier, x.quantized, weight, gather, sink, quantizer, handover)
     values, amax = (x.values, x.amax) if isinstance(x, ActivationWithAmax) else (x, None)
     local = quantizer.quantize_input(values.detach(), amax)
-    return _Fp8Linear.apply(values, local, weight, gather, sink, quantizer)
+    return _Fp8Linear.apply(values, local, weight, gather, sink, quantizer, handover)
 
 
 class _Linear(torch.autograd.Function):
@@ -203,11 +206,12 @@ class _Fp8Linear(torch.autograd.Function):
         gather: TensorParallel | None,
         sink: GradientSink,
         quantizer: Fp8Quantizer,
+        handover: GradHandover | None,
     ) -> Tensor:
         """`local`: this rank's tokens in FP8. `x`, their values or a placeholder without memory, and `weight` are
         passed only so that autograd tracks them: the matmuls read the quantized copies.
         """
-        ctx.quantizer, ctx.sink, ctx.dtype = quantizer, sink, x.dtype
+        ctx.quantizer, ctx.sink, ctx.dtype, ctx.handover = quantizer, sink, x.dtype, handover
         ctx.group = group = None if gather is None else gather.group
         ctx.save_for_backward(local.values, local.scale_inv)
         ctx.scaling = local.scaling
@@ -222,7 +226,7 @@ class _Fp8Linear(torch.autograd.Function):
         values, scale_inv = ctx.saved_tensors
         x = QuantizedTensor(values, scale_inv, ctx.scaling)
         grad, grad_transposed = quantizer.quantize_grad_output(
-            grad_outputs[0].contiguous(), reduce_amax=group is not None
+            grad_outputs[0], reduce_amax=group is not None, handover=ctx.handover
         )
         grad_x = scaled_matmul(grad, quantizer.quantized_weight()[1], ctx.dtype, impl=quantizer.impl)
         if group is not None:
@@ -233,4 +237,4 @@ class _Fp8Linear(torch.autograd.Function):
         ctx.sink.add_matmul(lambda out: add_scaled_matmul(out, grad_transposed, x_transposed, impl=quantizer.impl))
         if group is not None:
             scattering.wait()
-        return grad_x, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None

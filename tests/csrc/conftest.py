@@ -26,16 +26,23 @@ def toolchain():
 
 
 @pytest.fixture(scope="session")
-def emulated(toolchain):
-    """Kernels for CPU tensors in `torch.ops.triaxis`; call it with a seed for the order in which warps run."""
+def emulated_library(toolchain):
+    """Path of a library with the kernels for CPU tensors."""
     assert not native.WHY_NOT, native.WHY_NOT
     BUILD.mkdir(parents=True, exist_ok=True)
     library = Path(os.environ.get("TRIAXIS_TEST_EMULATED", BUILD / "emulated.so"))
-    with FileLock(BUILD / "emulated.lock"):
-        if "TRIAXIS_TEST_EMULATED" not in os.environ:
+    if "TRIAXIS_TEST_EMULATED" not in os.environ:
+        with FileLock(BUILD / "emulated.lock"):
             build_emulated(toolchain, BUILD, library)
-        torch.ops.load_library(library)
-    seed = ctypes.CDLL(str(library)).triaxis_emulation_seed
+    return library
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_library):
+    """Kernels for CPU tensors in `torch.ops.triaxis`; call it with a seed for the order in which warps run."""
+    with FileLock(BUILD / "emulated.lock"):
+        torch.ops.load_library(emulated_library)
+    seed = ctypes.CDLL(str(emulated_library)).triaxis_emulation_seed
     seed.argtypes = [ctypes.c_uint64]
     seed(0)
     return seed

@@ -119,6 +119,39 @@ def test_quantizing_by_powers_of_two_divides_nothing(objects):
     assert any(divisions(kernel.code) for name, kernel in found.items() if "scaling1ELb0" in name)  # what to look for
 
 
+def test_a_backward_to_fp8_leaves_room_for_two_blocks(objects):
+    """When this was written, SwiGLU's took 1,728 instructions with one scale and 2,136 in blocks, with 32 sigmoids;
+    RoPE's took 870 and 1,047 for a tile.
+    """
+    limits = {"swiglu": (1850, 2300), "rope": (940, 1130)}
+    for name, (one_scale, blocks) in limits.items():
+        reports = {n: k for n, k in read_kernels(objects[name], None).items() if "_fp8I" in n}
+        assert len(reports) == 3 * 2  # dtypes, scalings
+        assert not [n for n, kernel in reports.items() if kernel.spilled]
+        found = kernels_of(objects[name], "_fp8I13__nv_bfloat16")
+        assert len(found) == 2
+        for which, kernel in found.items():
+            assert kernel.registers <= 64  # two blocks of 512 threads on a multiprocessor
+            code = kernel.code if name == "swiglu" else kernel.loop
+            assert 500 < len(code) <= (one_scale if "scaling0E" in which else blocks)
+            assert divisions(code) == (32 if name == "swiglu" else 0)  # sigmoids of a thread
+
+
+def test_swiglu_and_rope_divide_nothing_but_for_the_sigmoid(objects):
+    """In bf16, for 8 elements: SwiGLU forward 178 instructions a row and backward 262 (245 and 317 with exact
+    divisions), to FP8 187 and 207 (371 before); RoPE 548 for a head of each of q, k and v.
+    """
+    loops = {n: k.loop for n, k in kernels_of(objects["swiglu"], "ardI13__nv_bfloat16Li8E").items()}
+    assert len(loops) == 3 + 1  # outputs of the forward; the backward
+    for name, loop in loops.items():
+        assert 100 < len(loop) <= (285 if "backward" in name else 225)
+        assert divisions(loop) == 8
+    (rope,) = kernels_of(objects["rope"], "ropeI13__nv_bfloat16Li8E").values()
+    assert 300 < len(rope.loop) <= 590
+    assert divisions(rope.loop) == 0
+    assert sum("LDG.E.128" in i.text for i in rope.loop) == 4 + 2 * 3  # angles in fp32; halves of a head
+
+
 def test_transposing_divides_nothing(objects):
     """480 instructions for 64 bytes of a thread with one scale, and 936 in blocks, when this was written."""
     found = kernels_of(objects["quantize"], "transpose_fp8")

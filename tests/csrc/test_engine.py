@@ -1,5 +1,7 @@
 """Training through the kernels, run on the host, is training on the plain paths."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,8 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 from engine.model.attention import attend_within
 from engine.ops import native
 from engine.ops.norm import add_norm, layer_norm, rms_norm
+from engine.ops.quantize import GradHandover
 from engine.ops.rope import rope_tables
-from engine.testing.distributed import world_of
+from engine.ops.swiglu import swiglu
+from engine.parallel.fp8 import Fp8Quantizer, Fp8State
+from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
+from engine.parallel.layout import NO_TP, Layout
+from engine.parallel.tensor import column_linear
+from engine.testing.distributed import run_ranks, world_of
 from engine.testing.models import new_decoder, tiny_config
 from engine.testing.runs import random_batches, run_config
 from engine.train.step import build_model, train_step
@@ -21,11 +29,11 @@ def kernels(emulated, monkeypatch):
     return lambda: monkeypatch.setattr(native, "runs", lambda x: x.dtype != torch.float64)
 
 
-def train(tmp_path, preset: str, *overrides: str, steps: int = 3):
+def train(tmp_path, preset: str, *overrides: str, steps: int = 3, layout: Layout | None = None):
     """Losses, gradient norms, and the final parameters."""
     config = run_config(tmp_path, *overrides, preset=preset)
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
-    model, optimizer = build_model(config, world_of(), dtype, seed=1)
+    model, optimizer = build_model(config, world_of(layout), dtype, seed=1)
     batches = random_batches(config)
     tokens = config.batch.global_ * config.data.seq_length
     numbers = []
@@ -73,11 +81,90 @@ def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     assert calls.get("triaxis::swiglu_forward_fp8", 0) == (fused if preset == "tiny" else 0)
     linears = 3 * 4 * 4 * 4  # steps, microbatches, layers, linear layers
     assert calls["triaxis::transpose_fp8"] == linears  # of the input, for the weight's gradient
-    # Without a scale, a tensor is read for its amax where no kernel takes it: weights, gradients, attention's output.
+    # A tensor without a scale is read once for its amax where no kernel takes it: weights, the gradients of two layers,
+    # attention's output.
     current = {"tensorwise": 3, "delayed": 1, "blockwise": 0}[recipe]  # steps with scales from the current amax
     weights = 0 if recipe == "blockwise" else linears // 4
-    assert calls.get("triaxis::amax_", 0) == weights + current * 4 * 4 * (4 + 1)
+    assert calls.get("triaxis::amax_", 0) == weights + current * 4 * 4 * (2 + 1)
     assert all(calls.get(f"aten::{name}", 0) < linears // 4 for name in ("abs", "where", "reciprocal"))  # a few a step
+
+
+@pytest.mark.parametrize(
+    "recipe, preset, recompute, swiglu, rope, current",
+    [  # in a microbatch, gradients of a layer: written in FP8 by SwiGLU and RoPE; read once more for their current amax
+        ("tensorwise", "tiny", "none", 0, 0, 2),
+        ("delayed", "tiny", "full", 1, 1, 2),
+        ("blockwise", "tiny", "selective", 1, 1, 0),
+        ("blockwise", "tiny-mistral", "none", 1, 1, 0),
+        ("delayed", "tiny-qwen2", "selective", 1, 0, 2),  # the gradient of a bias needs the values
+        ("delayed", "tiny-qwen3", "none", 1, 0, 3),  # norms lie between the projection and RoPE
+        ("blockwise", "tiny-starcoder2", "full", 0, 0, 0),  # biases, GELU
+    ],
+)
+def test_gradients_that_ops_hand_over_change_no_bit(
+    kernels, tmp_path, monkeypatch, recipe, preset, recompute, swiglu, rope, current
+):
+    """Whole steps with the gradients quantized by the op that computes them, or all by the linear layers."""
+    overrides = ["--precision.mode", "fp8", "--precision.recipe", recipe, "--parallel.recompute", recompute]
+    overrides += ["--model.intermediate_size", "256", "--batch.global", "2"]
+    kernels()
+    with monkeypatch.context() as patched:
+        patched.setattr(Fp8Quantizer, "grad_spec", lambda *args: None)
+        expected, parameters = train(tmp_path, preset, *overrides, steps=2)
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        got, same_parameters = train(tmp_path, preset, *overrides, steps=2)
+    assert torch.equal(got, expected)
+    assert torch.equal(same_parameters, parameters)
+    calls = {event.key: event.count for event in trace.key_averages()}
+    steps = {"tensorwise": 0, "delayed": 1, "blockwise": 2}[recipe]  # whose scales are known before
+    layers = 2 * 4  # microbatches, layers
+    assert calls.get("triaxis::swiglu_backward_fp8", 0) == swiglu * steps * layers
+    assert calls.get("triaxis::rope_qk_backward_fp8", 0) == rope * steps * layers
+    if recipe != "blockwise":
+        weights = 2 * 4 * 4  # steps, layers, linear layers
+        inputs = {"none": 1, "full": 2, "selective": 4}[recompute]  # attention's output, also when recomputed; all
+        assert calls["triaxis::amax_"] == weights + (2 - steps) * layers * (current + inputs)
+
+
+def steps_of_a_rank(library: Path, directory: Path, layout: Layout, overrides: tuple[str, ...]):
+    """Numbers and parameters of a rank, with all gradients quantized by linear layers, and with those handed over."""
+    torch.ops.load_library(library)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(native, "runs", lambda x: x.dtype != torch.float64)
+        got = train(directory, "tiny", *overrides, steps=2, layout=layout)
+        patched.setattr(Fp8Quantizer, "grad_spec", lambda *args: None)
+        return train(directory, "tiny", *overrides, steps=2, layout=layout), got
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=["tp", "zero bubble"])
+def test_gradients_that_ops_hand_over_change_no_bit_on_several_ranks(emulated_library, tmp_path, recipe, layout):
+    """Scales of all tensor-parallel ranks; weight gradients that wait."""
+    overrides = ("--precision.mode", "fp8", "--precision.recipe", recipe, "--model.intermediate_size", "512")
+    overrides += ("--parallel.schedule", "zero_bubble") if layout.pp > 1 else ()
+    for expected, got in run_ranks(2, steps_of_a_rank, emulated_library, tmp_path, layout, overrides):
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+
+
+def test_a_gradient_that_was_not_handed_over_is_refused(kernels):
+    """The output of the linear layer has a second use: the sum of both gradients was never quantized."""
+    kernels()
+    torch.manual_seed(0)
+    sink = GradientSink("w", torch.zeros(256, 64), GradientFlow(lambda _: None))
+    weight = trained_parameter(torch.randn(256, 64).bfloat16(), sink)
+    for recipe in ("tensorwise", "blockwise"):
+        quantizer = Fp8State({"w": weight}, recipe, world_of(), amax_history=1).quantizers["w"]
+        x = torch.randn(32, 64).bfloat16().requires_grad_()
+        for second_use in (0.0, 1.0):
+            handover = GradHandover(quantizer.grad_spec(x))
+            out = column_linear(x, weight, None, NO_TP, sink, quantizer, handover)
+            loss = swiglu(out, handover).sum()
+            if not second_use:
+                loss.backward()
+                continue
+            with pytest.raises(RuntimeError, match="the output has another use"):
+                (loss + out.sum()).backward()
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -16,6 +16,7 @@ def cases():
     heads = torch.randn(4, 6, 8)
     labels, one = torch.randint(0, 64, (4,)), torch.ones(1)
     fp8, rows = [torch.randn(16, 32).to(torch.float8_e4m3fn) for _ in range(2)], torch.ones(1, 16)
+    angles = torch.rand(16, 16)
     settings = (1e-3, 0.9, 0.95, 1e-8, 0.1)
     return {
         "norm_forward": [
@@ -33,10 +34,21 @@ def cases():
         ],
         "swiglu_forward": [(x,), (x, one.clone())],
         "swiglu_forward_fp8": [(x, "block_1x128", None, None), (x, "tensorwise", one, one.clone())],
-        "swiglu_backward": [(x[:, :32], x)],
+        "swiglu_backward": [(x[:, :32], x), (x[:, :32], x, one.clone())],
+        "swiglu_backward_fp8": [
+            (torch.randn(16, 128), torch.randn(16, 256), "block_1x128", None, None),
+            (torch.randn(16, 32), torch.randn(16, 64), "tensorwise", one, one.clone()),
+        ],
         "rope": [(heads, cos, sin, True)],
         "rope_qk": [(heads, cos, sin, 2)],
-        "rope_qk_backward": [(heads[:, :2], heads[:, 2:4], heads[:, 4:], cos, sin)],
+        "rope_qk_backward": [
+            (heads[:, :2], heads[:, 2:4], heads[:, 4:], cos, sin),
+            (heads[:, :2], heads[:, 2:4], heads[:, 4:], cos, sin, one.clone()),
+        ],
+        "rope_qk_backward_fp8": [
+            (*(torch.randn(16, n, 32) for n in (4, 2, 2)), angles, angles, "block_1x128", None, None),
+            (*(torch.randn(16, n, 32) for n in (4, 2, 2)), angles, angles, "tensorwise", one, one.clone()),
+        ],
         "cross_entropy_statistics": [(x, labels, 0)],
         "cross_entropy_gradient_": [(x.clone(), labels, rstd, rstd, 0, 0.0)],
         "adamw_": [

@@ -290,8 +290,6 @@ def test_the_amax_of_a_given_scale_keeps_nan(emulated):
 
 
 def test_a_missing_barrier_shows(broken):
-    line = "store(tile + transposed_at(at.across * kSize + j, at.down), bytes[j]);\n  __syncthreads();"
-    code, output = broken(
-        "kernels/quantize.cu", line, line.replace("  __syncthreads();", ""), f"{__file__}::test_as_the_reference"
-    )
+    store = "store(memory.bytes + transposed_at(at.across * kTileColumns + j, at.down * kRows), bytes[j]);\n"
+    code, output = broken("common/tile.cuh", f"{store}  __syncthreads();", store, f"{__file__}::test_as_the_reference")
     assert code == 1, output

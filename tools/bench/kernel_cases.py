@@ -329,6 +329,50 @@ def _rope() -> Case:
     )
 
 
+def _swiglu_backward_to_fp8(scaling: Scaling) -> Case:
+    def plain(grad: Tensor, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, 1)
+        s = gate.sigmoid()
+        return torch.cat((grad * up * s * (1 + gate * (1 - s)), grad * gate * s), 1)
+
+    buffers = lambda: (_random(TOKENS, FFN), _random(TOKENS, 2 * FFN))  # noqa: E731
+    return _gradient_to_fp8(torch.ops.triaxis.swiglu_backward_fp8, plain, buffers, scaling)
+
+
+def _rope_backward_to_fp8() -> Case:
+    size = HIDDEN // HEADS
+    tables = rope_tables(torch.arange(TOKENS, device=DEVICE), size, 10_000.0)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, *output: Any) -> Any:
+        return torch.ops.triaxis.rope_qk_backward_fp8(q, k, v, *tables, *output)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cos, sin = tables
+        return torch.cat((apply_rope_reference(q, cos, -sin), apply_rope_reference(k, cos, -sin), v), 1).flatten(1)
+
+    return _gradient_to_fp8(ours, plain, lambda: tuple(_random(TOKENS, HEADS, size) for _ in range(3)), "tensorwise")
+
+
+def _gradient_to_fp8(
+    ours: Callable[..., Any],
+    plain: Callable[..., Tensor],
+    buffers: Callable[[], tuple[Tensor, ...]],
+    scaling: Scaling,
+) -> Case:
+    """A gradient that is rounded, then quantized, row-major and transposed, as by two separate kernels."""
+    scale = torch.full((1,), 64.0, device=DEVICE) if scaling == "tensorwise" else None
+    dtype = torch.float8_e5m2 if scaling == "tensorwise" else torch.float8_e4m3fn
+
+    def quantized(*tensors: Tensor) -> Any:
+        return quantize_reference(plain(*tensors).to(BF16), dtype, scaling, True, True, scale, None, True)
+
+    def meaning(results: tuple[Tensor, ...]) -> list[Tensor]:
+        scales = results[2:] if scale is None else (scale.reciprocal(),) * 2
+        return [dequantize(QuantizedTensor(*x, scaling)) for x in zip(results[:2], scales, strict=True)]
+
+    return _case(lambda *x: partial(ours, *x, scaling, scale, None), quantized, buffers, meaning=meaning)
+
+
 def _cross_entropy() -> Case:
     logits = 4 * _random(TOKENS, VOCABULARY)
     labels = torch.randint(0, VOCABULARY, (TOKENS,), device=DEVICE)
@@ -517,6 +561,9 @@ def case_of(row: Row) -> Case:
         "transpose E4M3, one scale": partial(_transpose_fp8, "tensorwise"),
         "SwiGLU forward": _swiglu_forward,
         "SwiGLU backward": _swiglu_backward,
+        "SwiGLU backward to E5M2, row + column": partial(_swiglu_backward_to_fp8, "tensorwise"),
+        "SwiGLU backward to E4M3 1×128, row + column": partial(_swiglu_backward_to_fp8, "block_1x128"),
+        "RoPE backward to E5M2, row + column": _rope_backward_to_fp8,
         "RoPE on q and k": _rope,
         "cross-entropy forward + backward": _cross_entropy,
         "AdamW": _adamw,

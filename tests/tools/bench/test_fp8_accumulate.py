@@ -5,7 +5,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.ops.quantize import QuantizedTensor
-from tests.csrc.conftest import emulated, toolchain  # noqa: F401
+from tests.csrc.conftest import emulated, emulated_library, toolchain  # noqa: F401
 from tools.bench import fp8_accumulate
 from tools.bench.fp8_accumulate import STAGES, add_matmul, main
 

@@ -81,6 +81,7 @@ struct State {
   std::string failure;    // why a thread stopped the kernel
   std::mt19937_64 random{0};
   std::mutex one_launch;
+  uint64_t launches = 0;  // of kernels, since the library was loaded
 };
 
 State& state();

@@ -17,6 +17,10 @@ from engine.ops import native
 BUILD = Path(__file__).parents[2] / "build" / "csrc"
 
 
+def emulated_library() -> Path:
+    return Path(os.environ.get("TRIAXIS_TEST_EMULATED", BUILD / "emulated.so"))
+
+
 @pytest.fixture(scope="session")
 def toolchain():
     nvcc = find_nvcc()
@@ -30,7 +34,7 @@ def emulated(toolchain):
     """Kernels for CPU tensors in `torch.ops.triaxis`; call it with a seed for the order in which warps run."""
     assert not native.WHY_NOT, native.WHY_NOT
     BUILD.mkdir(parents=True, exist_ok=True)
-    library = Path(os.environ.get("TRIAXIS_TEST_EMULATED", BUILD / "emulated.so"))
+    library = emulated_library()
     with FileLock(BUILD / "emulated.lock"):
         if "TRIAXIS_TEST_EMULATED" not in os.environ:
             build_emulated(toolchain, BUILD, library)
@@ -39,6 +43,14 @@ def emulated(toolchain):
     seed.argtypes = [ctypes.c_uint64]
     seed(0)
     return seed
+
+
+@pytest.fixture
+def launched(emulated):
+    """Call it for the number of kernels that were launched in the emulation so far."""
+    count = ctypes.CDLL(str(emulated_library())).triaxis_emulation_launches
+    count.restype = ctypes.c_uint64
+    return count
 
 
 @pytest.fixture

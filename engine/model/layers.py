@@ -131,7 +131,7 @@ class NormLinear(nn.Module):
         self.linear = ColumnLinear(parameters, path, tp)
         self.selective_recompute = selective_recompute
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (linear(norm(s)), s) for s = x + residual (the add is fused into the norm), or s = x without one."""
         normed, total = self.norm.fused(x, residual, self._fp8_output(x))
         with _discarded(normed, lambda: self.norm(total), self.selective_recompute):
@@ -197,16 +197,19 @@ class Head(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        residual: torch.Tensor | None,
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
         z_loss: float = 0.0,
         target_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the loss in nats, summed over the unmasked tokens, fp32: `x` [t/tp, h], `labels` and `loss_mask` [t].
-        `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked.
+        """Return the loss in nats, summed over the unmasked tokens, fp32: x + residual [t/tp, h], `labels` and
+        `loss_mask` [t]. `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked.
         """
+        normed, _ = self.norm.fused(x, residual, None)
+        assert isinstance(normed, torch.Tensor)
         return vocab_parallel_linear_cross_entropy(
-            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices
+            normed, self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices
         )
 
 

@@ -77,9 +77,9 @@ def norm_to_fp8(
     output: Fp8Output,
     sinks: Sinks = _NO_SINKS,
 ) -> tuple[Fp8Activation, Tensor]:
-    """Return the norm of x [t, h] (or of x + residual) in FP8, and the sum. Requires `output.supports`."""
+    """Return the norm of x [t, h] (or of x + residual) in FP8, and x (or the sum). Requires `output.supports`."""
     carrier, total, values, scale_inv = _KernelNorm.apply(x, residual, weight, bias, eps, sinks, output)
-    return Fp8Activation(output.quantized(values, scale_inv), carrier), total
+    return Fp8Activation(output.quantized(values, scale_inv), carrier), x if residual is None else total
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

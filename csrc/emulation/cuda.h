@@ -127,6 +127,13 @@ T __shfl_down_sync(uint32_t mask, T value, int distance, int width = 32) {
   return emulation::shuffle(mask, value, source / width == lane / width ? source : lane);
 }
 
+inline uint32_t __ballot_sync(uint32_t mask, bool x) {
+  uint32_t bits = uint32_t(x) << emulation::lane();
+  for (int distance = 1; distance < 32; distance *= 2) bits |= __shfl_xor_sync(mask, bits, distance);
+  return bits;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 // Fibers switch only where they wait, so these are atomic.
 template <typename T>
 T atomicAdd(T* at, T value) {

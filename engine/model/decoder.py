@@ -151,13 +151,14 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
         noise: torch.Tensor | None = None,
         target_indices: torch.Tensor | None = None,
+        scale: float = 1.0,
     ) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see `forward`;
-        `target_indices`: see `Head`.
+        """`scale` times the cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see
+        `forward`; `target_indices`: see `Head`.
         """
         assert self.head is not None, "only the part with the head has a loss"
         hidden, residual = self._stream(x, positions, self.attend_within(cu_seqlens), noise)
-        loss: torch.Tensor = self.head(hidden, residual, labels, loss_mask, z_loss, target_indices)
+        loss: torch.Tensor = self.head(hidden, residual, labels, loss_mask, z_loss, target_indices, scale)
         return loss
 
     def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:

@@ -160,7 +160,7 @@ def _on_meta(value: Any) -> bool:
 _aten = torch.ops.aten
 # operator -> its result, where the meta device has no kernel for it or gives it another layout than cuDNN does
 _SHAPES: dict[Any, Callable[..., Any]] = {
-    _aten.addmm.dtype_out: lambda *args, out: out,
+    _aten.addmm.dtype_out: lambda *args, out, **factors: out,
     _aten._scaled_dot_product_cudnn_attention.default: lambda q, *args: (
         torch.empty_like(q),
         *_aten._scaled_dot_product_cudnn_attention(q, *args)[1:],
@@ -174,15 +174,19 @@ _SHAPES: dict[Any, Callable[..., Any]] = {
 _NONE = frozenset(("aten::_unsafe_view", "aten::detach", "aten::alias", "aten::lift_fresh"))
 
 _ONE = re.compile(
-    "aten::(abs|add_?|arange|bitwise_(and|not)|cat|clamp|clone|copy_|cos|div|embedding|eq|exp|fill_|full(_like)?|ge|"
+    "aten::(abs|add_?|arange|bitwise_(and|not)|clamp|clone|copy_|cos|div|embedding|eq|exp|fill_|full(_like)?|ge|"
     "gelu(_backward)?|gt|index_select|isfinite|lt|masked_fill|maximum|mul_?|ne|neg|new_(full|ones|zeros)|ones(_like)?|"
-    "pow|reciprocal|rsub|scalar_tensor|sin|sqrt|square|stack|sub|_to_copy|where|zero_|zeros(_like)?)"
+    "pow|reciprocal|rsub|scalar_tensor|sin|sqrt|square|sub|_to_copy|where|zero_|zeros(_like)?)"
 )
 
 
 def _reduction(result: Tensor, x: Tensor, *_: Any) -> int:
     """A kernel, and a fill of its semaphores where blocks share a result."""
     return 1 + (result.numel() == 1 and x.numel() >= _MIN_SPLIT)
+
+
+def _cat(result: Tensor, tensors: list[Tensor], *_: Any) -> int:
+    return -(-len(tensors) // 128)  # as many as fit into the arguments of a kernel
 
 
 def _quantize(result: tuple[Tensor, ...], x: Tensor, dtype: torch.dtype, scaling: str, *_: Any) -> int:
@@ -197,6 +201,8 @@ _LAUNCHES: dict[str, int | Callable[..., int]] = {
     "aten::_scaled_mm": _MATMUL,
     "aten::sum": _reduction,
     "aten::amax": _reduction,
+    "aten::cat": _cat,
+    "aten::stack": _cat,
     "aten::embedding_dense_backward": 29,  # zeros, 8 passes of a sort, 10 fills, 8 to find equal tokens, 2 sums
     "aten::_scaled_dot_product_cudnn_attention": 1,
     "aten::_scaled_dot_product_cudnn_attention_backward": 5,  # 3 kernels, 2 fills
@@ -211,6 +217,7 @@ _LAUNCHES: dict[str, int | Callable[..., int]] = {
     "triaxis::rope_qk_backward": 1,
     "triaxis::cross_entropy_statistics": 1,
     "triaxis::cross_entropy_gradient_": 1,
+    "triaxis::embedding_backward_": 1,
     "triaxis::adamw_": 1,
     "triaxis::square_sum": 2,
     "triaxis::quantize": _quantize,

@@ -38,6 +38,7 @@ def cases():
         "rope_qk_backward": [(heads[:, :2], heads[:, 2:4], heads[:, 4:], cos, sin)],
         "cross_entropy_statistics": [(x, labels, 0)],
         "cross_entropy_gradient_": [(x.clone(), labels, rstd, rstd, 0, 0.0)],
+        "embedding_backward_": [(torch.zeros(9, x.shape[1]), labels, x)],
         "adamw_": [
             (weight.clone(), bias, bias.clone(), bias.square(), bias.bfloat16(), one, one, one * 0, *settings),
             (weight.clone(), bias, bias.clone(), bias.square(), None, one, None, None, *settings),

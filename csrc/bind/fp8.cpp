@@ -197,15 +197,16 @@ Tensor fp8_matmul(
 }
 
 void fp8_matmul_add_(
-    Tensor out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, std::string a_scaling, std::string b_scaling) {
+    Tensor out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, std::string a_scaling, std::string b_scaling,
+    bool accumulate) {
   triaxis_fp8_matmul_args x = matmul_args(out, a, b, a_scale_inv, b_scale_inv, a_scaling, b_scaling);
-  x.accumulate = true;
+  x.accumulate = accumulate;
   run_cublaslt(x, a);
 }
 
 const Operator kCublasLtOperators[] = {
     {"fp8_matmul(" OPERANDS ", ScalarType dtype, bool fast) -> Tensor", TORCH_BOX(&fp8_matmul)},
-    {"fp8_matmul_add_(Tensor(a!) out, " OPERANDS ") -> ()", TORCH_BOX(&fp8_matmul_add_)},
+    {"fp8_matmul_add_(Tensor(a!) out, " OPERANDS ", bool accumulate=True) -> ()", TORCH_BOX(&fp8_matmul_add_)},
 };
 #endif
 

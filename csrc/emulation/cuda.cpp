@@ -159,6 +159,7 @@ uint64_t exchange(uint32_t mask, uint64_t value, int source_lane) {
 int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
   State& s = state();
   const std::lock_guard<std::mutex> guard(s.one_launch);
+  ++s.launches;
   s.kernel = std::move(kernel);
   s.threads = int(block.x * block.y * block.z);
   s.shared.resize(shared_bytes);
@@ -173,3 +174,4 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> ker
 }  // namespace emulation
 
 extern "C" __attribute__((visibility("default"))) void triaxis_emulation_seed(uint64_t value) { emulation::seed(value); }
+extern "C" __attribute__((visibility("default"))) uint64_t triaxis_emulation_launches() { return emulation::state().launches; }

@@ -81,6 +81,7 @@ struct State {
   std::string failure;    // why a thread stopped the kernel
   std::mt19937_64 random{0};
   std::mutex one_launch;
+  uint64_t launches = 0;  // of kernels, since the library was loaded
 };
 
 State& state();
@@ -125,6 +126,13 @@ T __shfl_down_sync(uint32_t mask, T value, int distance, int width = 32) {
   const int lane = emulation::lane(), source = lane + distance;
   return emulation::shuffle(mask, value, source / width == lane / width ? source : lane);
 }
+
+inline uint32_t __ballot_sync(uint32_t mask, bool x) {
+  uint32_t bits = uint32_t(x) << emulation::lane();
+  for (int distance = 1; distance < 32; distance *= 2) bits |= __shfl_xor_sync(mask, bits, distance);
+  return bits;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 // Fibers switch only where they wait, so these are atomic.
 template <typename T>

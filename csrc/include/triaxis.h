@@ -132,6 +132,19 @@ typedef struct {
 int triaxis_cross_entropy_statistics(const triaxis_cross_entropy_args* args, void* stream);
 int triaxis_cross_entropy_gradient(const triaxis_cross_entropy_args* args, void* stream);
 
+/* Adds grad [count, columns] to the rows of `out` [rows, columns] that `tokens` name, equal tokens in their order: repeats
+ * bitwise. Tokens outside of [0, rows) add nothing.
+ */
+typedef struct {
+  const int64_t* tokens; /* [count] */
+  const void* grad;
+  float* out;
+  int64_t count, rows, columns, grad_stride;
+  triaxis_dtype dtype; /* of `grad` */
+} triaxis_embedding_backward_args;
+
+int triaxis_embedding_backward(const triaxis_embedding_backward_args* args, void* stream);
+
 /* One AdamW update of flat tensors, with decoupled weight decay and bias correction. The gradient is divided by
  * *grad_scale; if *skip is not 0, nothing changes. `param`, in `param_dtype`, gets the rounded master weight; may be null.
  */

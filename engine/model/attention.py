@@ -22,6 +22,11 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [t, n, d], k [t, n_kv, d], v [t, n_kv, d]) -> [t, n, d]"""
 
 
+Stream = tuple[torch.Tensor, torch.Tensor | None]
+"""(x, residual), both [t/tp, h]: the output of a layer and the residual stream before it, or None for zeros. Their sum
+is the stream after the layer; the next norm computes it in its pass over memory."""
+
+
 class Attention(nn.Module):
     """Norm and grouped-query attention with fused q, k and v, over this rank's heads: [t/tp, h] -> [t/tp, h].
 
@@ -59,12 +64,15 @@ class Attention(nn.Module):
         self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps, ops) if model.qk_norm else None
         self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps, ops) if model.qk_norm else None
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> Stream:
+        """Return (attention(s), s) for s = x + residual; see `Stream`."""
         handover = self._grad_handover(x)
-        qkv, _ = self.qkv(x, handover=handover)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
+        qkv, total = self.qkv(x, residual, handover)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
         if self.selective_recompute and torch.is_grad_enabled():
-            return self.output(checkpoint(self._attend, qkv, cos, sin, attend, handover))
-        return self.output(self._attend(qkv, cos, sin, attend, handover))
+            return self.output(checkpoint(self._attend, qkv, cos, sin, attend, handover)), total
+        return self.output(self._attend(qkv, cos, sin, attend, handover)), total
 
     def _attend(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, handover: GradHandover | None

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig, ParallelConfig
-from engine.model.attention import Attend, Attention, attend_within
+from engine.model.attention import Attend, Attention, Stream, attend_within
 from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, ParallelLinear, Parameters
 from engine.model.parameters import whole_model
 from engine.ops.attention_choice import AttentionImpls
@@ -46,15 +46,15 @@ class FeedForward(nn.Module):
         )
         self.down = ActivationLinear(parameters, f"{path}.down", model, tp, selective_recompute=selective_recompute)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return s + mlp(s) for s = residual + x, an add that is fused into the norm; all [t/tp, h]."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> Stream:
+        """Return (mlp(s), s) for s = x + residual; see `Stream`."""
         handover = self.down.grad_handover(self.up.linear, x)
         up, total = self.up(x, residual, handover)  # [t, 2f/tp] or [t, f/tp]
-        return total + self.down(up, handover)
+        return self.down(up, handover), total
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream [t/tp, h]."""
+    """Pre-norm attention and feed-forward, each added to the residual stream [t/tp, h] by the norm that follows."""
 
     def __init__(
         self,
@@ -70,9 +70,11 @@ class Block(nn.Module):
         self.attention = Attention(model, parameters, layer, tp, ops, selective_recompute=selective_recompute)
         self.mlp = FeedForward(model, parameters, layer, tp, ops, selective_recompute=selective_recompute)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        attended = self.attention(x, cos, sin, attend)
-        return self.mlp(attended, residual=x)  # s + mlp(s), s = x + attended
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+    ) -> Stream:
+        x, residual = self.attention(x, residual, cos, sin, attend)
+        return self.mlp(x, residual)
 
 
 class Decoder(nn.Module):
@@ -128,17 +130,21 @@ class Decoder(nn.Module):
         Returns:
             [t/tp, h] in the parameters' dtype.
         """
+        return _sum(*self._stream(x, positions, attend, noise))
+
+    def _stream(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, noise: torch.Tensor | None) -> Stream:
         config = self.config
         cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         if self.embedding is not None:
             x = self.embedding(x)
             x = x if noise is None else x + noise.to(x.dtype)
+        residual = None
         for index, layer in enumerate(self.layers):
             if index < self.num_fully_recomputed and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend)
+                x, residual = checkpoint(layer, _sum(x, residual), None, cos, sin, attend)  # which keeps one tensor
             else:
-                x = layer(x, cos, sin, attend)
-        return x
+                x, residual = layer(x, residual, cos, sin, attend)
+        return x, residual
 
     def loss(
         self,
@@ -150,13 +156,14 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
         noise: torch.Tensor | None = None,
         target_indices: torch.Tensor | None = None,
+        scale: float = 1.0,
     ) -> torch.Tensor:
-        """Cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see `forward`;
-        `target_indices`: see `Head`.
+        """`scale` times the cross-entropy in nats, summed over the unmasked tokens; an fp32 scalar. `x`, `noise`: see
+        `forward`; `target_indices`: see `Head`.
         """
         assert self.head is not None, "only the part with the head has a loss"
-        hidden = self(x, positions, self.attend_within(cu_seqlens), noise)
-        loss: torch.Tensor = self.head(hidden, labels, loss_mask, z_loss, target_indices)
+        hidden, residual = self._stream(x, positions, self.attend_within(cu_seqlens), noise)
+        loss: torch.Tensor = self.head(hidden, residual, labels, loss_mask, z_loss, target_indices, scale)
         return loss
 
     def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:
@@ -172,6 +179,10 @@ class Decoder(nn.Module):
         """[t, v/tp] for hidden states [t, h] that `forward` returned: this rank's share of the vocabulary."""
         assert self.head is not None, "only the part with the head has logits"
         return F.linear(self.head.norm(hidden), self.head.weight)
+
+
+def _sum(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return x if residual is None else x + residual
 
 
 def _compile(block: Block, tp: TensorParallel) -> None:

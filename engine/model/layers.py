@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig
+from engine.ops.cross_entropy import WeightSink
 from engine.ops.linear import MATMUL_KINDS
 from engine.ops.norm import add_norm, layer_norm, norm_for_fp8, rms_norm
 from engine.ops.quantize import AmaxOutput, Fp8Output, GradHandover
@@ -148,7 +149,7 @@ class NormLinear(nn.Module):
         self.selective_recompute = selective_recompute
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, handover: GradHandover | None = None
+        self, x: torch.Tensor, residual: torch.Tensor | None, handover: GradHandover | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (linear(norm(s)), s) for s = x + residual (the add is fused into the norm), or s = x without one.
         `handover`: of the gradient of linear(norm(s)).
@@ -204,10 +205,11 @@ class Embedding(nn.Module):
     def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel) -> None:
         super().__init__()
         self.weight = parameters.tensors["embedding.weight"]
+        self.sink = parameters.sinks.get("embedding.weight")
         self.vocab_size, self.tp = model.vocab_size, tp
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return vocab_parallel_embedding(tokens, self.weight, self.vocab_size, self.tp)
+        return vocab_parallel_embedding(tokens, self.weight, self.vocab_size, self.tp, self.sink)
 
 
 class Head(nn.Module):
@@ -216,22 +218,41 @@ class Head(nn.Module):
     def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel, ops: OpsConfig) -> None:
         super().__init__()
         self.norm = Norm(parameters, "norm", model.norm_eps, ops)
-        self.weight = parameters.tensors["embedding.weight" if model.tie_embeddings else "head.weight"]
+        path = "embedding.weight" if model.tie_embeddings else "head.weight"
+        self.weight = parameters.tensors[path]
+        # a tied weight is complete when the gradient of the embedding has arrived
+        sink = parameters.sinks.get(path)
+        arrived = None if sink is None or model.tie_embeddings else sink.arrived
+        self.sink = None if sink is None else WeightSink(sink.add_in_forward, arrived)
         self.vocab_size, self.tp, self.onednn = model.vocab_size, tp, parameters.onednn
 
     def forward(
         self,
         x: torch.Tensor,
+        residual: torch.Tensor | None,
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
         z_loss: float = 0.0,
         target_indices: torch.Tensor | None = None,
+        scale: float = 1.0,
     ) -> torch.Tensor:
-        """Return the loss in nats, summed over the unmasked tokens, fp32: `x` [t/tp, h], `labels` and `loss_mask` [t].
-        `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked.
+        """Return `scale` times the loss in nats, summed over the unmasked tokens, fp32: for x + residual [t/tp, h],
+        `labels` and `loss_mask` [t]. `target_indices`: int64 indices of the unmasked tokens; None if nothing is masked.
         """
+        normed, _ = self.norm.fused(x, residual, None)
+        assert isinstance(normed, torch.Tensor)
         return vocab_parallel_linear_cross_entropy(
-            self.norm(x), self.weight, labels, loss_mask, self.vocab_size, self.tp, z_loss, target_indices, self.onednn
+            normed,
+            self.weight,
+            labels,
+            loss_mask,
+            self.vocab_size,
+            self.tp,
+            z_loss,
+            target_indices,
+            scale,
+            self.sink,
+            self.onednn,
         )
 
 

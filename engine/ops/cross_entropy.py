@@ -1,8 +1,9 @@
 """Fused output projection and cross-entropy, in chunks of tokens: the [t, v] logits are never materialized.
 
-The forward pass computes the gradient of each chunk of logits, and from it those of the hidden states and the weight;
-the backward pass only scales them. Alternatives considered: recomputing the logits in the backward pass (a third more
-FLOPs), and chunks of the vocabulary (no faster on a CPU, and they need a second pass for the log-sum-exp).
+The forward pass computes the gradient of each chunk of logits, and from it those of the hidden states and the weight.
+In training the factor of the loss is known in advance, so that the weight's gradient goes straight into the main
+gradient. Alternatives considered: recomputing the logits in the backward pass (a third more FLOPs), and chunks of the
+vocabulary (no faster on a CPU, and they need a second pass for the log-sum-exp).
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.ops import native
-from engine.ops.linear import MATMUL_KINDS, add_grad_weight, matmul_transposed
+from engine.ops.linear import MATMUL_KINDS, add_grad_weight, add_or_copy, matmul_transposed
 
 _CHUNK_ELEMENTS_CPU = 2**23  # logits per chunk: 32 MB stay in the last-level cache and in the allocator's pool
 _CHUNK_ELEMENTS_GPU = 2**28  # 512 MiB in bf16: large matmuls, and small compared with the activations
@@ -35,6 +36,20 @@ class VocabularyShard:
     gather: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class WeightSink:
+    """Takes the gradient of the weight instead of autograd; see `GradientSink`.
+
+    Attributes:
+        add_matmul: calls a function of the fp32 main gradient [v, h] and of whether to accumulate into it; used in the
+            forward pass.
+        arrived: called in the backward pass, if given.
+    """
+
+    add_matmul: Callable[[Callable[[Tensor, bool], None]], None]
+    arrived: Callable[[], None] | None = None
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -43,18 +58,21 @@ def linear_cross_entropy(
     *,
     z_loss: float = 0.0,
     shard: VocabularyShard | None = None,
+    scale: float = 1.0,
+    sink: WeightSink | None = None,
     onednn: frozenset[str] = MATMUL_KINDS,
 ) -> Tensor:
-    """Sum over tokens of (z − logit of the label + z_loss · z²) · loss_mask, with z the log-sum-exp of the logits
-    hidden · weightᵀ; in fp32, and NaN stays NaN.
+    """Sum over tokens of (z − logit of the label + z_loss · z²) · loss_mask · scale, with z the log-sum-exp of the
+    logits hidden · weightᵀ; in fp32, and NaN stays NaN.
 
     Differentiable once, in `hidden` [t, h] and `weight` [v, h]. `labels` is int64 [t] and may be negative where masked;
     `loss_mask` is fp32 [t], 0 where the token does not count. With a `shard`, `weight` is this rank's part of the
     vocabulary, and the gradient of `hidden` is the contribution of that part: the ranks exchange two numbers per token
     (their local z and the label's logit), never logits. `z_loss`: PaLM, arXiv 2204.02311. `onednn`:
-    see `matmul_transposed`.
+    see `matmul_transposed`. With a `sink`, which gets the weight's gradient before a backward pass has said what the
+    loss is multiplied by, the gradient of the result is 1.
     """
-    options = _Options(z_loss, shard, onednn)
+    options = _Options(z_loss, shard, scale, sink, onednn)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, options)
     return _loss_and_gradients(hidden, weight, labels, loss_mask, options, False, False)[0]
@@ -80,6 +98,8 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
 class _Options:
     z_loss: float
     shard: VocabularyShard | None
+    scale: float
+    sink: WeightSink | None
     onednn: frozenset[str]
 
 
@@ -90,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wanted = ctx.needs_input_grad[:2]
         loss, *ctx.gradients = _loss_and_gradients(hidden, weight, labels, loss_mask, options, *wanted)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.sink = options.sink
         return loss
 
     @staticmethod
@@ -98,12 +118,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy scales its gradients in place; backward can run only once")
-        scaled = [
-            None if gradient is None else gradient.mul_(grad_outputs[0]).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
-        ]
-        ctx.gradients = None
-        return *scaled, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if ctx.sink is None:
+            gradients = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in gradients]
+        else:
+            if grad_outputs[0].device.type == "cpu" and grad_outputs[0] != 1:  # on a GPU the host would wait
+                raise RuntimeError("with a sink, the loss of linear_cross_entropy is multiplied by `scale` alone")
+            if ctx.sink.arrived is not None:
+                ctx.sink.arrived()
+        return *gradients, None, None, None
 
 
 def _loss_and_gradients(
@@ -115,54 +138,94 @@ def _loss_and_gradients(
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute the loss, and its gradients in fp32 if requested."""
+    """Compute the loss, and its gradients if requested, in the dtypes of their tensors; that of the weight goes to the
+    sink if there is one.
+    """
     wide = _wide(hidden)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden, dtype=wide) if for_hidden else None
-    # [h, v] on a CPU, so that the matmul transposes only its small operand
-    transposed = not weight.is_cuda
-    shape = weight.shape[::-1] if transposed else weight.shape
-    grad_weight = torch.zeros(shape, dtype=wide, device=weight.device) if for_weight else None
+    grad_hidden = torch.empty_like(hidden) if for_hidden else None
+    collected = _WeightGradient(weight, options) if for_weight else None
+    factors = loss_mask * options.scale
     vocab_size = weight.shape[0] if options.shard is None else options.shard.most_rows
     rows = chunk_rows(vocab_size, hidden.device.type)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        x, mask = hidden[part], loss_mask[part, None]
+        x, factor = hidden[part], factors[part]
         logits = matmul_transposed(x, weight, options.onednn)
-        if native.runs(logits):
-            chunk_loss, error = _loss_and_error_by_kernel(logits, labels[part], mask, options)
+        if by_kernel := native.runs(logits):
+            chunk_loss, error = _loss_and_error_by_kernel(logits, labels[part], factor, options)
         else:
-            chunk_loss, error = _loss_and_error(logits.to(wide), labels[part, None], mask, options)
+            chunk_loss, error = _loss_and_error(logits.to(wide), labels[part, None], factor[:, None], options)
+            error = error.to(hidden.dtype)
         loss += chunk_loss
-        error = error.to(hidden.dtype)
         if grad_hidden is not None:
-            torch.mul(matmul_transposed(error, weight.t(), options.onednn), mask, out=grad_hidden[part])
-        if grad_weight is not None:
-            masked = (x * mask).to(x.dtype)
-            if transposed:
-                grad_weight += matmul_transposed(masked.t(), error.t(), options.onednn)
+            if by_kernel:
+                torch.mm(error, weight, out=grad_hidden[part])
             else:
-                add_grad_weight(grad_weight, error, masked)
+                grad = matmul_transposed(error, weight.t(), options.onednn)
+                torch.mul(grad, factor[:, None], out=grad_hidden[part])
+        if collected is not None:
+            collected.add(error, x if by_kernel else (x * factor[:, None]).to(x.dtype))
         del logits, error  # free them before the next chunk is computed
-    if grad_weight is not None and transposed:
-        grad_weight = grad_weight.t().contiguous()
-    return loss, grad_hidden, grad_weight
+    return loss, grad_hidden, None if collected is None else collected.finish()
 
 
-def _loss_and_error_by_kernel(logits: Tensor, labels: Tensor, mask: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Same as `_loss_and_error`, with two kernels on logits of any dtype; `labels` [c]."""
+class _WeightGradient:
+    """Adds up the weight's gradient [v, h] over the chunks: on a GPU straight into the main gradient, on a CPU as
+    [h, v], so that the matmul transposes only its small operand.
+    """
+
+    def __init__(self, weight: Tensor, options: _Options) -> None:
+        self.weight, self.sink, self.onednn = weight, options.sink, options.onednn
+        self.total: Tensor | None = None
+
+    def add(self, error: Tensor, x: Tensor) -> None:
+        """Add errorᵀ·x, for `error` [c, v] and `x` [c, h]."""
+        if not self.weight.is_cuda:
+            product = matmul_transposed(x.t(), error.t(), self.onednn)  # [h, v]
+            self.total = product.to(_wide(product)) if self.total is None else self.total.add_(product)
+        elif self.sink is not None:
+            self.sink.add_matmul(lambda out, accumulate: add_grad_weight(out, error, x, accumulate))
+        else:
+            if self.total is None:
+                self.total = torch.zeros_like(self.weight, dtype=_wide(x))
+            add_grad_weight(self.total, error, x)
+
+    def finish(self) -> Tensor | None:
+        """The gradient for autograd in the weight's dtype, or None: the sink has it."""
+        total = self.total
+        if total is not None and not self.weight.is_cuda:
+            total = total.t()
+        if self.sink is None:
+            return torch.zeros_like(self.weight) if total is None else total.to(self.weight.dtype)
+        if total is not None:
+            given = total
+            self.sink.add_matmul(lambda out, accumulate: add_or_copy(out, given, accumulate))
+        return None
+
+
+def _loss_and_error_by_kernel(
+    logits: Tensor, labels: Tensor, factor: Tensor, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss of a chunk [c, v] with two kernels, and overwrite its logits, of any dtype, by their gradient;
+    `labels`, `factor` [c].
+    """
     first = 0 if options.shard is None else options.shard.first_label
     z, at_label = torch.ops.triaxis.cross_entropy_statistics(logits, labels, first)
     if options.shard is not None:
         gathered = options.shard.gather(torch.stack((z, at_label), 1))  # [ranks, c, 2]
         z, at_label = torch.logsumexp(gathered[..., 0], 0), gathered[..., 1].sum(0)
-    loss = ((z - at_label + options.z_loss * z.square()) * mask[:, 0]).sum()
-    torch.ops.triaxis.cross_entropy_gradient_(logits, labels, z, torch.ones_like(z), first, options.z_loss)
-    return loss, logits
+    losses = z - at_label
+    if options.z_loss:
+        losses += options.z_loss * z.square()
+    torch.ops.triaxis.cross_entropy_gradient_(logits, labels, z, factor, first, options.z_loss)
+    return (losses * factor).sum(), logits
 
 
-def _loss_and_error(logits: Tensor, labels: Tensor, mask: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Compute the loss of a chunk [c, v], and overwrite its logits by their unmasked gradient; `labels` [c, 1]."""
+def _loss_and_error(logits: Tensor, labels: Tensor, factor: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Compute the loss of a chunk [c, v], and overwrite its logits by their gradient without the factor; `labels` and
+    `factor` [c, 1].
+    """
     first = 0 if options.shard is None else options.shard.first_label
     local = labels - first
     held = (local >= 0) & (local < logits.shape[1])  # [c, 1]
@@ -176,7 +239,7 @@ def _loss_and_error(logits: Tensor, labels: Tensor, mask: Tensor, options: _Opti
         z, at_label = torch.logsumexp(gathered[..., :1], 0), gathered[..., 1:].sum(0)
     if options.shard is not None or options.z_loss:
         probabilities.mul_((1 + 2 * options.z_loss * z) * torch.exp(own - z))
-    loss = ((z - at_label + options.z_loss * z.square()) * mask).sum()
+    loss = ((z - at_label + options.z_loss * z.square()) * factor).sum()
     # not scatter_add_, which fails under PyTorch's deterministic algorithms on a GPU
     return loss, probabilities.scatter_(1, local, probabilities.gather(1, local) - held.to(probabilities.dtype))
 

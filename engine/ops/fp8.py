@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.config.schema import Fp8MatmulImpl
 from engine.ops import native
-from engine.ops.linear import matmul_transposed
+from engine.ops.linear import add_or_copy, matmul_transposed
 from engine.ops.quantize import (
     BLOCK_1X128,
     BLOCK_128X128,
@@ -46,17 +46,19 @@ def scaled_matmul(
     return matmul_transposed(dequantize(a), dequantize(b)).to(dtype)
 
 
-def add_scaled_matmul(out: Tensor, a: QuantizedTensor, b: QuantizedTensor, *, impl: Fp8MatmulImpl = "auto") -> None:
-    """Add a·bᵀ to `out` fp32 [m, n].
+def add_scaled_matmul(
+    out: Tensor, a: QuantizedTensor, b: QuantizedTensor, *, accumulate: bool = True, impl: Fp8MatmulImpl = "auto"
+) -> None:
+    """Add a·bᵀ to `out` fp32 [m, n], or overwrite it unless `accumulate`.
 
     Raises:
         ValueError: as `scaled_matmul`.
     """
     _require_supported(a, b)
     if a.values.device.type != "cpu":
-        _on_gpu(a, b, torch.float32, out, False, impl)
+        _on_gpu(a, b, torch.float32, out, False, impl, accumulate)
     else:
-        out.add_(matmul_transposed(dequantize(a), dequantize(b)))
+        add_or_copy(out, matmul_transposed(dequantize(a), dequantize(b)), accumulate)
 
 
 def dequantize(x: QuantizedTensor) -> Tensor:
@@ -103,7 +105,13 @@ def _require_supported(a: QuantizedTensor, b: QuantizedTensor) -> None:
 
 
 def _on_gpu(
-    a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, out: Tensor | None, fast: bool, impl: Fp8MatmulImpl
+    a: QuantizedTensor,
+    b: QuantizedTensor,
+    dtype: torch.dtype,
+    out: Tensor | None,
+    fast: bool,
+    impl: Fp8MatmulImpl,
+    accumulate: bool = True,
 ) -> Tensor:
     """Resolve `auto` and run: cuBLASLt through csrc, which accumulates into `out`; without csrc PyTorch's matmul, which
     is TENSORWISE and does not accumulate. The custom kernel (Hopper, scales per block) must be requested by name, which
@@ -117,12 +125,17 @@ def _on_gpu(
             raise ValueError("PyTorch's FP8 matmul has one scale per tensor; scales per block need csrc")
         scales = {"scale_a": a.scale_inv, "scale_b": b.scale_inv}
         result = torch._scaled_mm(a.values, b.values.t(), **scales, out_dtype=dtype, use_fast_accum=fast)
-        return result if out is None else out.add_(result)
+        if out is None:
+            return result
+        add_or_copy(out, result, accumulate)
+        return out
     sm90 = impl == "triaxis" and a.scaling != TENSORWISE
     if out is None:
         if sm90:
             return torch.ops.triaxis.fp8_matmul_sm90(*operands, dtype)
         return torch.ops.triaxis.fp8_matmul(*operands, dtype, fast)
-    add = torch.ops.triaxis.fp8_matmul_sm90_add_ if sm90 else torch.ops.triaxis.fp8_matmul_add_
-    add(out, *operands)
+    if sm90:
+        torch.ops.triaxis.fp8_matmul_sm90_add_(out if accumulate else out.zero_(), *operands)
+    else:
+        torch.ops.triaxis.fp8_matmul_add_(out, *operands, accumulate)
     return out

@@ -49,16 +49,26 @@ def matmul_transposed(a: Tensor, b: Tensor, onednn: frozenset[str] = MATMUL_KIND
     return _onednn(a, b, None) if uses_onednn(a, b, onednn) else a @ b.t()
 
 
-def add_grad_weight(out: Tensor, grad: Tensor, x: Tensor, onednn: frozenset[str] = MATMUL_KINDS) -> None:
-    """Add the weight gradient gradᵀ·x to `out` fp32 [out, in], for `grad` [t, out] and `x` [t, in] of one dtype;
-    `onednn` as for `matmul_transposed`.
+def add_grad_weight(
+    out: Tensor, grad: Tensor, x: Tensor, accumulate: bool = True, onednn: frozenset[str] = MATMUL_KINDS
+) -> None:
+    """Add the weight gradient gradᵀ·x, for `grad` [t, out] and `x` [t, in] of one dtype, to `out` fp32 [out, in], or
+    overwrite it unless `accumulate`; `onednn` as for `matmul_transposed`.
 
     On a GPU the matmul itself accumulates into `out`.
     """
     if out.device.type == "cuda":
-        torch.ops.aten.addmm.dtype_out(out, grad.t(), x, torch.float32, out=out)
+        torch.ops.aten.addmm.dtype_out(out, grad.t(), x, torch.float32, beta=int(accumulate), out=out)
     else:
-        out.add_(grad_weight(grad, x, onednn))
+        add_or_copy(out, grad_weight(grad, x, onednn), accumulate)
+
+
+def add_or_copy(out: Tensor, x: Tensor, accumulate: bool) -> None:
+    """Add `x` to `out`, or overwrite it unless `accumulate`."""
+    if accumulate:
+        out.add_(x)
+    else:
+        out.copy_(x)
 
 
 def grad_weight(grad: Tensor, x: Tensor, onednn: frozenset[str] = MATMUL_KINDS) -> Tensor:

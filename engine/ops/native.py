@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_csrc.so"
-SCHEMA_VERSION = 4  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
+SCHEMA_VERSION = 5  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,6 +146,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "rope_qk_backward_fp8": _rope_qk_backward_fp8,
     "cross_entropy_statistics": _cross_entropy_statistics,
     "cross_entropy_gradient_": lambda *args: None,
+    "embedding_backward_": lambda *args: None,
     "adamw_": lambda *args: None,
     "square_sum": lambda x: x.new_empty(()),
     "amax_": lambda *args: None,

@@ -54,6 +54,12 @@ class BucketPlan:
         found = [slice(offset, offset + t.rectangle.size) for t, offset in self._tensors() if t.replicas == replicas]
         return _merged(found)
 
+    def padding(self) -> list[slice]:
+        """The ranges that belong to no parameter."""
+        ends = [0, *(slot.end for slot in self.slots)]
+        starts = [*(slot.offset for slot in self.slots), self.size]
+        return [slice(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
+
     def owned(self, begin: int, end: int) -> list[slice]:
         """The parts of [begin, end) that this rank counts, in positions from `begin`."""
         found = [

@@ -104,9 +104,9 @@ class ShardedParameters:
         module.register_forward_pre_hook(lambda *_: self._wait_for(buckets))
 
     def begin_step(self) -> None:
-        """Zero the gradients of the last step."""
+        """Begin to accumulate new gradients: the first addition to each overwrites that of the last step."""
+        self.flow.step += 1
         for bucket in self.buckets:
-            bucket.grad.zero_()
             bucket.incomplete = bucket.paths
 
     def _completed(self, path: str) -> None:
@@ -126,6 +126,10 @@ class ShardedParameters:
             bucket.reducing = None
 
     def _start_reducing(self, bucket: Bucket) -> None:
+        for path in bucket.paths:
+            self.sinks[path].zero_unless_added_to()
+        for padding in bucket.plan.padding():
+            bucket.grad[padding].zero_()
         world = self.world
         groups: dict[Replicas, ProcessGroup | None] = {
             "tp": world.tp_group,
@@ -184,10 +188,10 @@ class ShardedParameters:
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of all gradients, fp32 [1], each logical element counted once; call after `reduce_gradients`."""
-        square = torch.zeros(1, device=self.world.device)
+        squares = [torch.zeros((), device=self.world.device)]
         for bucket in self.buckets if self.owns else ():
-            for part in bucket.plan.owned(bucket.begin, bucket.end):
-                square += square_sum(bucket.grad_shard[part])
+            squares += [square_sum(bucket.grad_shard[part]) for part in bucket.plan.owned(bucket.begin, bucket.end)]
+        square = torch.stack(squares).sum(0, keepdim=True)
         self.world.sum_on_device(square)
         return square.sqrt()
 

@@ -11,24 +11,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from engine.ops.linear import add_or_copy
+
 
 class GradientFlow:
     """State of the running backward pass, shared by all gradient sinks of a rank.
 
     Attributes:
+        step: a number that changes from step to step, by which sinks know the gradients of the last one.
         is_last_pass: no later pass of this step reaches these parameters, so a gradient that arrives is complete.
         postponed: None, or the list that collects postponed weight-gradient matmuls.
         completed: called with the path of each parameter whose gradient is complete.
     """
 
     def __init__(self, completed: Callable[[str], None]) -> None:
+        self.step = 0
         self.is_last_pass = False
         self.postponed: list[Callable[[], None]] | None = None
         self.completed = completed
 
 
 class GradientSink:
-    """Accumulates the gradient of one parameter.
+    """Accumulates the gradient of one parameter. The first addition of a step overwrites what the last step left.
 
     Attributes:
         path: of the parameter, in the parameter table.
@@ -39,27 +43,51 @@ class GradientSink:
         self.path = path
         self.main_grad = main_grad
         self.flow = flow
+        self._step = flow.step  # of the main gradient
 
     def add(self, grad: Tensor) -> None:
         """Add a gradient, of any floating dtype, to the main gradient now."""
-        self.main_grad.add_(grad)
-        self._arrived()
+        add_or_copy(self.main_grad, grad, self._accumulates())
+        self.arrived()
 
-    def add_matmul(self, matmul: Callable[[Tensor], None]) -> None:
-        """Let `matmul` accumulate into the main gradient that it is given, now or when the schedule says so."""
+    def add_to_rows(self, add: Callable[[Tensor], None]) -> None:
+        """Let `add` add to some rows of the main gradient now."""
+        self.zero_unless_added_to()
+        add(self.main_grad)
+        self.arrived()
+
+    def add_matmul(self, matmul: Callable[[Tensor, bool], None]) -> None:
+        """Let `matmul(main_grad, accumulate)` add to the main gradient, or overwrite it unless `accumulate`, now or
+        when the schedule says so.
+        """
 
         def run() -> None:
-            matmul(self.main_grad)
-            self._arrived()
+            matmul(self.main_grad, self._accumulates())
+            self.arrived()
 
         if self.flow.postponed is None:
             run()
         else:
             self.flow.postponed.append(run)
 
-    def _arrived(self) -> None:
+    def add_in_forward(self, matmul: Callable[[Tensor, bool], None]) -> None:
+        """As `add_matmul`, in the forward pass: now, and `arrived` follows in the backward pass."""
+        matmul(self.main_grad, self._accumulates())
+
+    def arrived(self) -> None:
+        """Report the gradient as complete if this is the last backward pass of the step."""
         if self.flow.is_last_pass:
             self.flow.completed(self.path)
+
+    def zero_unless_added_to(self) -> None:
+        """Zero the main gradient if nothing has been added to it in this step."""
+        if not self._accumulates():
+            self.main_grad.zero_()
+
+    def _accumulates(self) -> bool:
+        """Whether something was added in this step already; from now on it was."""
+        before, self._step = self._step, self.flow.step
+        return before == self.flow.step
 
 
 def trained_parameter(values: Tensor, sink: GradientSink) -> nn.Parameter:

@@ -7,18 +7,18 @@ keep.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+_T = TypeVar("_T")
 
-def checkpoint(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+
+def checkpoint(function: Callable[..., _T], *arguments: Any) -> _T:
     """function(*arguments), of which only the arguments are kept; the backward calls it a second time."""
-    result: Tensor = torch.utils.checkpoint.checkpoint(
-        function, *arguments, use_reentrant=False, preserve_rng_state=False
-    )
+    result: _T = torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return result
 
 

@@ -10,11 +10,11 @@ Legend: t tokens of a microbatch, h hidden size, v vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.ops.cross_entropy import VocabularyShard, linear_cross_entropy
+from engine.ops.cross_entropy import VocabularyShard, WeightSink, linear_cross_entropy
+from engine.ops.embedding import embedding
 from engine.ops.fp8 import add_scaled_matmul, scaled_matmul, transpose
 from engine.ops.linear import MATMUL_KINDS, add_grad_weight, grad_weight, linear, matmul_transposed
 from engine.ops.quantize import TENSORWISE, ActivationWithAmax, Fp8Activation, GradHandover, QuantizedTensor
@@ -71,14 +71,19 @@ def row_linear(
     return out if bias is None else out + bias
 
 
-def vocab_parallel_embedding(tokens: Tensor, weight: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
-    """Vocab-parallel embedding lookup: `tokens` [t] int64, `weight` this rank's shard of [v, h] -> [t/tp, h]."""
+def vocab_parallel_embedding(
+    tokens: Tensor, weight: Tensor, vocab_size: int, tp: TensorParallel, sink: GradientSink | None = None
+) -> Tensor:
+    """Vocab-parallel embedding lookup: `tokens` [t] int64, `weight` this rank's shard of [v, h] -> [t/tp, h]; `sink` as
+    for `column_linear`.
+    """
+    add_to_rows = None if sink is None else sink.add_to_rows
     if tp.size == 1:
-        return F.embedding(tokens, weight)
+        return embedding(tokens, weight, add_to_rows)
     start, extent = tp.share(vocab_size)
     local = tokens - start
     elsewhere = (local < 0) | (local >= extent)
-    rows = F.embedding(local.masked_fill(elsewhere, 0), weight)  # [t, h]
+    rows = embedding(local.remainder(extent), weight, add_to_rows)  # [t, h]; to those of elsewhere zeros are added
     return scatter_sequence_sum(rows.masked_fill(elsewhere[:, None], 0), tp.group)
 
 
@@ -91,6 +96,8 @@ def vocab_parallel_linear_cross_entropy(
     tp: TensorParallel,
     z_loss: float = 0.0,
     target_indices: Tensor | None = None,
+    scale: float = 1.0,
+    sink: WeightSink | None = None,
     onednn: frozenset[str] = MATMUL_KINDS,
 ) -> Tensor:
     """Vocab-parallel output projection fused with cross-entropy; see `linear_cross_entropy`.
@@ -101,10 +108,11 @@ def vocab_parallel_linear_cross_entropy(
         labels, loss_mask: [t].
         target_indices: int64 indices of the tokens with a nonzero `loss_mask`; if given, logits are computed only for
             these.
+        scale, sink: as for `linear_cross_entropy`.
         onednn: as for `column_linear`.
 
     Returns:
-        the loss summed over all t tokens, the same on every tensor-parallel rank.
+        `scale` times the loss summed over all t tokens, the same on every tensor-parallel rank.
     """
     shard = None
     if tp.size > 1:
@@ -112,7 +120,8 @@ def vocab_parallel_linear_cross_entropy(
         hidden = gather_sequence(hidden, tp.group)
     if target_indices is not None:
         hidden, labels, loss_mask = (x.index_select(0, target_indices) for x in (hidden, labels, loss_mask))
-    return linear_cross_entropy(hidden, weight, labels, loss_mask, z_loss=z_loss, shard=shard, onednn=onednn)
+    options = {"z_loss": z_loss, "shard": shard, "scale": scale, "sink": sink, "onednn": onednn}
+    return linear_cross_entropy(hidden, weight, labels, loss_mask, **options)
 
 
 def _gather_stacked(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -190,7 +199,7 @@ def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
     if ctx.sink is None:
         return grad_weight(grad, x, ctx.onednn)
     grad, x, onednn = grad.detach(), x.detach(), ctx.onednn
-    ctx.sink.add_matmul(lambda out: add_grad_weight(out, grad, x, onednn))
+    ctx.sink.add_matmul(lambda out, accumulate: add_grad_weight(out, grad, x, accumulate, onednn))
     return None
 
 
@@ -234,7 +243,8 @@ class _Fp8Linear(torch.autograd.Function):
             scattering = reduce_scatter(grad_x, partial, group)
             x = gather_rows(x, group)
         x_transposed = transpose(x)
-        ctx.sink.add_matmul(lambda out: add_scaled_matmul(out, grad_transposed, x_transposed, impl=quantizer.impl))
+        operands, impl = (grad_transposed, x_transposed), quantizer.impl
+        ctx.sink.add_matmul(lambda out, accumulate: add_scaled_matmul(out, *operands, accumulate=accumulate, impl=impl))
         if group is not None:
             scattering.wait()
         return grad_x, None, None, None, None, None, None

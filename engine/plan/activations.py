@@ -106,9 +106,9 @@ class ActivationSizes:
         )
         if not part.has_head:
             return int(self.tokens * elements) * self.itemsize
-        # the input of the final norm; the loss computes its gradients in the forward pass: fp32 [t, h] and [v/tp, h]
-        elements += self.hidden / self.tp
-        return int(self.tokens * elements) * self.itemsize + 4 * self.hidden * (self.tokens + self.vocabulary)
+        # the input of the final norm, and the gradient of its output, which the loss computes in the forward pass
+        elements += self.hidden / self.tp + self.hidden
+        return int(self.tokens * elements) * self.itemsize
 
     def waiting(self, part: Part) -> int:
         """Return the bytes that `part` saves for the weight gradients: input and output gradient of each matmul, those

@@ -129,8 +129,7 @@ def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], de
     in_fp8 = any(layer in sizes.fp8_layers for part in parts for layer in part.layers)
     largest = _layer_workspace(sizes, recompute, in_fp8=in_fp8)
     if parts[-1].has_head:
-        saved = 4 * sizes.vocabulary * sizes.hidden  # by the loss; freed before the backward pass reaches the layers
-        largest = max(largest - saved, _loss_workspace(sizes, device_type))
+        largest = max(largest, _loss_workspace(sizes, device_type))
     return largest + _ALLOWANCE[device_type]
 
 
@@ -147,19 +146,18 @@ def _layer_workspace(sizes: ActivationSizes, recompute: str, *, in_fp8: bool) ->
 
 
 def _loss_workspace(sizes: ActivationSizes, device_type: str) -> int:
-    """A chunk of logits, and beside it the loss's input and a copy of the chunk's or, on a CPU, of the head's gradient;
-    or, in the backward pass, both gradients once more.
+    """A chunk of logits and the loss's input; on a CPU also the head's gradient and that of a chunk.
 
     On a GPU kernels overwrite the logits by their gradient; without them there is an fp32 copy.
     """
     tokens, rows, hidden, itemsize = sizes.tokens, sizes.vocabulary, sizes.hidden, sizes.itemsize
     chunk = min(tokens, chunk_rows(rows, device_type))
     if device_type == "cuda":
-        masked = chunk * hidden * (4 + itemsize)  # the chunk's input, multiplied by the fp32 loss mask and rounded
-        return max(chunk * rows * itemsize + masked + tokens * hidden * itemsize, (rows + tokens) * hidden * itemsize)
+        return (chunk * rows + tokens * hidden) * itemsize
     wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, and the rounded matmul output or gradient
     gathered = hidden if sizes.tp > 1 else 0
-    return chunk * rows * wide + 4 * rows * hidden + tokens * gathered * itemsize
+    gradients = 4 * rows * hidden * min(2, -(-tokens // chunk))
+    return chunk * rows * wide + gradients + tokens * gathered * itemsize
 
 
 def _parameters(size: int, in_fp8: int, itemsize: int, shards: int) -> int:

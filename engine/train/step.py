@@ -84,13 +84,15 @@ class DistributedModel:
 
         A kernel, a library's plan, compiled code or a block of memory comes into being at its first use, for which the
         host may wait for the device; here no receive can be on the device that waits for this rank. Ranks that share
-        layers call it together. It leaves its gradients, which `train_step` zeroes, and otherwise changes nothing: not
-        the random state either, which compilers and other libraries may use.
+        layers call it together. It leaves its gradients, which `train_step` overwrites, and otherwise changes nothing:
+        not the random state either, which compilers and other libraries may use.
         """
         on_device = batch.to(self.world.device)
-        names = [self.config.parallel.schedule, *([FORWARD_ONLY] if self.config.train.eval_steps else [])]
+        # a second pass adds to the gradients of the first
+        names = [self.config.parallel.schedule] * 2 + [FORWARD_ONLY] * bool(self.config.train.eval_steps)
 
         def use() -> None:
+            self.pipeline.flow.step += 1
             for name in names:
                 self.pipeline.warm_up(self._program(name, 1), on_device)
 
@@ -168,22 +170,24 @@ def build_model(
 
 def _part_function(
     decoder: Decoder, config: Config, tp: TensorParallel
-) -> Callable[[torch.Tensor | None, Batch], torch.Tensor]:
-    """Wrap a part of the model for the pipeline: (hidden states or None, batch) -> hidden states or the summed loss.
+) -> Callable[[torch.Tensor | None, Batch, float], torch.Tensor]:
+    """Wrap a part of the model for the pipeline: (hidden states or None, batch, factor of the loss) -> hidden states or
+    the summed loss.
 
     The z-loss and the noise on embeddings apply only in training.
     """
     alpha = config.train.neftune_alpha if decoder.embedding is not None else 0.0
     hidden_size, seed = config.model.hidden_size, config.run.seed
 
-    def run(x: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    def run(x: torch.Tensor | None, batch: Batch, scale: float) -> torch.Tensor:
         inputs, positions = batch.tokens.flatten() if x is None else x, batch.positions.flatten()
         training = torch.is_grad_enabled()
         noise = embedding_noise(batch, alpha, hidden_size, seed, tp) if alpha and training else None
         if decoder.head is not None:
             labels, mask = batch.labels.flatten(), batch.loss_mask.flatten()
             weight = config.train.z_loss if training else 0.0
-            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, weight, noise, batch.target_indices)
+            options = weight, noise, batch.target_indices, scale
+            return decoder.loss(inputs, positions, labels, mask, batch.cu_seqlens, *options)
         hidden: torch.Tensor = decoder(inputs, positions, decoder.attend_within(batch.cu_seqlens), noise)
         return hidden
 

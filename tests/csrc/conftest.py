@@ -49,6 +49,14 @@ def emulated(emulated_library):
 
 
 @pytest.fixture
+def launched(emulated, emulated_library):
+    """Call it for the number of kernels that were launched in the emulation so far."""
+    count = ctypes.CDLL(str(emulated_library)).triaxis_emulation_launches
+    count.restype = ctypes.c_uint64
+    return count
+
+
+@pytest.fixture
 def broken(toolchain, tmp_path):
     """Runs a test on kernels with one line changed: returns the exit code of pytest, and its output."""
 

@@ -51,6 +51,7 @@ def cases():
         ],
         "cross_entropy_statistics": [(x, labels, 0)],
         "cross_entropy_gradient_": [(x.clone(), labels, rstd, rstd, 0, 0.0)],
+        "embedding_backward_": [(torch.zeros(9, x.shape[1]), labels, x)],
         "adamw_": [
             (weight.clone(), bias, bias.clone(), bias.square(), bias.bfloat16(), one, one, one * 0, *settings),
             (weight.clone(), bias, bias.clone(), bias.square(), None, one, None, None, *settings),

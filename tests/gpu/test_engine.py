@@ -84,12 +84,12 @@ def test_a_block_compiles_as_one_graph():
     cos, sin = rope_tables(torch.arange(16, device="cuda"), model.head_dim, model.rope_theta)
     attend = attend_within((0, 16), None)
     torch.manual_seed(0)
-    x = torch.randn(16, model.hidden_size, device="cuda", dtype=torch.bfloat16)
+    x, residual = torch.randn(2, 16, model.hidden_size, device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(block.forward, fullgraph=True)
     results = []
     for function in (compiled, block):
         block.zero_grad()
-        out = function(x, cos, sin, attend)
+        out = sum(function(x, residual, cos, sin, attend))
         out.float().square().mean().backward()
         results.append([out.detach(), *(parameter.grad.clone() for parameter in block.parameters())])
     for got, expected in zip(*results, strict=True):

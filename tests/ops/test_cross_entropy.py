@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from engine.ops import cross_entropy
 from engine.ops.cross_entropy import (
     VocabularyShard,
+    WeightSink,
     chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -106,6 +107,40 @@ def test_gradients_can_be_taken_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 130])
+def test_a_sink_gets_the_weight_gradient(tokens, dtype):
+    """In the forward pass, times the scale; the first time it overwrites what is there."""
+    hidden, weight, labels, mask = example(tokens)
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    main_grad, arrived = torch.full(weight.shape, torch.nan), []
+    for accumulate in (False, True):
+        sink = WeightSink(lambda add, accumulate=accumulate: add(main_grad, accumulate), lambda: arrived.append(True))
+        loss = linear_cross_entropy(hidden, weight, labels, mask, scale=0.3, sink=sink)
+        hidden.grad = None
+        loss.backward()
+    assert arrived == [True, True]
+    assert weight.grad is None
+    wide, expected = hidden.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    reference = 0.3 * linear_cross_entropy_reference(wide, expected, labels, mask)
+    reference.backward()
+    tolerance = FP32 if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(loss, reference, **tolerance)
+    torch.testing.assert_close(hidden.grad.float(), wide.grad, **tolerance)
+    if tokens:
+        torch.testing.assert_close(main_grad, 2 * expected.grad, **tolerance)
+    else:
+        assert main_grad.isnan().all()  # nothing came
+
+
+def test_with_a_sink_nothing_else_scales_the_loss():
+    hidden, weight, labels, mask = example(5)
+    sink = WeightSink(lambda add: add(torch.zeros_like(weight), True), lambda: None)
+    loss = linear_cross_entropy(hidden, weight.requires_grad_(), labels, mask, sink=sink)
+    with pytest.raises(RuntimeError, match="by `scale` alone"):
+        (2 * loss).backward()
 
 
 def test_evaluation_computes_no_gradients(monkeypatch):

@@ -76,7 +76,7 @@ def train_on_time(
         parameters.begin_step()
         for number, row in enumerate(mine, 1):
             parameters.flow.is_last_pass = number == len(mine)
-            (_loss(model, row) / 128).backward()
+            _loss(model, row, 1 / 128).backward()
         norm, skipped = optimizer.update(step, 1e-2)
         assert skipped.item() == 0
         norms.append(norm.item())
@@ -84,8 +84,8 @@ def train_on_time(
     return norms, {name: value.clone() for name, value in logical_state(MODEL, parameters.by_path).items()}
 
 
-def _loss(model: Decoder, row: torch.Tensor) -> torch.Tensor:
-    return model.loss(row[:-1], torch.arange(16), row[1:], torch.ones(16), (0, 16))
+def _loss(model: Decoder, row: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    return model.loss(row[:-1], torch.arange(16), row[1:], torch.ones(16), (0, 16), scale=scale)
 
 
 def plain_training() -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -102,7 +102,7 @@ def plain_training() -> tuple[list[float], dict[str, torch.Tensor]]:
     for _ in range(3):
         optimizer.zero_grad()
         for row in tokens:
-            (_loss(model, row) / 128).backward()
+            _loss(model, row, 1 / 128).backward()
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 0.5).item())
         optimizer.step()
     return norms, logical_state(MODEL, named)
@@ -275,7 +275,7 @@ def sums(model: ModelConfig, world: World, *, sharded: bool) -> Summed:
     random = torch.Generator().manual_seed(world.rank)
     parameters.begin_step()
     for sink in parameters.sinks.values():
-        sink.main_grad.normal_(generator=random)
+        sink.add(torch.randn(sink.main_grad.shape, generator=random))
     before = [bucket.grad.clone() for bucket in parameters.buckets]
     with late():
         for path in parameters.by_path:

@@ -32,7 +32,7 @@ def summed(layout: Layout, dtype: torch.dtype, sharded: bool) -> Summed:
     parameters.begin_step()
     random = torch.Generator().manual_seed(world.rank)
     for sink in parameters.sinks.values():
-        sink.main_grad.normal_(generator=random)
+        sink.add(torch.randn(sink.main_grad.shape, generator=random))
     given = [bucket.grad.clone() for bucket in parameters.buckets]
     with late() as traffic:
         for path in parameters.by_path:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from engine.ops.norm import rms_norm
@@ -88,3 +89,31 @@ def test_matmuls_can_be_postponed():
             matmul()
     assert model.completed == ["bias", "norm", "down", "up"]
     model.assert_gradients(rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("postpone", [False, True])
+def test_the_first_addition_of_a_step_overwrites_the_gradient_of_the_last(postpone):
+    model = Model()
+    for sink in model.sinks.values():
+        sink.main_grad.fill_(torch.nan)
+    model.flow.step += 1
+    postponed = []
+    for inputs in range(3):
+        model.flow.postponed = [] if postpone else None
+        model.backward(inputs)
+        postponed.append(model.flow.postponed)
+    for matmul in (matmul for matmuls in reversed(postponed) for matmul in matmuls or ()):
+        matmul()
+    model.assert_gradients(rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_added_to_zeros_and_what_gets_nothing_is_zeroed():
+    flow = GradientFlow(lambda path: None)
+    rows, nothing = (GradientSink(path, torch.full((3, 2), torch.nan), flow) for path in ("rows", "nothing"))
+    flow.step += 1
+    for _ in range(2):
+        rows.add_to_rows(lambda grad: grad[1].add_(1.0))
+    for sink in (rows, nothing):
+        sink.zero_unless_added_to()
+    assert rows.main_grad.tolist() == [[0, 0], [2, 2], [0, 0]]
+    assert not nothing.main_grad.any()

@@ -57,7 +57,9 @@ def between_blocks(config: Config, layout: Layout) -> tuple[set[torch.Size], int
     )
     shapes: set[torch.Size] = set()
     for block in decoder.layers:
-        block.register_forward_hook(lambda _, arguments, out: shapes.update((arguments[0].shape, out.shape)))
+        block.register_forward_hook(
+            lambda _, arguments, out: shapes.update((arguments[0].shape, *(x.shape for x in out)))
+        )
     tokens = torch.arange(config.data.seq_length)
     with LiveMemory() as memory:
         hidden = decoder(tokens, tokens, attend_within((0, len(tokens)), None))

@@ -121,9 +121,9 @@ def test_the_workspace_is_of_a_layer_or_of_the_loss(tmp_path):
     config = run_config(tmp_path, "--data.seq_length", "4096", "--batch.global", "1024", preset="llama2-7b")
     first, last = (estimate(config, Layout(pp=2), stage, BF16, "cuda").workspace for stage in (0, 1))
     assert first - 2 * GIB == 2 * 4096 * 3 * 11008  # gradients within the feed-forward
-    assert last - 2 * GIB == 2 * 4096 * 32000 + 4096 * 4096 * (2 + 4 + 2)  # logits; the input, masked, and rounded
+    assert last - 2 * GIB == 2 * 4096 * (32000 + 4096)  # logits and the loss's input
     last = estimate(config, Layout(pp=2), 1, BF16, "cpu").workspace
-    assert last - 400 * MIB == 64 * (2**23 // 32000 // 64) * 32000 * 6 + 32000 * 4096 * 4  # and the head's gradient
+    assert last - 400 * MIB == 64 * (2**23 // 32000 // 64) * 32000 * 6 + 32000 * 4096 * 8  # and the head's gradients
     full = config.model_copy(update={"parallel": ParallelConfig(recompute="full")})
     again = 2 * 4096 * (sizes_of(config).layer("none") - 4096)
     assert estimate(full, Layout(pp=2), 0, BF16, "cuda").workspace == first + again
@@ -217,14 +217,15 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_peaks_that_were_measured(tmp_path, name):
-    """Of what PyTorch allocates, the estimate is within 0.7 GiB (the figures are rounded to 1 GiB); with its allowance
-    for what PyTorch does not see it is on the safe side, by at most 2 %."""
+    """Of what PyTorch allocates, the estimate is within 0.7 GiB (the figures are rounded to 1 GiB), and up to 0.7 more
+    below: when they were measured, the loss kept and rounded the head's gradient. With its allowance for what PyTorch
+    does not see it is on the safe side, by at most 2 %."""
     measured, overrides = MEASURED[name]
     sizes = ("--data.seq_length", "4096", "--data.document_mask", "false", "--batch.global", "8")
     mode = ("--precision.mode", name[:4].strip())
     config = run_config(tmp_path, *sizes, *mode, *overrides, preset="llama2-7b")
     found = estimate(config, Layout(), 0, BF16, "cuda").total / GIB
-    assert found - 2 == pytest.approx(measured, abs=0.7)
+    assert measured - 1.4 < found - 2 < measured + 0.7
     assert measured + 0.5 < found < 1.02 * measured
 
 
@@ -244,11 +245,12 @@ MEASURED_ON_CPU = {
 
 @pytest.mark.parametrize("name", MEASURED_ON_CPU)
 def test_peaks_that_were_measured_on_a_cpu(tmp_path, name):
-    """The estimate is on the safe side, by at most 20 %."""
+    """The estimate is on the safe side, by at most 20 %; of ranks that share the vocabulary it is 1 % below: when they
+    were measured, the loss kept copies of the head's gradient."""
     measured, layout, overrides = MEASURED_ON_CPU[name]
     sizes = [text for key, value in SIZES_ON_CPU.items() for text in (f"--model.{key}", str(value))]
     config = run_config(tmp_path, *sizes, "--data.seq_length", "512", "--batch.global", "8", *overrides)
-    assert measured < estimate_fullest(config, layout, torch.float32, "cpu").total / GIB < 1.2 * measured
+    assert 0.99 * measured < estimate_fullest(config, layout, torch.float32, "cpu").total / GIB < 1.2 * measured
 
 
 def test_the_fullest_stage_counts(tmp_path):

@@ -94,18 +94,18 @@ def test_the_table_and_the_advice():
         Layout(), H200_GIB, *ONE_H200, *BF16_MOMENTS, "--precision.mode", "fp8", "--precision.recipe", "delayed"
     )
     assert header == "microbatch  batch.micro  microbatches  peak GiB  free GiB  predicted speed"
-    assert one.split() == ["1", "8", "119.1", "20.7", "1.00×", "configured"]
-    assert two.split() == ["2", "4", "135.8", "4.0", "1.05×", "tight"]
+    assert one.split() == ["1", "8", "118.5", "21.3", "1.00×", "configured"]
+    assert two.split() == ["2", "4", "135.2", "4.6", "1.05×", "tight"]
     assert four.split()[:2] == ["4", "2"] and four.endswith("does not fit")
     assert [line.strip() for line in advice] == [
-        "recommended: batch.micro = 2, 1.05× the speed by a model of one H200, 135.8 of 139.8 GiB",
+        "recommended: batch.micro = 2, 1.05× the speed by a model of one H200, 135.2 of 139.8 GiB",
         "batch.micro = 2 is tight (more than 90%): set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     ]
 
 
 def test_what_bf16_moments_would_make_room_for():
     *_, last = lines(Layout(), H200_GIB, *ONE_H200)
-    assert last.strip() == "with batch.micro = 2 and optimizer.moments = bf16: 1.04× the speed, 127.4 GiB"
+    assert last.strip() == "with batch.micro = 2 and optimizer.moments = bf16: 1.04× the speed, 126.7 GiB"
     assert not any("moments" in line for line in lines(Layout(), H200_GIB, *ONE_H200, *BF16_MOMENTS))
     assert not any("moments" in line for line in lines(Layout(dp=8), 80))  # sharded over 8, they would not make room
 

@@ -305,7 +305,7 @@ def test_random_states_are_put_back(tmp_path):
     config = run_config(tmp_path)
     model, _ = build_model(config, world_of(), torch.float32, seed=1)
     (part,) = model.pipeline.parts
-    model.pipeline.parts = [lambda x, batch: part(x, batch) + 0 * torch.rand(())]
+    model.pipeline.parts = [lambda *arguments: part(*arguments) + 0 * torch.rand(())]
     before = torch.get_rng_state()
     model.warm_up(random_batches(config)[0])
     assert torch.equal(torch.get_rng_state(), before)

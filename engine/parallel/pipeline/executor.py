@@ -52,7 +52,7 @@ class Pipeline(Generic[B]):
 
     def __init__(
         self,
-        parts: Sequence[Callable[[Tensor | None, B], Tensor]],
+        parts: Sequence[Callable[[Tensor | None, B, float], Tensor]],
         world: World,
         flow: GradientFlow,
         new_boundary: Callable[[], Tensor],
@@ -60,8 +60,9 @@ class Pipeline(Generic[B]):
         """Prepare to run schedules on this stage.
 
         Args:
-            parts: for each chunk a function of hidden states (None in the first part of the model) and a microbatch,
-                to hidden states, or to the summed loss in the last part of the model.
+            parts: for each chunk a function of hidden states (None in the first part of the model), a microbatch and
+                the factor of the loss; it returns hidden states, or in the last part of the model the summed loss times
+                the factor.
             flow: tracks the progress of the backward pass.
             new_boundary: makes an empty tensor for the hidden states that travel between parts.
         """
@@ -186,9 +187,8 @@ class _Run(Generic[B]):
     def _forward(self, action: Action, message: Tensor | None) -> Tensor:
         if message is not None and self.schedule.trains:
             message.requires_grad_()
-        result = self.pipeline.parts[action.chunk](message, self.microbatches[action.microbatch])
+        result = self.pipeline.parts[action.chunk](message, self.microbatches[action.microbatch], self.scale)
         if self.schedule.target(self.stage, action) is None:
-            result = result * self.scale
             self.total += result.detach()
         if self.schedule.trains:
             self.in_flight[action.microbatch, action.chunk] = InFlight(message, get_gradient_edge(result))

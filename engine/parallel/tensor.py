@@ -120,8 +120,9 @@ def vocab_parallel_linear_cross_entropy(
         hidden = gather_sequence(hidden, tp.group)
     if target_indices is not None:
         hidden, labels, loss_mask = (x.index_select(0, target_indices) for x in (hidden, labels, loss_mask))
-    options = {"z_loss": z_loss, "shard": shard, "scale": scale, "sink": sink, "onednn": onednn}
-    return linear_cross_entropy(hidden, weight, labels, loss_mask, **options)
+    return linear_cross_entropy(
+        hidden, weight, labels, loss_mask, z_loss=z_loss, shard=shard, scale=scale, sink=sink, onednn=onednn
+    )
 
 
 def _gather_stacked(x: Tensor, tp: TensorParallel) -> Tensor:

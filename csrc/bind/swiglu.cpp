@@ -33,16 +33,31 @@ Tensor swiglu_forward(Tensor gate_up, OptionalTensor amax) {
   return out;
 }
 
-// -> values and scale_inv of the output
-std::tuple<Tensor, Tensor> swiglu_forward_fp8(
-    Tensor gate_up, std::string scaling, OptionalTensor scale, OptionalTensor amax) {
+// -> values of the output, their transpose, which is empty if not requested, and scale_inv
+std::tuple<Tensor, Tensor, Tensor> swiglu_forward_fp8(
+    Tensor gate_up, std::string scaling, OptionalTensor scale, OptionalTensor amax, bool transposed) {
   gate_up = gate_up_of(gate_up);
   const Fp8Result out(gate_up, gate_up.size(0), gate_up.size(1) / 2, scaling, scale, amax);
   triaxis_swiglu_args a = args_of(gate_up);
-  a.fp8 = out.output;
   const OnDevice device(gate_up);
-  check_status(triaxis_swiglu_forward(&a, device.stream), "swiglu_forward_fp8");
-  return {out.values, out.scale_inv};
+  if (!transposed) {
+    a.fp8 = out.output;
+    check_status(triaxis_swiglu_forward(&a, device.stream), "swiglu_forward_fp8");
+    return {out.values, empty(gate_up, {0}, ScalarType::Float8_e4m3fn), out.scale_inv};
+  }
+  STD_TORCH_CHECK(scaling == "tensorwise" && a.rows % 16 == 0,
+                  "transposed: expected scaling 'tensorwise' and rows that are a multiple of 16");
+  Tensor values_t = empty(gate_up, {a.columns, a.rows}, ScalarType::Float8_e4m3fn);
+  triaxis_quantize_args both{};
+  both.row_major = out.values.data_ptr();
+  both.transposed = values_t.data_ptr();
+  both.scale = out.output.scale;
+  both.amax = out.output.amax;
+  both.rows = a.rows;
+  both.columns = a.columns;
+  both.scaling = out.output.scaling;
+  check_status(triaxis_swiglu_forward_fp8(&a, &both, device.stream), "swiglu_forward_fp8");
+  return {out.values, values_t, out.scale_inv};
 }
 
 // Arguments of the backward, checked; the tensors are replaced by such with dense rows.
@@ -80,7 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward_fp8(
 
 const Operator kOperators[] = {
     {"swiglu_forward(Tensor gate_up, Tensor(a!)? amax=None) -> Tensor", TRIAXIS_KERNEL(swiglu_forward)},
-    {"swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax) -> (Tensor, Tensor)",
+    {"swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax, bool transposed=False) -> "
+     "(Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(swiglu_forward_fp8)},
     {"swiglu_backward(Tensor grad_out, Tensor gate_up, Tensor(a!)? amax=None) -> Tensor", TRIAXIS_KERNEL(swiglu_backward)},
     {"swiglu_backward_fp8(Tensor grad_out, Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax) -> "

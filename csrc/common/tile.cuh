@@ -195,9 +195,9 @@ inline bool valid_tiles(int64_t rows, int64_t columns) {
   return rows >= 0 && columns >= 0 && rows <= 65535ll * kTile && columns < (1ll << 31) - kTile;
 }
 
-// Whether `out` is how fused kernels quantize a gradient: row-major and transposed, in E5M2 with a given scale or in E4M3 with
-// blocks of 1 × 128.
-inline bool valid_gradient(const triaxis_quantize_args& out) {
+// Whether `out` is how fused kernels quantize what they compute: row-major and transposed, with a given scale or with blocks
+// of 1 × 128.
+inline bool valid_both(const triaxis_quantize_args& out) {
   return valid_tiles(out.rows, out.columns) && out.rows % 16 == 0 && out.columns % 16 == 0 &&
          out.row_major != nullptr && out.transposed != nullptr &&
          (out.scaling == TRIAXIS_TENSORWISE

@@ -191,6 +191,11 @@ typedef struct {
 
 int triaxis_quantize(const triaxis_quantize_args* args, void* stream);
 
+/* SwiGLU forward to E4M3, row-major and transposed, as triaxis_quantize would quantize `out` of triaxis_swiglu_forward; only
+ * TRIAXIS_TENSORWISE with a given scale. Rows and columns are multiples of 16; the rows of gate_up are aligned to 16 bytes.
+ */
+int triaxis_swiglu_forward_fp8(const triaxis_swiglu_args* args, const triaxis_quantize_args* out, void* stream);
+
 /* Backward passes that quantize the gradient [rows, columns] they compute, instead of writing it: to `row_major` and
  * `transposed`, as triaxis_quantize would quantize the gradient rounded to the dtype of the arguments. E5M2 for
  * TRIAXIS_TENSORWISE with a given scale; E4M3 for TRIAXIS_BLOCK_1X128, whose scales are powers of two. `x`, `stride` and the

@@ -163,7 +163,7 @@ extern "C" int triaxis_rope_fp8(const triaxis_rope_args* args, const triaxis_qua
   for (const triaxis_heads& group : a.groups) heads += group.heads;
   int log_head_size = 4;
   while (log_head_size < 7 && 1 << log_head_size < a.head_size) ++log_head_size;
-  if (!floating(a.dtype) || !valid_gradient(*out) || a.head_size != 1 << log_head_size || out->rows != a.tokens ||
+  if (!floating(a.dtype) || !valid_both(*out) || a.head_size != 1 << log_head_size || out->rows != a.tokens ||
       out->columns != heads * a.head_size)
     return kInvalidArgument;
   if (a.tokens == 0 || heads == 0) return 0;

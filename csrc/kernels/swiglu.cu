@@ -1,5 +1,5 @@
-// SwiGLU, forward and backward. A thread keeps its columns and goes from row to row, so that no index needs a division; the
-// backward to FP8 takes a tile of both gradients instead, because their transposes are quantized too.
+// SwiGLU, forward and backward. A thread keeps its columns and goes from row to row, so that no index needs a division; what
+// writes a transpose in FP8 too takes a tile instead: the forward to one scale, and the backward, of both gradients.
 
 #include "../common/tile.cuh"
 
@@ -10,6 +10,8 @@ constexpr int kThreads = 128;  // × 8 elements: wastes little of the last block
 
 // Within 2 ulp of the division; 0 instead of numbers below 2^-126.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+__device__ __forceinline__ float swiglu(float gate, float up) { return gate * sigmoid(gate) * up; }
 
 struct Gradients {
   float gate, up;
@@ -39,10 +41,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_forward(const triaxis_swiglu_
       const auto gate = load<kSize>(at<T>(a.gate_up, row, a.gate_up_stride, column));
       const auto up = load<kSize>(at<T>(a.gate_up, row, a.gate_up_stride, a.columns + column));
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const float g = to_float(gate.at[j]);
-        out.at[j] = from_float<T>(g * sigmoid(g) * to_float(up.at[j]));
-      }
+      for (int j = 0; j < kSize; ++j) out.at[j] = from_float<T>(swiglu(to_float(gate.at[j]), to_float(up.at[j])));
       if (kOutput == Output::kPlain) store(at<T>(a.out, row, a.columns, column), out);
     }
     if constexpr (kOutput != Output::kPlain) {
@@ -81,7 +80,30 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward(const triaxis_swiglu
 
 constexpr int kRows = 4;  // of a thread: its 8 columns of both gradients take 32 registers in bf16
 
-// The same with both gradients in FP8. `zero` is 0, for Packed::forget.
+// The forward to E4M3 with one scale, row-major and transposed. `zero` is 0, for Packed::forget.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads<kRows>, sizeof(T) == 4 ? 1 : 2)
+    swiglu_forward_fp8(const triaxis_swiglu_args a, const triaxis_quantize_args out, uint32_t zero) {
+  __shared__ TileMemory<kRows> memory;
+  const Place<kRows> at_tile(blockIdx.y, blockIdx.x * kTile, int(a.columns));
+  Packed<T, kTileColumns> x[kRows];  // zeros outside the matrix
+#pragma unroll
+  for (int p = 0; p < kRows; ++p) {
+    const int64_t row = at_tile.row + p;
+    Packed<T, kTileColumns> gate{}, up{};
+    if (at_tile.inside && row < a.rows) {
+      gate = Packed<T, kTileColumns>::load(at<T>(a.gate_up, row, a.gate_up_stride, at_tile.column));
+      up = Packed<T, kTileColumns>::load(at<T>(a.gate_up, row, a.gate_up_stride, a.columns + at_tile.column));
+    }
+#pragma unroll
+    for (int i = 0; i < kTileColumns / 2; ++i)
+      x[p].set_pair(i, swiglu(gate[2 * i], up[2 * i]), swiglu(gate[2 * i + 1], up[2 * i + 1]));
+    x[p].forget(zero);
+  }
+  quantize_tile<T, __NV_E4M3, TRIAXIS_TENSORWISE, true>(at_tile, x, out, *out.scale, memory, zero);
+}
+
+// The backward with both gradients in FP8. `zero` is 0, for Packed::forget.
 template <typename T, __nv_fp8_interpretation_t kType, triaxis_scaling kScaling>
 __global__ void __launch_bounds__(kTileThreads<kRows>, sizeof(T) == 4 ? 1 : 2)
     swiglu_backward_fp8(const triaxis_swiglu_args a, const triaxis_quantize_args out, uint32_t zero) {
@@ -120,6 +142,10 @@ dim3 grid_for(const triaxis_swiglu_args& a, int size) {
   return dim3(unsigned(across), unsigned(a.rows < down ? a.rows : down));
 }
 
+dim3 tiles_of(const triaxis_swiglu_args& a) {
+  return dim3(unsigned(ceil_div(a.columns, kTile)), unsigned(ceil_div(a.rows, kTile)));
+}
+
 template <typename T>
 bool by_vector(const triaxis_swiglu_args& a, bool backward) {
   return a.columns % Vec<T>::size == 0 && aligned<T>(a.gate_up, a.gate_up_stride) && aligned<T>(a.out, 0) &&
@@ -148,6 +174,19 @@ extern "C" int triaxis_swiglu_forward(const triaxis_swiglu_args* args, void* str
   });
 }
 
+extern "C" int triaxis_swiglu_forward_fp8(const triaxis_swiglu_args* args, const triaxis_quantize_args* out, void* stream) {
+  const triaxis_swiglu_args& a = *args;
+  if (!floating(a.dtype) || !valid_both(*out) || out->scaling != TRIAXIS_TENSORWISE || out->rows != a.rows ||
+      out->columns != a.columns)
+    return kInvalidArgument;
+  if (a.rows == 0 || a.columns == 0) return 0;
+  return with_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (!by_vector<T>(a, false)) return kInvalidArgument;
+    return LAUNCH(swiglu_forward_fp8<T>, tiles_of(a), dim3(kTileThreads<kRows>), 0, stream, a, *out, 0u);
+  });
+}
+
 extern "C" int triaxis_swiglu_backward(const triaxis_swiglu_args* args, void* stream) {
   const triaxis_swiglu_args& a = *args;
   if (!floating(a.dtype) || a.rows < 0 || a.columns < 0) return kInvalidArgument;
@@ -163,7 +202,7 @@ extern "C" int triaxis_swiglu_backward(const triaxis_swiglu_args* args, void* st
 extern "C" int triaxis_swiglu_backward_fp8(const triaxis_swiglu_args* args, const triaxis_quantize_args* out, void* stream) {
   const triaxis_swiglu_args& a = *args;
   const bool blocks = out->scaling == TRIAXIS_BLOCK_1X128;
-  if (!floating(a.dtype) || !valid_gradient(*out) || out->rows != a.rows || out->columns != 2 * a.columns ||
+  if (!floating(a.dtype) || !valid_both(*out) || out->rows != a.rows || out->columns != 2 * a.columns ||
       a.columns % (blocks ? kTile : kTileColumns) != 0)  // a block has elements of one of the gradients
     return kInvalidArgument;
   if (a.rows == 0 || a.columns == 0) return 0;
@@ -172,7 +211,6 @@ extern "C" int triaxis_swiglu_backward_fp8(const triaxis_swiglu_args* args, cons
     if (!by_vector<T>(a, true)) return kInvalidArgument;
     const auto kernel = blocks ? swiglu_backward_fp8<T, __NV_E4M3, TRIAXIS_BLOCK_1X128>
                                : swiglu_backward_fp8<T, __NV_E5M2, TRIAXIS_TENSORWISE>;
-    const dim3 grid(unsigned(ceil_div(a.columns, kTile)), unsigned(ceil_div(a.rows, kTile)));
-    return LAUNCH(kernel, grid, dim3(kTileThreads<kRows>), 0, stream, a, *out, 0u);
+    return LAUNCH(kernel, tiles_of(a), dim3(kTileThreads<kRows>), 0, stream, a, *out, 0u);
   });
 }

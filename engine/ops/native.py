@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_csrc.so"
-SCHEMA_VERSION = 5  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
+SCHEMA_VERSION = 6  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,6 +65,14 @@ def _norm_forward_fp8(
 ) -> tuple[Tensor, ...]:
     _, *statistics = _norm_forward(x, residual, weight, bias, eps, centered)
     return *_fp8_output(x, x.shape[0], x.shape[1], scaling), *statistics
+
+
+def _swiglu_forward_fp8(
+    gate_up: Tensor, scaling: str, scale: Tensor | None, amax: Tensor | None, transposed: bool = False
+) -> tuple[Tensor, ...]:
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    values, scale_inv = _fp8_output(gate_up, rows, columns, scaling)
+    return values, values.new_empty((columns, rows) if transposed else 0), scale_inv
 
 
 def _norm_backward(
@@ -137,7 +145,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_forward_fp8": _norm_forward_fp8,
     "norm_backward": _norm_backward,
     "swiglu_forward": lambda gate_up, amax=None: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
-    "swiglu_forward_fp8": lambda x, scaling, *rest: _fp8_output(x, x.shape[0], x.shape[1] // 2, scaling),
+    "swiglu_forward_fp8": _swiglu_forward_fp8,
     "swiglu_backward": lambda grad_out, gate_up, amax=None: gate_up.new_empty(gate_up.shape),
     "swiglu_backward_fp8": lambda grad_out, gate_up, *output: _fp8_gradient(gate_up, *output),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),

@@ -86,10 +86,12 @@ class Fp8Activation:
     Attributes:
         quantized: the FP8 values, which matmuls read.
         carrier: tensor without memory, of the activation's shape and dtype, to which autograd attaches the gradient.
+        transposed: the FP8 values transposed, [h, t], which weight gradients read, if they have been written.
     """
 
     quantized: QuantizedTensor
     carrier: Tensor
+    transposed: QuantizedTensor | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from engine.ops import native
 from engine.ops.quantize import (
     BLOCK_1X128,
     BLOCK_SIZE,
+    TENSORWISE,
     ActivationWithAmax,
     AmaxOutput,
     Fp8Activation,
@@ -33,11 +34,15 @@ def swiglu(gate_up: Tensor, handover: GradHandover | None = None) -> Tensor:
 def swiglu_for_fp8(
     gate_up: Tensor, output: Fp8Output | AmaxOutput, handover: GradHandover | None = None
 ) -> Fp8Activation | ActivationWithAmax:
-    """SwiGLU of `gate_up` [t, 2f], in FP8 or with its amax: [t, f]; by the kernel. FP8 requires `output.supports`."""
+    """SwiGLU of `gate_up` [t, 2f], in FP8 or with its amax: [t, f]; by the kernel. FP8 requires `output.supports`, and
+    with one scale, in training, is transposed too: the row-parallel layer that follows has all tokens.
+    """
     if isinstance(output, AmaxOutput):
         return ActivationWithAmax(_KernelSwiGlu.apply(gate_up, output.amax, handover), output.amax)
-    carrier, values, scale_inv = _KernelSwiGluFp8.apply(gate_up, output, handover)
-    return Fp8Activation(output.quantized(values, scale_inv), carrier)
+    transposed = output.scaling == TENSORWISE and torch.is_grad_enabled()
+    carrier, values, values_t, scale_inv = _KernelSwiGluFp8.apply(gate_up, output, transposed, handover)
+    both = output.quantized(values, scale_inv), output.quantized(values_t, scale_inv) if transposed else None
+    return Fp8Activation(both[0], carrier, both[1])
 
 
 def swiglu_hands_over(output: Fp8Output | AmaxOutput, columns: int) -> bool:
@@ -79,22 +84,22 @@ class _KernelSwiGlu(torch.autograd.Function):
 class _KernelSwiGluFp8(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_up: Tensor, output: Fp8Output, handover: GradHandover | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, gate_up: Tensor, output: Fp8Output, transposed: bool, handover: GradHandover | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(gate_up)
         ctx.handover = handover
         ctx.set_materialize_grads(False)
-        values, scale_inv = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments)
-        ctx.mark_non_differentiable(values, scale_inv)
-        return carrier_of(gate_up, values.shape), values, scale_inv
+        in_fp8 = torch.ops.triaxis.swiglu_forward_fp8(gate_up, *output.arguments, transposed)
+        ctx.mark_non_differentiable(*in_fp8)
+        return carrier_of(gate_up, in_fp8[0].shape), *in_fp8
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grad_outputs[0] is None:
-            return None, None, None
+            return None, None, None, None
         (gate_up,) = ctx.saved_tensors
-        return _kernel_backward(grad_outputs[0], gate_up, ctx.handover), None, None
+        return _kernel_backward(grad_outputs[0], gate_up, ctx.handover), None, None, None
 
 
 def _kernel_backward(grad: Tensor, gate_up: Tensor, handover: GradHandover | None) -> Tensor:

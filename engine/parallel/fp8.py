@@ -87,11 +87,19 @@ class Fp8Quantizer:
     gathered: QuantizedTensor | None = None
     weight_cache: tuple[QuantizedTensor, QuantizedTensor] | None = None
 
-    def quantize_input(self, x: Tensor, amax: Tensor | None = None) -> QuantizedTensor:
-        """Quantize `x`, this rank's tokens or features of the input, along its rows. `amax`: its current amax, fp32
-        [1], if the op that computed it has taken it.
+    def quantize_input(
+        self, x: Tensor, amax: Tensor | None = None, *, transposed: bool = False
+    ) -> tuple[QuantizedTensor, QuantizedTensor | None]:
+        """Quantize `x`, this rank's tokens or features of the input.
+
+        Args:
+            amax: its current amax, fp32 [1], if the op that computed it has taken it.
+            transposed: whether to write the transpose, too. With scales per block there is none: whichever op quantizes
+                an input, the transpose is that of the FP8 values.
         """
-        return self._quantize(x, _INPUT, _E4M3, amax, reduce_amax=True)[0]
+        transposed = transposed and self.recipe != "blockwise"
+        row_major, other = self._quantize(x, _INPUT, _E4M3, amax, reduce_amax=True, transposed=transposed)
+        return row_major, other if transposed else None
 
     def input_spec(self, x: Tensor, features: int) -> Fp8Output | AmaxOutput | None:
         """Output spec for the op that computes this layer's input [t, features] from `x`: FP8 if the scale is known in

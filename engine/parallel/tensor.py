@@ -151,10 +151,12 @@ def _matmul(
         assert isinstance(x, Tensor)
         return _Linear.apply(x, weight, gather, sink, onednn)
     if isinstance(x, Fp8Activation):
-        return _Fp8Linear.apply(x.carrier, x.quantized, weight, gather, sink, quantizer, handover)
+        return _Fp8Linear.apply(x.carrier, x.quantized, x.transposed, weight, gather, sink, quantizer, handover)
     values, amax = (x.values, x.amax) if isinstance(x, ActivationWithAmax) else (x, None)
-    local = quantizer.quantize_input(values.detach(), amax)
-    return _Fp8Linear.apply(values, local, weight, gather, sink, quantizer, handover)
+    # the weight's gradient reads the transpose of all tokens
+    transposed = torch.is_grad_enabled() and (gather is None or gather.group is None)
+    local, local_t = quantizer.quantize_input(values.detach(), amax, transposed=transposed)
+    return _Fp8Linear.apply(values, local, local_t, weight, gather, sink, quantizer, handover)
 
 
 class _Linear(torch.autograd.Function):
@@ -205,26 +207,31 @@ def _grad_weight(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """FP8 version of `_Linear`. It all-gathers FP8 values, and saves only this rank's for the backward."""
+    """FP8 version of `_Linear`. It all-gathers FP8 values, and saves only this rank's for the backward: transposed if
+    they are so already.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         local: QuantizedTensor,
+        local_t: QuantizedTensor | None,
         weight: Tensor,
         gather: TensorParallel | None,
         sink: GradientSink,
         quantizer: Fp8Quantizer,
         handover: GradHandover | None,
     ) -> Tensor:
-        """`local`: this rank's tokens in FP8. `x`, their values or a placeholder without memory, and `weight` are
-        passed only so that autograd tracks them: the matmuls read the quantized copies.
+        """`local`: this rank's tokens in FP8; `local_t`: their transpose, if it has been written. `x`, their values or
+        a placeholder without memory, and `weight` are passed only so that autograd tracks them: the matmuls read the
+        quantized copies.
         """
         ctx.quantizer, ctx.sink, ctx.dtype, ctx.handover = quantizer, sink, x.dtype, handover
         ctx.group = group = None if gather is None else gather.group
-        ctx.save_for_backward(local.values, local.scale_inv)
-        ctx.scaling = local.scaling
+        saved = local if local_t is None else local_t
+        ctx.save_for_backward(saved.values, saved.scale_inv)
+        ctx.scaling, ctx.is_transposed = saved.scaling, local_t is not None
         quantized = local if group is None else gather_rows(local, group)
         fast = quantized.scaling == TENSORWISE
         return scaled_matmul(quantized, quantizer.quantized_weight()[0], x.dtype, fast=fast, impl=quantizer.impl)
@@ -243,9 +250,8 @@ class _Fp8Linear(torch.autograd.Function):
             partial, grad_x = grad_x, grad_x.new_empty(grad_x.shape[0] // group.size(), grad_x.shape[1])
             scattering = reduce_scatter(grad_x, partial, group)
             x = gather_rows(x, group)
-        x_transposed = transpose(x)
-        operands, impl = (grad_transposed, x_transposed), quantizer.impl
+        operands, impl = (grad_transposed, x if ctx.is_transposed else transpose(x)), quantizer.impl
         ctx.sink.add_matmul(lambda out, accumulate: add_scaled_matmul(out, *operands, accumulate=accumulate, impl=impl))
         if group is not None:
             scattering.wait()
-        return grad_x, None, None, None, None, None, None
+        return grad_x, None, None, None, None, None, None, None

@@ -1,5 +1,6 @@
 """Training through the kernels, run on the host, is training on the plain paths."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
+from engine.model import layers
 from engine.model.attention import attend_within
 from engine.ops import native
 from engine.ops.norm import add_norm, layer_norm, rms_norm
-from engine.ops.quantize import GradHandover
+from engine.ops.quantize import Fp8Activation, GradHandover
 from engine.ops.rope import rope_tables
 from engine.ops.swiglu import swiglu
 from engine.parallel.fp8 import Fp8Quantizer, Fp8State
@@ -80,7 +82,9 @@ def test_training_in_fp8(kernels, tmp_path, recipe, preset):
     assert calls.get("triaxis::norm_forward_fp8", 0) == 2 * fused
     assert calls.get("triaxis::swiglu_forward_fp8", 0) == (fused if preset == "tiny" else 0)
     linears = 3 * 4 * 4 * 4  # steps, microbatches, layers, linear layers
-    assert calls["triaxis::transpose_fp8"] == linears  # of the input, for the weight's gradient
+    # of the input, for the weight's gradient; with one scale, only where a norm has written it in FP8
+    transposes = {"tensorwise": 0, "delayed": 2 * fused, "blockwise": linears}[recipe]
+    assert calls.get("triaxis::transpose_fp8", 0) == transposes
     # A tensor without a scale is read once for its amax where no kernel takes it: weights, the gradients of two layers,
     # attention's output.
     current = {"tensorwise": 3, "delayed": 1, "blockwise": 0}[recipe]  # steps with scales from the current amax
@@ -126,19 +130,62 @@ def test_gradients_that_ops_hand_over_change_no_bit(
         assert calls["triaxis::amax_"] == weights + (2 - steps) * layers * (current + inputs)
 
 
+def transpose_in_backward(patched: pytest.MonkeyPatch) -> None:
+    """Have inputs written row-major only, and transposed for the weight's gradient."""
+    quantize, fused = Fp8Quantizer.quantize_input, layers.swiglu_for_fp8
+    patched.setattr(Fp8Quantizer, "quantize_input", lambda self, *args, transposed: quantize(self, *args))
+
+    def row_major(*args):
+        result = fused(*args)
+        return replace(result, transposed=None) if isinstance(result, Fp8Activation) else result
+
+    patched.setattr(layers, "swiglu_for_fp8", row_major)
+
+
+@pytest.mark.parametrize("recompute, norms", [("none", 2), ("selective", 0), ("full", 2)])
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_inputs_transposed_as_they_are_quantized_change_no_bit(
+    kernels, tmp_path, monkeypatch, recipe, recompute, norms
+):
+    """By `quantize`, and by SwiGLU. `norms`: those that write FP8 in a layer in the second step of "delayed", which are
+    transposed later.
+    """
+    overrides = ["--precision.mode", "fp8", "--precision.recipe", recipe, "--parallel.recompute", recompute]
+    overrides += ["--batch.global", "2"]
+    kernels()
+
+    def run():
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            result = train(tmp_path, "tiny", *overrides, steps=2)
+        calls = {event.key: event.count for event in trace.key_averages()}
+        return *result, calls.get("triaxis::transpose_fp8", 0)
+
+    with monkeypatch.context() as patched:
+        transpose_in_backward(patched)
+        expected, parameters, transposes = run()
+    got, same_parameters, left = run()
+    assert torch.equal(got, expected)
+    assert torch.equal(same_parameters, parameters)
+    assert transposes == 2 * 2 * 4 * 4  # steps, microbatches, layers, linear layers
+    assert left == (2 * 4 * norms if recipe == "delayed" else 0)
+
+
 def steps_of_a_rank(library: Path, directory: Path, layout: Layout, overrides: tuple[str, ...]):
-    """Numbers and parameters of a rank, with all gradients quantized by linear layers, and with those handed over."""
+    """Numbers and parameters of a rank, with all gradients quantized by linear layers and all inputs transposed in the
+    backward, and without.
+    """
     torch.ops.load_library(library)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(native, "runs", lambda x: x.dtype != torch.float64)
         got = train(directory, "tiny", *overrides, steps=2, layout=layout)
         patched.setattr(Fp8Quantizer, "grad_spec", lambda *args: None)
+        transpose_in_backward(patched)
         return train(directory, "tiny", *overrides, steps=2, layout=layout), got
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=["tp", "zero bubble"])
-def test_gradients_that_ops_hand_over_change_no_bit_on_several_ranks(emulated_library, tmp_path, recipe, layout):
+def test_quantizing_earlier_changes_no_bit_on_several_ranks(emulated_library, tmp_path, recipe, layout):
     """Scales of all tensor-parallel ranks; weight gradients that wait."""
     overrides = ("--precision.mode", "fp8", "--precision.recipe", recipe, "--model.intermediate_size", "512")
     overrides += ("--parallel.schedule", "zero_bubble") if layout.pp > 1 else ()

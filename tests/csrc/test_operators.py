@@ -33,7 +33,11 @@ def cases():
             (x, None, weight, None, 1e-5, False, "tensorwise", one, one.clone()),
         ],
         "swiglu_forward": [(x,), (x, one.clone())],
-        "swiglu_forward_fp8": [(x, "block_1x128", None, None), (x, "tensorwise", one, one.clone())],
+        "swiglu_forward_fp8": [
+            (x, "block_1x128", None, None),
+            (x, "tensorwise", one, one.clone()),
+            (torch.randn(16, 64), "tensorwise", one, one.clone(), True),
+        ],
         "swiglu_backward": [(x[:, :32], x), (x[:, :32], x, one.clone())],
         "swiglu_backward_fp8": [
             (torch.randn(16, 128), torch.randn(16, 256), "block_1x128", None, None),

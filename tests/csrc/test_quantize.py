@@ -250,10 +250,31 @@ def test_fused_swiglu_equals_swiglu_then_quantize(emulated, columns, source, sca
     amax = [torch.tensor([0.1]), torch.tensor([0.1])]
     out = ops.swiglu_forward(gate_up)
     values, _, scales, _ = ops.quantize(out, FP8[0], scaling, True, False, scale, amax[0], True)
-    got, got_scales = ops.swiglu_forward_fp8(gate_up, scaling, scale, amax[1])
+    got, no_transpose, got_scales = ops.swiglu_forward_fp8(gate_up, scaling, scale, amax[1])
     assert torch.equal(bits(got), bits(values))
+    assert no_transpose.numel() == 0
     assert torch.equal(got_scales, scales)
     assert torch.equal(*amax)
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 16), (128, 256), (144, 1376)])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fused_swiglu_writes_the_transpose_too(emulated, rows, columns, source):
+    """With rows that are parts of longer ones, and an element that is no number."""
+    torch.manual_seed(columns)
+    emulated(columns)
+    gate_up = torch.randn(rows, 2 * columns + 8).to(source)[:, : 2 * columns]
+    gate_up[3, 5] = torch.nan
+    scale, amax = torch.tensor([20.0]), [torch.tensor([0.1]), torch.tensor([0.1])]
+    expected = ops.quantize(ops.swiglu_forward(gate_up), FP8[0], "tensorwise", True, True, scale, amax[0], False)
+    got = ops.swiglu_forward_fp8(gate_up, "tensorwise", scale, amax[1], True)
+    for a, b in zip(got, expected[:3], strict=True):
+        assert torch.equal(bits(a), bits(b))
+    assert torch.equal(bits(amax[0]), bits(amax[1]))
+    with pytest.raises(RuntimeError, match="transposed: expected scaling 'tensorwise' and rows that are a multiple"):
+        ops.swiglu_forward_fp8(gate_up[:8], "tensorwise", scale, amax[1], True)
+    with pytest.raises(RuntimeError, match="transposed: expected scaling 'tensorwise'"):
+        ops.swiglu_forward_fp8(gate_up, "block_1x128", None, None, True)
 
 
 @pytest.mark.parametrize("columns", [16, 77, 128, 1040, 4000, 8192])

@@ -101,8 +101,9 @@ def scales_of_unequal_shares() -> list[float]:
     state = Fp8State({"w": values}, "tensorwise", world, amax_history=1)
     layer = state.quantizers["w"]
     of_grad = [layer.quantize_grad_output(5 * values, reduce_amax=reduce)[0] for reduce in (True, False)]
-    found = [layer.quantized_weight()[0], layer.quantize_input(3 * values), *of_grad]
-    found.append(layer.quantize_input(3 * values, (3 * values).max().view(1)))  # the op that made it has taken its amax
+    found = [layer.quantized_weight()[0], layer.quantize_input(3 * values)[0], *of_grad]
+    # the op that made it has taken its amax
+    found.append(layer.quantize_input(3 * values, (3 * values).max().view(1))[0])
     return [q.scale_inv.item() for q in found]
 
 
@@ -130,7 +131,7 @@ def test_delayed_computes_the_scales_of_all_layers_at_the_start_of_a_step():
         layer = state.quantizers[name]
         assert torch.equal(layer.scales, scales)
         assert torch.equal(layer.scale_invs, scales.reciprocal())
-        x = layer.quantize_input(torch.ones(16, 16))
+        x, _ = layer.quantize_input(torch.ones(16, 16))
         assert x.scale_inv.data_ptr() == layer.scale_invs.data_ptr()  # not computed again
 
 

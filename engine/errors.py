@@ -19,9 +19,9 @@ class TriaxisError(Exception):
     """Base class of errors that end a program with a message instead of a traceback.
 
     `reported_elsewhere` is set if another rank prints the same error, `is_shared` if all ranks raise it together.
-    `patience_s` is how long this rank leaves the report to the other one. torchrun looks at its ranks ten times a second,
-    shows the first one that failed and ends the rest, so the time is used up only where the other rank is on another
-    node, and a rank that ends without a word before the other one has spoken would end it.
+    `patience_s` is how long this rank leaves the report to the other one. torchrun looks at its ranks ten times a
+    second, shows the first one that failed and ends the rest: a silent rank that ended first would end the one that
+    reports. The time is used up only where the other rank is on another node.
     """
 
     exit_code = 1

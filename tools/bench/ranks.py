@@ -156,7 +156,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=30, metavar="S", help="seconds per run (default: 30)")
     parser.add_argument("--traces", type=Path, nargs="?", const=True, metavar="DIR",
-        help="also say how much communication is hidden, from traces, which are left in DIR; see overlap.py")  # fmt: skip
+        help="also say how much communication is hidden, from traces, left in DIR; see overlap.py")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--commit", help="commit that is measured, if git is not available")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # of the ranks

@@ -23,8 +23,8 @@ KERNELS = {  # stage -> what the names of its rows contain; the first that fits
     "others": ("",),
 }
 LAYER = (  # for ranks: of the size of llama2-7b's
-    "--precision.mode", "bf16", "--model.hidden_size", "4096", "--model.intermediate_size", "11008", "--model.num_heads", "32",
-    "--model.num_kv_heads", "32", "--model.head_dim", "128", "--data.seq_length", "2048",
+    "--precision.mode", "bf16", "--model.hidden_size", "4096", "--model.intermediate_size", "11008",
+    "--model.num_heads", "32", "--model.num_kv_heads", "32", "--model.head_dim", "128", "--data.seq_length", "2048",
 )  # fmt: skip
 FP8, BF16_MOMENTS = ("--precision", "fp8", "--optimizer.moments", "bf16"), ("--optimizer.moments", "bf16")
 OVERLAPS = ("dp 2", "tp 2", "pp 2")

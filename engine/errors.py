@@ -19,12 +19,16 @@ class TriaxisError(Exception):
     """Base class of errors that end a program with a message instead of a traceback.
 
     `reported_elsewhere` is set if another rank prints the same error, `is_shared` if all ranks raise it together.
+    `patience_s` is how long this rank leaves the report to the other one. torchrun looks at its ranks ten times a
+    second, shows the first one that failed and ends the rest: a silent rank that ended first would end the one that
+    reports. The time is used up only where the other rank is on another node.
     """
 
     exit_code = 1
     advice = "read the message above"
     reported_elsewhere = False
     is_shared = False
+    patience_s = 5.0
 
 
 class ConfigError(TriaxisError):
@@ -55,14 +59,11 @@ class CheckpointError(TriaxisError):
 class PeerError(TriaxisError):
     """Another rank, or the network on the way to it, does not answer.
 
-    `patience_s` is how long this rank leaves the report to the other one, which may have failed. torchrun looks at its
-    ranks ten times a second, shows the first one that failed and ends the rest, so the time is used up only where the
-    other rank is on another node.
+    The other one may have failed and then reports it, so this rank waits as well.
     """
 
     exit_code = 69
     advice = "check the hosts of these ranks and the network between them, then rerun the same command to resume"
-    patience_s = 5.0
 
 
 class NonFiniteError(TriaxisError):
@@ -160,7 +161,7 @@ def _report(error: BaseException) -> int:
     if known is None:
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
-    if isinstance(known, PeerError) and not known.is_shared:
+    if not known.is_shared and (known.reported_elsewhere or isinstance(known, PeerError)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends this rank
         time.sleep(known.patience_s * (2 if known.reported_elsewhere else 1))
     _print(known, getattr(error, "__notes__", ()))

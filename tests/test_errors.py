@@ -1,5 +1,7 @@
 import errno
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,13 +91,21 @@ def test_errors_of_files_and_of_communication_that_differ_stay_themselves():
         assert as_triaxis_error(error) is None
 
 
-def test_an_error_reported_elsewhere_is_silent(capsys):
+def test_an_error_reported_elsewhere_is_silent_and_ends_after_the_report(capsys, monkeypatch):
+    """torchrun would end the rank that reports it as soon as this one has ended."""
+    handlers, waits = [], []
+    monkeypatch.setattr(signal, "signal", lambda *given: handlers.append(given))
+    monkeypatch.setattr(time, "sleep", waits.append)
     error = ConfigError("no")
     error.reported_elsewhere = True
     with pytest.raises(SystemExit) as end:
         run_program(fail(error))
     assert end.value.code == 64
     assert capsys.readouterr().err == ""
+    assert (handlers, waits) == ([(signal.SIGTERM, signal.SIG_DFL)], [10.0])
+    with pytest.raises(SystemExit):
+        run_program(fail(ConfigError("no")))
+    assert waits == [10.0]  # the rank that reports does not wait
 
 
 def test_codes_classes_and_the_table_belong_together():

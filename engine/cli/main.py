@@ -29,12 +29,16 @@ VERBS = {  # each is a module of engine/cli, with `main` and `parser`
     "completion": "print the completion script of a shell",
 }
 EXAMPLES = """
-from text to a model that talks:
+from text to a model that writes:
   triaxis tokenizer --input corpus.jsonl --vocab-size 4000 --output tokenizer
   triaxis preprocess --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod --output-prefix data/corpus
-  triaxis check tiny --data.train '[{path: data/corpus_text_document}]' --data.tokenizer tokenizer.model
-  triaxis train llama2-7b --gpus 8 --data.train '[{path: data/corpus_text_document}]' --data.tokenizer tokenizer.model
-  triaxis generate runs/llama2-7b --prompt 'Once upon a time'
+  triaxis train tiny --ranks 2 --model.vocab_size 4000 --data.tokenizer tokenizer.model \\
+      --data.train '[{path: data/corpus_text_document}]'
+  triaxis generate runs/tiny --prompt 'Once upon a time'
+
+and for GPUs, in the place of `tiny`:
+  triaxis check llama2-7b --world-size 64
+  triaxis train llama2-7b --gpus 8
 
 `triaxis VERB --help` shows the options of a verb, with examples."""
 

@@ -206,8 +206,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cuda", local_rank % gpus)
     raise ConfigError(
         f"run.device = {wanted}: local rank {local_rank} needs GPU {local_rank}, this machine shows {gpus}; start "
-        f"fewer ranks (--nproc-per-node), set run.device = cpu or, for tests with NCCL 2.30 or newer, let ranks share "
-        f"a GPU ({_SHARED_GPUS}=1)"
+        f"fewer ranks (--ranks, torchrun's --nproc-per-node), set run.device = cpu or, for tests with NCCL 2.30 or "
+        f"newer, let ranks share a GPU ({_SHARED_GPUS}=1)"
     )
 
 

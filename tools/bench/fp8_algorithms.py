@@ -8,7 +8,6 @@ All candidates of a matmul take turns, and the medians of their times are compar
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.bench.kernel_table import FFN, HIDDEN, TOKENS, source
 from tools.bench.kernels import require_kernels
+from tools.bench.results import Results
 
 DEVICE = "cuda"
 LAYERS = ((HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 2 * FFN), (FFN, HIDDEN))  # inputs, outputs
@@ -40,19 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="commit that is measured, if git is not available")
     args = parser.parse_args(arguments)
     require_kernels()
-    plans, rows = Fp8Plans(), []
-    print(f"{source(args.commit)['gpu']}, cuBLASLt {plans.version}, {TOKENS} tokens")
+    plans, machine = Fp8Plans(), source(args.commit)
+    results = Results(args.json, machine | {"cublaslt": plans.version})
+    print(f"{machine['gpu']}, cuBLASLt {plans.version}, {TOKENS} tokens")
     print(f"{'matmul':32} {'m × n × k':>22} {'first':>9} {'fastest':>9} {'of':>3} {'chosen':>9}")
     for name, plan in _matmuls(plans):
-        rows.append(row := _measured(plans, plan))
+        row = _measured(plans, plan)
+        results.add(f"FP8 algorithms, {name}, {row['shape']}", row)
         text = "".join(f" {row[column]:6.0f} µs" for column in ("first_us", "fastest_us"))
-        print(f"{name:32} {row['shape']:>22}{text} {row['candidates']:3} {row['chosen_us']:6.0f} µs", flush=True)
-        row["name"] = name
-    print(f"all together: fastest {_sum(rows, 'fastest_us'):.2f}× and chosen {_sum(rows, 'chosen_us'):.2f}× the first")
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"machine": source(args.commit), "algorithms": rows}
-        args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        print(f"{name:32} {row['shape']:>22}{text} {row['candidates']:3} {row['value']:6.0f} µs", flush=True)
+    rows = list(results.rows.values())
+    print(f"all together: fastest {_sum(rows, 'fastest_us'):.2f}× and chosen {_sum(rows, 'value'):.2f}× the first")
 
 
 def _sum(rows: list[dict[str, Any]], column: str) -> float:
@@ -108,11 +106,12 @@ def _measured(plans: Fp8Plans, plan: Plan) -> dict[str, Any]:
     times = [[seconds(candidate) for candidate in candidates] for _ in range(ROUNDS)]
     medians = [1e6 * statistics.median(of_one) for of_one in zip(*times, strict=True)]
     return {
+        "value": medians[candidates.index(chosen)],
+        "unit": "µs",
         "shape": f"{plan.m}×{plan.n}×{plan.k}",
         "candidates": len(candidates),
         "first_us": medians[0],
         "fastest_us": min(medians),
-        "chosen_us": medians[candidates.index(chosen)],
         "all_us": medians,
     }
 

@@ -226,17 +226,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def choose(names: Sequence[str] | None) -> list[Row]:
-    """Select the rows to measure.
+    """Select the rows to measure: of each given name the row that is called so, or else all that contain it.
 
     Raises:
         ConfigError: no row name contains one of the given names.
     """
     measured = rows()
+    chosen = set[str]()
     for name in names or ():
-        if not any(name.lower() in key(row).lower() for row in measured):
+        exact = {key(row) for row in measured if key(row) == name}
+        found = exact or {key(row) for row in measured if name.lower() in key(row).lower()}
+        chosen |= found
+        if not found:
             known = ", ".join(dict.fromkeys(row.name for row in measured))
             raise ConfigError(f"--only {name}: no row name contains it; expected one of {known}")
-    return [row for row in measured if not names or any(name.lower() in key(row).lower() for name in names)]
+    return [row for row in measured if not names or key(row) in chosen]
 
 
 def require_kernels() -> None:

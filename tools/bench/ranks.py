@@ -11,7 +11,7 @@ ends. The ranks share the GPU, which NCCL allows from 2.30 on; a newer one than 
     python tools/bench/ranks.py --device cpu --backend gloo --only 'pp 2' 'pp 2, rank 1 fails in step 2'
 
 The table has the losses: those of every layout must be those of one rank. Exit code 1: a run did not do what it should.
-With --traces, each rank of a layout leaves a trace of its last two steps there, and the tables of overlap.py follow.
+With --traces, the tables of overlap.py follow, from a trace of the last two steps of each rank; with DIR, traces stay.
 Ranks that share a GPU take turns on it, so their figures say what runs beside what, not how fast it is alone. Settings
 of a run (`--section.key VALUE`) can follow, as for a layer of the size of llama2-7b's:
 
@@ -56,7 +56,7 @@ from engine.train.run import train
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.bench.kernel_table import source
-from tools.bench.overlap import read_activity, table
+from tools.bench.overlap import ALL, Activity, overlaps, read_activity, table, usage
 from tools.bench.results import Results
 
 _HIDDEN_SIZE = {"cuda": 512, "cpu": 64}
@@ -137,9 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         options.directory = Path(name)
         _config(options, Run())  # refuses unknown settings
+        if options.traces is True:
+            options.traces = options.directory / "traces"
         results, bad = _start_all(options, options.directory)
-    if options.traces is not None:
-        _print_overlap(options.traces, options.only)
     for name in bad:
         print(f"== {name}, exit code {results[name].exit_code}\n{results[name].output}", file=sys.stderr)
     sys.exit(1 if bad else 0)
@@ -155,7 +155,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=", ".join(RUNS)
     )
     parser.add_argument("--timeout", type=float, default=30, metavar="S", help="seconds per run (default: 30)")
-    parser.add_argument("--traces", type=Path, metavar="DIR", help="leave traces of each rank there; see overlap.py")
+    parser.add_argument("--traces", type=Path, nargs="?", const=True, metavar="DIR",
+        help="also say how much communication is hidden, from traces, left in DIR; see overlap.py")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--commit", help="commit that is measured, if git is not available")
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)  # of the ranks
@@ -181,20 +182,37 @@ def _start_all(options: argparse.Namespace, directory: Path) -> tuple[dict[str, 
             row["error"] = f"exit code {results[name].exit_code}, or losses of other than one rank's"
         written.add(f"ranks {name}", row)
         print(_row(name, results[name]), flush=True)
+    if options.traces is not None:
+        _report_overlap(options.traces, options.only, written)
     return results, bad
 
 
-def _print_overlap(directory: Path, names: Sequence[str]) -> None:
-    """Print the share of communication that is hidden, of each run that has left traces in `directory`."""
+def _report_overlap(directory: Path, names: Sequence[str], written: Results) -> None:
+    """Print and write the share of communication that is hidden, of each run that has left traces in `directory`."""
     for name in names:
         paths = sorted((directory / name).glob("rank*.json.gz"))
         if not paths:
             continue
         print(f"\n{name}\n")
         try:
-            print(*table([read_activity(path) for path in paths]), sep="\n")
+            found = [read_activity(path) for path in paths]
         except ConfigError as error:  # not over NCCL
             print(error)
+            continue
+        print(*table(found), sep="\n", flush=True)
+        written.add(f"ranks {name}, hidden communication", _overlap_row(found))
+
+
+def _overlap_row(found: Sequence[Activity]) -> dict[str, Any]:
+    """The hidden share of the communication of all ranks, and its parts."""
+    rows = [row for activity in found for row in overlaps(activity)]
+    together = [row for row in rows if row.axis == ALL]
+    return {
+        "value": 100 * sum(row.hidden_ms for row in together) / sum(row.total_ms for row in together),
+        "unit": "%",
+        "overlap": [asdict(row) for row in rows],
+        "usage": [asdict(usage(activity)) for activity in found],
+    }
 
 
 def _row(name: str, result: Result) -> str:

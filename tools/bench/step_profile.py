@@ -26,7 +26,7 @@ PARTS = {  # the first pattern that a kernel's name contains
     "matmuls, weight gradient": r"_badd_|fp8_matmul.*true",
     "matmuls, forward and input gradient": r"nvjet|gemm|cutlass|cublas|fp8_matmul|aten::(mm|addmm)|_linear",
     "transpose FP8": r"transpose_fp8|float8_copy",
-    "quantize": r"quantize",
+    "quantize": r"quantize(?!_args)",  # no kernel of another part that quantizes its output
     "abs() and max()": r"AbsFunctor|MaxNanFunctor|amax",
     "norm backward": r"norm_backward",
     "norm forward": r"norm_forward",

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{options.name}: {result['value']:,.0f} tokens/s ({result['range'][0]:,.0f} – {result['range'][1]:,.0f})")
     mfu = "n/a" if result["mfu"] is None else f"{result['mfu']:.1%} of the dense bf16 peak"
     peak = "n/a" if result["peak_gib"] is None else f"{result['peak_gib']:.1f} GiB"
-    print(f"MFU {mfu}, by {FLOPS_FORMULA}; peak memory {peak}; {result['power']}", flush=True)
+    power = f"; {result['power']}" if result["power"] else ""
+    print(f"MFU {mfu}, by {FLOPS_FORMULA}; peak memory {peak}{power}", flush=True)
     if options.profile:
         profiled_batches = batches[: max(1, PROFILED_TOKENS // batches[0].tokens.numel())]
         profiled = profile(step, profiled_batches, options.device)

@@ -1,7 +1,5 @@
 """The comparison of cuBLASLt's algorithms, on the host: with plans and times that are made up."""
 
-import json
-
 import pytest
 
 from engine.errors import ConfigError
@@ -9,6 +7,7 @@ from engine.ops import fp8
 from engine.ops.fp8_algorithms import Plan
 from tools.bench import fp8_algorithms
 from tools.bench.fp8_algorithms import main
+from tools.bench.results import load
 
 SCALINGS = ("tensorwise", "block_1x128", "block_128x128")
 
@@ -60,15 +59,17 @@ def test_each_matmul_is_compared_once(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("a GPU, cuBLASLt 130400, 32 tokens\n")
     assert printed.endswith("all together: fastest 0.62× and chosen 0.75× the first\n")
-    rows = json.loads((tmp_path / "new" / "algorithms.json").read_text())["algorithms"]
-    assert [(row["name"], row["shape"]) for row in rows[:4]] == [
-        ("tensorwise, forward", "32×192×64"),
-        ("tensorwise, input gradient", "32×64×192"),
-        ("tensorwise, weight gradient", "192×64×32"),
-        ("blockwise, forward", "32×192×64"),
+    document = load(tmp_path / "new" / "algorithms.json")
+    assert document["machine"] == {"gpu": "a GPU", "cublaslt": 130400}
+    assert list(document["rows"])[:4] == [
+        "FP8 algorithms, tensorwise, forward, 32×192×64",
+        "FP8 algorithms, tensorwise, input gradient, 32×64×192",
+        "FP8 algorithms, tensorwise, weight gradient, 192×64×32",
+        "FP8 algorithms, blockwise, forward, 32×192×64",
     ]
+    rows = document["rows"].values()
     assert len(rows) == 11  # the third layer has the shapes of the first, and a square layer in blocks one shape twice
-    assert all((row["first_us"], row["fastest_us"], row["chosen_us"]) == pytest.approx((8, 5, 6)) for row in rows)
+    assert all((row["first_us"], row["fastest_us"], row["value"]) == pytest.approx((8, 5, 6)) for row in rows)
 
 
 def test_it_needs_a_gpu():

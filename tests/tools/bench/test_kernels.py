@@ -288,7 +288,7 @@ def test_a_row_that_ruins_its_process_costs_no_other_row(on_gpu, monkeypatch, tm
         "SwiGLU forward": "its process ended with signal 9",
     }
     assert rows["LayerNorm forward"]["others"] == {"another package": illegal_instruction}
-    assert len(rows) == 10
+    assert len(rows) == len(kernels.choose(names))
     printed = capfd.readouterr().out
     assert printed.count("machine\n") == 1
     assert len(set(re.findall(r"process (\d+)", printed))) == 4

@@ -10,7 +10,8 @@ import torch
 import engine.train.step
 from engine.errors import ConfigError
 from tests.tools.bench.test_overlap import ONE_RANK, write
-from tools.bench.ranks import RUNS, Result, _print_overlap, _traced, main
+from tools.bench.ranks import RUNS, Result, _report_overlap, _traced, main
+from tools.bench.results import Results, load
 
 FINE = Result(0, 9.0, [2.0, 1.0, 1.0, 1.0], [4.0, 3.0, 2.0, 1.0], None, "")
 FAILS = "pp 2, rank 1 fails in step 2"
@@ -81,7 +82,13 @@ def test_the_tables_of_traces(tmp_path, capsys):
     for name, events in (("tp 2", ONE_RANK), ("dp 2", [])):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "rank0.json.gz", events)
-    _print_overlap(tmp_path, ["one rank", "dp 2", "tp 2"])
+    _report_overlap(tmp_path, ["one rank", "dp 2", "tp 2"], Results(tmp_path / "ranks.json", {}))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "dp 2" and "none of them a kernel of NCCL" in lines[3]
     assert lines[5] == "tp 2" and lines[-1] == "rank 0: 5.0 ms, computing 40.0%, only communicating 40.0%, idle 20.0%"
+    rows = load(tmp_path / "ranks.json")["rows"]
+    assert list(rows) == ["ranks tp 2, hidden communication"]
+    (row,) = rows.values()
+    together = row["overlap"][-1]
+    assert (row["unit"], row["value"]) == ("%", pytest.approx(100 * together["hidden_ms"] / together["total_ms"]))
+    assert together["axis"] == "all" and len(row["usage"]) == 1

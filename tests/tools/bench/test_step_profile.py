@@ -1,6 +1,7 @@
 """Profiles of steps: traces of Kineto, and the parts of the profiles of the first run on a GPU."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from tools.bench import step_profile
 from tools.bench.results import load
 from tools.bench.step_profile import Kernel, kernels_of, parts, summarize
 
-FIRST_RUN = Path(__file__).parents[3] / "tools" / "bench" / "results" / "h200-6f2f60f"
+ROOT = Path(__file__).parents[3]
+FIRST_RUN = ROOT / "tools" / "bench" / "results" / "h200-6f2f60f"
 
 
 def event(name: str, start: float, duration: float, cat: str = "kernel", tid: int = 7, **others) -> dict:
@@ -96,12 +98,48 @@ def test_the_profiles_of_the_first_run_have_their_parts(precision):
     assert sum(ms for ms, _ in found.values()) == pytest.approx(sum(us for us, _ in profile["kernels"].values()) / 1000)
 
 
-def test_kernels_that_csrc_has_since_then_have_parts():
+OF_CSRC = {
+    "adamw": "AdamW",
+    "add_up": "gradient norm",
+    "amax": "abs() and max()",
+    "cross_entropy_gradient": "cross-entropy",
+    "cross_entropy_statistics": "cross-entropy",
+    "embedding_backward": "embedding",
+    "fp8_matmul": "matmuls, forward and input gradient",
+    "norm_backward": "norm backward",
+    "norm_backward_finish": "norm backward",
+    "norm_backward_input_general": "norm backward",
+    "norm_backward_weight_general": "norm backward",
+    "norm_forward": "norm forward",
+    "norm_forward_general": "norm forward",
+    "quantize": "quantize",
+    "rope": "RoPE",
+    "rope_fp8": "RoPE",
+    "square_sums": "gradient norm",
+    "swiglu_backward": "SwiGLU backward",
+    "swiglu_backward_fp8": "SwiGLU backward",
+    "swiglu_forward": "SwiGLU forward",
+    "transpose_fp8": "transpose FP8",
+}
+
+
+def test_every_kernel_of_csrc_has_a_part():
+    """Names as in a trace: with the types of the parameters, of which several kernels have `triaxis_quantize_args`."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc").glob("*/*.cu")))
+    kernels = re.findall(
+        r"__global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\(([^{]*)\)\s*{", sources
+    )
+    assert {name for name, _ in kernels} == OF_CSRC.keys()
+    for name, parameters in kernels:
+        types = ", ".join(parameter.rsplit(maxsplit=1)[0] for parameter in parameters.split(","))
+        traced = f"void triaxis::(anonymous namespace)::{name}<__nv_bfloat16, 8>({types})"
+        assert list(parts({traced: (1000.0, 2)})) == [OF_CSRC[name]], traced
+
+
+def test_kernels_of_pytorch_since_then_have_parts():
     names = {
-        "void triaxis::(anonymous namespace)::transpose_fp8<1>(triaxis_transpose_args)": "transpose FP8",
         "pytorch_flash::flash_fwd_kernel<>": "attention, forward",
         "pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<>": "attention, backward",
-        "void triaxis::(anonymous namespace)::cross_entropy_gradient<__nv_bfloat16, 8>": "cross-entropy",
         "an_unknown_kernel": "other",
     }
     for name, part in names.items():

@@ -103,8 +103,11 @@ def _chosen(options: argparse.Namespace, scale: Scale, library: Path | None) -> 
 
 def _run_all(options: argparse.Namespace, scale: Scale, statuses: dict[str, str]) -> None:
     started = time.monotonic()
-    chosen = _chosen(options, scale, None if options.bundle is None else nccl.unpacked(options.bundle.resolve()))
+    library = None if options.bundle is None else nccl.unpacked(options.bundle.resolve())
+    chosen = _chosen(options, scale, library)
     lacks = _prepare(options, statuses)
+    if library is None:
+        lacks["nccl"] = "ranks that share a GPU need NCCL 2.30, which a --bundle has"
     for number, stage in enumerate(chosen, 1):
         left = float("inf") if options.budget is None else options.budget * 60 - (time.monotonic() - started)
         why_not = [f"no {need}: {lacks[need]}" for need in stage.needs if need in lacks]

@@ -22,7 +22,7 @@ from tools.bench.gpu import library
 from tools.bench.kernel_table import source
 from tools.bench.results import save
 
-NEEDS = ("gpu", "fp8", "hopper", "kernels", "transformers", "liger")
+NEEDS = ("gpu", "fp8", "hopper", "kernels", "transformers", "liger", "nccl")
 PACKAGES = (
     "numpy",
     "triton",

@@ -13,6 +13,7 @@ from tools.bench.kernel_table import key, rows
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 180
 TRAINING_TESTS = ("test_claims", "test_engine", "test_training")  # take longer
+REHEARSAL_S = 10  # of a step of the tiny model
 RANK_TESTS = 4  # parts of tests/gpu/test_ranks.py, whose tests start processes
 KERNELS = {  # stage -> what the names of its rows contain; the first that fits
     "matmuls": ("GEMM",),
@@ -21,7 +22,12 @@ KERNELS = {  # stage -> what the names of its rows contain; the first that fits
     "optimizer": ("AdamW", "gradient norm"),
     "others": ("",),
 }
+LAYER = (  # for ranks: of the size of llama2-7b's
+    "--precision.mode", "bf16", "--model.hidden_size", "4096", "--model.intermediate_size", "11008",
+    "--model.num_heads", "32", "--model.num_kv_heads", "32", "--model.head_dim", "128", "--data.seq_length", "2048",
+)  # fmt: skip
 FP8, BF16_MOMENTS = ("--precision", "fp8", "--optimizer.moments", "bf16"), ("--optimizer.moments", "bf16")
+OVERLAPS = ("dp 2", "tp 2", "pp 2")
 TWO, DOCUMENTS = ("--batch.micro", "2"), ("--documents", "1000")
 
 
@@ -104,6 +110,8 @@ def stages(scale: Scale, nccl: Path | None = None) -> list[Stage]:
         *(_step(step, scale) for step in whole_steps()),
         *_kernels(),
         _attention(scale),
+        Stage("fp8-algorithms", "what choosing cuBLASLt's algorithms by measuring gains",
+              ("tools/bench/fp8_algorithms.py",), 25, ("gpu", "kernels", "fp8")),
         *(_host(precision, scale) for precision in ("bf16", "delayed")),
         *_ranks(scale, nccl),
     ]  # fmt: skip
@@ -123,7 +131,8 @@ def _step(step: WholeStep, scale: Scale) -> Stage:
     needs = tuple(need for need in step.needs if need in ("transformers", "liger")) if scale.rehearsed else step.needs
     # with fp32 moments, the FP8 weights do not fit into an H200 in addition to the other 120 GiB
     memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return Stage(step.stage_name, f"tokens/s of {step.name}", command, 110, needs, memory)
+    estimate = REHEARSAL_S if scale.rehearsed else 110
+    return Stage(step.stage_name, f"tokens/s of {step.name}", command, estimate, needs, memory)
 
 
 def step_row(step: WholeStep, preset: str) -> str:
@@ -170,7 +179,8 @@ def _host(precision: str, scale: Scale) -> Stage:
     name = f"{scale.preset} {precision}, time on the host"
     command = ("tools/bench/whole_step.py", *_size(scale), "--name", name, *settings, *small)
     needs = () if scale.rehearsed else ("gpu", "kernels", *(("fp8",) if settings else ()))
-    return Stage(f"host-{precision}", f"whether the host is late in {precision}", command, 40, needs)
+    estimate = REHEARSAL_S if scale.rehearsed else 40
+    return Stage(f"host-{precision}", f"whether the host is late in {precision}", command, estimate, needs)
 
 
 def _ranks(scale: Scale, nccl: Path | None) -> Iterator[Stage]:
@@ -182,11 +192,25 @@ def _ranks(scale: Scale, nccl: Path | None) -> Iterator[Stage]:
         "ranks-schedules": ("one rank", "pp 2, interleaved", "pp 2, zero bubble"),
         "ranks-hangs": ("pp 2, not warmed up", "pp 2, one hardware queue"),
     }
+    size, needs = (("--device", "cpu"), ()) if scale.rehearsed else ((), ("gpu", "kernels"))
     for name, runs in layouts.items():
-        size = ("--device", "cpu") if scale.rehearsed else ()
         command = ("tools/bench/ranks.py", *size, "--backend", backend, "--timeout", "30", "--only", *runs)
-        needs = () if scale.rehearsed else ("gpu", "kernels")
         yield Stage(name, f"whether {', '.join(runs)} train ({backend})", command, 15 * len(runs), needs, environment)
+    layer = () if scale.rehearsed else LAYER
+    command = (
+        "tools/bench/ranks.py",
+        *size,
+        "--backend",
+        backend,
+        "--traces",
+        "--timeout",
+        "50",
+        "--only",
+        *OVERLAPS,
+        *layer,
+    )
+    needs = () if scale.rehearsed else (*needs, "nccl")
+    yield Stage("ranks-overlap", "how much communication is hidden", command, 90, needs, environment)
     for part in range(1, RANK_TESTS + 1):
         selected = ("--part", f"{part}/{RANK_TESTS}", "tests/gpu/test_ranks.py", "-k", f"{backend} or two_ranks")
         command = ("tools/bench/gpu/run_tests.py", *selected)

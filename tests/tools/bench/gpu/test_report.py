@@ -88,7 +88,7 @@ def test_the_page_of_the_first_run(run, capsys):
     assert "| bf16, two | | 14,000 | not run | | | | | | | |" in text
     assert "| matmuls, forward and input gradient | 1,263.3 | 2,064 | 1,296.0 |" in text
     assert "| **all** | **2,515** | **12,562** | **2,414** |" in text
-    assert "| bursts, attention, time on the host | not run | | |" in text
+    assert "| bursts, attention, FP8 algorithms, hidden communication, time on the host | not run | | |" in text
     assert "| RMSNorm forward | 8192×4096 bf16 | 39 | 34.7 | 31.2 µs | **41.4** |" in text
     assert text.count("`bash tools/bench/gpu.sh` (NVIDIA H200, torch 2.11.0+cu130, 6f2f60f).") == 2
     assert "\nbetween\n" in text

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tools.bench import kernels, whole_step
+from tools.bench import kernels, ranks, whole_step
 from tools.bench.gpu.environment import NEEDS
 from tools.bench.gpu.stages import LIMIT_S, ROOT, Scale, stages, step_row, whole_steps
 from tools.bench.kernel_table import key, rows
@@ -18,7 +18,10 @@ def test_stages_are_distinct_short_and_of_known_needs():
         assert stage.estimate_s <= LIMIT_S, stage.name
         assert set(stage.needs) <= set(NEEDS), stage.name
         assert (ROOT / stage.command[0]).is_file(), stage.name
-    assert sum(stage.estimate_s for stage in ALL) < 60 * 60
+    minutes = sum(stage.estimate_s for stage in ALL) / 60
+    assert minutes < 60
+    for page in ("tools/bench/README.md", "CONTRIBUTING.md"):
+        assert f" {minutes:.0f} minutes predicted" in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_what_is_right_comes_before_what_is_fast():
@@ -63,6 +66,16 @@ def test_ranks_use_nccl_where_one_is_given():
     assert {stage.environment["LD_PRELOAD"] for stage in ranks} == {"/b/libnccl.so.2"}
     assert all("nccl" in " ".join(stage.command) for stage in ranks)
     assert all("LD_PRELOAD" not in stage.environment for stage in ALL)
+
+
+def test_hidden_communication_needs_nccl_and_leaves_no_traces(tmp_path):
+    (stage,) = (stage for stage in stages(Scale(), Path("/b/libnccl.so.2")) if stage.name == "ranks-overlap")
+    assert "nccl" in stage.needs
+    options = ranks._parse([*stage.command[1:], "--json", "x.json"])
+    assert (options.traces, options.backend, options.only) == (True, "nccl", ["dp 2", "tp 2", "pp 2"])
+    options.directory = tmp_path
+    config = ranks._config(options, ranks.RUNS["tp 2"])
+    assert (config.model.hidden_size, config.precision.mode) == (4096, "bf16")
 
 
 def test_a_rehearsal_needs_no_gpu_where_a_cpu_can_run_the_program():

@@ -8,7 +8,7 @@
 
 namespace triaxis {
 
-constexpr float kMinAmax = 1e-4f;  // so that a block of zeros has a finite scale; as in engine/ops/quantize.py
+constexpr float kMinAmax = 1e-30f;  // as MIN_AMAX in engine/ops/quantize.py
 
 __host__ __device__ constexpr float max_value(__nv_fp8_interpretation_t type) {
   return type == __NV_E4M3 ? 448.0f : 57344.0f;

@@ -19,7 +19,7 @@ constexpr int kBlocks = sizeof(T) == 4 ? 2 : std::is_same_v<T, __half> || kScali
 template <__nv_fp8_interpretation_t kType>
 __device__ __forceinline__ float tensor_scale(const triaxis_quantize_args& a) {
   if (a.scale != nullptr) return *a.scale;
-  const float amax = *a.amax, scale = amax > 0.0f ? max_value(kType) / amax : 1.0f;
+  const float amax = *a.amax, scale = amax > 0.0f ? max_value(kType) / fmaxf(amax, kMinAmax) : 1.0f;
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *a.scale_inv = 1.0f / scale;
   return scale;
 }

@@ -20,7 +20,9 @@ BLOCK_1X128: Final = "block_1x128"  # one per 128 elements of a row: activations
 BLOCK_128X128: Final = "block_128x128"  # one per 128 × 128 block: weights
 BLOCK_SIZE = 128
 
-_MIN_AMAX = 1e-4  # so that a block of zeros has a finite scale
+# So that a block of zeros has a finite scale. Far below the gradients of a large batch, whose loss is a mean: with 4 M
+# tokens a step, most blocks of 128 gradients are below 1e-4.
+MIN_AMAX = 1e-30
 
 
 @dataclass(frozen=True)
@@ -243,9 +245,9 @@ def quantize_reference(
 
 
 def scale_from_amax(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """max(dtype) / amax, fp32 of any shape: the factor before the cast to FP8; 1 where `amax` is 0 or NaN."""
+    """max(dtype) / amax, fp32 of any shape: the factor before the cast to FP8, finite; 1 where `amax` is 0 or NaN."""
     largest = torch.full_like(amax, torch.finfo(dtype).max)
-    return torch.where(amax > 0, largest / amax, 1.0)
+    return torch.where(amax > 0, largest / amax.clamp(min=MIN_AMAX), 1.0)
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -260,7 +262,7 @@ def scale_inv_from_amax(amax: Tensor, dtype: torch.dtype, power_of_two: bool = F
     The same on every device: CUDA divides by a number as it multiplies by its reciprocal, so the divisor is a tensor;
     and its log2 of some powers of two is an ulp too large, so a billionth is taken off: fp32 numbers differ by more.
     """
-    scale_inv = amax.clamp(min=_MIN_AMAX) / torch.full_like(amax, torch.finfo(dtype).max)
+    scale_inv = amax.clamp(min=MIN_AMAX) / torch.full_like(amax, torch.finfo(dtype).max)
     return torch.exp2(torch.ceil(torch.log2(scale_inv.double()) - 1e-9)).float() if power_of_two else scale_inv
 
 
@@ -270,7 +272,7 @@ def _quantize_blocks(x: Tensor, dtype: torch.dtype, scaling: Scaling, power_of_t
     height = BLOCK_SIZE if scaling == BLOCK_128X128 else 1
     padded = F.pad(x, (0, -columns % BLOCK_SIZE, 0, -rows % height))
     blocks = padded.view(-1, height, padded.shape[1] // BLOCK_SIZE, BLOCK_SIZE)  # [block rows, height, …, 128]
-    amax = blocks.abs().amax((1, 3)).clamp(min=_MIN_AMAX)  # [block rows, block cols]
+    amax = blocks.abs().amax((1, 3)).clamp(min=MIN_AMAX)  # [block rows, block cols]
     scale_inv = scale_inv_from_amax(amax, dtype, power_of_two)
     scale = scale_inv.reciprocal() if power_of_two else torch.full_like(amax, torch.finfo(dtype).max).div_(amax)
     values = to_fp8(blocks * scale[:, None, :, None], dtype).view_as(padded)[:rows, :columns]

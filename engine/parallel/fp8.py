@@ -24,6 +24,7 @@ from engine.ops.fp8 import transpose
 from engine.ops.quantize import (
     BLOCK_1X128,
     BLOCK_128X128,
+    MIN_AMAX,
     TENSORWISE,
     AmaxOutput,
     Fp8Output,
@@ -252,7 +253,7 @@ class Fp8State:
             return
         self._amax.zero_()
         top = self._history.amax(2)
-        self._scales.copy_(torch.where(top > 0, self._largest / top, 1.0))
+        self._scales.copy_(torch.where(top > 0, self._largest / top.clamp(min=MIN_AMAX), 1.0))
         torch.reciprocal(self._scales, out=self._scale_invs)
         for quantizer in self.quantizers.values():
             quantizer.use_history = self._has_history

@@ -55,11 +55,19 @@ def microbatch_sizes(config: Config, layout: Layout, ranks: ClusterSpec) -> list
     return sizes
 
 
-def recommended(sizes: list[MicrobatchSize], capacity: int) -> MicrobatchSize | None:
-    """Return the smallest of `sizes` within 2 % of the fastest that fits in `capacity` bytes; None if none does."""
-    fitting = [size for size in sizes if size.needed <= _TIGHT * capacity]
+def recommended(sizes: list[MicrobatchSize], limit: float) -> MicrobatchSize | None:
+    """Return the smallest of `sizes` within 2 % of the fastest that fits in `limit` bytes; None if none does."""
+    fitting = [size for size in sizes if size.needed <= limit]
     fastest = min((size.seconds for size in fitting), default=0.0)
     return next((size for size in fitting if size.seconds <= _WORTH * fastest), None)
+
+
+def memory_limit(config: Config, ranks: ClusterSpec) -> float:
+    """Return the bytes that a recommended size may take: with `auto` sizes of the layout those with which `auto` keeps
+    this layout.
+    """
+    chooses_layout = "auto" in (config.parallel.tp, config.parallel.pp)
+    return (USABLE if chooses_layout else _TIGHT) * ranks.capacity
 
 
 def describe_microbatches(config: Config, layout: Layout, ranks: ClusterSpec) -> Iterator[str]:
@@ -90,7 +98,8 @@ def _fit(size: MicrobatchSize, capacity: int) -> str:
 def _advice(
     config: Config, layout: Layout, ranks: ClusterSpec, sizes: list[MicrobatchSize], now: MicrobatchSize
 ) -> Iterator[str]:
-    best, limit = recommended(sizes, ranks.capacity), _TIGHT * ranks.capacity
+    limit = memory_limit(config, ranks)
+    best = recommended(sizes, limit)
     if best is None:
         return  # `require_fit` says what would fit, or the choice of the layout what is safer
     if now.needed <= limit and now.seconds <= _WORTH * best.seconds:

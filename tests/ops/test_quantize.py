@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine.ops.fp8 import add_scaled_matmul, dequantize, scaled_matmul, transpose
-from engine.ops.quantize import quantize, scale_inv_from_amax, to_fp8
+from engine.ops.quantize import quantize, scale_from_amax, scale_inv_from_amax, to_fp8
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -121,6 +121,23 @@ def test_transposed_blocks_are_those_that_bf16_gave():
     _, expected = quantize(wide, E4M3, "block_1x128", row_major=False, transposed=True, power_of_two=True)
     assert torch.equal(got.values.view(torch.uint8), expected.values.view(torch.uint8))
     assert torch.equal(got.scale_inv, expected.scale_inv)
+
+
+@pytest.mark.parametrize("scaling", ["block_1x128", "block_128x128"])
+def test_small_gradients_keep_their_bits(scaling):
+    """The loss of a step with millions of tokens is divided by their number."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    usual, small = (one(x * 2.0**exponent, E4M3, scaling, power_of_two=True) for exponent in (0, -60))
+    assert torch.equal(small.values.view(torch.uint8), usual.values.view(torch.uint8))
+    assert torch.equal(small.scale_inv, usual.scale_inv * 2.0**-60)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+def test_zeros_beside_the_smallest_numbers_stay_zeros(dtype):
+    amax = torch.tensor([1e-45, 1e-38, 1e-34, 1e-30])
+    assert ((scale := scale_from_amax(amax, dtype)) * 0 == 0).all()
+    assert (scale.reciprocal() > 0).all()
 
 
 def test_squares_are_not_transposed():

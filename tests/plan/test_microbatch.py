@@ -7,14 +7,14 @@ from engine.config.load import load
 from engine.config.schema import Config
 from engine.model.families import PRESETS
 from engine.parallel.layout import Layout
-from engine.plan.layouts import with_micro
+from engine.plan.layouts import choose_layout, with_micro
 from engine.plan.memory import GIB, ClusterSpec, estimate_fullest
-from engine.plan.microbatch import describe_microbatches, microbatch_sizes, recommended
+from engine.plan.microbatch import describe_microbatches, memory_limit, microbatch_sizes, recommended
 from engine.plan.throughput import step_seconds
 
 H200_GIB = 139.8
 BF16_MOMENTS = ("--optimizer.moments", "bf16")
-ONE_H200 = ("--batch.global", "8", "--data.document_mask", "false")
+ONE_H200 = ("--batch.global", "8", "--data.document_mask", "false", "--parallel.tp", "1", "--parallel.pp", "1")
 
 
 def config_of(*overrides: str) -> Config:
@@ -26,8 +26,8 @@ def gpus(count: int, gib: float = 80) -> ClusterSpec:
 
 
 def choice(layout: Layout, gib: float, *overrides: str) -> int | None:
-    ranks = gpus(layout.world_size, gib)
-    found = recommended(microbatch_sizes(config_of(*overrides), layout, ranks), ranks.capacity)
+    config, ranks = config_of(*overrides), gpus(layout.world_size, gib)
+    found = recommended(microbatch_sizes(config, layout, ranks), memory_limit(config, ranks))
     return found and found.micro
 
 
@@ -51,6 +51,15 @@ def test_the_example_has_what_is_recommended_for_80_gib():
     for ranks in (8, 64):
         assert choice(Layout(dp=ranks), 80) == config_of().batch.micro
         assert choice(Layout(dp=ranks), H200_GIB) == 2
+
+
+@pytest.mark.parametrize("gib", [91, 94, 100, 110, 139.8])
+def test_what_is_recommended_leaves_the_layout_that_auto_chose(gib):
+    config, ranks = config_of(), gpus(8, gib)
+    layout, _ = choose_layout(config, ranks)
+    best = choice(layout, gib)
+    assert best is not None
+    assert choose_layout(with_micro(config, best), ranks)[0] == layout
 
 
 def test_in_a_pipeline_the_bubble_counts():

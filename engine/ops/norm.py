@@ -19,8 +19,8 @@ from engine.ops.quantize import ActivationWithAmax, AmaxOutput, Fp8Activation, F
 
 NormSink = Callable[[Callable[[Sequence[Tensor], bool], Tensor]], Tensor]
 """Calls a function with the fp32 main gradients of weight and, of a LayerNorm, bias, and with whether to accumulate
-into them or to overwrite them; returns its result. Without one, or without a kernel, the gradients go to autograd, which
-rounds them to the parameters' dtype."""
+into them or to overwrite them; returns its result. Without one, or without a kernel, the gradients go to autograd,
+which rounds them to the parameters' dtype."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sink: NormSink | None = None) -> Tensor:

@@ -94,8 +94,8 @@ class GradientSink:
 
 
 def add_together(sinks: Sequence[GradientSink], add: Callable[[Sequence[Tensor], bool], _T]) -> _T:
-    """Let `add(main_grads, accumulate)` add to the main gradients of `sinks` now, or overwrite them unless `accumulate`;
-    return its result. Nothing else adds to only some of them.
+    """Let `add(main_grads, accumulate)` add to the main gradients of `sinks`, or overwrite them unless `accumulate`,
+    now; return its result. Nothing else adds to only some of them.
     """
     (accumulate,) = {sink._accumulates() for sink in sinks}
     result = add([sink.main_grad for sink in sinks], accumulate)

@@ -67,9 +67,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward_fp8(
   return {y.values, y.scale_inv, sum, mean, rstd};
 }
 
-// `x` is what was normalized. -> gradients of x, the weight (fp32) and the bias (fp32, empty unless centered)
+// `x` is what was normalized. -> gradients of x, the weight (fp32) and the bias (fp32, empty unless centered). The last two
+// are written to `grad_weight` and `grad_bias` where given, or added to them if `accumulate`, and those returned are empty.
 std::tuple<Tensor, Tensor, Tensor> norm_backward(
-    Tensor grad_y, OptionalTensor grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool centered) {
+    Tensor grad_y, OptionalTensor grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool centered, bool accumulate,
+    OptionalTensor grad_weight, OptionalTensor grad_bias) {
   STD_TORCH_CHECK(grad_y.dim() == 2, "grad_y: expected a matrix");
   const int64_t rows = grad_y.size(0), columns = grad_y.size(1);
   check_matrix(x, grad_y, "x");
@@ -77,13 +79,18 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   check_vector(weight, columns, grad_y.scalar_type(), "weight");
   check_vector(rstd, rows, ScalarType::Float, "rstd");
   check_vector(mean, centered ? rows : 0, ScalarType::Float, "mean");
+  const bool given = grad_weight.has_value();
+  if (given) check_vector(*grad_weight, columns, ScalarType::Float, "grad_weight");
+  if (grad_bias) check_vector(*grad_bias, columns, ScalarType::Float, "grad_bias");
+  STD_TORCH_CHECK(grad_bias.has_value() == (given && centered), "grad_bias: a centered norm has one, given with grad_weight");
+  STD_TORCH_CHECK(given || !accumulate, "accumulate: there is no grad_weight to add to");
   grad_y = with_dense_rows(grad_y);
   x = with_dense_rows(x);
   if (grad_sum) grad_sum = with_dense_rows(*grad_sum);
 
   Tensor grad_x = empty(grad_y, {rows, columns}, grad_y.scalar_type());
-  Tensor grad_weight = empty(grad_y, {columns}, ScalarType::Float);
-  Tensor grad_bias = empty(grad_y, {centered ? columns : 0}, ScalarType::Float);
+  Tensor new_weight = empty(grad_y, {given ? 0 : columns}, ScalarType::Float);
+  Tensor new_bias = empty(grad_y, {given || !centered ? 0 : columns}, ScalarType::Float);
   triaxis_norm_backward_args a{};
   a.grad_y = grad_y.data_ptr();
   a.grad_sum = grad_sum ? grad_sum->data_ptr() : nullptr;
@@ -92,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   a.mean = floats(mean);
   a.rstd = floats(rstd);
   a.grad_x = grad_x.data_ptr();
-  a.grad_weight = floats(grad_weight);
-  a.grad_bias = floats(grad_bias);
+  a.grad_weight = floats(given ? *grad_weight : new_weight);
+  a.grad_bias = floats(grad_bias ? *grad_bias : new_bias);
   a.rows = rows;
   a.columns = columns;
   a.grad_y_stride = row_stride(grad_y);
@@ -101,11 +108,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   a.x_stride = row_stride(x);
   a.dtype = dtype_of(grad_y, "grad_y");
   a.centered = centered;
+  a.accumulate = accumulate;
   const OnDevice device(grad_y);
   Tensor workspace = empty(grad_y, {triaxis_norm_backward_workspace(&a)}, ScalarType::Float);
   a.workspace = floats(workspace);
   check_status(triaxis_norm_backward(&a, device.stream), "norm_backward");
-  return {grad_x, grad_weight, grad_bias};
+  return {grad_x, new_weight, new_bias};
 }
 
 const Operator kOperators[] = {
@@ -115,8 +123,8 @@ const Operator kOperators[] = {
     {"norm_forward_fp8(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered, str scaling, "
      "Tensor? scale, Tensor(a!)? amax) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(norm_forward_fp8)},
-    {"norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool centered) -> "
-     "(Tensor, Tensor, Tensor)",
+    {"norm_backward(Tensor grad_y, Tensor? grad_sum, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool centered, "
+     "bool accumulate=False, Tensor(a!)? grad_weight=None, Tensor(b!)? grad_bias=None) -> (Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(norm_backward)},
 };
 

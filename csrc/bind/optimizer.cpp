@@ -37,11 +37,21 @@ void adamw_(
   check_status(triaxis_adamw(&a, device.stream), "adamw_");
 }
 
-Tensor square_sum(Tensor x) {
-  check_vector(x, x.numel(), ScalarType::Float, "x");
-  Tensor out = empty(x, {}, ScalarType::Float), workspace = empty(x, {TRIAXIS_SQUARE_SUM_WORKSPACE}, ScalarType::Float);
-  const OnDevice device(x);
-  check_status(triaxis_square_sum(floats(x), x.numel(), floats(out), floats(workspace), device.stream), "square_sum");
+// At least one piece: without tensors, PyTorch finds no implementation.
+Tensor square_sum(std::vector<Tensor> pieces) {
+  std::vector<const float*> starts;
+  std::vector<int64_t> sizes;
+  for (const Tensor& piece : pieces) {
+    check_vector(piece, piece.numel(), ScalarType::Float, "pieces");
+    starts.push_back(floats(piece));
+    sizes.push_back(piece.numel());
+  }
+  const int64_t count = int64_t(pieces.size());
+  Tensor out = empty(pieces[0], {}, ScalarType::Float);
+  Tensor workspace = empty(pieces[0], {triaxis_square_sum_workspace(count)}, ScalarType::Float);
+  const OnDevice device(pieces[0]);
+  check_status(
+      triaxis_square_sum(starts.data(), sizes.data(), count, floats(out), floats(workspace), device.stream), "square_sum");
   return out;
 }
 
@@ -49,7 +59,7 @@ const Operator kOperators[] = {
     {"adamw_(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? param, Tensor step, "
      "Tensor? grad_scale, Tensor? skip, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
      TRIAXIS_KERNEL(adamw_)},
-    {"square_sum(Tensor x) -> Tensor", TRIAXIS_KERNEL(square_sum)},
+    {"square_sum(Tensor[] pieces) -> Tensor", TRIAXIS_KERNEL(square_sum)},
 };
 
 }  // namespace

@@ -64,7 +64,7 @@ int triaxis_norm_forward(const triaxis_norm_forward_args* args, void* stream);
 
 /* Gradients of the above. `x` is what was normalized: the input, or its sum with the residual. `grad_sum` is the gradient
  * that reaches this sum from the residual stream, and is added to grad_x. Weight gradients are fp32, reduced in a fixed
- * order.
+ * order; with `accumulate` they are added to what grad_weight and grad_bias hold.
  */
 typedef struct {
   const void *grad_y, *grad_sum, *x, *weight; /* grad_sum may be null */
@@ -74,7 +74,7 @@ typedef struct {
   float* workspace;               /* triaxis_norm_backward_workspace() floats */
   int64_t rows, columns, grad_y_stride, grad_sum_stride, x_stride;
   triaxis_dtype dtype;
-  int centered;
+  int centered, accumulate;
 } triaxis_norm_backward_args;
 
 int64_t triaxis_norm_backward_workspace(const triaxis_norm_backward_args* args);
@@ -161,11 +161,10 @@ typedef struct {
 
 int triaxis_adamw(const triaxis_adamw_args* args, void* stream);
 
-/* Σ x² in fp32, in a fixed order; not finite if an element is not. `workspace` has TRIAXIS_SQUARE_SUM_WORKSPACE floats,
- * one for each block of the grid.
- */
-#define TRIAXIS_SQUARE_SUM_WORKSPACE 1024
-int triaxis_square_sum(const float* x, int64_t size, float* out, float* workspace, void* stream);
+/* Σ x² over `count` pieces of `sizes[i]` elements, in fp32 and a fixed order; not finite if an element is not. */
+int64_t triaxis_square_sum_workspace(int64_t count); /* floats */
+int triaxis_square_sum(
+    const float* const* pieces, const int64_t* sizes, int64_t count, float* out, float* workspace, void* stream);
 
 /* Raises *amax to the largest |x|; to NaN if an element is. */
 int triaxis_amax(const void* x, int64_t size, triaxis_dtype dtype, float* amax, void* stream);

@@ -331,7 +331,8 @@ __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_weight_general(co
   a.workspace[(which * int64_t(gridDim.y) + blockIdx.y) * a.columns + c] = total;
 }
 
-// Adds the shares [parts, columns] in the workspace, in order; blockIdx.y is 0 for the weight, 1 for the bias.
+// Adds the shares [parts, columns] in the workspace, in order, and then their sum to the gradient if `accumulate`;
+// blockIdx.y is 0 for the weight, 1 for the bias.
 __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_finish(const triaxis_norm_backward_args a, int64_t parts) {
   __shared__ float shares[kLanes][kWarp];
   const int64_t c = int64_t(blockIdx.x) * kWarp + threadIdx.x;
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(kWarp* kLanes) norm_backward_finish(const tria
   float* const to = (blockIdx.y == 0 ? a.grad_weight : a.grad_bias) + c;
   total = 0.0f;
   for (int lane = 0; lane < kLanes; ++lane) total += shares[lane][threadIdx.x];
-  *to = total;
+  *to = a.accumulate ? *to + total : total;
 }
 
 // A block for rows of `row_vectors` vectors, `each` of them a thread. Four rows of one warp share a block: of blocks of 32

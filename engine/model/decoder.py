@@ -17,7 +17,7 @@ from engine.model.attention import Attend, Attention, Stream, attend_within
 from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, ParallelLinear, Parameters
 from engine.model.parameters import whole_model
 from engine.ops.attention_choice import AttentionImpls
-from engine.ops.rope import rope_tables
+from engine.ops.rope import rope_frequencies, tables_at
 from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.recompute import checkpoint
@@ -115,6 +115,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.num_fully_recomputed = 0 if selective else len(recomputed)
         self.head = Head(model, parameters, tp, ops) if part.has_head else None
+        self._rope: torch.Tensor | None = None  # frequencies
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, noise: torch.Tensor | None = None
@@ -134,7 +135,9 @@ class Decoder(nn.Module):
 
     def _stream(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, noise: torch.Tensor | None) -> Stream:
         config = self.config
-        cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        if self._rope is None or self._rope.device != positions.device:
+            self._rope = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
+        cos, sin = tables_at(positions, self._rope)
         if self.embedding is not None:
             x = self.embedding(x)
             x = x if noise is None else x + noise.to(x.dtype)

@@ -14,6 +14,7 @@ Legend: t tokens, h hidden size, f feed-forward size, v vocabulary; /tp: sharded
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from engine.ops.norm import add_norm, layer_norm, norm_for_fp8, rms_norm
 from engine.ops.quantize import AmaxOutput, Fp8Output, GradHandover
 from engine.ops.swiglu import swiglu, swiglu_for_fp8, swiglu_hands_over
 from engine.parallel.fp8 import Fp8Quantizer
-from engine.parallel.gradients import GradientSink
+from engine.parallel.gradients import GradientSink, add_together
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import discard_and_recompute
 from engine.parallel.tensor import (
@@ -101,16 +102,16 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = parameters.tensors[f"{path}.weight"]
         self.bias = parameters.tensors.get(f"{path}.bias")
-        sinks = (parameters.sinks.get(f"{path}.{name}") for name in ("weight", "bias"))
-        weight_sink, bias_sink = (None if sink is None else sink.add for sink in sinks)
-        self.sinks = (weight_sink, bias_sink)
+        names = (f"{path}.weight", f"{path}.bias")
+        sinks = [parameters.sinks[name] for name in names if name in parameters.sinks]
+        self.sink = partial(add_together, sinks) if sinks else None
         self.eps, self.impl = eps, ops.norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize `x` [..., h] over its last dimension."""
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps, self.impl, self.sinks)
-        return layer_norm(x, self.weight, self.bias, self.eps, self.impl, self.sinks)
+            return rms_norm(x, self.weight, self.eps, self.impl, self.sink)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.impl, self.sink)
 
     def fused(
         self, x: torch.Tensor, residual: torch.Tensor | None, output: Fp8Output | AmaxOutput | None
@@ -119,10 +120,10 @@ class Norm(nn.Module):
         with its amax if `output` says so.
         """
         if output is not None:
-            return norm_for_fp8(x, residual, self.weight, self.bias, self.eps, output, self.sinks)
+            return norm_for_fp8(x, residual, self.weight, self.bias, self.eps, output, self.sink)
         if residual is None:
             return self(x), x
-        return add_norm(x, residual, self.weight, self.bias, self.eps, self.impl, self.sinks)
+        return add_norm(x, residual, self.weight, self.bias, self.eps, self.impl, self.sink)
 
 
 class NormLinear(nn.Module):

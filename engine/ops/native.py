@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_csrc.so"
-SCHEMA_VERSION = 6  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
+SCHEMA_VERSION = 7  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,9 +76,18 @@ def _swiglu_forward_fp8(
 
 
 def _norm_backward(
-    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, centered: bool
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    centered: bool,
+    accumulate: bool = False,
+    given_weight: Tensor | None = None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    columns = grad_y.shape[1]
+    columns = grad_y.shape[1] if given_weight is None else 0
     grad_weight = grad_y.new_empty(columns, dtype=torch.float32)
     return grad_y.new_empty(grad_y.shape), grad_weight, grad_weight.new_empty(columns if centered else 0)
 
@@ -156,7 +165,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy_gradient_": lambda *args: None,
     "embedding_backward_": lambda *args: None,
     "adamw_": lambda *args: None,
-    "square_sum": lambda x: x.new_empty(()),
+    "square_sum": lambda pieces: pieces[0].new_empty(()),
     "amax_": lambda *args: None,
     "quantize": _quantize,
     "transpose_fp8": _transpose_fp8,

@@ -4,7 +4,7 @@ Statistics are in fp32 (or wider) for any input dtype; eps is inside the square 
 multiplication by the weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,17 +17,16 @@ from engine.config.schema import NormImpl
 from engine.ops import native
 from engine.ops.quantize import ActivationWithAmax, AmaxOutput, Fp8Activation, Fp8Output, carrier_of
 
-AddGradient = Callable[[Tensor], None]
-Sinks = tuple[AddGradient | None, AddGradient | None]
-"""Gradient sinks of weight and bias. A sink receives the fp32 gradient of a kernel, which autograd would round to the
-parameter's dtype. If it is None, or without a kernel, the gradient goes to autograd."""
-_NO_SINKS: Sinks = (None, None)
+NormSink = Callable[[Callable[[Sequence[Tensor], bool], Tensor]], Tensor]
+"""Calls a function with the fp32 main gradients of weight and, of a LayerNorm, bias, and with whether to accumulate
+into them or to overwrite them; returns its result. Without one, or without a kernel, the gradients go to autograd,
+which rounds them to the parameters' dtype."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sinks: Sinks = _NO_SINKS) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sink: NormSink | None = None) -> Tensor:
     """RMSNorm, x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
     if _uses_kernel(x, weight, impl):
-        return _KernelNorm.apply(x, None, weight, None, eps, sinks)[0]
+        return _KernelNorm.apply(x, None, weight, None, eps, sink)[0]
     if impl in ("apex", "te"):
         return _package_norm(impl, x, weight, None, eps)
     if uses_fewer_passes(x):
@@ -38,11 +37,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sin
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: NormImpl = "auto", sinks: Sinks = _NO_SINKS
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, impl: NormImpl = "auto", sink: NormSink | None = None
 ) -> Tensor:
     """(x − mean) / sqrt(variance + eps) · weight + bias, over the last dimension."""
     if _uses_kernel(x, weight, impl):
-        return _KernelNorm.apply(x, None, weight, bias, eps, sinks)[0]
+        return _KernelNorm.apply(x, None, weight, bias, eps, sink)[0]
     if impl in ("apex", "te"):
         return _package_norm(impl, x, weight, bias, eps)
     if x.dtype == weight.dtype:
@@ -57,15 +56,15 @@ def add_norm(
     bias: Tensor | None,
     eps: float,
     impl: NormImpl = "auto",
-    sinks: Sinks = _NO_SINKS,
+    sink: NormSink | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the norm of x + residual (LayerNorm with a bias, else RMSNorm) and the sum; one memory pass on a GPU."""
     if _uses_kernel(x, weight, impl):
-        return _KernelNorm.apply(x, residual, weight, bias, eps, sinks)
+        return _KernelNorm.apply(x, residual, weight, bias, eps, sink)
     total = x + residual
     if bias is None:
-        return rms_norm(total, weight, eps, impl, sinks), total
-    return layer_norm(total, weight, bias, eps, impl, sinks), total
+        return rms_norm(total, weight, eps, impl, sink), total
+    return layer_norm(total, weight, bias, eps, impl, sink), total
 
 
 def norm_for_fp8(
@@ -75,12 +74,12 @@ def norm_for_fp8(
     bias: Tensor | None,
     eps: float,
     output: Fp8Output | AmaxOutput,
-    sinks: Sinks = _NO_SINKS,
+    sink: NormSink | None = None,
 ) -> tuple[Fp8Activation | ActivationWithAmax, Tensor]:
     """Return the norm of x [t, h] (or of x + residual), in FP8 or with its amax, and the sum; by the kernel. FP8
     requires `output.supports`.
     """
-    y, total, *quantized = _KernelNorm.apply(x, residual, weight, bias, eps, sinks, output)
+    y, total, *quantized = _KernelNorm.apply(x, residual, weight, bias, eps, sink, output)
     total = x if residual is None else total
     if isinstance(output, AmaxOutput):
         return ActivationWithAmax(y, output.amax), total
@@ -150,7 +149,7 @@ class _KernelNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
-        sinks: Sinks,
+        sink: NormSink | None,
         output: Fp8Output | AmaxOutput | None = None,
     ) -> tuple[Tensor, ...]:
         h = x.shape[-1]
@@ -173,7 +172,7 @@ class _KernelNorm(torch.autograd.Function):
         total = x if residual is None else total.view(x.shape)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
-        ctx.sinks = _NO_SINKS if torch.compiler.is_compiling() else sinks
+        ctx.sink = None if torch.compiler.is_compiling() else sink
         ctx.set_materialize_grads(False)
         if residual is None:
             total = x.new_empty(0)
@@ -190,21 +189,15 @@ class _KernelNorm(torch.autograd.Function):
         h = grad_y.shape[-1]
         grad_sum = None if grad_sum is None or not ctx.has_residual else grad_sum.reshape(-1, h)
         given = (grad_y.reshape(-1, h), grad_sum, total.reshape(-1, h), weight, mean, rstd, ctx.has_bias)
-        grad_x, *parameter_grads = torch.ops.triaxis.norm_backward(*given)
+        backward = torch.ops.triaxis.norm_backward
+        grad_weight = grad_bias = None
+        if ctx.sink is None:
+            grad_x, grad_weight, grad_bias = backward(*given)
+        else:
+            grad_x = ctx.sink(lambda main_grads, accumulate: backward(*given, accumulate, *main_grads)[0])
         grad_x = grad_x.view(grad_y.shape)
-        grad_weight, grad_bias = (
-            _deliver(sink, grad) if needed else None
-            for sink, grad, needed in zip(ctx.sinks, parameter_grads, ctx.needs_input_grad[2:4], strict=True)
-        )
+        grad_bias = grad_bias if ctx.has_bias else None
         return grad_x, grad_x if ctx.has_residual else None, grad_weight, grad_bias, None, None, None
-
-
-def _deliver(sink: AddGradient | None, grad: Tensor) -> Tensor | None:
-    """Pass a parameter gradient to its sink, or return it for autograd if there is none."""
-    if sink is None:
-        return grad
-    sink(grad)
-    return None
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -20,8 +20,27 @@ def rope_tables(
     positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute cosines and sines of the angles at `positions` [t]: two fp32 tensors [t, head_dim/2]."""
-    angles = positions.float()[:, None] * _frequencies(head_dim, theta, scaling, positions.device)
+    return tables_at(positions, rope_frequencies(head_dim, theta, scaling, positions.device))
+
+
+def tables_at(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope_tables` for the result of `rope_frequencies`, which is the same in every microbatch."""
+    angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Angles of neighboring positions: fp32 [head_dim/2]."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    # Frequencies with wavelengths up to original/high are kept, those above original/low are divided by `factor`,
+    # and those in between are interpolated.
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -124,16 +143,3 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     torch.mul(first, cos, out=first_out).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=second_out).addcmul_(first, sin, value=sign)
     return out.to(x.dtype)
-
-
-def _frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / theta**exponents
-    if scaling is None:
-        return frequencies
-    # Frequencies with wavelengths up to original/high are kept, those above original/low are divided by `factor`,
-    # and those in between are interpolated.
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling.factor)

@@ -188,10 +188,8 @@ class ShardedParameters:
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of all gradients, fp32 [1], each logical element counted once; call after `reduce_gradients`."""
-        squares = [torch.zeros((), device=self.world.device)]
-        for bucket in self.buckets if self.owns else ():
-            squares += [square_sum(bucket.grad_shard[part]) for part in bucket.plan.owned(bucket.begin, bucket.end)]
-        square = torch.stack(squares).sum(0, keepdim=True)
+        pieces = [b.grad_shard[part] for b in self.buckets if self.owns for part in b.plan.owned(b.begin, b.end)]
+        square = square_sum(pieces)[None] if pieces else torch.zeros(1, device=self.world.device)
         self.world.sum_on_device(square)
         return square.sqrt()
 

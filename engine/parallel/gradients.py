@@ -6,12 +6,15 @@ postpone it to a moment at which the rank would have idled. Alternative consider
 input half and a weight half (it walks private structures for every microbatch).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from engine.ops.linear import add_or_copy
+
+_T = TypeVar("_T")
 
 
 class GradientFlow:
@@ -88,6 +91,17 @@ class GradientSink:
         """Whether something was added in this step already; from now on it was."""
         before, self._step = self._step, self.flow.step
         return before == self.flow.step
+
+
+def add_together(sinks: Sequence[GradientSink], add: Callable[[Sequence[Tensor], bool], _T]) -> _T:
+    """Let `add(main_grads, accumulate)` add to the main gradients of `sinks`, or overwrite them unless `accumulate`,
+    now; return its result. Nothing else adds to only some of them.
+    """
+    (accumulate,) = {sink._accumulates() for sink in sinks}
+    result = add([sink.main_grad for sink in sinks], accumulate)
+    for sink in sinks:
+        sink.arrived()
+    return result
 
 
 def trained_parameter(values: Tensor, sink: GradientSink) -> nn.Parameter:

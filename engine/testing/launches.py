@@ -221,7 +221,7 @@ _LAUNCHES: dict[str, int | Callable[..., int]] = {
     "triaxis::cross_entropy_gradient_": 1,
     "triaxis::embedding_backward_": 1,
     "triaxis::adamw_": 1,
-    "triaxis::square_sum": 2,
+    "triaxis::square_sum": 2,  # of up to 240 pieces; the numbers of its blocks are added up by a second one
     "triaxis::amax_": 1,
     "triaxis::quantize": _quantize,
     "triaxis::transpose_fp8": 1,

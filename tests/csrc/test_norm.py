@@ -120,6 +120,25 @@ def test_rows(emulated, rows, columns):
     assert torch.equal(grad_weight, torch.zeros(columns))
 
 
+@pytest.mark.parametrize("columns", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("centered", [False, True])
+def test_gradients_are_added_to_those_given(emulated, centered, columns):
+    """Or overwrite them; bitwise what adding the gradients returned gives, at any alignment."""
+    torch.manual_seed(0)
+    x, grad, weight = torch.randn(13, columns), torch.randn(13, columns), torch.randn(columns)
+    mean, rstd = torch.randn(13 if centered else 0), torch.rand(13)
+    expected = ops.norm_backward(grad, None, x, weight, mean, rstd, centered)
+    for accumulate in (False, True):
+        around = [torch.full((columns + 2,), 3.0 if accumulate else torch.nan) for _ in range(1 + centered)]
+        given = [t[1:-1] for t in around]
+        got = ops.norm_backward(grad, None, x, weight, mean, rstd, centered, accumulate, *given)
+        assert torch.equal(got[0], expected[0])
+        assert got[1].numel() == got[2].numel() == 0
+        for whole, out, sums in zip(around, given, expected[1:], strict=False):
+            assert torch.equal(out, sums + 3.0 if accumulate else sums)
+            assert not (whole[[0, -1]] != 3.0).any() if accumulate else whole[[0, -1]].isnan().all()
+
+
 def test_the_same_numbers_every_time(emulated):
     """Sums have one order, whatever the order in which warps run."""
     torch.manual_seed(3)
@@ -164,6 +183,13 @@ def test_wrong_arguments_are_named(emulated):
         ops.norm_forward(x, x[:2], weight, None, EPS, False)
     with pytest.raises(RuntimeError, match="expected float32, bfloat16 or float16"):
         ops.norm_forward(x.double(), None, weight.double(), None, EPS, False)
+    backward = (x, None, x, weight, weight[:0], torch.ones(4), False)
+    with pytest.raises(RuntimeError, match="accumulate: there is no grad_weight"):
+        ops.norm_backward(*backward, True)
+    with pytest.raises(RuntimeError, match="grad_bias: a centered norm has one"):
+        ops.norm_backward(*backward, True, weight, weight)
+    with pytest.raises(RuntimeError, match="grad_weight: wrong dtype"):
+        ops.norm_backward(*backward, True, weight.bfloat16())
 
 
 BARRIERS = {

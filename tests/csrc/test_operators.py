@@ -27,6 +27,8 @@ def cases():
         "norm_backward": [
             (x, x, x, weight, mean, rstd, True),
             (x, None, x, weight, mean[:0], rstd, False),
+            (x, None, x, weight, mean[:0], rstd, False, False, torch.zeros(64)),
+            (x, None, x, weight, mean, rstd, True, True, torch.zeros(64), torch.zeros(64)),
         ],
         "norm_forward_fp8": [
             (x, x, weight, bias, 1e-5, True, "block_1x128", None, None),
@@ -60,7 +62,7 @@ def cases():
             (weight.clone(), bias, bias.clone(), bias.square(), bias.bfloat16(), one, one, one * 0, *settings),
             (weight.clone(), bias, bias.clone(), bias.square(), None, one, None, None, *settings),
         ],
-        "square_sum": [(weight,)],
+        "square_sum": [([weight],), ([weight, bias[1:]],)],
         "amax_": [(one.clone(), x)],
         "quantize": [
             (torch.randn(16, 32), torch.float8_e5m2, "tensorwise", False, True, None, one.clone(), False),

@@ -74,17 +74,29 @@ def test_adamw(emulated, size, offset, moments, param_dtype):
 def test_square_sum(emulated, size):
     torch.manual_seed(size)
     x = torch.randn(size)
-    torch.testing.assert_close(ops.square_sum(x).double(), x.double().square().sum(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(ops.square_sum(x[1:]).double(), x[1:].double().square().sum(), rtol=1e-6, atol=1e-7)
-    results = {(emulated(seed), ops.square_sum(x).item())[1] for seed in range(3)}
+    for part in (x, x[1:]):
+        torch.testing.assert_close(ops.square_sum([part]).double(), part.double().square().sum(), rtol=1e-6, atol=1e-7)
+    results = {(emulated(seed), ops.square_sum([x, x[1:]]).item())[1] for seed in range(3)}
     assert len(results) == 1
+
+
+@pytest.mark.parametrize("count", [2, 240, 241, 500])
+def test_square_sum_of_pieces(emulated, launched, count):
+    """240 of them in a launch; of any size and alignment."""
+    torch.manual_seed(count)
+    sizes = torch.randint(0, 300, (count - 1,)).tolist()
+    pieces = torch.randn(sum(sizes) + 9000).split((*sizes, 9000))
+    before = launched()
+    total = ops.square_sum(pieces)
+    assert launched() - before == -(-count // 240) + 1
+    torch.testing.assert_close(total.double(), torch.cat(pieces).double().square().sum(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_square_sum_shows_what_is_not_finite(emulated, value):
     x = torch.randn(5000)
     x[4321] = value
-    assert not ops.square_sum(x).isfinite()
+    assert not ops.square_sum([x, x[:8]]).isfinite()
 
 
 def test_wrong_arguments_are_named(emulated):
@@ -95,5 +107,5 @@ def test_wrong_arguments_are_named(emulated):
         ops.adamw_(x, x.bfloat16(), x, x, None, one, None, None, 1.0, 0.9, 0.9, 1.0, 0.0)
     with pytest.raises(RuntimeError, match="step: expected one fp32 element"):
         ops.adamw_(x, x, x, x, None, x, None, None, 1.0, 0.9, 0.9, 1.0, 0.0)
-    with pytest.raises(RuntimeError, match="x: wrong dtype"):
-        ops.square_sum(x.bfloat16())
+    with pytest.raises(RuntimeError, match="pieces: wrong dtype"):
+        ops.square_sum([x, x.bfloat16()])

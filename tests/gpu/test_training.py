@@ -67,4 +67,4 @@ def test_more_elements_than_32_bits_count(emulated):
         torch.testing.assert_close(master[end], old[0], rtol=2e-5, atol=1e-6)
         assert torch.equal(param[end], master[end].bfloat16())
     expected = sum(part.double().square().sum() for part in grad.split(2**28))
-    torch.testing.assert_close(ops.square_sum(grad).double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ops.square_sum([grad]).double(), expected, rtol=1e-6, atol=0)

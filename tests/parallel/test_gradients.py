@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from engine.ops.norm import rms_norm
-from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
+from engine.parallel.gradients import GradientFlow, GradientSink, add_together, trained_parameter
 from engine.parallel.layout import NO_TP
 from engine.parallel.tensor import column_linear, row_linear
 
@@ -117,3 +117,25 @@ def test_rows_are_added_to_zeros_and_what_gets_nothing_is_zeroed():
         sink.zero_unless_added_to()
     assert rows.main_grad.tolist() == [[0, 0], [2, 2], [0, 0]]
     assert not nothing.main_grad.any()
+
+
+def test_gradients_that_one_op_adds_to_overwrite_first_and_are_complete_in_the_last_pass():
+    completed: list[str] = []
+    flow = GradientFlow(completed.append)
+    sinks = [GradientSink(path, torch.full((2,), torch.nan), flow) for path in ("weight", "bias")]
+    flow.step += 1
+    flow.postponed = []  # these do not wait
+    seen = []
+    for flow.is_last_pass in (False, True):
+
+        def add(main_grads, accumulate):
+            seen.append(accumulate)
+            for grad in main_grads:
+                grad.copy_(grad + 1 if accumulate else torch.ones(2))
+            return len(seen)
+
+        assert add_together(sinks, add) == len(seen)
+        assert completed == (["weight", "bias"] if flow.is_last_pass else [])
+    assert seen == [False, True]
+    assert all(sink.main_grad.tolist() == [2, 2] for sink in sinks)
+    assert not flow.postponed

@@ -453,8 +453,8 @@ def _gradient_norm() -> Case:
         return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
     return Case(
-        [partial(torch.ops.triaxis.square_sum, grad)],
-        lambda: require_close(torch.ops.triaxis.square_sum(grad), expected(), 1e-5),
+        [partial(torch.ops.triaxis.square_sum, [grad])],
+        lambda: require_close(torch.ops.triaxis.square_sum([grad]), expected(), 1e-5),
         {
             "torch": lambda: [partial(torch.linalg.vector_norm, grad)],
             "torch, foreach": lambda: [lambda: torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces)))],

@@ -74,7 +74,7 @@ triaxis_rope_args backward_args(Tensor& grad_q, Tensor& grad_k, Tensor& grad_v, 
 }
 
 // The gradient of qkv, from those of rotated q and k and of v.
-Tensor rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, OptionalTensor amax) {
+Tensor rope_qk_backward_amax(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, OptionalTensor amax) {
   triaxis_rope_args a = backward_args(grad_q, grad_k, grad_v, cos, sin);
   const int64_t q_heads = grad_q.size(1), kv_heads = grad_k.size(1);
   Tensor out = empty(grad_q, {grad_q.size(0), q_heads + 2 * kv_heads, grad_q.size(2)}, grad_q.scalar_type());
@@ -85,6 +85,11 @@ Tensor rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos,
   const OnDevice device(grad_q);
   check_status(triaxis_rope(&a, device.stream), "rope_qk_backward");
   return out;
+}
+
+// Without an amax an operator changes no argument: TorchInductor compiles it.
+Tensor rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin) {
+  return rope_qk_backward_amax(grad_q, grad_k, grad_v, cos, sin, {});
 }
 
 // -> values [t, (n + 2 n_kv) d], their transpose, scale_inv of each; of the gradient of qkv
@@ -105,8 +110,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qk_backward_fp8(
 const Operator kOperators[] = {
     {"rope(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", TRIAXIS_KERNEL(rope)},
     {"rope_qk(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor)", TRIAXIS_KERNEL(rope_qk)},
-    {"rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, Tensor(a!)? amax=None) -> Tensor",
+    {"rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin) -> Tensor",
      TRIAXIS_KERNEL(rope_qk_backward)},
+    {"rope_qk_backward_amax(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, Tensor(a!)? amax) -> Tensor",
+     TRIAXIS_KERNEL(rope_qk_backward_amax)},
     {"rope_qk_backward_fp8(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, str scaling, Tensor? scale, "
      "Tensor(a!)? amax) -> (Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(rope_qk_backward_fp8)},

@@ -32,7 +32,7 @@ extern "C" const char* triaxis_error_string(int status) {
 
 #ifndef TRIAXIS_EMULATED
 // Raise it with every change of an operator's schema or of a public function, together with SCHEMA_VERSION in engine/ops/native.py.
-extern "C" __attribute__((visibility("default"))) int triaxis_schema_version() { return 7; }
+extern "C" __attribute__((visibility("default"))) int triaxis_schema_version() { return 8; }
 
 // "CUDA kernels for 90a;80+PTX", or why there are none.
 extern "C" __attribute__((visibility("default"))) const char* triaxis_build() { return TRIAXIS_BUILD; }

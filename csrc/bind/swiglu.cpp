@@ -22,7 +22,7 @@ triaxis_swiglu_args args_of(const Tensor& gate_up) {
   return a;
 }
 
-Tensor swiglu_forward(Tensor gate_up, OptionalTensor amax) {
+Tensor swiglu_forward_amax(Tensor gate_up, OptionalTensor amax) {
   gate_up = gate_up_of(gate_up);
   Tensor out = empty(gate_up, {gate_up.size(0), gate_up.size(1) / 2}, gate_up.scalar_type());
   triaxis_swiglu_args a = args_of(gate_up);
@@ -32,6 +32,9 @@ Tensor swiglu_forward(Tensor gate_up, OptionalTensor amax) {
   check_status(triaxis_swiglu_forward(&a, device.stream), "swiglu_forward");
   return out;
 }
+
+// Without an amax an operator changes no argument: TorchInductor compiles it.
+Tensor swiglu_forward(Tensor gate_up) { return swiglu_forward_amax(gate_up, {}); }
 
 // -> values of the output, their transpose, which is empty if not requested, and scale_inv
 std::tuple<Tensor, Tensor, Tensor> swiglu_forward_fp8(
@@ -73,7 +76,7 @@ triaxis_swiglu_args backward_args(Tensor& grad_out, Tensor& gate_up) {
   return a;
 }
 
-Tensor swiglu_backward(Tensor grad_out, Tensor gate_up, OptionalTensor amax) {
+Tensor swiglu_backward_amax(Tensor grad_out, Tensor gate_up, OptionalTensor amax) {
   triaxis_swiglu_args a = backward_args(grad_out, gate_up);
   Tensor out = empty(gate_up, {gate_up.size(0), gate_up.size(1)}, gate_up.scalar_type());
   a.out = out.data_ptr();
@@ -82,6 +85,8 @@ Tensor swiglu_backward(Tensor grad_out, Tensor gate_up, OptionalTensor amax) {
   check_status(triaxis_swiglu_backward(&a, device.stream), "swiglu_backward");
   return out;
 }
+
+Tensor swiglu_backward(Tensor grad_out, Tensor gate_up) { return swiglu_backward_amax(grad_out, gate_up, {}); }
 
 // -> values, their transpose, scale_inv of each; of the gradient of gate_up
 std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward_fp8(
@@ -94,11 +99,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward_fp8(
 }
 
 const Operator kOperators[] = {
-    {"swiglu_forward(Tensor gate_up, Tensor(a!)? amax=None) -> Tensor", TRIAXIS_KERNEL(swiglu_forward)},
+    {"swiglu_forward(Tensor gate_up) -> Tensor", TRIAXIS_KERNEL(swiglu_forward)},
+    {"swiglu_forward_amax(Tensor gate_up, Tensor(a!)? amax) -> Tensor", TRIAXIS_KERNEL(swiglu_forward_amax)},
     {"swiglu_forward_fp8(Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax, bool transposed=False) -> "
      "(Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(swiglu_forward_fp8)},
-    {"swiglu_backward(Tensor grad_out, Tensor gate_up, Tensor(a!)? amax=None) -> Tensor", TRIAXIS_KERNEL(swiglu_backward)},
+    {"swiglu_backward(Tensor grad_out, Tensor gate_up) -> Tensor", TRIAXIS_KERNEL(swiglu_backward)},
+    {"swiglu_backward_amax(Tensor grad_out, Tensor gate_up, Tensor(a!)? amax) -> Tensor", TRIAXIS_KERNEL(swiglu_backward_amax)},
     {"swiglu_backward_fp8(Tensor grad_out, Tensor gate_up, str scaling, Tensor? scale, Tensor(a!)? amax) -> "
      "(Tensor, Tensor, Tensor, Tensor)",
      TRIAXIS_KERNEL(swiglu_backward_fp8)},

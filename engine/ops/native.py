@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parent.parent / "_csrc.so"
-SCHEMA_VERSION = 7  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
+SCHEMA_VERSION = 8  # of what Python calls in the library; `triaxis_schema_version` in csrc/bind/status.cpp
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -153,13 +153,16 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "norm_forward": _norm_forward,
     "norm_forward_fp8": _norm_forward_fp8,
     "norm_backward": _norm_backward,
-    "swiglu_forward": lambda gate_up, amax=None: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    "swiglu_forward": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    "swiglu_forward_amax": lambda gate_up, amax: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
     "swiglu_forward_fp8": _swiglu_forward_fp8,
-    "swiglu_backward": lambda grad_out, gate_up, amax=None: gate_up.new_empty(gate_up.shape),
+    "swiglu_backward": lambda grad_out, gate_up: gate_up.new_empty(gate_up.shape),
+    "swiglu_backward_amax": lambda grad_out, gate_up, amax: gate_up.new_empty(gate_up.shape),
     "swiglu_backward_fp8": lambda grad_out, gate_up, *output: _fp8_gradient(gate_up, *output),
     "rope": lambda x, cos, sin, back: x.new_empty(x.shape),
     "rope_qk": _rope_qk,
     "rope_qk_backward": _rope_qk_backward,
+    "rope_qk_backward_amax": _rope_qk_backward,
     "rope_qk_backward_fp8": _rope_qk_backward_fp8,
     "cross_entropy_statistics": _cross_entropy_statistics,
     "cross_entropy_gradient_": lambda *args: None,

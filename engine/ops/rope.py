@@ -116,7 +116,7 @@ class _KernelRotateQkv(torch.autograd.Function):
         if ctx.handover is None:
             grad = ops.rope_qk_backward(*arguments)
         else:
-            grad = ctx.handover.compute(ops.rope_qk_backward, ops.rope_qk_backward_fp8, arguments, ctx.shape)
+            grad = ctx.handover.compute(ops.rope_qk_backward_amax, ops.rope_qk_backward_fp8, arguments, ctx.shape)
         return grad, None, None, None, None
 
 

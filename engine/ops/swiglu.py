@@ -69,7 +69,8 @@ class _KernelSwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, amax: Tensor | None, handover: GradHandover | None) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.handover = handover
-        out = torch.ops.triaxis.swiglu_forward(gate_up.reshape(-1, gate_up.shape[-1]), amax)
+        ops, flat = torch.ops.triaxis, gate_up.reshape(-1, gate_up.shape[-1])
+        out = ops.swiglu_forward(flat) if amax is None else ops.swiglu_forward_amax(flat, amax)
         return out.view(*gate_up.shape[:-1], -1)
 
     @staticmethod
@@ -106,7 +107,7 @@ def _kernel_backward(grad: Tensor, gate_up: Tensor, handover: GradHandover | Non
     ops = torch.ops.triaxis
     if handover is None:
         return ops.swiglu_backward(grad, gate_up)
-    return handover.compute(ops.swiglu_backward, ops.swiglu_backward_fp8, (grad, gate_up), gate_up.shape)
+    return handover.compute(ops.swiglu_backward_amax, ops.swiglu_backward_fp8, (grad, gate_up), gate_up.shape)
 
 
 class _SwiGlu(torch.autograd.Function):

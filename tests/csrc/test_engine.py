@@ -13,7 +13,7 @@ from engine.model.attention import attend_within
 from engine.ops import native
 from engine.ops.norm import add_norm, layer_norm, rms_norm
 from engine.ops.quantize import Fp8Activation, GradHandover
-from engine.ops.rope import rope_tables
+from engine.ops.rope import apply_rope_qkv, rope_tables
 from engine.ops.swiglu import swiglu
 from engine.parallel.fp8 import Fp8Quantizer, Fp8State
 from engine.parallel.gradients import GradientFlow, GradientSink, trained_parameter
@@ -259,3 +259,21 @@ def test_a_block_compiles_as_one_graph(kernels):
 def test_the_compiler_sees_through_the_question_for_kernels():
     compiled = torch.compile(lambda x: x + native.has_kernels(), fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.zeros(1)), torch.zeros(1) + native.has_kernels())
+
+
+def test_inductor_compiles_the_operators(kernels):
+    """Forward and backward: operators without an amax change no argument, which TorchInductor cannot lower."""
+    kernels()
+    torch.manual_seed(0)
+    x, qkv = torch.randn(8, 64, requires_grad=True), torch.randn(8, 6, 16, requires_grad=True)
+    weight = torch.randn(64, requires_grad=True)
+    tables = rope_tables(torch.arange(8), 16, 1e4)
+
+    def loss(x, qkv, weight):
+        return swiglu(rms_norm(x, weight, 1e-5)).sum() + sum(
+            part.square().sum() for part in apply_rope_qkv(qkv, *tables, 2)
+        )
+
+    expected = torch.autograd.grad(loss(x, qkv, weight), (x, qkv, weight))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, qkv, weight), (x, qkv, weight))
+    torch.testing.assert_close(got, expected)

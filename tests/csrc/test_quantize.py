@@ -286,17 +286,18 @@ def test_norms_and_swiglu_take_the_amax_of_what_they_write(emulated, columns, so
     x, residual, weight, bias = (
         torch.randn(*size).to(source) for size in ((7, columns), (7, columns), (columns,), (columns,))
     )
-    calls = {
-        ops.norm_forward: [(x, None, weight, None, 1e-5, False), (x, residual, weight, bias, 1e-5, True)],
-        ops.swiglu_forward: [(torch.randn(7, 2 * columns).to(source),)],
-    }
-    for op, arguments in ((op, arguments) for op, cases in calls.items() for arguments in cases):
+    calls = [
+        (ops.norm_forward, ops.norm_forward, (x, None, weight, None, 1e-5, False)),
+        (ops.norm_forward, ops.norm_forward, (x, residual, weight, bias, 1e-5, True)),
+        (ops.swiglu_forward, ops.swiglu_forward_amax, (torch.randn(7, 2 * columns).to(source),)),
+    ]
+    for op, with_amax, arguments in calls:
         for start, broken in ((0.0, False), (1e3, False), (0.0, True)):
             given = arguments[0].clone()
             if broken:
                 given[5, columns - 1] = torch.nan
             amax = torch.tensor([start])
-            plain, got = op(given, *arguments[1:]), op(given, *arguments[1:], amax)
+            plain, got = op(given, *arguments[1:]), with_amax(given, *arguments[1:], amax)
             torch.testing.assert_close(got, plain, rtol=0, atol=0, equal_nan=True)
             amax_reference(expected := torch.tensor([start]), plain if isinstance(plain, torch.Tensor) else plain[0])
             torch.testing.assert_close(amax, expected, rtol=0, atol=0, equal_nan=True)

@@ -18,11 +18,6 @@ __device__ __forceinline__ Vec<T, kSize> load(const T* p) {
   return *reinterpret_cast<const Vec<T, kSize>*>(p);
 }
 
-template <typename T>
-__device__ __forceinline__ Vec<T> load_vec(const T* p) {
-  return load<Vec<T>::size>(p);
-}
-
 template <typename T, int kSize>
 __device__ __forceinline__ void store(T* p, const Vec<T, kSize>& v) {
   *reinterpret_cast<Vec<T, kSize>*>(p) = v;

@@ -13,13 +13,14 @@ from engine.ops import native
 from engine.ops.choice import package_versions
 
 DESCRIPTION = "Show the machine, the installed packages, and the implementation of each operator on this machine."
-_KERNELS = ("norm", "swiglu", "rope", "cross_entropy", "adamw", "grad_norm", "quantize")
+_KERNELS = ("norm", "swiglu", "rope", "embedding", "cross_entropy", "adamw", "grad_norm", "quantize")
 _ON_CPU = {
     "norm": "custom RMSNorm in three passes, PyTorch's LayerNorm",
     "linear": "training measures MKL and oneDNN for each kind of fp32 matmul, else oneDNN for all but the smallest",
     "attention": "PyTorch's scaled_dot_product_attention, documents of one length at a time",
     "swiglu": "PyTorch, saving only the input",
     "rope": "PyTorch, each half written in place",
+    "embedding": "PyTorch, gradients added to the rows of the tokens",
     "cross_entropy": "fused with the output projection, in chunks of tokens",
     "adamw": "PyTorch's fused AdamW",
     "grad_norm": "PyTorch, row by row",
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def environment() -> Iterator[str]:
     """Yield the lines of the report."""
-    yield f"triaxis     {engine.__version__} ({commit()})"
-    yield f"python      {platform.python_version()} on {platform.machine()}"
-    yield f"torch       {torch.__version__}, {_cuda()}"
-    yield f"csrc        {csrc_build()}"
+    yield f"triaxis               {engine.__version__} ({commit()})"
+    yield f"python                {platform.python_version()} on {platform.machine()}"
+    yield f"torch                 {torch.__version__}, {_cuda()}"
+    yield f"csrc                  {csrc_build()}"
     for name, found in package_versions().items():
         yield f"{name:21} {found or 'not installed'}"
     yield ""

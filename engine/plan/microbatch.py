@@ -104,7 +104,9 @@ def _advice(
         return  # `require_fit` says what would fit, or the choice of the layout what is safer
     if now.needed <= limit and now.seconds <= _WORTH * best.seconds:
         best = now
-        yield f"batch.micro = {now.micro} is within 2% of the fastest that fits"
+        only = sum(size.needed <= limit for size in sizes) == 1
+        verdict = "the only one that fits" if only else "within 2% of the fastest that fits"
+        yield f"batch.micro = {now.micro} is {verdict}"
     else:
         memory = f"{best.needed / GIB:.1f} of {ranks.capacity / GIB:.1f} GiB"
         yield f"recommended: batch.micro = {best.micro}, {_speed(best, now)} the speed by a model of one H200, {memory}"

@@ -35,7 +35,7 @@ def test_gpus_that_are_not_here(workspace, capsys):
     assert "            tp auto: the smallest tp × pp whose fullest rank, 2.6 GiB, fits in 90% of 40.0 GiB" in lines
     table = lines.index("microbatch  batch.micro  microbatches  peak GiB  free GiB  predicted speed")
     assert lines[table + 1].split() == ["1", "1", "2.6", "37.4", "1.00×", "configured"]
-    assert lines[table + 2].strip() == "batch.micro = 1 is within 2% of the fastest that fits"
+    assert lines[table + 2].strip() == "batch.micro = 1 is the only one that fits"
 
 
 def test_files_that_are_not_here_are_named(tmp_path, capsys):

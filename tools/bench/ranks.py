@@ -183,12 +183,14 @@ def _start_all(options: argparse.Namespace, directory: Path) -> tuple[dict[str, 
         written.add(f"ranks {name}", row)
         print(_row(name, results[name]), flush=True)
     if options.traces is not None:
-        _report_overlap(options.traces, options.only, written)
+        _report_overlap(options.traces, options.only, written, bad)
     return results, bad
 
 
-def _report_overlap(directory: Path, names: Sequence[str], written: Results) -> None:
-    """Print and write the share of communication that is hidden, of each run that has left traces in `directory`."""
+def _report_overlap(directory: Path, names: Sequence[str], written: Results, bad: list[str]) -> None:
+    """Print and write the share of communication that is hidden, of each run that has left traces in `directory`; add
+    to `bad` those over NCCL whose traces have no communication.
+    """
     for name in names:
         paths = sorted((directory / name).glob("rank*.json.gz"))
         if not paths:
@@ -196,8 +198,11 @@ def _report_overlap(directory: Path, names: Sequence[str], written: Results) -> 
         print(f"\n{name}\n")
         try:
             found = [read_activity(path) for path in paths]
-        except ConfigError as error:  # not over NCCL
+        except ConfigError as error:
             print(error)
+            if written.machine["backend"] == "nccl":
+                written.add(f"ranks {name}, hidden communication", {"error": str(error)})
+                bad.append(name)
             continue
         print(*table(found), sep="\n", flush=True)
         written.add(f"ranks {name}, hidden communication", _overlap_row(found))

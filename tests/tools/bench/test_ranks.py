@@ -82,13 +82,15 @@ def test_the_tables_of_traces(tmp_path, capsys):
     for name, events in (("tp 2", ONE_RANK), ("dp 2", [])):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "rank0.json.gz", events)
-    _report_overlap(tmp_path, ["one rank", "dp 2", "tp 2"], Results(tmp_path / "ranks.json", {}))
+    bad: list[str] = []
+    _report_overlap(tmp_path, ["one rank", "dp 2", "tp 2"], Results(tmp_path / "ranks.json", {"backend": "nccl"}), bad)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "dp 2" and "none of them a kernel of NCCL" in lines[3]
     assert lines[5] == "tp 2" and lines[-1] == "rank 0: 5.0 ms, computing 40.0%, only communicating 40.0%, idle 20.0%"
     rows = load(tmp_path / "ranks.json")["rows"]
-    assert list(rows) == ["ranks tp 2, hidden communication"]
-    (row,) = rows.values()
+    assert list(rows) == ["ranks dp 2, hidden communication", "ranks tp 2, hidden communication"]
+    empty, row = rows.values()
+    assert bad == ["dp 2"] and "none of them a kernel of NCCL" in empty["error"]
     together = row["overlap"][-1]
     assert (row["unit"], row["value"]) == ("%", pytest.approx(100 * together["hidden_ms"] / together["total_ms"]))
     assert together["axis"] == "all" and len(row["usage"]) == 1

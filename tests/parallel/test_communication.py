@@ -320,10 +320,8 @@ def test_fp8_takes_the_branches_of_a_gpu_on_the_meta_device(tmp_path: Path, reci
         records = record_training(config_of(case, tmp_path), case.layout, device="meta")
     assert matmul.called
     assert_sound(records)
-    # Backward passes gather the saved FP8 tokens again. Forward passes do so only where the norm before the matmul has
-    # quantized them, which needs a kernel and a scale that is known: two steps and the evaluation, or all but step 1.
-    layers, microbatches, backward = 2, 4, 2
-    forward = {"tensorwise": 0, "delayed": 2, "blockwise": 3}[recipe]
+    # Forward passes, of two steps and the evaluation, gather tokens in FP8; backward passes gather the saved ones again.
+    layers, microbatches, forward, backward = 2, 4, 3, 2
     launches = [event for event in records[0].events if isinstance(event, Launch) and event.kind == "all_gather"]
     in_fp8 = sum(launch.dtype == "uint8" for launch in launches)
     assert in_fp8 == 2 * layers * microbatches * (forward + backward)

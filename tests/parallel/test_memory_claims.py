@@ -72,7 +72,7 @@ def test_activations_between_blocks_are_divided_among_the_tensor_parallel_ranks(
     """Under full recompute these are all that is kept, beside the rotary tables and the rows of the embedding."""
     config = config_of("--parallel.recompute", "full")
     tokens, model = config.data.seq_length, config.model
-    tables = tokens * model.head_dim * 4
+    tables = (tokens * model.head_dim + model.head_dim // 2) * 4  # and their frequencies
     rows = tokens * 9 if tp > 1 else 0  # an integer and a mask
     for shapes, kept in run_ranks(tp, between_blocks, config, Layout(tp=tp)):
         assert shapes == {(tokens // tp, model.hidden_size)}

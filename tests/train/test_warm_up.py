@@ -36,7 +36,7 @@ from engine.train.trainer import Trainer
 from tests.parallel.live_memory import LiveMemory, settled
 
 S = 32
-SMALL = 1000  # bytes: a few scales
+SMALL = 5000  # bytes: a few scales, and a thousand maxima (`AmaxSlots`)
 FP8 = ("precision.mode fp8", "model.intermediate_size 192")
 DELAYED = (*FP8, "precision.recipe delayed", "precision.amax_history 3")
 CHATS = ("task sft", "train.neftune_alpha 5", "batch.micro 4", "batch.global 8")

@@ -129,9 +129,9 @@ def test_the_library_is_chosen_by_kind(monkeypatch, name, size, sizes):
 def test_weight_gradients_take_the_library_of_their_kind(monkeypatch, outputs, inputs):
     monkeypatch.setattr(linear_module, "_onednn", lambda *given: pytest.fail("oneDNN"))
     grad, x = torch.randn(128, outputs), torch.randn(128, inputs)
-    add_grad_weight(torch.zeros(outputs, inputs), grad, x, MATMUL_KINDS - {"small weight gradient"})
+    add_grad_weight(torch.zeros(outputs, inputs), grad, x, onednn=MATMUL_KINDS - {"small weight gradient"})
     with pytest.raises(pytest.fail.Exception):
-        add_grad_weight(torch.zeros(outputs, inputs), grad, x, frozenset({"small weight gradient"}))
+        add_grad_weight(torch.zeros(outputs, inputs), grad, x, onednn=frozenset({"small weight gradient"}))
 
 
 @pytest.mark.parametrize(

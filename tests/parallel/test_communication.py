@@ -320,7 +320,7 @@ def test_fp8_takes_the_branches_of_a_gpu_on_the_meta_device(tmp_path: Path, reci
         records = record_training(config_of(case, tmp_path), case.layout, device="meta")
     assert matmul.called
     assert_sound(records)
-    # Forward passes, of two steps and the evaluation, gather tokens in FP8; backward passes gather the saved ones again.
+    # Forward passes, of two steps and the evaluation, gather tokens in FP8; backward passes gather saved ones again.
     layers, microbatches, forward, backward = 2, 4, 3, 2
     launches = [event for event in records[0].events if isinstance(event, Launch) and event.kind == "all_gather"]
     in_fp8 = sum(launch.dtype == "uint8" for launch in launches)

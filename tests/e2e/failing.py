@@ -57,13 +57,13 @@ def fail_in_step_2(trainer: Trainer, fail: Callable[[], None]) -> None:
     pipeline, calls = trainer.model.pipeline, 0
     (part,) = pipeline.parts
 
-    def failing(x: torch.Tensor | None, batch: Any) -> torch.Tensor:
+    def failing(x: torch.Tensor | None, batch: Any, factor: float) -> torch.Tensor:
         nonlocal calls
         calls += torch.is_grad_enabled()
         if calls == MICROBATCHES + 3:
             (trainer.config.run.dir / "failed_at").write_text(str(time.time()))
             fail()
-        return part(x, batch)
+        return part(x, batch, factor)
 
     pipeline.parts = [failing]
 

@@ -119,6 +119,7 @@ OF_CSRC = {
     "swiglu_backward": "SwiGLU backward",
     "swiglu_backward_fp8": "SwiGLU backward",
     "swiglu_forward": "SwiGLU forward",
+    "swiglu_forward_fp8": "SwiGLU forward",
     "transpose_fp8": "transpose FP8",
 }
 

@@ -155,6 +155,18 @@ def _batch(tokens: torch.Tensor) -> Batch:
     return collate(samples, tuple(range(len(samples))), document_mask=False)
 
 
+def torch_adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """PyTorch's fused AdamW with the settings of `OPTIMIZER`, for all parameters of `model`."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=OPTIMIZER.lr,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+        fused=True,
+    )
+
+
 def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, torch.Tensor], attention: str) -> Step:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -165,14 +177,7 @@ def _transformers(model: ModelConfig, tokens: torch.Tensor, weights: dict[str, t
     llama: Any = LlamaForCausalLM._from_config(config, attn_implementation=attention)
     llama.load_state_dict(weights)
     llama.train()
-    optimizer = torch.optim.AdamW(
-        llama.parameters(),
-        lr=OPTIMIZER.lr,
-        betas=OPTIMIZER.betas,
-        eps=OPTIMIZER.eps,
-        weight_decay=OPTIMIZER.weight_decay,
-        fused=True,
-    )
+    optimizer = torch_adamw(llama)
     inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
 
     def step() -> float:

@@ -26,7 +26,7 @@ import torch
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.config.load import resolve
-from engine.config.schema import Config, OptimizerConfig
+from engine.config.schema import Config
 from engine.data.samples.batch import Batch, collate
 from engine.data.samples.sample import Sample
 from engine.errors import ConfigError, run_program
@@ -45,8 +45,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench import power, step_profile
 from tools.bench.kernel_table import source
 from tools.bench.results import Results
+from tools.bench.step import OPTIMIZER, torch_adamw
 
-OPTIMIZER = OptimizerConfig()
 WARM_UP = 2  # steps: the first selects algorithms; with delayed scales, the second is the first to use them
 PROFILED_TOKENS = 32_768  # of a step, so that profiles compare: the first microbatches, and the update
 THEIRS = ("transformers", "transformers-compiled", "transformers-liger")
@@ -205,14 +205,7 @@ def _ours(config: Config, device: str) -> Step:
 
 def _theirs(config: Config, impl: str, device: str) -> Step:
     llama = _llama(config, impl, device)
-    optimizer = torch.optim.AdamW(
-        llama.parameters(),
-        lr=OPTIMIZER.lr,
-        betas=OPTIMIZER.betas,
-        eps=OPTIMIZER.eps,
-        weight_decay=OPTIMIZER.weight_decay,
-        fused=True,
-    )
+    optimizer = torch_adamw(llama)
     run = torch.compile(llama, dynamic=False) if impl == "transformers-compiled" else llama
 
     def step(batches: Sequence[Batch]) -> float:

@@ -1,7 +1,6 @@
 """The commands that people type, as real processes."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -68,30 +67,6 @@ def test_the_example_sets_the_number_of_hardware_queues_unless_it_is_set(workspa
     assert done.returncode == 0, done.stderr
     assert f" CUDA_DEVICE_MAX_CONNECTIONS={used} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170 torchrun " in done.stdout
     assert " --nproc-per-node 2 -m engine train " in done.stdout  # the default on a CPU
-
-
-def test_two_nodes_meet_and_the_slurm_script_sets_them_up(workspace):
-    fakes = workspace / "bin"
-    fakes.mkdir()
-    (fakes / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\nother\\n'\n")
-    # srun: start the command once per node, as Slurm does
-    (fakes / "srun").write_text(
-        '#!/bin/bash\nshift\nSLURM_NODEID=0 "$@" & a=$!\nSLURM_NODEID=1 "$@" & b=$!\nwait $a && wait $b\n'
-    )
-    for fake in fakes.iterdir():
-        fake.chmod(0o755)
-    done = start(
-        ["bash", "examples/slurm/pretrain_7b.sbatch", *tiny(workspace)],
-        ROOT,
-        PATH=f"{fakes}:{ENVIRONMENT['PATH']}",
-        SLURM_JOB_NUM_NODES="2",
-        SLURM_JOB_NODELIST="a,b",
-        SLURM_JOB_ID=str(os.getpid()),
-        NPROC_PER_NODE="1",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 rank(s) on cpu, gloo" in done.stdout
-    assert "finished: 4 steps" in done.stdout
 
 
 def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(workspace):

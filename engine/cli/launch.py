@@ -55,7 +55,7 @@ class NodeLaunch:
             raise ConfigError(
                 f"--nodes {self.nodes} needs --node-rank (0 to {self.nodes - 1}, another one on each node) and "
                 "--master-addr (the host of node 0), or NODE_RANK and MASTER_ADDR in the environment; start the "
-                "command on each node, or see examples/slurm and docs/clusters.md; --dry-run prints the line of a node"
+                "command on each node, or see examples/slurm; --dry-run prints the line of a node"
             )
 
     def options(self) -> list[str]:

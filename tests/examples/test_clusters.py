@@ -117,8 +117,8 @@ def skypilot_node(number: int) -> tuple[list[str], dict[str, str]]:
     """What SkyPilot runs on a node, and its environment."""
     content = yaml.safe_load(SKYPILOT.read_text(encoding="utf-8"))
     run = content["run"].replace("cd /shared ", "cd . ").rstrip() + " --dry-run"
-    variables = {"NODE_RANK": str(number), "NUM_NODES": "8", "NUM_GPUS_PER_NODE": "8", "NODE_IPS": "10.0.0.7\n10.0.0.8"}
-    given = {f"SKYPILOT_{name}": value for name, value in variables.items()}
+    given = {"SKYPILOT_NODE_RANK": str(number), "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8"}
+    given |= {"SKYPILOT_NUM_NODES": "8", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
     return ["bash", "-ec", run], content["envs"] | given | {"RECIPE": "tiny.yaml"}
 
 
@@ -148,13 +148,27 @@ def test_the_jobset_is_consistent():
 
 
 def test_errors_that_a_restart_repeats_end_the_run():
-    _, spec = jobset()
+    content, spec = jobset()
     (rule,) = spec["podFailurePolicy"]["rules"]
+    (ends,) = content["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], ends["action"], ends["onJobFailureReasons"]) == (
+        "FailJob",
+        "FailJobSet",
+        ["PodFailurePolicy"],
+    )
     transient = {Interrupted, PeerError}
     lasting = {kind.exit_code for kind in TriaxisError.__subclasses__() if kind not in transient} - {1}
     assert set(rule["onExitCodes"]["values"]) == lasting
     recovery = yaml.safe_load(SKYPILOT.read_text(encoding="utf-8"))["resources"]["job_recovery"]
     assert recovery["recover_on_exit_codes"] == [Interrupted.exit_code]
+
+
+def test_other_failures_are_tried_again():
+    content, spec = jobset()
+    assert content["spec"]["failurePolicy"]["maxRestarts"] > 0 == spec["backoffLimit"]  # all pods, not one of them
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    recovery = yaml.safe_load(SKYPILOT.read_text(encoding="utf-8"))["resources"]["job_recovery"]
+    assert recovery["max_restarts_on_errors"] > 0
 
 
 def instructions() -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ RUN echo "$COMMIT" > engine/COMMIT \
 
 FROM pytorch/pytorch:${PYTORCH}-runtime
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# The image's Python is that of its system, which pip changes only if told so.
+# PIP_BREAK_SYSTEM_PACKAGES: pip may install into the image's Python if that is its system's.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 PYTHONUNBUFFERED=1 HOME=/home/triaxis
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     python3 -m pip install --no-cache-dir "$(echo /wheels/*.whl)[hf]" \

@@ -46,7 +46,7 @@ def test_a_script_names_verbs_recipes_and_settings(scripts, shell):
     ("words", "last", "expected"),
     [
         ("triaxis", "t", ["tokenizer", "train"]),
-        ("triaxis train", "lla", ["llama2-7b"]),
+        ("triaxis train", "lla", ["llama2-7b", "llama3-8b", "llama3.1-8b"]),
         ("triaxis train tiny", "--parallel.sch", ["--parallel.schedule"]),
         ("triaxis train tiny --parallel.schedule", "", ["1f1b", "gpipe", "interleaved", "zero_bubble"]),
         ("triaxis inspect", "--v", ["--verify", "--vocab-size"]),

@@ -54,6 +54,13 @@ def test_every_recipe_loads_by_its_name():
         load(name, presets=PRESETS, trained=trained)
 
 
+def test_the_first_line_of_a_recipe_is_a_sentence():
+    """`triaxis config` lists it."""
+    for path in recipes().values():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith("# ") and first.endswith("."), path
+
+
 def test_every_preset_has_a_recipe_for_8_64_and_512_gpus_and_is_in_those_of_fine_tuning():
     presets = {name for name in PRESETS if not name.startswith("tiny")}
     sizes = {(row.recipe, row.ranks) for row in rows()}

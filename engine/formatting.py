@@ -26,5 +26,5 @@ def megabytes(num_bytes: float) -> str:
 
 def did_you_mean(name: str, known: Iterable[object]) -> str:
     """Format the known name that is closest to `name`, as ` (did you mean 'train'?)`; empty if none is close."""
-    close = difflib.get_close_matches(name, [str(one) for one in known], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, [str(one) for one in known], n=1, cutoff=0.7)
     return f" (did you mean {close[0]!r}?)" if close else ""

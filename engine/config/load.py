@@ -1,10 +1,11 @@
 """Load a `Config` from a YAML file and command-line overrides.
 
-Precedence: defaults < model preset < file < command line. Unknown keys are errors with a suggestion. All problems are
-reported in one error, so that a cluster job does not queue again for each typo.
+Precedence: defaults < model preset < file < command line. Unknown keys are errors that say what to use instead: the
+counterpart of another trainer's setting (`foreign.py`), the section that has the setting, or a name spelled alike. All
+problems are reported in one error, so that a cluster job does not queue again for each typo.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from engine.config.checks import cross_checks
+from engine.config.foreign import explain
 from engine.config.recipes import find_config
 from engine.config.schema import SOURCES, Config, Section
 from engine.errors import ConfigError, TriaxisError
@@ -84,7 +86,7 @@ def resolve(
     except ValidationError as error:
         errors: list[dict[str, Any]] = [dict(item) for item in error.errors()]
         missing = [e for e in errors if e["type"] == "missing" and filled & {e["loc"][0], ".".join(map(str, e["loc"]))}]
-        problems += [_describe(e) for e in errors if e not in missing]
+        problems += [problem for e in errors if e not in missing for problem in _describe(e)]
     if config is not None:
         problems += cross_checks(config)
     found = [problem for problem in problems if problem]
@@ -110,7 +112,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """Parse `--key value` and `--key=value` into pairs."""
+    """Parse `--key value` and `--key=value` into pairs; a switch of another trainer, `--key`, is one that is true."""
     pairs, rest = [], list(overrides)
     while rest:
         item = rest.pop(0)
@@ -118,9 +120,10 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
             raise ConfigError(f"unexpected argument {item!r}; overrides look like --section.key VALUE")
         key, equals, value = item[2:].partition("=")
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            is_last = not rest or rest[0].startswith("--")
+            if is_last and explain(key) is None:
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
-            value = rest.pop(0)
+            value = "true" if is_last else rest.pop(0)
         pairs.append((key, value))
     return pairs
 
@@ -181,15 +184,39 @@ def _family_problem(raw: Mapping[str, Any], presets: Presets) -> str | None:
     return f"model.family = {name!r} is unknown{did_you_mean(name, known)}; known: {', '.join(known)}"
 
 
-def _describe(item: dict[str, Any]) -> str:
+def _describe(item: dict[str, Any]) -> Iterator[str]:
     location = [str(part) for part in item["loc"]]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
-        return f"{path}: no such setting{did_you_mean(location[-1], _siblings(location))}"
-    if item["type"] == "missing":
-        return f"{path}: required, but not given"
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return f"{path} = {item['input']!r}: {message}"
+        yield from _describe_unknown(location, item["input"])
+    elif item["type"] == "missing":
+        yield f"{path}: required, but not given"
+    else:
+        yield f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _describe_unknown(location: Sequence[str], value: Any) -> Iterator[str]:
+    """Say for a key that does not exist, or for each key of a section that does not exist, what to use instead."""
+    path, name = ".".join(location), location[-1]
+    hint, similar = explain(path), did_you_mean(name, _siblings(location))
+    inside = _flat(value) if isinstance(value, dict) and not hint else {}
+    if inside and (not similar or any(explain(f"{path}.{key}") for key in inside)):
+        for key, inner in value.items():
+            yield from _describe_unknown([*location, str(key)], inner)
+        return
+    elsewhere = [own for own in _settings(Config) if own.rpartition(".")[2] == name]
+    hint = hint or (f"use {' or '.join(elsewhere)}" if elsewhere else "")
+    yield f"{path}: no such setting{f'; {hint}' if hint else similar}"
+
+
+def _settings(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting."""
+    for key, field in section.model_fields.items():
+        name = f"{prefix}{field.alias or key}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _settings(field.annotation, f"{name}.")
+        else:
+            yield name
 
 
 def _siblings(location: Sequence[str]) -> list[str]:
@@ -199,10 +226,8 @@ def _siblings(location: Sequence[str]) -> list[str]:
         if name.isdigit():
             continue
         fields = {field.alias or key: field for key, field in section.model_fields.items()}
-        section = next(
-            (t for t in _types(fields[name].annotation) if isinstance(t, type) and issubclass(t, Section)),
-            None,
-        )
+        types = _types(fields[name].annotation) if name in fields else []
+        section = next((t for t in types if isinstance(t, type) and issubclass(t, Section)), None)
         if section is None:
             return []
     return [field.alias or key for key, field in section.model_fields.items()]

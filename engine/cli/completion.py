@@ -45,7 +45,7 @@ def _whole_parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="store_true", help="print the version and what csrc was built with")
     verbs = whole.add_subparsers()
     for verb, summary in VERBS.items():
-        own = parser() if verb == "completion" else import_module(f"engine.cli.{verb}").parser()
+        own = parser() if verb == "completion" else import_module(f"engine.cli.{verb.replace('-', '_')}").parser()
         part = verbs.add_parser(verb, help=summary, parents=[own], add_help=False)
         for action in part._actions:
             _complete(action)

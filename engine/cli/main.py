@@ -13,7 +13,7 @@ from engine.cli.arguments import command_name
 from engine.errors import run_program
 from engine.formatting import did_you_mean
 
-VERBS = {  # each is a module of engine/cli, with `main` and `parser`
+VERBS = {  # each is a module of engine/cli, with `main` and `parser`; a - in the name is _ in the module
     "train": "pretrain or fine-tune, on one process or on all GPUs of one or more nodes",
     "check": "validate a configuration, and print its layout, memory and steps",
     "config": "list recipes and model presets, or print a configuration with all its settings",
@@ -21,6 +21,7 @@ VERBS = {  # each is a module of engine/cli, with `main` and `parser`
     "tokenizer": "train a SentencePiece tokenizer on text",
     "preprocess": "turn text or conversations into a dataset",
     "inspect": "show, count and verify a dataset",
+    "from-megatron": "turn a Megatron-LM command line into a configuration",
     "convert": "convert a model from or to a Hugging Face directory",
     "generate": "complete a prompt, or answer a file of prompts",
     "chat": "talk with a model",
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run one verb; see `triaxis --help`. Returns the exit code, None for 0."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in VERBS:
-        return import_module(f"engine.cli.{given[0]}").main(given[1:])
+        return import_module(f"engine.cli.{given[0].replace('-', '_')}").main(given[1:])
     if given and given[0] == "--version":
         from engine.cli.version import describe_version
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
 
 def _parser() -> argparse.ArgumentParser:
     """The parser of what is not a verb. Its help lists the verbs."""
-    verbs = "\n".join(f"  {verb:13}{summary}" for verb, summary in VERBS.items())
+    verbs = "\n".join(f"  {verb:15}{summary}" for verb, summary in VERBS.items())
     parser = argparse.ArgumentParser(
         prog=command_name("").strip(),
         usage="%(prog)s VERB [...]",

@@ -30,6 +30,8 @@ _QUANTIZED = "not implemented: training of quantized weights; precision.mode has
 _DATASET = "data.train; a list of {path, weight} of token datasets, which `triaxis preprocess` makes from text"
 _TOKENIZER = "data.tokenizer; a SentencePiece model, a tokenizer.json, or a directory with one"
 _GPUS = "the number of GPUs is not a setting: `triaxis train CONFIG --gpus N`, `triaxis check CONFIG --world-size N`"
+_TP_OVERLAP = "not implemented: matmuls that overlap with the communication of tensor parallelism"
+_NOT_READ = "checkpoints of Megatron-LM are not read: convert them to a Hugging Face directory"
 _ALWAYS = "always on"
 _KERNELS = "chosen by itself; the section ops names implementations"
 
@@ -153,13 +155,13 @@ MEGATRON: Mapping[str, str] = {
     "mtp_num_layers": "not implemented: multi-token prediction",
     "tensor_model_parallel_size": "parallel.tp; or auto",
     "pipeline_model_parallel_size": "parallel.pp; or auto",
-    "num_layers_per_virtual_pipeline_stage": "parallel.virtual_stages; layers / pp / this, and parallel.schedule = interleaved",
+    "num_layers_per_virtual_pipeline_stage": "parallel.virtual_stages; layers / pp / this; schedule = interleaved",
     "num_virtual_stages_per_pipeline_rank": "parallel.virtual_stages; and parallel.schedule = interleaved",
     "decoder_first_pipeline_num_layers": "parallel.layers_per_stage; one number per stage; by cost if not given",
     "decoder_last_pipeline_num_layers": "parallel.layers_per_stage; one number per stage; by cost if not given",
     "pipeline_model_parallel_layout": "parallel.layers_per_stage; one number per stage; by cost if not given",
-    "account_for_embedding_in_pipeline_split": "parallel.layers_per_stage; by cost if not given, embedding and head included",
-    "account_for_loss_in_pipeline_split": "parallel.layers_per_stage; by cost if not given, embedding and head included",
+    "account_for_embedding_in_pipeline_split": "parallel.layers_per_stage; by cost if not given, embedding included",
+    "account_for_loss_in_pipeline_split": "parallel.layers_per_stage; by cost if not given, head included",
     "sequence_parallel": "on wherever parallel.tp > 1",
     "context_parallel_size": _CP,
     "cp_comm_type": _CP,
@@ -167,7 +169,7 @@ MEGATRON: Mapping[str, str] = {
     "overlap_grad_reduce": _ALWAYS,
     "overlap_param_gather": _ALWAYS,
     "no_overlap_p2p_communication": "the pipeline's sends and receives run beside the computation wherever they can",
-    "tp_comm_*": "not implemented: matmuls that overlap with the communication of tensor parallelism",
+    "tp_comm_*": _TP_OVERLAP,
     "ddp_*": "buckets of gradients have a fixed size",
     "use_torch_fsdp2": _FSDP,
     "use_megatron_fsdp": _FSDP,
@@ -218,7 +220,7 @@ MEGATRON: Mapping[str, str] = {
     "step_batch_size_schedule": _RAMPUP,
     "train_iters": "train.steps",
     "train_samples": "train.steps; samples / global batch",
-    "exit_interval": "train.steps; the schedule ends there too; or stop with SIGTERM, which saves a checkpoint",
+    "exit_interval": "not implemented: stopping before the end; SIGTERM saves a checkpoint and exits with code 75",
     "exit_duration_in_mins": "not implemented: a time limit; SIGTERM saves a checkpoint and exits with code 75",
     "exit_signal_handler": "always on: SIGTERM saves a checkpoint and exits with code 75",
     "manual_gc": _ALWAYS,
@@ -249,11 +251,11 @@ MEGATRON: Mapping[str, str] = {
     "adam_beta2": _BETAS + "; in Megatron-LM 0.999 if it is not given",
     "adam_eps": "optimizer.eps",
     "clip_grad": "optimizer.clip_grad",
-    "use_precision_aware_optimizer": "optimizer.moments = bf16; it stores both moments in bf16",
+    "use_precision_aware_optimizer": "optimizer.moments; bf16 is for both moments",
     "exp_avg_dtype": "optimizer.moments; fp32 or bf16, for both moments",
     "exp_avg_sq_dtype": "optimizer.moments; fp32 or bf16, for both moments",
     "calculate_per_token_loss": "always on: the loss is the mean over the target tokens of the global batch",
-    "check_for_nan_in_loss_and_grad": "train.max_nonfinite_steps",
+    "no_check_for_nan_in_loss_and_grad": "train.max_nonfinite_steps; steps with NaN are skipped",
     "seed": "run.seed",
     "deterministic_mode": "run.deterministic",
     "seq_length": "data.seq_length",
@@ -292,8 +294,8 @@ MEGATRON: Mapping[str, str] = {
     "eval_interval": "train.eval_interval",
     "eval_iters": "train.eval_steps; in Megatron-LM 100 if it is not given",
     "save": "run.dir",
-    "load": "run.resume; checkpoints of Megatron-LM are not read: convert them to a Hugging Face directory, then model.from_hf",
-    "pretrained_checkpoint": "model.from_hf; a Hugging Face directory: checkpoints of Megatron-LM are not read",
+    "load": f"run.resume; or model.from_hf; {_NOT_READ}",
+    "pretrained_checkpoint": f"model.from_hf; {_NOT_READ}",
     "finetune": "model.from_checkpoint; or model.from_hf: weights only",
     "save_interval": "checkpoint.interval",
     "save_retain_interval": "checkpoint.keep_last; only the newest are kept",
@@ -307,8 +309,20 @@ MEGATRON: Mapping[str, str] = {
     "use_checkpoint_args": "model.from_checkpoint; or model.from_hf: the architecture is read from there",
     "use_mcore_models": "there is one decoder",
     "distributed_backend": "NCCL on GPUs, gloo on CPUs",
-    "sft": "task = sft",
+    "sft": "task = sft; its data are made by `triaxis preprocess`",
     "yaml_cfg": "not read: give the arguments themselves",
+    "data_args_path": "not read: give its content as --data-path",
+    "per_split_data_args_path": "not read: give its content as --train-data-path and --valid-data-path",
+    "skip_train": "not implemented: evaluation without training",
+    "spec": "not implemented: other layers than those of a family of models",
+    "softmax_type": "not implemented: another softmax",
+    "rotary_interleaved": "not implemented: interleaved rotary positions; the halves of a head are rotated",
+    "rotary_seq_len_interpolation_factor": "not implemented: interpolated positions; model.rope_scaling is Llama 3's",
+    "no_rope_freq": "not implemented: layers without rotary positions",
+    "window_attn_skip_freq": "not implemented: layers with and without a window",
+    "use_mup": "not implemented: muP",
+    "qk_clip": "not implemented: clipping of attention logits",
+    "embedding_init_method_std": "model.init_std; for all embeddings and matrices",
     "perform_rl_step": _DPO,
     "rl_*": _DPO,
     "grpo_*": _DPO,
@@ -349,7 +363,7 @@ TORCHTITAN: Mapping[str, str] = {
     "pipeline_parallel_layers_per_stage": "parallel.layers_per_stage; a list; by cost if not given",
     "context_parallel_degree": _CP,
     "expert_parallel_degree": _EP,
-    "enable_async_tensor_parallel": "not implemented: matmuls that overlap with the communication of tensor parallelism",
+    "enable_async_tensor_parallel": _TP_OVERLAP,
     "compile.enable": "parallel.compile",
     "activation_checkpoint.mode": "parallel.recompute; none, selective or full",
     "checkpoint.enable": "always on; checkpoint.interval = 0 saves only at the end",
@@ -380,7 +394,7 @@ NANOTRON: Mapping[str, str] = {
     "dataset_folder": _DATASET,
     "dataset_weights": "data.train; a list of {path, weight}",
     "hf_dataset_or_datasets": _DATASET,
-    "data_stages": "not implemented: data that change in the run; data.train is a mixture, and a second run can start from the first",
+    "data_stages": "not implemented: data that change in the run; model.from_checkpoint starts the next stage",
     "num_loading_workers": "data.num_workers",
     "tokenizer_name_or_path": _TOKENIZER,
     "sequence_length": "data.seq_length",
@@ -515,7 +529,7 @@ TRAINERS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-_SETTING = re.compile(r"(task|[a-z_]+(?:\.[a-z_]+)+)(?= = |;|$)")
+_SETTING = re.compile(r"(task|[a-z]\w*(?:\.\w+)+)(?= = |;|$)")
 
 
 def counterpart(answer: str) -> str | None:

@@ -22,7 +22,7 @@ def test_the_help_lists_every_verb_and_needs_no_torch():
     script += "finally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     for verb, summary in VERBS.items():
-        assert f"  {verb:13}{summary}\n" in done.stdout
+        assert f"  {verb:15}{summary}\n" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
 
 
@@ -40,7 +40,7 @@ def test_the_help_of_a_verb_names_itself_and_has_an_example(verb, capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_are_accepted_by_the_parser(verb, capsys):
     """Each example of a verb's help, without what a shell does with it."""
-    module = import_module(f"engine.cli.{verb}")
+    module = import_module(f"engine.cli.{verb.replace('-', '_')}")
     lines = module.parser().format_help().replace("\\\n", " ").splitlines()
     for line in (line.partition(" # ")[0] for line in lines if line.startswith(f"  triaxis {verb} ")):
         words = shlex.split(line.partition(" > ")[0])[2:]

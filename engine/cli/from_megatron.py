@@ -1,0 +1,134 @@
+"""`triaxis from-megatron`: print the configuration of a Megatron-LM command line."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from engine.cli.arguments import command_name, program_parser
+from engine.cli.megatron.arguments import Arguments
+from engine.cli.megatron.notes import Notes
+from engine.cli.megatron.translation import translate
+from engine.config.load import resolve
+from engine.errors import ConfigError
+from engine.model.families import PRESETS
+
+DESCRIPTION = """Print the configuration that says what the arguments of Megatron-LM say, with comments: what is left to
+set, what differs, what has no counterpart, what needs no setting. Arguments that are not given have Megatron-LM's
+defaults. If Triaxis cannot run such a model, it says why."""
+EXAMPLES = """
+examples:
+  %(prog)s "--num-layers 32 --hidden-size 4096 ..." > mine.yaml
+  %(prog)s -- --num-layers 32 --hidden-size 4096 ... > mine.yaml
+  %(prog)s arguments.txt > mine.yaml                         # `-` is stdin
+  %(prog)s --script train_llama3_8b.sh checkpoints logs > mine.yaml
+Everything before the arguments may stay: torchrun with its options, the name of the script."""
+_SECTIONS = (
+    ("todo", "Set yourself:"),
+    ("changed", "Different here:"),
+    ("left_out", "No counterpart, left out:"),
+    ("implied", "Nothing to set:"),
+    ("unknown", "Not known to this command, left out:"),
+)
+# Runs the script $0 with its arguments. The launchers and python, by these names, print the line that would start
+# Megatron-LM and end the script; python runs as always for what is not such a line.
+_PRINT_LINE = r"""
+exec 3>&1 1>&2
+_print_line() { printf '%s\n' "$(printf '%q ' "$@")" >&3; exit 0; }
+for _name in torchrun srun mpirun; do eval "$_name() { _print_line $_name \"\$@\"; }"; done
+for _name in python python3; do
+    eval "$_name() { case \"\$*\" in *.py*--*) _print_line $_name \"\$@\" ;; *) command $_name \"\$@\" ;; esac; }"
+done
+exec() { [ $# -eq 0 ] || { "$@"; exit; }; }
+. "$0"
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Create the parser of this command."""
+    parser = program_parser("from-megatron", DESCRIPTION, EXAMPLES)
+    parser.add_argument("arguments", nargs="+", metavar="ARGS",
+                        help="the arguments, a file with them, or - for stdin")  # fmt: skip
+    parser.add_argument("--script", action="store_true",
+                        help="ARGS is a bash script and its arguments: run it up to the line that starts "
+                        "Megatron-LM by torchrun, srun, mpirun or python, and translate that line")  # fmt: skip
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `--help`."""
+    options = parser().parse_args(arguments)
+    words = _run_script(options.arguments) if options.script else _words(options.arguments)
+    given = Arguments(words)
+    config, notes = translate(given)
+    resolve(
+        config, presets=PRESETS, source="the translation"
+    )  # a problem of the arguments, such as sizes that do not divide
+    print("\n".join([*_comments(notes, given), _yaml(config)]), end="")
+
+
+def _words(given: Sequence[str]) -> list[str]:
+    """The arguments as words: as they are, or those of a text, of a file or of stdin."""
+    if len(given) > 1:
+        return list(given)
+    text = given[0]
+    try:
+        if text == "-":
+            text = sys.stdin.read()
+        elif "--" not in text:
+            text = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the arguments in {given[0]}: {error}") from None
+    words = _split(text)
+    if variables := [word for word in words if "$" in word]:
+        raise ConfigError(
+            f"{variables[0]} is a variable of a shell script; `{command_name('from-megatron')} --script FILE` runs the "
+            "script to find its value"
+        )
+    return words
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"{text.strip()!r} is not a line of a shell: {error}") from None
+
+
+def _run_script(command: Sequence[str]) -> list[str]:
+    """Run a bash script up to the line that starts Megatron-LM, and return the words of that line."""
+    if not Path(command[0]).is_file():
+        raise ConfigError(f"--script {command[0]}: no such file")
+    done = subprocess.run(["bash", "-c", _PRINT_LINE, *command], stdout=subprocess.PIPE, text=True, check=False)
+    if not done.stdout:
+        raise ConfigError(
+            f"--script {' '.join(command)}: ended with code {done.returncode} before torchrun, srun, mpirun or python "
+            "started a .py file; put the arguments into a file instead"
+        )
+    return [
+        word for part in shlex.split(done.stdout.splitlines()[0]) for word in _split(part)
+    ]  # sh -c 'python ...' is one part
+
+
+def _comments(notes: Notes, given: Arguments) -> list[str]:
+    ranks = given.ranks or "N"
+    lines = [
+        f"# Translated by `{command_name('from-megatron')}`. Next, with the name of this file:",
+        f"#   {command_name('check')} FILE --world-size {ranks}",
+        f"#   {command_name('train')} FILE --gpus N",
+    ]
+    for name, title in _SECTIONS:
+        if items := getattr(notes, name):
+            lines.append(f"# {title}")
+            lines += [textwrap.fill(item, 118, initial_indent="# - ", subsequent_indent="#   ") for item in items]
+    return [*lines, ""]
+
+
+def _yaml(config: dict[str, object]) -> str:
+    text: str = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=118)
+    return text

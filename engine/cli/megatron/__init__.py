@@ -1,0 +1,1 @@
+"""Translation of Megatron-LM's command line into a configuration."""

@@ -198,9 +198,15 @@ def test_learning_rates_are_megatrons(style, rates):
 def test_pipelines():
     parallel = translated("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2")[0].parallel
     assert (parallel.schedule, parallel.virtual_stages) == ("interleaved", 2)
-    stages = "--pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers"
-    assert translated(f"{stages} 1")[0].parallel.layers_per_stage == (1, 3, 3, 1)
-    assert "does not divide 8 layers over 4 stages" in refusal(f"{stages} 2")
+    first, last = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
+    for ends, layers in (
+        (f"{first} 1 {last} 1", (1, 3, 3, 1)),
+        (f"{first} 5", (5, 1, 1, 1)),
+        (f"{last} 5", (1, 1, 1, 5)),
+    ):
+        config, _ = translated(f"--pipeline-model-parallel-size 4 {ends}")
+        assert config.parallel.layers_per_stage == layers
+    assert "does not divide 8 layers over 4 stages" in refusal(f"--pipeline-model-parallel-size 4 {first} 1 {last} 2")
 
 
 def test_recomputation():

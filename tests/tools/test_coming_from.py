@@ -32,6 +32,12 @@ def test_a_page_that_is_out_of_date_is_an_error(tmp_path):
 def test_names_with_one_answer_share_a_row():
     names = {"a_b": "train.steps", "c": "train.steps", "d": "optimizer.lr; halved", "e": "not implemented: e"}
     assert tables(names).splitlines() == [
-        "| theirs | here | |", "|---|---|---|", "| `a_b`, `c` | `train.steps` |  |", "| `d` | `optimizer.lr` | halved |", "",
-        "| theirs | why there is no setting |", "|---|---|", "| `e` | not implemented: e |",
-    ]  # fmt: skip
+        "| theirs | here | |",
+        "|---|---|---|",
+        "| `a_b`, `c` | `train.steps` |  |",
+        "| `d` | `optimizer.lr` | halved |",
+        "",
+        "| theirs | why there is no setting |",
+        "|---|---|",
+        "| `e` | not implemented: e |",
+    ]

@@ -43,7 +43,7 @@ def translate(arguments: Arguments) -> tuple[dict[str, Any], Notes]:
         "lr_schedule": _schedule(a, notes, steps, batch["global"]),
         "train": {"steps": steps, **_evaluation(a, has_valid="valid" in data or data["split"][1] > 0)},
         "checkpoint": _checkpoint(a, notes),
-        "log": {"interval": a.integer("log_interval"), "tensorboard": a.switch("tensorboard_dir")},
+        "log": {"interval": a.integer("log_interval"), "tensorboard": "tensorboard_dir" in a.given},
     }
     if notes.refused:
         reasons = "\n  ".join(notes.refused)

@@ -456,6 +456,9 @@ NANOGPT: Mapping[str, str] = {
 }
 
 OTHERS: Mapping[str, str] = {  # of no trainer in particular
+    "resume": "run.resume; auto by default: rerun the same command to resume",
+    "name": "run.dir; its directory is the run's name",
+    "output": "run.dir",
     "iterations": "train.steps",
     "num_steps": "train.steps",
     "num_epochs": "train.epochs; for task = sft; pretraining counts train.steps",
@@ -490,7 +493,6 @@ OTHERS: Mapping[str, str] = {  # of no trainer in particular
     "cp": _CP,
     "ep": _EP,
     "fp8": "precision.mode = fp8",
-    "precision": "precision.mode; fp32, bf16 or fp8",
     "tensor_parallel": "parallel.tp; or auto",
     "tensor_parallel_size": "parallel.tp; or auto",
     "pipeline_parallel": "parallel.pp; or auto",

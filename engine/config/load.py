@@ -191,6 +191,8 @@ def _describe(item: dict[str, Any]) -> Iterator[str]:
         yield from _describe_unknown(location, item["input"])
     elif item["type"] == "missing":
         yield f"{path}: required, but not given"
+    elif item["type"] == "model_type" and (names := _siblings([*location, ""])):
+        yield f"{path} = {item['input']!r}: a section, not a setting; its settings are {', '.join(names)}"
     else:
         yield f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 

@@ -58,6 +58,8 @@ def test_megatrons_sixty_commonest_are_known():
         ("--parallelism.dp 2", "parallelism.dp: no such setting; data parallelism uses the ranks that"),
         ("--interval 5", "interval: no such setting; use checkpoint.interval or log.interval"),
         ("--block_size 128", "block_size: no such setting; use data.seq_length"),
+        ("--resume", "resume: no such setting; use run.resume; auto by default"),
+        ("--model llama", "model = 'llama': a section, not a setting; its settings are preset, from_hf, "),
         ("--seed 3", "seed: no such setting; use run.seed"),
     ],
 )

@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from engine.cli.arguments import program_parser
-from engine.cli.main import VERBS
+from engine.cli.main import VERBS, verb_module
 from engine.config.recipes import recipes
 from engine.config.schema import Config, Section
 from engine.errors import ConfigError
@@ -45,7 +44,7 @@ def _whole_parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="store_true", help="print the version and what csrc was built with")
     verbs = whole.add_subparsers()
     for verb, summary in VERBS.items():
-        own = parser() if verb == "completion" else import_module(f"engine.cli.{verb.replace('-', '_')}").parser()
+        own = parser() if verb == "completion" else verb_module(verb).parser()
         part = verbs.add_parser(verb, help=summary, parents=[own], add_help=False)
         for action in part._actions:
             _complete(action)

@@ -7,13 +7,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engine.cli.arguments import command_name
 from engine.errors import run_program
 from engine.formatting import did_you_mean
 
-VERBS = {  # each is a module of engine/cli, with `main` and `parser`; a - in the name is _ in the module
+VERBS = {  # each is a module of engine/cli, with `main` and `parser`: see `verb_module`
     "train": "pretrain or fine-tune, on one process or on all GPUs of one or more nodes",
     "check": "validate a configuration, and print its layout, memory and steps",
     "config": "list recipes and model presets, or print a configuration with all its settings",
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run one verb; see `triaxis --help`. Returns the exit code, None for 0."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given and given[0] in VERBS:
-        return import_module(f"engine.cli.{given[0].replace('-', '_')}").main(given[1:])
+        return verb_module(given[0]).main(given[1:])
     if given and given[0] == "--version":
         from engine.cli.version import describe_version
 
@@ -64,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         parser.error(f"no such verb: {given[0]}{did_you_mean(given[0], VERBS)}; verbs: {', '.join(VERBS)}")
     parser.parse_args(given)
     parser.error(f"a verb is missing: {', '.join(VERBS)}")
+
+
+def verb_module(verb: str) -> Any:
+    """Import the module of a verb, which has its `main` and its `parser`."""
+    return import_module(f"engine.cli.{verb.replace('-', '_')}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import engine
 from engine.cli.arguments import command_name
-from engine.cli.main import VERBS, main
+from engine.cli.main import VERBS, main, verb_module
 from engine.cli.version import commit
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +39,7 @@ def test_the_help_of_a_verb_names_itself_and_has_an_example(verb, capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_are_accepted_by_the_parser(verb, capsys):
     """Each example of a verb's help, without what a shell does with it."""
-    module = import_module(f"engine.cli.{verb.replace('-', '_')}")
+    module = verb_module(verb)
     lines = module.parser().format_help().replace("\\\n", " ").splitlines()
     for line in (line.partition(" # ")[0] for line in lines if line.startswith(f"  triaxis {verb} ")):
         words = shlex.split(line.partition(" > ")[0])[2:]

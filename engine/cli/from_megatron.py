@@ -66,10 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = _run_script(options.arguments) if options.script else _words(options.arguments)
     given = Arguments(words)
     config, notes = translate(given)
-    resolve(
-        config, presets=PRESETS, source="the translation"
-    )  # a problem of the arguments, such as sizes that do not divide
-    print("\n".join([*_comments(notes, given), _yaml(config)]), end="")
+    resolve(config, presets=PRESETS, source="the translation")  # refuses sizes that do not divide
+    text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=118)
+    print("\n".join([*_comments(notes, given), text]), end="")
 
 
 def _words(given: Sequence[str]) -> list[str]:
@@ -110,9 +109,10 @@ def _run_script(command: Sequence[str]) -> list[str]:
             f"--script {' '.join(command)}: ended with code {done.returncode} before torchrun, srun, mpirun or python "
             "started a .py file; put the arguments into a file instead"
         )
+    parts = shlex.split(done.stdout.splitlines()[0])
     return [
-        word for part in shlex.split(done.stdout.splitlines()[0]) for word in _split(part)
-    ]  # sh -c 'python ...' is one part
+        word for part in parts for word in (_split(part) if " " in part else [part])
+    ]  # sh -c "python ..." is one part
 
 
 def _comments(notes: Notes, given: Arguments) -> list[str]:
@@ -127,8 +127,3 @@ def _comments(notes: Notes, given: Arguments) -> list[str]:
             lines.append(f"# {title}")
             lines += [textwrap.fill(item, 118, initial_indent="# - ", subsequent_indent="#   ") for item in items]
     return [*lines, ""]
-
-
-def _yaml(config: dict[str, object]) -> str:
-    text: str = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=118)
-    return text

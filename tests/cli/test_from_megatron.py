@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,13 @@ def test_what_is_missing_is_listed_at_once():
 def test_arguments_that_are_none(given, expected):
     with pytest.raises(ConfigError, match=expected):
         main(given)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1e9", "nan", ""])
+def test_no_value_ends_in_a_traceback(value):
+    for name in sorted({*KNOWN_DEFAULTS} - {"optimizer"}):
+        with suppress(ConfigError):
+            translated(f"--{name.replace('_', '-')} '{value}'")
 
 
 def test_the_ways_to_give_arguments_say_the_same(tmp_path, capsys, monkeypatch):

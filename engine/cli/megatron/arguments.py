@@ -4,8 +4,10 @@ Defaults are those of megatron/training/arguments.py at d98e8a64 (tests/cli/mega
 list): an argument that is not given has a meaning there, and often another one than here.
 """
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -85,7 +87,7 @@ class Arguments:
         value = self.integer(name)
         if value is None or value < 1:
             seen = "missing" if value is None else f"{value} is not positive"
-            problems.append(f"{flag(name)}: {seen}; {counterpart(MEGATRON[name])} needs it")
+            problems.append(f"{flag(name)}: {seen}; {counterpart(MEGATRON[name]) or 'the run'} needs it")
         return max(value or 1, 1)
 
     def is_default(self, name: str) -> bool:
@@ -105,11 +107,10 @@ class Arguments:
 
     def _number(self, name: str, kind: type[int] | type[float]) -> Any:
         value = self.text(name)
-        try:
-            return value if value is None else kind(value)
-        except ValueError:
-            what = "an integer" if kind is int else "a number"
-            raise ConfigError(f"{flag(name)} {value}: expected {what}") from None
+        with suppress(ValueError):
+            if value is None or math.isfinite(number := kind(value)):
+                return None if value is None else number
+        raise ConfigError(f"{flag(name)} {value}: expected {'an integer' if kind is int else 'a number'}")
 
 
 def flag(name: str) -> str:

@@ -27,11 +27,8 @@ def translate_model(arguments: Arguments, notes: Notes) -> dict[str, Any]:
     a = arguments
     _refuse_other_functions(a, notes)
     hidden, heads = a.required("hidden_size", notes.refused), a.required("num_attention_heads", notes.refused)
-    has_groups, groups, head_dim = (
-        a.switch("group_query_attention"),
-        a.integer("num_query_groups"),
-        a.integer("kv_channels"),
-    )
+    has_groups, groups = a.switch("group_query_attention"), a.integer("num_query_groups")
+    head_dim, is_tied = a.integer("kv_channels"), not a.switch("untie_embeddings_and_output_weights")
     is_gated, has_bias, window = a.switch("swiglu"), not a.switch("disable_bias_linear"), _window(a, notes)
     fields = {
         "norm": {"LayerNorm": "layer", "RMSNorm": "rms"}.get(a.text("normalization"), a.text("normalization")),
@@ -58,7 +55,7 @@ def translate_model(arguments: Arguments, notes: Notes) -> dict[str, Any]:
         "rope_theta": float(a.integer("rotary_base")),
         **({"rope_scaling": {"factor": factor}} if scaling else {}),
         **({"sliding_window": window} if window else {}),
-        "tie_embeddings": not a.switch("untie_embeddings_and_output_weights"),
+        "tie_embeddings": is_tied,
         "init_std": a.real("init_method_std"),
     }
 

@@ -66,22 +66,22 @@ def _run(a: Arguments, notes: Notes) -> dict[str, Any]:
 def _batch(a: Arguments, notes: Notes) -> dict[str, int]:
     micro, total = a.required("micro_batch_size", notes.refused), a.integer("global_batch_size")
     schedule = " ".join(a.values("step_batch_size_schedule")).split()  # THRESHOLD:SIZE, increasing
-    if total is None and schedule:
-        total = int(schedule[-1].partition(":")[2])
+    if total is None and schedule and (last := schedule[-1].partition(":")[2]).isdecimal():
+        total = int(last)
     for name in ("rampup_batch_size", "step_batch_size_schedule"):
         if a.switch(name):
             notes.changed.append(f"{a.shown(name)}: {explain(name)}")
     model_size = 1
     for axis in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        model_size *= a.integer(axis)
+        model_size *= a.required(axis, notes.refused)
     if total is None and a.ranks:
         total = micro * (a.ranks // model_size)  # Megatron-LM's default: one microbatch
-    if total is None:
+    if total is None or total < 1:
         notes.refused.append(
-            f"{flag('global_batch_size')}: missing; its default, micro-batch × data-parallel ranks, follows from "
-            "torchrun --nproc-per-node N before the arguments"
+            f"{flag('global_batch_size')}: missing or not positive; its default, micro-batch × data-parallel ranks, "
+            "follows from torchrun --nproc-per-node N before the arguments"
         )
-    return {"micro": micro, "global": total or 1}
+    return {"micro": micro, "global": max(total or 1, 1)}
 
 
 def _steps(a: Arguments, notes: Notes, batch: int) -> int:
@@ -136,7 +136,7 @@ def _optimizer(a: Arguments, notes: Notes) -> dict[str, Any]:
 
 
 def _parallel(a: Arguments, notes: Notes) -> dict[str, Any]:
-    tp, pp = a.integer("tensor_model_parallel_size"), a.integer("pipeline_model_parallel_size")
+    tp, pp = a.integer("tensor_model_parallel_size"), max(a.integer("pipeline_model_parallel_size"), 1)
     layers, per_chunk = a.integer("num_layers") or 1, a.integer("num_layers_per_virtual_pipeline_stage")
     chunks = a.integer("num_virtual_stages_per_pipeline_rank") or (layers // pp // per_chunk if per_chunk else 1)
     first, last = a.integer("decoder_first_pipeline_num_layers"), a.integer("decoder_last_pipeline_num_layers")

@@ -107,9 +107,11 @@ class Arguments:
 
     def _number(self, name: str, kind: type[int] | type[float]) -> Any:
         value = self.text(name)
-        with suppress(ValueError):
-            if value is None or math.isfinite(number := kind(value)):
-                return None if value is None else number
+        if value is None:
+            return None
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(number := kind(value)):
+                return number
         raise ConfigError(f"{flag(name)} {value}: expected {'an integer' if kind is int else 'a number'}")
 
 

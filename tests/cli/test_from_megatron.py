@@ -286,7 +286,7 @@ def test_arguments_that_are_none(given, expected):
         main(given)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "x", "1e9", "nan", "9" * 400, ""])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1e9", "1e400", "nan", ""])
 def test_no_value_ends_in_a_traceback(value):
     for name in sorted({*KNOWN_DEFAULTS} - {"optimizer"}):
         with suppress(ConfigError):

@@ -121,7 +121,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
         key, equals, value = item[2:].partition("=")
         if not equals:
             is_last = not rest or rest[0].startswith("--")
-            if is_last and explain(key) is None:
+            if is_last and (explain(key) is None or key in _settings(Config)):
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
             value = "true" if is_last else rest.pop(0)
         pairs.append((key, value))

@@ -67,6 +67,11 @@ def test_the_loader_names_ours_wherever_it_is_typed(typed, said):
     assert f"\n  {said}" in message({}, *typed.split())
 
 
+@pytest.mark.parametrize("ours", sorted(SETTINGS))
+def test_a_setting_of_ours_needs_a_value(ours):
+    assert message({}, f"--{ours}") == f"--{ours} needs a value, as in --{ours} VALUE"
+
+
 def test_foreign_names_in_a_file_are_answered_each():
     theirs = {
         "tokens": {"train_steps": 5, "micro_batch_size": 2},

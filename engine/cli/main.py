@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from engine.cli.arguments import command_name
+from engine.cli.arguments import Parser, command_name
 from engine.errors import run_program
 from engine.formatting import did_you_mean
 
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     parser.error(f"a verb is missing: {', '.join(VERBS)}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     """The parser of what is not a verb. Its help lists the verbs."""
     verbs = "\n".join(f"  {verb:13}{summary}" for verb, summary in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=command_name("").strip(),
         usage="%(prog)s VERB [...]",
         description=f"Pretrain and fine-tune language models of about 7B parameters.\n\nverbs:\n{verbs}",

@@ -37,7 +37,7 @@ from text to a model that writes:
   triaxis generate runs/tiny --prompt 'Once upon a time'
 
 and for GPUs, in the place of `tiny`:
-  triaxis check llama2-7b --world-size 64
+  triaxis check llama2-7b --gpus 8 --nodes 8
   triaxis train llama2-7b --gpus 8
 
 `triaxis VERB --help` shows the options of a verb, with examples."""

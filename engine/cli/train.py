@@ -88,7 +88,7 @@ def _launch(options: argparse.Namespace, config: Config) -> NodeLaunch:
         _require_gpus(options.gpus, config)
     ranks = options.gpus or _number(options.ranks, "--ranks", "NPROC_PER_NODE") or _num_gpus(config) or 1
     nodes = _number(options.nodes, "--nodes", "NNODES") or 1
-    place = f", as there are {counted(nodes, 'node')} (--nodes or NNODES)"
+    place = f" of {counted(nodes, 'node')} (--nodes or NNODES)"
     node_rank = _number(options.node_rank, "--node-rank", "NODE_RANK", range(nodes), place)
     port = _number(options.master_port, "--master-port", "MASTER_PORT", range(1, 65536)) or 29500
     return NodeLaunch(ranks, nodes, node_rank, options.master_addr or os.environ.get("MASTER_ADDR"), port)

@@ -94,6 +94,7 @@ class Interrupted(TriaxisError):
     """Stopped by a signal, after a checkpoint was saved."""
 
     exit_code = 75
+    patience_s = 0.0  # torchrun has ended all ranks already, or their scheduler has
     advice = "rerun the same command to resume"
 
 
@@ -165,7 +166,7 @@ def _report(error: BaseException) -> int:
         sys.excepthook(type(error), error, error.__traceback__)
         _tell_torchrun("".join(traceback.format_exception_only(error)).strip(), printed=True)
         return 1
-    if not known.is_shared and (known.reported_elsewhere or isinstance(known, PeerError)):
+    if known.reported_elsewhere or (isinstance(known, PeerError) and not known.is_shared):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends this rank
         time.sleep(known.patience_s * (2 if known.reported_elsewhere else 1))
     _print(known, getattr(error, "__notes__", ()))
@@ -178,7 +179,8 @@ def _print(error: TriaxisError, notes: Iterable[str]) -> None:
     if not error.reported_elsewhere:
         sys.stdout.flush()
         print(text, file=sys.stderr, flush=True)
-    _tell_torchrun(text, printed=not error.reported_elsewhere)
+    if not (error.reported_elsewhere and isinstance(error, PeerError)):  # of which only the other rank knows the cause
+        _tell_torchrun(text, printed=not error.reported_elsewhere)
 
 
 def _tell_torchrun(text: str, *, printed: bool) -> None:
@@ -188,9 +190,10 @@ def _tell_torchrun(text: str, *, printed: bool) -> None:
     train` shows the text if no rank of the node has: the one that reports may be ended before it does.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time())), "printed": printed}
+        extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time()))}
+        content = {"message": {"message": text, "extraInfo": extra}, "text": text, "printed": printed}
         with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
+            Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _is_connected() -> bool:

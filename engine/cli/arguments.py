@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import Any, NoReturn
 
 from engine.errors import ConfigError, TriaxisError
 
@@ -24,7 +24,7 @@ _SCRIPTS = {  # commands that tools/ starts as well
 def command_name(verb: str) -> str:
     """Return how to start a command in the way in which this program was started.
 
-    That is `triaxis VERB`, `python -m engine VERB` (also for the scripts of examples/), or `python tools/SCRIPT` for the
+    That is `triaxis VERB`, `python -m engine VERB` (also from a script of examples/), or `python tools/SCRIPT` for the
     commands that have one.
     """
     program = Path(sys.argv[0])
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise once_per_node(ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help"))
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         if _is_first_of_node():
             super().print_help(file)
 

@@ -15,6 +15,7 @@ from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.sample import Split
 from engine.data.storage.format import dataset_file
 from engine.data.tokenizers.protocol import Tokenizer
+from engine.errors import ConfigError
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available

@@ -43,9 +43,9 @@ examples:
 
 In a conversation, {COMMANDS}.
 
-A line of --input is {{"messages": [{{"role": "user", "content": "..."}}]}}; its answer is the same object with completion,
-num_tokens and stopped ("end of turn" or "length"), or error for a conversation that is too long for the model. Rerun
-the same command to resume an interrupted one. `{command_name("generate")}` also completes plain text.
+A line of --input is {{"messages": [{{"role": "user", "content": "..."}}]}}. Its answer is the same object with
+completion, num_tokens and stopped ("end of turn" or "length"), or error for a conversation that is too long. Rerun the
+same command to resume an interrupted one. `{command_name("generate")}` also completes plain text.
 """
 
 
@@ -94,7 +94,12 @@ def generation_parser(*, chat: bool) -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default: 0.95)")
     add("--seed", type=int, default=0, help="seed for sampling (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is the GPU, if there is one (default: auto)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto is the GPU, if there is one (default: auto)",
+    )
     return parser
 
 

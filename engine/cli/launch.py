@@ -94,9 +94,9 @@ def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
         run(parse_args([*launch.options(), "-m", *program]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        reports = [one.message for one in error.failures.values() if isinstance(one.message, dict)]
-        if reports and not any(report["extraInfo"]["printed"] for report in reports):
-            print(reports[0]["message"], file=sys.stderr, flush=True)
+        reports = [one.error_file_data for one in error.failures.values() if "printed" in one.error_file_data]
+        if reports and not any(report["printed"] for report in reports):
+            print(reports[0]["text"], file=sys.stderr, flush=True)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             hint = "; often the machine has run out of memory" if name == "SIGKILL" else ""

@@ -79,5 +79,5 @@ def test_the_size_of_a_run_is_said_in_two_ways(options, ranks, per_node):
 
 @pytest.mark.parametrize("options", ["--nodes 2", "--gpus 8 --world-size 8", "--gpus 8 --ranks-per-node 8"])
 def test_the_two_ways_are_not_mixed(options):
-    with pytest.raises(ConfigError, match="^give --gpus of each node"):
+    with pytest.raises(ConfigError, match=r"^give --gpus of each node \(and --nodes\), or"):
         _size(parser().parse_args(["tiny", *options.split()]))

@@ -7,6 +7,7 @@ process, which has imported torch already, and three of them as people type them
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,17 @@ def test_under_torchrun_one_rank_prints_the_help(tmp_path):
 
 def test_a_refusal_of_ranks_is_the_last_thing_that_triaxis_train_shows(workspace):
     """Of what only ranks do: the first one writes to run.dir."""
-    command = ["train", "tiny", "--ranks", "2", *options(workspace, "--train.steps 20 --ops.measure false")]
-    done = forked(lambda: main([*command, "--run.dir", str(workspace / "corpus.idx/run")]), workspace)
+    command = [
+        sys.executable,
+        "-m",
+        "engine",
+        "train",
+        "tiny",
+        "--ranks",
+        "2",
+        *options(workspace, "--ops.measure false"),
+    ]
+    done = start([*command, "--run.dir", str(workspace / "corpus.idx/run")], workspace)
     assert done.returncode == 74, done.stderr
     refusal(done.stderr.splitlines()[-2:], 74, "corpus.idx/run cannot be written: ")
     assert done.stderr.count("cannot be written") == 1

@@ -67,7 +67,9 @@ def _refuse_launch_options(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: it is.
     """
-    given = [name for name, value in vars(options).items() if name != "config" and value not in (None, False)]
+    given = [
+        name for name, value in vars(options).items() if name != "config" and value is not None and value is not False
+    ]
     if given:
         option = f"--{given[0].replace('_', '-')}"
         raise once_per_node(

@@ -6,12 +6,15 @@ sysexits if one applies, so that schedulers and scripts can distinguish "restart
 
 import errno
 import gc
+import json
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -91,6 +94,7 @@ class Interrupted(TriaxisError):
     """Stopped by a signal, after a checkpoint was saved."""
 
     exit_code = 75
+    patience_s = 0.0  # torchrun has ended all ranks already, or their scheduler has
     advice = "rerun the same command to resume"
 
 
@@ -160,8 +164,9 @@ def _report(error: BaseException) -> int:
     known = as_triaxis_error(error)
     if known is None:
         sys.excepthook(type(error), error, error.__traceback__)
+        _tell_torchrun("".join(traceback.format_exception_only(error)).strip(), printed=True)
         return 1
-    if not known.is_shared and (known.reported_elsewhere or isinstance(known, PeerError)):
+    if known.reported_elsewhere or (isinstance(known, PeerError) and not known.is_shared):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends this rank
         time.sleep(known.patience_s * (2 if known.reported_elsewhere else 1))
     _print(known, getattr(error, "__notes__", ()))
@@ -169,10 +174,26 @@ def _report(error: BaseException) -> int:
 
 
 def _print(error: TriaxisError, notes: Iterable[str]) -> None:
+    where = "".join(f"{note}: " for note in notes if note)
+    text = f"error: {where}{error}\nexit {error.exit_code}: {error.advice}"
     if not error.reported_elsewhere:
         sys.stdout.flush()
-        where = "".join(f"{note}: " for note in notes if note)
-        print(f"error: {where}{error}\nexit {error.exit_code}: {error.advice}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
+    if not (error.reported_elsewhere and isinstance(error, PeerError)):  # of which only the other rank knows the cause
+        _tell_torchrun(text, printed=not error.reported_elsewhere)
+
+
+def _tell_torchrun(text: str, *, printed: bool) -> None:
+    """Write the error to the file that torchrun names, in the format of `torch.distributed.elastic`.
+
+    Bare torchrun ends with a report of its own, and shows `py_callstack` of the first failure at its end. `triaxis
+    train` shows the text if no rank of the node has: the one that reports may be ended before it does.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time()))}
+        content = {"message": {"message": text, "extraInfo": extra}, "text": text, "printed": printed}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _is_connected() -> bool:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from engine.errors import (
     ConfigError,
@@ -106,6 +107,32 @@ def test_an_error_reported_elsewhere_is_silent_and_ends_after_the_report(capsys,
     with pytest.raises(SystemExit):
         run_program(fail(ConfigError("no")))
     assert waits == [10.0]  # the rank that reports does not wait
+
+
+@pytest.mark.parametrize(
+    ("error", "elsewhere", "text"),
+    [
+        (ConfigError("no"), False, "error: no\nexit 64: fix the configuration and start again"),
+        (ConfigError("no"), True, "error: no\nexit 64: fix the configuration and start again"),
+        (ZeroDivisionError("none"), False, "ZeroDivisionError: none"),
+        (PeerError("gone"), True, None),
+    ],
+)
+def test_torchrun_reports_the_error_of_a_rank(error, elsewhere, text, tmp_path, monkeypatch):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    error.reported_elsewhere, error.patience_s = elsewhere, 0
+    with pytest.raises(SystemExit) as end:
+        run_program(fail(error))
+    assert file.exists() == (text is not None)
+    if text is None:  # only the other rank knows the cause
+        return
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=end.value.code, error_file=str(file))
+    shown = str(ChildFailedError("train", {0: failure})).splitlines()
+    number = len(text.splitlines())
+    assert [line.removeprefix("  ") for line in shown[-1 - number : -1]] == text.splitlines()
+    assert failure.error_file_data["printed"] != elsewhere
+    assert time.time() - failure.timestamp < 60
 
 
 def test_codes_classes_and_the_table_belong_together():

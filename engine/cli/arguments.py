@@ -1,10 +1,12 @@
 """Argument parsing shared by all commands: how the user types a command, its parser, and checks of lower bounds."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, TriaxisError
 
 _SCRIPTS = {  # commands that tools/ starts as well
     "tokenizer": "train_tokenizer.py",
@@ -22,20 +24,43 @@ _SCRIPTS = {  # commands that tools/ starts as well
 def command_name(verb: str) -> str:
     """Return how to start a command in the way in which this program was started.
 
-    That is `triaxis VERB`, `python -m engine VERB`, or `python tools/SCRIPT` for the commands that have one.
+    That is `triaxis VERB`, `python -m engine VERB` (also from a script of examples/), or `python tools/SCRIPT` for the
+    commands that have one.
     """
     program = Path(sys.argv[0])
     if program.parent.name == "tools" and verb in _SCRIPTS:
         return f"python {program.parent / _SCRIPTS[verb]}"
     is_module = program.name == "__main__.py" and program.parent.name == "engine"
-    return f"python -m engine {verb}" if is_module or program.parent.name == "tools" else f"triaxis {verb}"
+    in_clone = is_module or program.parent.name == "tools" or program.suffix == ".sh"
+    return f"python -m engine {verb}" if in_clone else f"triaxis {verb}"
 
 
-def program_parser(verb: str, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+def once_per_node(error: TriaxisError) -> TriaxisError:
+    """Mark an error that every rank raises before the ranks are connected, so that one rank of a node prints it."""
+    error.reported_elsewhere = not _is_first_of_node()
+    return error
+
+
+def _is_first_of_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a `ConfigError`; among the ranks of a node, one prints the help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise once_per_node(ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help"))
+
+    def print_help(self, file: Any = None) -> None:
+        if _is_first_of_node():
+            super().print_help(file)
+
+
+def program_parser(verb: str, description: str | None, epilog: str = "") -> Parser:
     """Create the parser of a command, whose help shows the description, the options, and `epilog`, with line breaks
     preserved. `%(prog)s` in the epilog is how the command is started.
     """
-    return argparse.ArgumentParser(
+    return Parser(
         prog=command_name(verb),
         description=description,
         epilog=epilog,

@@ -15,6 +15,7 @@ from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.sample import Split
 from engine.data.storage.format import dataset_file
 from engine.data.tokenizers.protocol import Tokenizer
+from engine.errors import ConfigError
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
@@ -24,8 +25,8 @@ from engine.train.inputs import describe_template, open_data, open_tokenizer, pa
 DESCRIPTION = "Validate a configuration and print its layout, memory and steps, without starting the run; needs no GPU."
 EXAMPLES = """
 examples:
-  %(prog)s llama2-7b --world-size 64
-  %(prog)s llama2-7b --world-size 8 --gpu-memory-gib 40 --parallel.recompute full
+  %(prog)s llama2-7b --gpus 8 --nodes 8
+  %(prog)s llama2-7b --gpus 8 --gpu-memory-gib 40 --parallel.recompute full
   %(prog)s tiny
 """
 
@@ -34,9 +35,11 @@ def parser() -> argparse.ArgumentParser:
     """Create the parser of this command."""
     parser = config_parser("check", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
-    add("--world-size", type=int, default=1, metavar="N", help="ranks of the run (default 1)")
+    add("--gpus", "--ranks", type=int, metavar="N", help="GPUs or ranks of each node, as for `train`")
+    add("--nodes", type=int, metavar="N", help="nodes of the run, with --gpus (default 1)")
+    add("--world-size", type=int, metavar="N", help="instead of the two: ranks of the run (default 1)")
     add("--gpu-memory-gib", type=float, default=80, metavar="N", help="memory per GPU (default 80)")
-    add("--ranks-per-node", type=int, default=8, metavar="N", help="GPUs per node (default 8)")
+    add("--ranks-per-node", type=int, metavar="N", help="with --world-size: ranks of each node (default 8)")
     return parser
 
 
@@ -44,7 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `--help`."""
     options, overrides = parser().parse_known_args(arguments)
     config = load_config(options.config, overrides)
-    check_run(config, options.world_size, options.gpu_memory_gib, options.ranks_per_node)
+    world_size, per_node = _size(options)
+    check_run(config, world_size, options.gpu_memory_gib, per_node)
+
+
+def _size(options: argparse.Namespace) -> tuple[int, int]:
+    """The ranks of the run, and those of each node.
+
+    Raises:
+        ConfigError: an option is out of range, or the two ways to say it are mixed.
+    """
+    node = {name: getattr(options, name) for name in ("gpus", "nodes")}
+    total = {name: getattr(options, name) for name in ("world_size", "ranks_per_node")}
+    require_at_least(1, **node, **total)
+    if any(node.values()) and (options.gpus is None or any(total.values())):
+        raise ConfigError("give --gpus of each node (and --nodes), or --world-size (and --ranks-per-node)")
+    if options.gpus is not None:
+        return options.gpus * (options.nodes or 1), options.gpus
+    return options.world_size or 1, options.ranks_per_node or 8
 
 
 def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:

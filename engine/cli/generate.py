@@ -6,7 +6,6 @@ same tokens, and rank 0 reads the input and prints.
 
 import argparse
 import hashlib
-import os
 import re
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 from engine.checkpoint.huggingface.generation_config import stop_ids
 from engine.checkpoint.load import load_decoder
 from engine.checkpoint.opening import open_model
+from engine.cli.arguments import once_per_node
 from engine.cli.generate_options import COMMANDS, generation_parser, parse_options, utf8
 from engine.cli.progress import ProgressDisplay
 from engine.data.chat.compiled import Message
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, *, chat: bool = False) -> None:
         options = parse_options(arguments, chat=chat)
         prompts = read_prompts(options.input, chat=options.chat) if options.input else []
     except TriaxisError as error:
-        error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        once_per_node(error)
         raise
     world = init_distributed(options.device, timeout_s=WAIT_S)
     with leave_together(world, lambda: ""):

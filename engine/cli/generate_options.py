@@ -41,8 +41,11 @@ examples:
   %(prog)s models/chat --system 'Be brief.' --prompt 'What is a mutex?'
   %(prog)s models/chat --input questions.jsonl --output answers.jsonl --batch-size 16
 
-In a conversation, {COMMANDS}. A line of --input is
-{{"messages": [{{"role": "user", "content": "..."}}]}}; `{command_name("generate")} --help` tells what an answer is.
+In a conversation, {COMMANDS}.
+
+A line of --input is {{"messages": [{{"role": "user", "content": "..."}}]}}. Its answer is the same object with
+completion, num_tokens and stopped ("end of turn" or "length"), or error for a conversation that is too long. Rerun the
+same command to resume an interrupted one. `{command_name("generate")}` also completes plain text.
 """
 
 
@@ -73,7 +76,7 @@ def generation_parser(*, chat: bool) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("dir", type=Path, metavar="DIR", help="directory of the model")
     add("--prompt", metavar="TEXT", help="the text to complete, or the user message; `-` reads it from stdin")
-    add("--input", type=Path, metavar="FILE", help="answer the prompts of a JSONL file")
+    add("--input", type=Path, metavar="FILE", help="answer the prompts of a JSONL file, into --output")
     add(
         "--output",
         type=Path,
@@ -87,11 +90,16 @@ def generation_parser(*, chat: bool) -> argparse.ArgumentParser:
         help="another chat template: chatml, llama2, llama3, mistral, or a .jinja file",
     )
     add("--system", metavar="TEXT", help="the system message of a conversation")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer at most (default: 128)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default: 0.95)")
     add("--seed", type=int, default=0, help="seed for sampling (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto is the GPU, if there is one (default: auto)",
+    )
     return parser
 
 

@@ -5,9 +5,11 @@ the message of the rank that failed.
 """
 
 import json
+import logging
 import os
 import shlex
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,31 +17,20 @@ from pathlib import Path
 from engine.errors import ConfigError, TriaxisError
 
 SHUTDOWN_S = 170  # from SIGTERM until the agent kills the ranks: for a step and a checkpoint; torchrun's default is 30
+_AGENT = "torch.distributed.elastic.multiprocessing.api"
+_REPEATED = ("failed (exitcode", "Sending process")  # a line a rank, behind the message of the rank that failed
 HARDWARE_QUEUES = 32  # kernels of several streams wait for each other in fewer; the engine refuses 1 with stages
 
 
 @dataclass(frozen=True)
 class NodeLaunch:
-    """The ranks to start on this node, and where the nodes meet.
-
-    Raises:
-        ConfigError: a number is out of range, or it is not said which of several nodes this is.
-    """
+    """The ranks to start on this node, and where the nodes meet."""
 
     ranks: int
     nodes: int = 1
     node_rank: int | None = None
     master_addr: str | None = None
     master_port: int = 29500
-
-    def __post_init__(self) -> None:
-        for name in ("ranks", "nodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)}: expected at least 1")
-        if self.node_rank is not None and not 0 <= self.node_rank < self.nodes:
-            raise ConfigError(
-                f"--node-rank {self.node_rank}: expected 0 to {self.nodes - 1}, as --nodes is {self.nodes}"
-            )
 
     @property
     def world_size(self) -> int:
@@ -97,11 +88,15 @@ def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ.update(launch.environment())
+    logging.getLogger(_AGENT).addFilter(lambda line: not line.getMessage().startswith(_REPEATED))
     started = time.time()
     try:
         run(parse_args([*launch.options(), "-m", *program]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        reports = [one.error_file_data for one in error.failures.values() if "printed" in one.error_file_data]
+        if reports and not any(report["printed"] for report in reports):
+            print(reports[0]["text"], file=sys.stderr, flush=True)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             hint = "; often the machine has run out of memory" if name == "SIGKILL" else ""

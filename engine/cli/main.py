@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
-from engine.cli.arguments import command_name
+from engine.cli.arguments import Parser, command_name
 from engine.errors import run_program
 from engine.formatting import did_you_mean
 
@@ -38,7 +38,7 @@ from text to a model that writes:
   triaxis generate runs/tiny --prompt 'Once upon a time'
 
 and for GPUs, in the place of `tiny`:
-  triaxis check llama2-7b --world-size 64
+  triaxis check llama2-7b --gpus 8 --nodes 8
   triaxis train llama2-7b --gpus 8
 
 `triaxis VERB --help` shows the options of a verb, with examples."""
@@ -71,10 +71,10 @@ def verb_module(verb: str) -> Any:
     return import_module(f"engine.cli.{verb.replace('-', '_')}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     """The parser of what is not a verb. Its help lists the verbs."""
     verbs = "\n".join(f"  {verb:15}{summary}" for verb, summary in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=command_name("").strip(),
         usage="%(prog)s VERB [...]",
         description=f"Pretrain and fine-tune language models of about 7B parameters.\n\nverbs:\n{verbs}",

@@ -1,19 +1,17 @@
 """Loads the configuration that a command line names, as `train`, `check` and `config` do."""
 
-import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.cli.arguments import command_name, program_parser
+from engine.cli.arguments import Parser, command_name, once_per_node, program_parser
 from engine.config.load import load
 from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.model.families import PRESETS
 
 
-def config_parser(verb: str, description: str, examples: str, *, nargs: str | None = None) -> argparse.ArgumentParser:
+def config_parser(verb: str, description: str, examples: str, *, nargs: str | None = None) -> Parser:
     """Create the parser of a command that takes a configuration; use `parse_known_args`, which leaves the overrides."""
     rest = (
         f"CONFIG is a YAML file, or the name of a recipe: `{command_name('config')}` lists them. Any setting can be\n"
@@ -34,7 +32,7 @@ def load_config(name: str, overrides: Sequence[str]) -> Config:
     try:
         return load(name, overrides, presets=PRESETS, trained=_trained)
     except ConfigError as error:
-        error.reported_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        once_per_node(error)
         raise
 
 

@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from engine.cli.arguments import Parser, once_per_node
 from engine.cli.launch import NodeLaunch, run_node
 from engine.cli.settings import config_parser, load_config
 from engine.config.schema import Config
 from engine.errors import ConfigError, run_program
+from engine.formatting import counted
 
 DESCRIPTION = """Pretrain or fine-tune a model, as `task` in the configuration says: on one process, with --gpus or
 --ranks on several of this node, and with --nodes on several nodes. Before it starts ranks, it checks that the
@@ -28,20 +30,17 @@ examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Create the parser of this command."""
     parser = config_parser("train", DESCRIPTION, EXAMPLES)
-    number, add, variable = parser.add_mutually_exclusive_group(), parser.add_argument, os.environ.get
+    number, add = parser.add_mutually_exclusive_group(), parser.add_argument
     number.add_argument("--ranks", type=int, metavar="N", help="ranks on each node: one per GPU, or processes of a CPU "
         "(default: NPROC_PER_NODE of the environment, else the GPUs, else 1)")  # fmt: skip
     number.add_argument("--gpus", type=int, metavar="N", help="the same, and an error if this node has fewer GPUs")
-    add("--nodes", type=int, metavar="N", default=variable("NNODES", "1"),
-        help="nodes of the run (default: NNODES of the environment, else 1)")  # fmt: skip
-    add("--node-rank", type=int, metavar="R", default=variable("NODE_RANK"),
-        help="which node this is, from 0 (default: NODE_RANK)")  # fmt: skip
-    add("--master-addr", metavar="HOST", default=variable("MASTER_ADDR"), help="of node 0 (default: MASTER_ADDR)")
-    add("--master-port", type=int, metavar="PORT", default=variable("MASTER_PORT", "29500"),
-        help="a free port of that host (default: MASTER_PORT, else 29500)")  # fmt: skip
+    add("--nodes", type=int, metavar="N", help="nodes of the run (default: NNODES of the environment, else 1)")
+    add("--node-rank", type=int, metavar="R", help="which node this is, from 0 (default: NODE_RANK)")
+    add("--master-addr", metavar="HOST", help="of node 0 (default: MASTER_ADDR)")
+    add("--master-port", type=int, metavar="PORT", help="a free port of that host (default: MASTER_PORT, else 29500)")
     add("--dry-run", action="store_true", help="check the run, and print a line for torchrun instead of starting ranks")
     return parser
 
@@ -68,15 +67,17 @@ def _refuse_launch_options(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: it is.
     """
-    given = [f"--{name}" for name in ("gpus", "ranks") if vars(options)[name] is not None]
-    given += ["--dry-run"] if options.dry_run else []
+    given = [
+        name for name, value in vars(options).items() if name != "config" and value is not None and value is not False
+    ]
     if given:
-        error = ConfigError(
-            f"{given[0]}: torchrun has started this process as a rank (LOCAL_RANK is set), and its --nproc-per-node "
-            f"says how many there are; leave out {given[0]}, or start without torchrun"
+        option = f"--{given[0].replace('_', '-')}"
+        raise once_per_node(
+            ConfigError(
+                f"{option}: torchrun has started this process as a rank (LOCAL_RANK is set), and its own options say "
+                f"how many there are and where; leave out {option}, or start without torchrun"
+            )
         )
-        error.reported_elsewhere = os.environ["LOCAL_RANK"] != "0"
-        raise error
 
 
 def _launch(options: argparse.Namespace, config: Config) -> NodeLaunch:
@@ -85,20 +86,42 @@ def _launch(options: argparse.Namespace, config: Config) -> NodeLaunch:
     Raises:
         ConfigError: a number is out of range, or there are fewer GPUs than --gpus.
     """
-    ranks, variable = options.ranks, os.environ.get("NPROC_PER_NODE")
     if options.gpus is not None:
         _require_gpus(options.gpus, config)
-        ranks = options.gpus
-    elif ranks is None and variable is not None:
-        if not variable.isdecimal():
-            raise ConfigError(f"NPROC_PER_NODE = {variable}: expected a number of ranks")
-        ranks = int(variable)
-    elif ranks is None:
-        ranks = _num_gpus(config) or 1
-    return NodeLaunch(ranks, options.nodes, options.node_rank, options.master_addr, options.master_port)
+    ranks = options.gpus or _number(options.ranks, "--ranks", "NPROC_PER_NODE") or _num_gpus(config) or 1
+    nodes = _number(options.nodes, "--nodes", "NNODES") or 1
+    place = f" of {counted(nodes, 'node')} (--nodes or NNODES)"
+    node_rank = _number(options.node_rank, "--node-rank", "NODE_RANK", range(nodes), place)
+    port = _number(options.master_port, "--master-port", "MASTER_PORT", range(1, 65536)) or 29500
+    return NodeLaunch(ranks, nodes, node_rank, options.master_addr or os.environ.get("MASTER_ADDR"), port)
+
+
+def _number(
+    option: int | None, flag: str, variable: str, expected: range | None = None, reason: str = ""
+) -> int | None:
+    """The number given as an option, else in the environment, else None; at least 1 unless another range is expected.
+
+    Raises:
+        ConfigError: it is out of range; the message names where it was given.
+    """
+    text = os.environ.get(variable) if option is None else str(option)
+    if text is None:
+        return None
+    name = f"{flag} {text}" if option is not None else f"{variable} = {text} in the environment"
+    try:
+        number = int(text)
+    except ValueError:
+        raise ConfigError(f"{name}: expected a number") from None
+    if expected is None and number < 1:
+        raise ConfigError(f"{name}: expected at least 1")
+    if expected is not None and number not in expected:
+        raise ConfigError(f"{name}: expected {expected[0]} to {expected[-1]}{reason}")
+    return number
 
 
 def _require_gpus(number: int, config: Config) -> None:
+    if number < 1:
+        raise ConfigError(f"--gpus {number}: expected at least 1")
     if number > (found := _num_gpus(config)):
         why = "run.device = cpu" if config.run.device == "cpu" else f"this machine shows {found} of them"
         raise ConfigError(f"--gpus {number}: {why}; --ranks {number} starts as many ranks on the device of run.device")

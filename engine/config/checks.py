@@ -69,9 +69,14 @@ def _schedule(schedule: LrScheduleConfig, optimizer: OptimizerConfig, train: Tra
         yield f"lr_schedule.min_lr = {schedule.min_lr} is above optimizer.lr = {optimizer.lr}"
     if schedule.decay_steps is not None and schedule.kind != "wsd":
         yield f"lr_schedule.decay_steps only applies to kind wsd; kind = {schedule.kind}"
-    warmup_and_decay = schedule.warmup_steps + (schedule.decay_steps or 0)
-    if 0 < train.steps < warmup_and_decay:
-        yield (f"lr_schedule.warmup_steps + decay_steps = {warmup_and_decay} is more than train.steps = {train.steps}")
+    warmup, decay = schedule.warmup_steps, schedule.decay_steps or 0
+    if 0 < train.steps < warmup + decay:
+        given = f"warmup_steps = {warmup}" + (f" + decay_steps = {decay}" if decay else "")
+        short = "--lr_schedule.warmup_steps 0" + (" --lr_schedule.decay_steps 1" if decay else "")
+        yield (
+            f"train.steps = {train.steps} is less than lr_schedule.{given}; set it to at least {warmup + decay} or, to "
+            f"try a few steps, add {short}"
+        )
 
 
 def _parallel(parallel: ParallelConfig, precision: PrecisionConfig) -> Iterator[str]:

@@ -38,7 +38,9 @@ def load(
     Raises:
         ConfigError: with every problem found, one per line.
     """
-    return resolve(read_yaml(find_config(str(path))), overrides, presets=presets, source=str(path), trained=trained)
+    file = find_config(str(path))
+    source = str(path) if file == Path(path) else f"{path} ({file})"
+    return resolve(read_yaml(file), overrides, presets=presets, source=source, trained=trained)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from engine.cli.check import check_run
+from engine.cli.check import _size, check_run, parser
 from engine.errors import ConfigError, DataError, OutOfMemoryError
 from engine.testing.runs import run_config
 
@@ -60,3 +60,24 @@ def test_data_that_do_not_fit_the_run(workspace):
 def test_options_out_of_range(tmp_path, options, name):
     with pytest.raises(ConfigError, match=f"--{name}: expected at least 1"):
         check_run(run_config(tmp_path), *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "per_node"),
+    [
+        ("", 1, 8),
+        ("--world-size 64", 64, 8),
+        ("--world-size 64 --ranks-per-node 4", 64, 4),
+        ("--gpus 4", 4, 4),
+        ("--gpus 4 --nodes 16", 64, 4),
+        ("--ranks 2", 2, 2),
+    ],
+)
+def test_the_size_of_a_run_is_said_in_two_ways(options, ranks, per_node):
+    assert _size(parser().parse_args(["tiny", *options.split()])) == (ranks, per_node)
+
+
+@pytest.mark.parametrize("options", ["--nodes 2", "--gpus 8 --world-size 8", "--gpus 8 --ranks-per-node 8"])
+def test_the_two_ways_are_not_mixed(options):
+    with pytest.raises(ConfigError, match=r"^give --gpus of each node \(and --nodes\), or"):
+        _size(parser().parse_args(["tiny", *options.split()]))

@@ -54,13 +54,31 @@ def test_options_take_precedence_over_the_variables_of_schedulers(monkeypatch):
         (["--gpus", "1", "--run.device", "cpu"], "^--gpus 1: run.device = cpu"),
         (["--ranks", "0"], "^--ranks 0: expected at least 1"),
         (["--nodes", "0"], "^--nodes 0: expected at least 1"),
-        (["--nodes", "4", "--node-rank", "4"], "^--node-rank 4: expected 0 to 3, as --nodes is 4"),
+        (["--gpus", "0"], "^--gpus 0: expected at least 1"),
+        (["--nodes", "4", "--node-rank", "4"], "^--node-rank 4: expected 0 to 3 of 4 nodes"),
+        (["--nodes", "4", "--node-rank", "-1"], "^--node-rank -1: expected 0 to 3"),
     ],
 )
 def test_what_cannot_be_started_is_named(monkeypatch, arguments, problem):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(ConfigError, match=problem):
         launch(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("NPROC_PER_NODE", "gpu", "a number"),
+        ("NNODES", "x", "a number"),
+        ("NNODES", "0", "at least 1"),
+        ("NODE_RANK", "1", r"0 to 0 of 1 node \(--nodes or NNODES\)"),
+        ("MASTER_PORT", "70000", "1 to 65535"),
+    ],
+)
+def test_a_variable_of_the_environment_is_blamed_for_its_value(monkeypatch, name, value, expected):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{name} = {value} in the environment: expected {expected}"):
+        launch()
 
 
 def test_a_node_must_know_its_place():

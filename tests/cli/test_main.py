@@ -12,6 +12,7 @@ import engine
 from engine.cli.arguments import command_name
 from engine.cli.main import VERBS, main, verb_module
 from engine.cli.version import commit
+from engine.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,11 +47,34 @@ def test_examples_are_accepted_by_the_parser(verb, capsys):
         module.parser().parse_known_args(words)
 
 
-def test_a_misspelled_verb_is_answered_with_the_nearest(capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_a_misspelled_verb_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"^no such verb: trian \(did you mean 'train'\?\)"):
         main(["trian", "tiny"])
-    assert ended.value.code == 2
-    assert "no such verb: trian (did you mean 'train'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["train"], "^the following arguments are required: CONFIG; see triaxis train --help$"),
+        (["train", "tiny", "--ranks", "x"], "^--ranks: invalid int value: 'x'"),
+        (["plan", "--schedule", "zigzag"], "^--schedule: invalid choice: 'zigzag'"),
+        ([], "^a verb is missing: train, check"),
+    ],
+)
+def test_a_wrong_command_line_is_an_error_like_others(arguments, problem):
+    with pytest.raises(ConfigError, match=problem):
+        main(arguments)
+
+
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
+def test_the_first_rank_of_a_node_speaks_for_all(rank, prints, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert ("usage: " in capsys.readouterr().out) == prints
+    with pytest.raises(ConfigError) as caught:
+        main(["train"])
+    assert caught.value.reported_elsewhere != prints
 
 
 def test_the_version_has_the_commit_and_what_csrc_was_built_with(capsys):
@@ -71,6 +95,7 @@ def test_the_version_has_the_commit_and_what_csrc_was_built_with(capsys):
         ("tools/preprocess_data.py", "inspect", "python tools/inspect_data.py"),
         ("/home/me/triaxis/tools/convert_checkpoint.py", "chat", "python /home/me/triaxis/tools/generate.py --chat"),
         ("tools/prove.py", "config", "python -m engine config"),
+        ("examples/sft_7b.sh", "config", "python -m engine config"),
         ("/site-packages/pytest/__main__.py", "train", "triaxis train"),
     ],
 )

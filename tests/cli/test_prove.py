@@ -123,10 +123,9 @@ def test_what_does_not_work(line, message):
         main(line)
 
 
-def test_a_model_is_required(capsys):
-    with pytest.raises(SystemExit):
+def test_a_model_is_required():
+    with pytest.raises(ConfigError, match="one of the arguments --preset --config is required"):
         main("--layout dp=2")
-    assert "one of the arguments --preset --config is required" in capsys.readouterr().err
 
 
 def test_files_of_the_examples_exist():

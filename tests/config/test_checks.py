@@ -10,7 +10,7 @@ from tests.config.minimal import FINE_TUNING, message
         ({"model": {"head_dim": 15}}, "model.head_dim = 15 is odd"),
         ({"data": {"seq_length": 99999}}, "longer than model.max_position = 4096"),
         ({"lr_schedule": {"min_lr": 1.0}}, "lr_schedule.min_lr = 1.0 is above optimizer.lr"),
-        ({"lr_schedule": {"warmup_steps": 11}}, "= 11 is more than train.steps = 10"),
+        ({"lr_schedule": {"warmup_steps": 11}}, "is less than lr_schedule.warmup_steps = 11; set it to at least 11"),
         ({"lr_schedule": {"decay_steps": 5}}, "only applies to kind wsd"),
         ({"data": {"split": [0, 1, 1]}}, "the first > 0"),
         ({"data": {"split": [1, 0, 0]}, "train": {"eval_steps": 1}}, "needs a validation share"),

@@ -134,15 +134,6 @@ def test_check_shows_a_layout_that_does_not_fit_and_what_would():
     assert "a GPU has 40.0 GiB. What would fit:\n  parallel.tp = auto and parallel.pp = auto: " in done.stderr
 
 
-def test_all_ranks_refuse_a_layout_and_one_says_why(workspace):
-    options = tiny(workspace, "--parallel.tp", "3", "--parallel.pp", "5")
-    done = start(["torchrun", "--standalone", "--nproc-per-node", "2", EXAMPLE, *options], workspace)
-    assert done.returncode == 1  # torchrun's
-    for part in ("start 15 ranks", "parallel.tp can be 1, 2, 4", "make it at most 4", "exit 64: "):
-        assert done.stderr.count(part) == 1
-    assert not (workspace / "run").exists()
-
-
 def test_config_prints_the_resolved_file_and_the_schema():
     done = engine("config", "examples/configs/tiny.yaml", "--train.steps", "70")
     assert yaml.safe_load(done.stdout)["train"]["steps"] == 70

@@ -29,6 +29,7 @@ PAGES = ("*.md", "docs/*.md", "csrc/README.md", "engine/**/README.md", "tools/**
 ASSETS = ("docs/images/*", "docs/*.css")
 SEARCH = {"docs/settings.md": "boost: 10", "CHANGELOG.md": "exclude: true"}  # how the search treats a page
 FENCED = re.compile(r"(^ *```.*?^ *```$)", re.M | re.S)
+COMMENT = re.compile(r"^ *<!--.*?-->\n|<!--.*?-->", re.M | re.S)
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]\((?P<target>[^)\s]+)\)")
 ITEM = re.compile(r"([-*+]|\d+[.)]) +")
 
@@ -102,7 +103,7 @@ def linked(text: str, page: Path, copied: set[Path], source: str | None) -> str:
             return f"[{match['text']}]({path.rstrip('/')}/README.md{sharp}{anchor})"
         return f"[{match['text']}]({source}/{file.as_posix()}{sharp}{anchor})" if source else match["text"]
 
-    return LINK.sub(target, re.sub(r"<!--.*?-->\n?", "", text, flags=re.S))
+    return LINK.sub(target, COMMENT.sub("", text))
 
 
 def indented(lines: Sequence[str]) -> Iterator[str]:

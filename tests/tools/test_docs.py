@@ -55,7 +55,7 @@ def test_lists_are_indented_and_separated():
         ("[a](../tools/bench)", "[a](../tools/bench/README.md)"),
         ("[a [b]](../engine/cli/)", "[a [b]](https://h/engine/cli)"),
         ("[a](https://b/c) [d](#e)", "[a](https://b/c) [d](#e)"),
-        ("<!-- not run: needs a GPU -->\ntext", "text"),
+        ("a\n  <!-- not run: needs\n  a GPU -->\n  text <!-- b -->", "a\n  text "),
     ],
 )
 def test_links_to_what_is_not_on_the_site(text, on_the_site):

@@ -24,7 +24,11 @@ NOT_IN_CODE = {  # placeholders, variables of torchrun, and names in the worked 
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
 }  # fmt: skip
 IMPORTED_AS = {"types-PyYAML": "yaml", "pytest-xdist": "pytest", "nvidia-cudnn-frontend": "cudnn"}
-PROGRAMS = {"nvidia-cuda-cuobjdump": "cuobjdump", "nvidia-cuda-nvdisasm": "nvdisasm"}  # packages of these
+PROGRAMS = {
+    "nvidia-cuda-cuobjdump": "cuobjdump",
+    "nvidia-cuda-nvdisasm": "nvdisasm",
+    "mkdocs-material": "mkdocs",
+}  # packages of these
 
 
 FOLDERS = ("engine", "tests", "tools", "csrc", "docs", "examples", ".github")

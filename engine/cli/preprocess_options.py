@@ -121,7 +121,7 @@ def preprocessing_parser() -> argparse.ArgumentParser:
         "fits data.seq_length + 1 (default: no limit)")  # fmt: skip
     add("--on-too-long", choices=get_args(OnTooLong),
         help="sft: truncate keeps the first tokens (default), drop, split into several, error: stop")  # fmt: skip
-    add("--workers", type=int, default=_num_cores(), help="encoder processes (default: number of cores, %(default)s)")
+    add("--workers", type=int, default=_num_cores(), help="encoder processes (default: number of cores)")
     add(
         "--log-interval",
         type=int,

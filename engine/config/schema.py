@@ -52,10 +52,14 @@ class RunConfig(Section):
 class RopeScaling(Section):
     """Llama-3 RoPE scaling: low frequencies are divided by `factor`."""
 
-    factor: PositiveFloat
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_position: PositiveInt = 8192
+    factor: PositiveFloat = Field(description="divisor of low frequencies")
+    low_freq_factor: PositiveFloat = Field(
+        1.0, description="frequencies of fewer periods than this in original_max_position are divided by factor"
+    )
+    high_freq_factor: PositiveFloat = Field(
+        4.0, description="frequencies of more periods than this stay as they are; between the two, interpolated"
+    )
+    original_max_position: PositiveInt = Field(8192, description="sequence length of the model before the scaling")
 
 
 class ModelConfig(Section):
@@ -67,25 +71,27 @@ class ModelConfig(Section):
         None, description="a run or a checkpoint, of any layout: only its architecture and initial weights"
     )
     family: str = Field("llama", description="defines parameter names and config.json; see `engine/model/families.py`")
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    vocab_size: PositiveInt
+    num_layers: PositiveInt = Field(description="number of decoder layers")
+    hidden_size: PositiveInt = Field(description="features of a token between layers")
+    intermediate_size: PositiveInt = Field(description="features inside the feed-forward layer")
+    num_heads: PositiveInt = Field(description="query heads")
+    num_kv_heads: PositiveInt = Field(description="key and value heads; divides num_heads")
+    head_dim: PositiveInt = Field(description="features of a head")
+    vocab_size: PositiveInt = Field(description="entries of the embedding; at least those of the tokenizer")
     max_position: PositiveInt = Field(description="maximum sequence length of the model")
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: PositiveFloat = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    qkv_bias: bool = False
+    norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with a bias")
+    norm_eps: PositiveFloat = Field(1e-5, description="added to the variance in norms")
+    activation: Literal["swiglu", "gelu"] = Field("swiglu", description="activation of the feed-forward layer")
+    qkv_bias: bool = Field(False, description="biases on queries, keys and values")
     output_bias: bool = Field(False, description="biases on the attention output and the feed-forward layers")
-    qk_norm: bool = False
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
-    sliding_window: PositiveInt | None = None
-    tie_embeddings: bool = False
-    init_std: PositiveFloat = 0.02
+    qk_norm: bool = Field(False, description="RMSNorm on each head of queries and keys")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="Llama-3 scaling of the rotary frequencies")
+    sliding_window: PositiveInt | None = Field(
+        None, description="a token attends to this many, itself included; null: to all before it"
+    )
+    tie_embeddings: bool = Field(False, description="the head uses the weights of the embedding")
+    init_std: PositiveFloat = Field(0.02, description="standard deviation of initial weights")
 
 
 class ParallelConfig(Section):
@@ -200,7 +206,7 @@ class DataConfig(Section):
     split: tuple[float, float, float] = Field(
         (98, 1, 1), description="fractions of train, validation and test documents; contiguous, or random (sft)"
     )
-    seq_length: PositiveInt
+    seq_length: PositiveInt = Field(description="tokens per sequence, at most model.max_position")
     packing: bool = Field(
         True, description="sft: pack several conversations per sequence; they do not attend to each other"
     )
@@ -218,10 +224,10 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay (arXiv 1711.05101) and gradient clipping."""
 
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = Field(3e-4, description="highest learning rate, after the warmup")
     weight_decay: float = Field(0.1, ge=0, description="applied to matrices, not to norms and biases")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     clip_grad: float = Field(1.0, ge=0, description="maximum global gradient norm; 0 disables clipping")
     moments: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the two moments")
 
@@ -229,11 +235,13 @@ class OptimizerConfig(Section):
 class LrScheduleConfig(Section):
     """Learning-rate schedule: linear warmup to `optimizer.lr`, then `kind`, which decays to `min_lr`."""
 
-    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        "cosine", description="shape of the decay; wsd: constant, then a linear decay in the last decay_steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of the linear warmup")
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="fraction of all steps, if warmup_steps is 0")
     decay_steps: int | None = Field(None, ge=1, description="wsd only: steps of the final decay (default 10 %)")
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
 
 
 class TrainConfig(Section):
@@ -260,7 +268,7 @@ class CheckpointConfig(Section):
     """Checkpoint interval and retention."""
 
     interval: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: PositiveInt = 3
+    keep_last: PositiveInt = Field(3, description="newest checkpoints to keep; older ones are removed")
     keep_best: bool = Field(
         False, description="save at every evaluation with a new best loss, and keep that checkpoint"
     )
@@ -269,8 +277,8 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """Interval and outputs of metrics, in addition to `metrics.jsonl`."""
 
-    interval: PositiveInt = 10
-    tensorboard: bool = True
+    interval: PositiveInt = Field(10, description="steps between lines of the log and of metrics.jsonl")
+    tensorboard: bool = Field(True, description="write the metrics to RUN/tensorboard too")
 
 
 class Config(Section):

@@ -72,7 +72,13 @@ def draw(timelines: Mapping[str, Timeline], path: Path, receives: Mapping[str, R
     panels[-1].set(xlim=(0, end), xlabel="time")
     _add_legend(figure, [span.action for timeline in shown for span in _spans(timeline)], with_receives=bool(receives))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    described = {"Description": description(timelines, receives)} if path.suffix in (".png", ".svg") else None
+    figure.savefig(path, dpi=150, metadata=described)
+
+
+def description(timelines: Mapping[str, Timeline], receives: Mapping[str, Receives] | None = None) -> str:
+    """Render all timelines as text, each below its title; PNG and SVG images carry it as their description."""
+    return "\n\n".join(f"{title}\n{text(shown, (receives or {}).get(title))}" for title, shown in timelines.items())
 
 
 def text(timeline: Timeline, receives: Receives | None = None) -> str:

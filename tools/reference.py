@@ -16,13 +16,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from engine.cli import config, plan
-from engine.cli.main import VERBS
+from engine.cli.main import VERBS, verb_module
 from engine.config.recipes import recipes
 from engine.errors import ConfigError, run_program
 from engine.model.families import PRESETS
@@ -155,7 +154,7 @@ def command_line() -> str:
     parts = [COMMANDS]
     parts += [f"- [`{verb}`](#triaxis-{verb}): {summary}" for verb, summary in VERBS.items()]
     for verb in VERBS:
-        parser = import_module(f"engine.cli.{verb}").parser()
+        parser = verb_module(verb).parser()
         parts += [f"\n## triaxis {verb}\n", f"{' '.join((parser.description or '').split())}\n"]
         parts += [option(action) for action in parser._actions if action.dest != "help"]
         if epilog := (parser.epilog or "").replace("%(prog)s", parser.prog).strip("\n"):

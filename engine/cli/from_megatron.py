@@ -1,6 +1,5 @@
 """`triaxis from-megatron`: print the configuration of a Megatron-LM command line."""
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from engine.cli.arguments import command_name, program_parser
+from engine.cli.arguments import Parser, command_name, program_parser
 from engine.cli.megatron.arguments import Arguments
 from engine.cli.megatron.notes import Notes
 from engine.cli.megatron.translation import translate

@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/*.md: run in the order of a page, or checked where the page says why they cannot run.
+"""The commands of README.md and docs/*.md: run in the order of a page, or checked if the page says why not.
 
 - A ```sh block runs. All blocks of a page run in one shell, in a copy of the repository with the files of `bring`.
 - After a line `<!-- not run: REASON -->`, a ```sh block is only checked: its files and extras exist, and its commands

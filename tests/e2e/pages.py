@@ -10,7 +10,7 @@ from pathlib import Path
 
 FENCE = re.compile(r"( *)```(\w*)$")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
-TIMEOUT_S = 300  # for a page
+TIMEOUT_S = 600  # for a page
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run_blocks(of_page: list[Block], home: Path, environment: Mapping[str, str])
     """Run blocks in one shell in the directory `home`, until a command fails; return what they print."""
     script = "set -eo pipefail\n"
     for block in of_page:
-        script += f"echo '--- line {block.line}'\n{block.text}"
+        script += f"printf -- '--- line {block.line}, after %s s\\n' $SECONDS\n{block.text}"
     command = ["bash", "--noprofile", "--norc", "-c", script]
     process = subprocess.Popen(command, cwd=home, env=environment, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.data.tokenizers.load import load_tokenizer

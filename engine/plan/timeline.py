@@ -67,7 +67,9 @@ def draw(timelines: Mapping[str, Timeline], path: Path, receives: Mapping[str, R
     panels = figure.subplots(len(rows), sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     end = max(map(_end, shown))
     for panel, title, timeline in zip(panels, timelines, shown, strict=True):
-        panel.set_title(f"{title}: bubble {bubble_fraction(timeline):.1%}", loc="left", fontsize=10, fontweight="bold", color=_TEXT)
+        panel.set_title(
+            f"{title}: bubble {bubble_fraction(timeline):.1%}", loc="left", fontsize=10, fontweight="bold", color=_TEXT
+        )
         _draw_boxes(panel, timeline)
         _number_boxes(panel, timeline, points=0.93 * width * 72 / end)
         _draw_receives(panel, (receives or {}).get(title, ()))
@@ -197,4 +199,6 @@ def _add_legend(figure: Any, actions: list[Action], *, with_receives: bool) -> N
         patches.append(Patch(color=_lighter(_COLORS[ActionKind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
     if with_receives:
         patches.append(Line2D([], [], color=_RECEIVE, linewidth=0.8, marker="|", label="posted receive, until needed"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9, labelcolor=_TEXT)
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9, labelcolor=_TEXT
+    )

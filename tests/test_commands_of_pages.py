@@ -27,7 +27,7 @@ from engine.config.recipes import find_config
 from engine.model.families import PRESETS
 from tests.e2e.commands import ENVIRONMENT, ROOT
 from tests.e2e.models import write_llama
-from tests.e2e.pages import blocks, executed, run_blocks
+from tests.e2e.pages import Block, blocks, executed, run_blocks
 
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 IN_AN_EMPTY_DIRECTORY = "start.md"  # tests/e2e/test_wheel.py runs its commands
@@ -55,6 +55,13 @@ def test_the_commands_of_a_page_run(name, tmp_path):
     program.chmod(0o755)
     path = f"{program.parent}:{ENVIRONMENT['PATH']}"
     run_blocks(executed(PAGES[name]), home, ENVIRONMENT | {"PATH": path, "PYTHONPATH": str(home)})
+
+
+def test_a_page_ends_at_its_first_failing_command(tmp_path):
+    page = ["cd .\nNUMBER=1\n", "echo $NUMBER > said\nfalse | cat\necho 2 >> said\n"]
+    with pytest.raises(AssertionError, match="line 8"):
+        run_blocks([Block(line, "sh", text) for line, text in zip((3, 8), page, strict=True)], tmp_path, ENVIRONMENT)
+    assert (tmp_path / "said").read_text() == "1\n"
 
 
 def bring(home: Path, page: str) -> None:

@@ -38,8 +38,8 @@ FRAGMENTS = [
     pytest.param(b.text, id=f"{name}:{b.line}") for name, b in BLOCKS if b.language == "yaml" and not b.not_run
 ]
 STARTS = (
-    r"triaxis (?P<verb>\w+)",
-    r"(python|torchrun\b.*) -m engine (?P<verb>\w+)",
+    r"triaxis (?P<verb>\w[\w-]*)",
+    r"(python|torchrun\b.*) -m engine (?P<verb>\w[\w-]*)",
     r"python (?P<script>tools/\w+\.py)",
 )
 
@@ -93,7 +93,7 @@ def test_a_fragment_of_a_configuration_is_accepted(text):
 @pytest.mark.parametrize(
     ("command", "problem"),
     [
-        ("triaxis trian llama2-7b", "no verb trian"),
+        ("triaxis pre-train llama2-7b", "no verb pre_train"),
         ("triaxis train llama-2-7b --gpus 8", "no recipe of that name"),
         ("RUNS=1 triaxis train llama2-7b --gpus 8 --train.stepz 3", "train.stepz"),
         ("torchrun --nproc-per-node 8 -m engine train llama2-7b --optimizer.lr -1", "optimizer.lr"),
@@ -151,7 +151,7 @@ def _commands(text: str) -> Iterator[list[str]]:
 def _check_verb(start: dict[str, str | None], arguments: Sequence[str], page: str) -> None:
     """Give the arguments of a verb, or of a script of tools/, to its parser, and a configuration to the loader."""
     verbs = {f"tools/{script.split()[0]}": verb for verb, script in reversed(_SCRIPTS.items())}
-    verb = start.get("verb") or verbs[start["script"] or ""]
+    verb = (start.get("verb") or verbs[start["script"] or ""]).replace("-", "_")
     assert (ROOT / f"engine/cli/{verb}.py").exists(), f"no verb {verb}"
     parser: argparse.ArgumentParser = import_module(f"engine.cli.{verb}").parser()
 

@@ -140,7 +140,7 @@ def _commands(text: str) -> Iterator[list[str]]:
         words: list[str] = []
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         for token in [*lexer, ";"]:
-            if set(token) <= set("();|&"):
+            if token and set(token) <= set("();|&"):
                 if words:
                     yield words[: next((i for i, word in enumerate(words) if set(word) <= set("<>")), None)]
                 words = []

@@ -29,7 +29,9 @@ _NAMES = {
     ActionKind.BACKWARD_INPUT: "backward, inputs",
     ActionKind.BACKWARD_WEIGHT: "backward, weights",
 }
-_RECEIVE: Color = (0.55, 0.2, 0.25)
+_RECEIVE: Color = (0.75, 0.3, 0.35)
+_TEXT = "0.5"  # gray that can be read on a white page and on a dark one; the image has no background
+_IDLE = (0.5, 0.5, 0.5, 0.15)
 _LIGHTEST = 0.6  # fraction of white in the last chunk's color
 _BOX_INCHES, _ROW_INCHES = 0.2, 0.3
 _MAX_INCHES = 24.0
@@ -61,15 +63,18 @@ def draw(timelines: Mapping[str, Timeline], path: Path, receives: Mapping[str, R
     shown = [_from_zero(timeline) for timeline in timelines.values()]
     rows = [len(timeline) for timeline in shown]
     width, height = max(map(_inches, shown)), 0.8 + sum(0.5 + _ROW_INCHES * count for count in rows)
-    figure = Figure((width, height), layout=ConstrainedLayoutEngine(h_pad=0.08))
+    figure = Figure((width, height), facecolor="none", layout=ConstrainedLayoutEngine(h_pad=0.08))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     end = max(map(_end, shown))
     for panel, title, timeline in zip(panels, timelines, shown, strict=True):
-        panel.set_title(f"{title}: bubble {bubble_fraction(timeline):.1%}", loc="left", fontsize=10, fontweight="bold")
+        panel.set_title(
+            f"{title}: bubble {bubble_fraction(timeline):.1%}", loc="left", fontsize=10, fontweight="bold", color=_TEXT
+        )
         _draw_boxes(panel, timeline)
         _number_boxes(panel, timeline, points=0.93 * width * 72 / end)
         _draw_receives(panel, (receives or {}).get(title, ()))
-    panels[-1].set(xlim=(0, end), xlabel="time")
+    panels[-1].set(xlim=(0, end))
+    panels[-1].set_xlabel("time", color=_TEXT)
     _add_legend(figure, [span.action for timeline in shown for span in _spans(timeline)], with_receives=bool(receives))
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {"Description": description(timelines, receives)} if path.suffix in (".png", ".svg") else None
@@ -156,8 +161,9 @@ def _draw_boxes(panel: Any, timeline: Timeline) -> None:
             boxes.append([(span.start, top), (span.end, top), (span.end, bottom), (span.start, bottom)])
             colors.append(_lighter(_COLORS[span.action.kind], _LIGHTEST * span.action.chunk / max(last_chunk, 1)))
     panel.add_collection(PolyCollection(boxes, facecolors=colors, edgecolors="white", linewidths=0.4))
-    panel.set(ylim=(len(timeline) - 0.5, -0.5), facecolor="0.94")
+    panel.set(ylim=(len(timeline) - 0.5, -0.5), facecolor=_IDLE)
     panel.set_yticks(range(len(timeline)), [f"stage {stage}" for stage in range(len(timeline))], fontsize=8)
+    panel.tick_params(axis="both", color=_TEXT, labelcolor=_TEXT)
     panel.tick_params(axis="y", length=0)
     panel.spines[:].set_visible(False)
 
@@ -199,4 +205,6 @@ def _add_legend(figure: Any, actions: list[Action], *, with_receives: bool) -> N
         patches.append(Patch(color=_lighter(_COLORS[ActionKind.FORWARD], _LIGHTEST), label="lighter: later chunks"))
     if with_receives:
         patches.append(Line2D([], [], color=_RECEIVE, linewidth=0.8, marker="|", label="posted receive, until needed"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9, labelcolor=_TEXT
+    )

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError
 from engine.testing.runs import read_records
-from engine.testing.tokenizers import write_chatml_tokenizer
 from tests.e2e.commands import ROOT, python, start
+from tests.e2e.models import write_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,13 +22,7 @@ ANSWERS = {"What is 2 + 2?": "Four.", "Who are you?": "A small model.", "Say hel
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama as other programs leave it, with a tokenizer and no chat template; and data for it."""
     folder = tmp_path_factory.mktemp("sft")
-    model = write_chatml_tokenizer(folder / "base")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(
-        vocab_size=260, **shape, max_position_embeddings=256, bos_token_id=None, eos_token_id=0, initializer_range=0.05
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(model)
+    model = write_llama(folder / "base")
     with (folder / "chats.jsonl").open("w") as file:
         for question, answer in ANSWERS.items():
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -3,7 +3,6 @@
 TRIAXIS_WHEEL is a folder with the wheel to test; by default one is built, without CUDA kernels.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,26 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.commands import ENVIRONMENT, ROOT
+from tests.e2e.pages import executed, run_blocks
 
-NOUNS = ("cat", "dog", "bird", "girl", "boy", "cook")
-VERBS, THINGS = ("sees", "likes", "draws", "finds"), ("house", "river", "apple", "moon", "song")
-SENTENCES = [f"The {noun} {verb} the {thing}." for noun in NOUNS for verb in VERBS for thing in THINGS]
-MODEL = ["--model.hidden_size", "64", "--model.num_layers", "2", "--model.vocab_size", "320"]
-DATA = ["--data.tokenizer", "tokenizer.model", "--data.train", "[{path: data/corpus_text_document}]"]
-PRETRAIN = [*DATA, *MODEL, "--data.seq_length", "32", "--run.dir", "runs/first", "--train.steps", "20"]
-PRETRAIN += ["--train.eval_interval", "20", "--checkpoint.interval", "20", "--lr_schedule.warmup_steps", "2"]
-TUNE = ["--model.from_hf", "hf", "--data.train", "[{path: data/chats_sft}]", "--run.dir", "runs/tuned"]
-TUNE += ["--data.seq_length", "64", "--batch.micro", "2", "--batch.global", "4", "--train.eval_steps", "0"]
-TUNE += [
-    "--train.early_stopping",
-    "0",
-    "--checkpoint.keep_best",
-    "false",
-    "--data.split",
-    "[1, 0, 0]",
-    "--train.epochs",
-    "1",
-]
+PAGE = (ROOT / "docs/start.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +52,14 @@ class Person:
         (packages / "others.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")  # torch and the like
         install = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet", "--no-deps"]
         subprocess.run([*install, "--no-index", wheel], check=True, capture_output=True)
+        self.environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+        self.environment["PATH"] = f"{self.bin}:{self.environment['PATH']}"
 
     def triaxis(self, *words: object, code: int = 0, stdin: str = "") -> str:
         """What a command prints."""
-        environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
         command = [self.bin / "triaxis", *map(str, words)]
         done = subprocess.run(
-            command, cwd=self.home, env=environment, capture_output=True, text=True, timeout=120, input=stdin
+            command, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=120, input=stdin
         )
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -88,41 +71,21 @@ def person(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Person:
     return Person(tmp_path_factory.mktemp("person"), wheel)
 
 
-def test_from_raw_text_to_a_model_that_chats(person):
-    home, triaxis = person.home, person.triaxis
-    (home / "corpus.txt").write_text("\n".join(SENTENCES * 3), encoding="utf-8")
-    chats = [{"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": sentence}]}
-             for sentence in SENTENCES[:32]]  # fmt: skip
-    (home / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+def test_the_page_of_the_first_hour_leads_from_raw_text_to_a_model_that_chats(person):
+    said = run_blocks(executed(PAGE), person.home, person.environment)
+    assert "Traceback" not in said
+    assert "next       triaxis inspect data/mine_text_document\n" in said
+    assert "token ids are below 1,000" in said
+    assert "2 ranks = tp 1 × pp 1 × dp 2" in said and "2 ranks = tp 2 × pp 1 × dp 1" in said
+    assert "finished: 60 steps" in said and "finished: 90 steps" in said
+    assert "Some layers of a model." in said.partition("tokens to train")[2]
+    assert (person.home / "models/mine/model.safetensors").exists()
+    answered = person.triaxis("chat", "runs/mine-chat", "--max-new-tokens", 4, stdin="Who are you?\n/quit\n")
+    assert answered.strip()
 
-    triaxis("tokenizer", "--input", "corpus.txt", "--vocab-size", 320, "--output", "tokenizer")
-    made = triaxis("preprocess", "--input", "corpus.txt", "--tokenizer-model", "tokenizer.model", "--append-eod",
-        "--workers", 1, "--output-prefix", "data/corpus")  # fmt: skip
-    assert "next       triaxis inspect data/corpus_text_document\n" in made
-    assert "below 320" in triaxis("inspect", "data/corpus_text_document", "--verify")
 
-    whole = ["--data.split", "[1, 0, 0]", "--train.eval_steps", "0"]
-    assert "2 ranks = tp 2 × pp 1 × dp 1" in triaxis(
-        "check", "tiny", *PRETRAIN, *whole, "--world-size", 2, "--parallel.tp", 2
-    )
-    refused = triaxis("train", "tiny", *PRETRAIN, *whole, "--ranks", 2, "--trian.steps", 9, code=64)
-    assert refused.splitlines()[-1].startswith("exit 64: ")
-    trained = triaxis("train", "tiny", *PRETRAIN, *whole, "--ranks", 2, "--parallel.tp", 2)
-    assert "2 rank(s) on cpu, gloo" in trained and "finished: 20 steps" in trained
-    assert "newest" in triaxis("checkpoints", "runs/first", "--verify")
-
-    triaxis("generate", "runs/first", "--prompt", "The cat", "--max-new-tokens", 4)
-    triaxis("convert", "--from", "runs/first", "--to", "hf", "--dtype", "fp32")
-    assert (home / "hf/model.safetensors").exists()
-
-    made = triaxis("preprocess", "--task", "sft", "--input", "chats.jsonl", "--tokenizer-model", "hf",
-        "--chat-template", "llama2", "--max-length", 65, "--workers", 1, "--output-prefix", "data/chats")  # fmt: skip
-    assert "done       32 conversations" in made
-    tuned = triaxis("train", "sft-llama2-7b", *TUNE, "--precision.mode", "fp32", "--ranks", 2)
-    assert "with the weights of hf" in tuned and "finished: " in tuned
-    assert "tokens in" in triaxis("chat", "runs/tuned", "--prompt", "What?", "--max-new-tokens", 8)
-    said = triaxis("chat", "runs/tuned", "--max-new-tokens", 4, stdin="What?\n/quit\n")
-    assert said.strip()
+def test_a_wrong_setting_is_refused_on_the_last_line(person):
+    assert person.triaxis("train", "tiny", "--trian.steps", 9, code=64).splitlines()[-1].startswith("exit 64: ")
 
 
 def test_the_wheel_holds_recipes_presets_and_its_commit(person, wheel):

@@ -1,4 +1,4 @@
-"""What README.md says of GPUs, where no other file here tests it. Where each claim is tested:
+"""What README.md and docs/ say of GPUs, where no other file here tests it. Where each claim is tested:
 
 - The same code on a GPU and on a CPU, in fp32 and bf16: test_engine.py. NCCL, every layout, tp, pp, dp, schedules,
   FP8 with several ranks, reduction in bf16, gathering in FP8, fine-tuning, generation: test_ranks.py.

@@ -48,7 +48,7 @@ exec() { [ $# -eq 0 ] || { "$@"; exit; }; }
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Create the parser of this command."""
     parser = program_parser("from-megatron", DESCRIPTION, EXAMPLES)
     parser.add_argument("arguments", nargs="+", metavar="ARGS",

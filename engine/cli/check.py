@@ -15,11 +15,12 @@ from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.sample import Split
 from engine.data.storage.format import dataset_file
 from engine.data.tokenizers.protocol import Tokenizer
+from engine.formatting import counted
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
 from engine.plan.microbatch import describe_microbatches
-from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
+from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary, repetition_warnings
 
 DESCRIPTION = "Validate a configuration and print its layout, memory and steps, without starting the run; needs no GPU."
 EXAMPLES = """
@@ -70,12 +71,9 @@ def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_
     tokenizer = None if missing else open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     opened = [] if tokenizer is None else _open(config, tokenizer)
     config = with_steps(config, opened[0].num_rows if opened else None) if opened or config.train.steps else config
+    print(f"assumed     {_assumed(ranks, gpu_memory_gib)}")
     for line in describe_run(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
-    gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
-    where = gpus if ranks.device_type == "cuda" else "this machine's memory"
-    dtype = str(ranks.dtype).removeprefix("torch.")
-    print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) per node (--ranks-per-node)")
     for line in describe_microbatches(config, layout, ranks):
         print(line)
     for path in missing:
@@ -87,6 +85,8 @@ def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_
         print(f"data        {data.num_tokens:,} tokens to {part}")
         for line in packing_summary(data, part, config.batch.global_):
             print(line)
+    for line in repetition_warnings(config, opened[0]) if opened else ():
+        print(line)
     for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
         print(line)
     require_fit(config, layout, ranks)
@@ -100,6 +100,17 @@ def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_nod
     capacity = available(torch.device("cpu"), per_node) if on_cpu else int(gpu_memory_gib * GIB)
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
     return ClusterSpec(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
+
+
+def _assumed(ranks: ClusterSpec, gpu_memory_gib: float) -> str:
+    """Describe the machines that the plan is for, with the options that change them."""
+    dtype, here = str(ranks.dtype).removeprefix("torch."), torch.cuda.device_count()
+    number = counted(ranks.count, "GPU" if ranks.device_type == "cuda" else "rank")
+    where = f"{dtype} on {number} (--world-size), {ranks.per_node} per node (--ranks-per-node), with"
+    if ranks.device_type == "cpu":
+        return f"{where} this machine's memory"
+    found = f"this machine has {counted(here, 'GPU') if here else 'none'}"
+    return f"{where} {gpu_memory_gib:g} GiB each (--gpu-memory-gib); {found}"
 
 
 def _open(config: Config, tokenizer: Tokenizer) -> list[SampleDataset]:

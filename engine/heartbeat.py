@@ -3,7 +3,7 @@
 A thread of rank 0 looks twice a second at what the run is doing; the training loop does nothing for it. The thread
 writes to the file descriptor, so that data workers, which are forked meanwhile, inherit no lock of a stream.
 Alternative considered: rich's live display, as of `engine/cli/progress.py`; it hides the cursor, which stays hidden if
-torchrun kills the rank, and a redraw takes 40 times as long.
+torchrun kills the rank, and has locks of its own.
 """
 
 import os

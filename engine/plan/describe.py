@@ -53,8 +53,8 @@ def _silence(config: Config, layout: Layout) -> Iterator[str]:
     interval = min(config.log.interval, config.train.steps or config.log.interval)
     if (seconds := interval * step_seconds(config, layout)) > LONG_SILENCE_S:
         yield (
-            f"warning     the first step in the log is step {interval}, about {duration(seconds)} after the start on H200s "
-            f"and later on slower GPUs; to see one sooner, lower log.interval = {config.log.interval}"
+            f"warning     the first step in the log is step {interval}, about {duration(seconds)} after the start on "
+            f"H200s and later on slower GPUs; to see one sooner, lower log.interval = {config.log.interval}"
         )
 
 

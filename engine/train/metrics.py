@@ -77,8 +77,8 @@ class StepReporter(Hook):
         report = min(total, *(step // every * every + every for every in self.intervals if every))
         if took * (report - step) > LONG_SILENCE_S:
             self.log.say(
-                f"warning     the first step took {took:.1f} s, and the first one in the log is step {report}, in about "
-                f"{duration(took * (report - step))}; to see one sooner, lower log.interval = {self.intervals[0]}"
+                f"warning     the first step took {took:.1f} s, and the first one in the log is step {report}, in "
+                f"about {duration(took * (report - step))}; to see one sooner, lower log.interval = {self.intervals[0]}"
             )
 
     def _report(self, trainer: Trainer, result: StepResult) -> None:

@@ -20,7 +20,9 @@ def test_a_run_that_works(workspace, capsys):
         "data        n tokens to train",
         "data        n tokens to valid",
     ]
-    assert "assumed     float32 on cpu, this machine's memory, 2 rank(s) per node (--ranks-per-node)" in lines
+    assert lines[0] == (
+        "assumed     float32 on 2 ranks (--world-size), 2 per node (--ranks-per-node), with this machine's memory"
+    )
     assert lines[-1] == "ok"
     assert not any(line.startswith("microbatch") for line in lines)  # no speed of a CPU is known
 
@@ -28,14 +30,23 @@ def test_a_run_that_works(workspace, capsys):
 def test_gpus_that_are_not_here(workspace, capsys):
     config = run_config(workspace, "--precision.mode", "bf16", "--run.device", "auto", "--parallel.tp", "auto")
     lines = printed(capsys, config, 4, gpu_memory_gib=40, ranks_per_node=2)
-    assert (
-        "assumed     bfloat16 on cuda, GPUs of 40 GiB (--gpu-memory-gib), 2 rank(s) per node (--ranks-per-node)"
-        in lines
-    )
+    gpus = "4 GPUs (--world-size), 2 per node (--ranks-per-node), with 40 GiB each (--gpu-memory-gib)"
+    assert lines[0].startswith(f"assumed     bfloat16 on {gpus}; this machine has ")
+    assert not any(line.startswith("warning") for line in lines)
     assert "            tp auto: the smallest tp × pp whose fullest rank, 2.6 GiB, fits in 90% of 40.0 GiB" in lines
     table = lines.index("microbatch  batch.micro  microbatches  peak GiB  free GiB  predicted speed")
     assert lines[table + 1].split() == ["1", "1", "2.6", "37.4", "1.00×", "configured"]
     assert lines[table + 2].strip() == "batch.micro = 1 is the only one that fits"
+
+
+def test_a_run_that_reads_its_data_too_often_and_is_silent_for_minutes(workspace, capsys):
+    gpus = ("--precision.mode", "bf16", "--run.device", "auto", "--log.interval", "2000000000")
+    lines = printed(capsys, run_config(workspace, *gpus, steps=1_000_000_000))
+    silence, repetition = (line for line in lines if line.startswith("warning"))
+    assert re.search(r"log is step 1000000000, about [\d:d ]+ after .* lower log.interval = 2000000000$", silence)
+    assert re.search(
+        r"corpus 1\d,\d{3},\d{3}\.\d times; .*add data, or lower train.steps = 1000000000 to 3\d\d$", repetition
+    )
 
 
 def test_files_that_are_not_here_are_named(tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_a_run_that_reads_its_data_too_often_and_is_silent_for_minutes(workspace
     silence, repetition = (line for line in lines if line.startswith("warning"))
     assert re.search(r"log is step 1000000000, about [\d:d ]+ after .* lower log.interval = 2000000000$", silence)
     assert re.search(
-        r"corpus 1\d,\d{3},\d{3}\.\d times; .*add data, or lower train.steps = 1000000000 to 3\d\d$", repetition
+        r"corpus \d,\d{3},\d{3}\.\d times; .*add data, or lower train.steps = 1000000000 to 4\d\d$", repetition
     )
 
 

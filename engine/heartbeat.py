@@ -62,7 +62,6 @@ class Heartbeat:
         self._has_bar = False  # on the screen
         self._lock = threading.Lock()  # of the screen
         self._ended = threading.Event()
-        self._owner = os.getpid()  # a fork inherits this object without its thread
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         if os.environ.get("RANK", "0") == "0" if active is None else active:
             self._thread.start()
@@ -81,8 +80,8 @@ class Heartbeat:
                 self._draw()
 
     def close(self) -> None:
-        """End the thread and remove the bar."""
-        if self._thread.is_alive() and os.getpid() == self._owner:
+        """End the thread and remove the bar. A no-op in a fork, which has no such thread."""
+        if self._thread.is_alive():
             self._ended.set()
             self._thread.join()
             self._remove_bar()

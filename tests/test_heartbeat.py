@@ -117,18 +117,18 @@ class Terminal:
                 self._written += part.decode()
         except BlockingIOError:
             pass
-        rows = [""]
+        rows, column = [""], 0
         for token in re.findall(r"\x1b\[2K|[^\x1b]", self._written):
             if token == "\n":
                 rows.append("")
             elif token == "\x1b[2K":
                 rows[-1] = ""
             elif token == "\r":
-                rows[-1] = rows[-1].removesuffix("\r") + "\r"
-            else:  # a new character behind \r begins to overwrite the row
-                before = rows[-1]
-                rows[-1] = token if before.endswith("\r") else before + token
-        return [row.removesuffix("\r") for row in rows]
+                column = 0
+            else:
+                rows[-1] = rows[-1][:column] + token + rows[-1][column + 1 :]
+                column += 1
+        return rows
 
 
 @contextmanager

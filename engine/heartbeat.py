@@ -16,7 +16,7 @@ from typing import NamedTuple, TextIO
 
 from engine.formatting import duration
 
-FIRST_S = 8.0  # seconds of silence before the first line
+FIRST_S = 7.0  # seconds of silence before the first line
 INTERVAL_S = 30.0  # and before each further one
 TICK_S = 0.5
 _BAR = 12  # characters

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {  # a room may import what has a lower number, and itself
     "errors": 0,
     "formatting": 0,
+    "heartbeat": 1,
     "config": 1,
     "ops": 2,
     "data": 2,

@@ -15,12 +15,12 @@ from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.sample import Split
 from engine.data.storage.format import dataset_file
 from engine.data.tokenizers.protocol import Tokenizer
-from engine.errors import ConfigError
+from engine.formatting import counted
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
 from engine.plan.microbatch import describe_microbatches
-from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary
+from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary, repetition_warnings
 
 DESCRIPTION = "Validate a configuration and print its layout, memory and steps, without starting the run; needs no GPU."
 EXAMPLES = """
@@ -35,11 +35,9 @@ def parser() -> argparse.ArgumentParser:
     """Create the parser of this command."""
     parser = config_parser("check", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
-    add("--gpus", "--ranks", type=int, metavar="N", help="GPUs or ranks of each node, as for `train`")
-    add("--nodes", type=int, metavar="N", help="nodes of the run, with --gpus (default 1)")
-    add("--world-size", type=int, metavar="N", help="instead of the two: ranks of the run (default 1)")
+    add("--gpus", "--ranks", type=int, default=1, metavar="N", help="GPUs or ranks of each node (default 1)")
+    add("--nodes", type=int, default=1, metavar="N", help="nodes of the run (default 1)")
     add("--gpu-memory-gib", type=float, default=80, metavar="N", help="memory per GPU (default 80)")
-    add("--ranks-per-node", type=int, metavar="N", help="with --world-size: ranks of each node (default 8)")
     return parser
 
 
@@ -47,55 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `--help`."""
     options, overrides = parser().parse_known_args(arguments)
     config = load_config(options.config, overrides)
-    world_size, per_node = _size(options)
-    check_run(config, world_size, options.gpu_memory_gib, per_node)
+    check_run(config, options.gpus, options.nodes, options.gpu_memory_gib)
 
 
-def _size(options: argparse.Namespace) -> tuple[int, int]:
-    """The ranks of the run, and those of each node.
-
-    Raises:
-        ConfigError: an option is out of range, or the two ways to say it are mixed.
-    """
-    node = {name: getattr(options, name) for name in ("gpus", "nodes")}
-    total = {name: getattr(options, name) for name in ("world_size", "ranks_per_node")}
-    require_at_least(1, **node, **total)
-    if any(node.values()) and (options.gpus is None or any(total.values())):
-        raise ConfigError("give --gpus of each node (and --nodes), or --world-size (and --ranks-per-node)")
-    if options.gpus is not None:
-        return options.gpus * (options.nodes or 1), options.gpus
-    return options.world_size or 1, options.ranks_per_node or 8
-
-
-def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> None:
-    """Validate `config` for `world_size` ranks and print layout, pipeline stages, memory, batch, steps and microbatch
-    sizes.
+def check_run(config: Config, gpus: int, nodes: int, gpu_memory_gib: float) -> None:
+    """Validate `config` for `gpus` ranks on each of `nodes` nodes, and print layout, pipeline stages, memory, batch, steps
+    and microbatch sizes.
 
     Missing files are reported but are not an error, as the check may run on another machine than the training.
 
     Args:
         gpu_memory_gib: memory of each GPU of the run.
-        ranks_per_node: GPUs of each node of the run.
 
     Raises:
         ConfigError: no layout or batch works, or model and tokenizer do not match.
         DataError: the data on this machine do not match the run.
         OutOfMemoryError: the run does not fit in the GPUs' memory.
     """
-    require_at_least(1, world_size=world_size, ranks_per_node=ranks_per_node)
-    ranks = _ranks(config, world_size, gpu_memory_gib, ranks_per_node)
+    require_at_least(1, gpus=gpus, nodes=nodes)
+    ranks = _ranks(config, gpus, nodes, gpu_memory_gib)
     require_expressible(config.model)
     layout, reason = choose_layout(config, ranks)
     missing = _missing_files(config)
     tokenizer = None if missing else open_tokenizer(config.data.tokenizer, config.model.vocab_size)
     opened = [] if tokenizer is None else _open(config, tokenizer)
     config = with_steps(config, opened[0].num_rows if opened else None) if opened or config.train.steps else config
+    print(f"assumed     {_assumed(ranks, gpu_memory_gib)}")
     for line in describe_run(config, layout, reason, ranks.dtype, ranks.device_type):
         print(line)
-    gpus = f"GPUs of {gpu_memory_gib:g} GiB (--gpu-memory-gib)"
-    where = gpus if ranks.device_type == "cuda" else "this machine's memory"
-    dtype = str(ranks.dtype).removeprefix("torch.")
-    print(f"assumed     {dtype} on {ranks.device_type}, {where}, {ranks.per_node} rank(s) per node (--ranks-per-node)")
     for line in describe_microbatches(config, layout, ranks):
         print(line)
     for path in missing:
@@ -107,19 +84,31 @@ def check_run(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_
         print(f"data        {data.num_tokens:,} tokens to {part}")
         for line in packing_summary(data, part, config.batch.global_):
             print(line)
+    for line in repetition_warnings(config, opened[0]) if opened else ():
+        print(line)
     for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
         print(line)
     require_fit(config, layout, ranks)
     print("ok, except for files that are not on this machine" if missing else "ok")
 
 
-def _ranks(config: Config, world_size: int, gpu_memory_gib: float, ranks_per_node: int) -> ClusterSpec:
+def _ranks(config: Config, gpus: int, nodes: int, gpu_memory_gib: float) -> ClusterSpec:
     """Describe the ranks of the run; CPU ranks are assumed to be on this machine."""
     on_cpu = config.precision.mode == "fp32" or config.run.device == "cpu"
-    per_node = min(world_size, ranks_per_node)
-    capacity = available(torch.device("cpu"), per_node) if on_cpu else int(gpu_memory_gib * GIB)
+    capacity = available(torch.device("cpu"), gpus) if on_cpu else int(gpu_memory_gib * GIB)
     dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
-    return ClusterSpec(world_size, per_node, capacity, "cpu" if on_cpu else "cuda", dtype)
+    return ClusterSpec(gpus * nodes, gpus, capacity, "cpu" if on_cpu else "cuda", dtype)
+
+
+def _assumed(ranks: ClusterSpec, gpu_memory_gib: float) -> str:
+    """Describe the machines that the plan is for, with the options that change them."""
+    dtype, here = str(ranks.dtype).removeprefix("torch."), torch.cuda.device_count()
+    nodes = counted(ranks.count // ranks.per_node, "node")
+    where = f"{dtype}, {nodes} (--nodes) with {counted(ranks.per_node, 'GPU')} each (--gpus)"
+    if ranks.device_type == "cpu":
+        return f"{dtype}, {nodes} (--nodes) with {counted(ranks.per_node, 'rank')} each (--ranks) and this machine's memory"
+    found = f"this machine has {counted(here, 'GPU') if here else 'none'}"
+    return f"{where} of {gpu_memory_gib:g} GiB (--gpu-memory-gib); {found}"
 
 
 def _open(config: Config, tokenizer: Tokenizer) -> list[SampleDataset]:

@@ -115,11 +115,11 @@ def _run_script(command: Sequence[str]) -> list[str]:
 
 
 def _comments(notes: Notes, given: Arguments) -> list[str]:
-    ranks = given.ranks or "N"
+    size = f"--gpus {given.gpus or 'N'}" + (f" --nodes {given.nodes}" if given.nodes > 1 else "")
     lines = [
         f"# Translated by `{command_name('from-megatron')}`. Next, with the name of this file:",
-        f"#   {command_name('check')} FILE --world-size {ranks}",
-        f"#   {command_name('train')} FILE --gpus N",
+        f"#   {command_name('check')} FILE {size}",
+        f"#   {command_name('train')} FILE {size}",
     ]
     for name, title in _SECTIONS:
         if items := getattr(notes, name):

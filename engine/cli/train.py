@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from engine.cli.arguments import Parser, once_per_node
 from engine.cli.launch import NodeLaunch, run_node
@@ -14,6 +15,7 @@ from engine.cli.settings import config_parser, load_config
 from engine.config.schema import Config
 from engine.errors import ConfigError, run_program
 from engine.formatting import counted
+from engine.heartbeat import Heartbeat
 
 DESCRIPTION = """Pretrain or fine-tune a model, as `task` in the configuration says: on one process, with --gpus or
 --ranks on several of this node, and with --nodes on several nodes. Before it starts ranks, it checks that the
@@ -48,6 +50,11 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """Run the command; see `--help`. Returns the exit code of the ranks, None for 0."""
     options, overrides = parser().parse_known_args(arguments)
+    with closing(Heartbeat("importing PyTorch")) as heartbeat:
+        return _run(options, overrides, heartbeat)
+
+
+def _run(options: argparse.Namespace, overrides: Sequence[str], heartbeat: Heartbeat) -> int | None:
     is_rank = "LOCAL_RANK" in os.environ
     if is_rank:
         _refuse_launch_options(options)
@@ -56,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     if launch is None or (launch.world_size == 1 and not options.dry_run):
         from engine.train.run import train
 
-        train(config)
+        train(config, heartbeat)
         return None
-    return _start(launch, config, ["engine", "train", options.config, *overrides], dry_run=options.dry_run)
+    program = ["engine", "train", options.config, *overrides]
+    return _start(launch, config, program, heartbeat, dry_run=options.dry_run)
 
 
 def _refuse_launch_options(options: argparse.Namespace) -> None:
@@ -134,11 +142,15 @@ def _num_gpus(config: Config) -> int:
     return 0 if config.run.device == "cpu" else torch.cuda.device_count()
 
 
-def _start(launch: NodeLaunch, config: Config, program: list[str], *, dry_run: bool) -> int | None:
+def _start(
+    launch: NodeLaunch, config: Config, program: list[str], heartbeat: Heartbeat, *, dry_run: bool
+) -> int | None:
     if not dry_run:
         launch.require_place()
+    heartbeat.phase = "checking configuration, data and memory"
     if code := _in_a_child(lambda: check_start(config, launch)):
         return code
+    heartbeat.close()  # from here on rank 0 gives the signs
     print(launch.line(program), file=sys.stdout if dry_run else sys.stderr, flush=True)
     return None if dry_run else run_node(launch, program, config.run.dir)
 

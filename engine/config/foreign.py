@@ -506,6 +506,7 @@ OTHERS: Mapping[str, str] = {  # of no trainer in particular
     "num_gpus": _GPUS,
     "nproc_per_node": _GPUS,
     "world_size": _GPUS,
+    "ranks_per_node": _GPUS,
     "nodes": "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`",
     "nnodes": "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`",
     "num_nodes": "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`",

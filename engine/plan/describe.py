@@ -8,14 +8,15 @@ import torch
 
 from engine.config.derived import microbatches
 from engine.config.schema import Config
-from engine.formatting import counted
+from engine.formatting import counted, duration
 from engine.model.parameters import parameter_table
 from engine.parallel.layout import Coordinates, Layout, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.plan.memory import estimate, unit_of
 from engine.plan.stages import stage_parts
-from engine.plan.throughput import FLOPS_FORMULA, bubble, flops_per_token
+from engine.plan.throughput import FLOPS_FORMULA, bubble, flops_per_token, step_seconds
 
+LONG_SILENCE_S = 120.0  # between two lines of the log; more is worth a warning
 _LABEL = 12  # width of the first column
 
 
@@ -42,7 +43,19 @@ def describe_run(config: Config, layout: Layout, reason: str, dtype: torch.dtype
         chunks = f", {parallel.virtual_stages} chunks per stage" if parallel.virtual_stages > 1 else ""
         added = f"its bubble adds {bubble(parallel, layout.pp, count):.1%} to the time of a step"
         yield f"pipeline    {parallel.schedule}{chunks}; {added}"
+    if device_type == "cuda":
+        yield from _silence(config, layout)
     yield from _stages(config, layout, dtype, device_type)
+
+
+def _silence(config: Config, layout: Layout) -> Iterator[str]:
+    """Yield a warning if the first report of a step is minutes away, by the time of a step on one kind of GPU."""
+    interval = min(config.log.interval, config.train.steps or config.log.interval)
+    if (seconds := interval * step_seconds(config, layout)) > LONG_SILENCE_S:
+        yield (
+            f"warning     the first step in the log is step {interval}, about {duration(seconds)} after the start on "
+            f"H200s and later on slower GPUs; to see one sooner, lower log.interval = {config.log.interval}"
+        )
 
 
 def _grid(layout: Layout) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -41,7 +42,12 @@ class Evaluation(Hook):
         step = trainer.progress.step
         with trainer.clock.paused():
             started = time.perf_counter()
-            loss = evaluate(trainer.model, self.data, trainer.config, trainer.world)
+            phase = trainer.phase
+
+            def report(batch: int, batches: int) -> None:
+                trainer.phase = f"{phase}, batch {batch} of {batches}"
+
+            loss = evaluate(trainer.model, self.data, trainer.config, trainer.world, report)
             note_evaluation(trainer, loss)
             perplexity = math.exp(min(loss, 700.0))
             took = duration(time.perf_counter() - started)
@@ -90,8 +96,17 @@ def stops_early(trainer: Trainer) -> bool:
 
 
 @torch.no_grad()
-def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, world: World) -> float:
+def evaluate(
+    model: DistributedModel,
+    dataset: SampleDataset,
+    config: Config,
+    world: World,
+    report: Callable[[int, int], None] = lambda batch, batches: None,
+) -> float:
     """Compute the mean loss per target token, in nats, over `train.eval_steps` global batches, or one epoch if shorter.
+
+    Args:
+        report: called with the number of each batch, from 1, and how many there are.
 
     Raises:
         DataError: on all ranks, the batches have no target tokens.
@@ -101,9 +116,11 @@ def evaluate(model: DistributedModel, dataset: SampleDataset, config: Config, wo
         steps = min(steps, math.ceil(dataset.num_rows / config.batch.global_))
     total = torch.zeros(1, device=world.device, dtype=torch.float64)
     tokens = 0
-    for microbatches in global_batches(dataset, config, world, first_sample=0, steps=steps, num_workers=0):
+    read = global_batches(dataset, config, world, first_sample=0, steps=steps, num_workers=0)
+    for batch, microbatches in enumerate(read, start=1):
+        report(batch, steps)
         total += model.evaluate(microbatches).double()
-        tokens += sum(batch.num_tokens for batch in microbatches) if world.is_model_parallel_leader else 0
+        tokens += sum(each.num_tokens for each in microbatches) if world.is_model_parallel_leader else 0
     world.sum_on_device(total)
     (all_tokens,) = sum_ints(world, [tokens])
     if all_tokens == 0:

@@ -28,6 +28,10 @@ from engine.ops.choice import require_attention, require_fp8, require_implementa
 from engine.parallel.layout import World
 from engine.parallel.table import ParameterTable
 
+# The most passes over the data of which a source reports a gain, by task: up to 4, repeated tokens are worth about as
+# much as new ones (Muennighoff et al. 2023); a fine-tuning of 16 epochs (Ouyang et al. 2022).
+_MAX_PASSES = {"pretrain": (4, "arXiv 2305.16264"), "sft": (16, "arXiv 2203.02155")}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -130,6 +134,20 @@ def packing_summary(data: SampleDataset, part: Split, global_batch_size: int) ->
             f"warning     batch.global = {global_batch_size} is more than the {rows} sequences of an epoch: a step "
             "repeats conversations, or contains empty sequences; lower batch.global"
         )
+
+
+def repetition_warnings(config: Config, data: SampleDataset) -> Iterator[str]:
+    """Yield a warning for each training dataset that the run reads more often than is known to help."""
+    steps = config.train.steps
+    most, source = _MAX_PASSES[config.task]
+    for dataset, passes in zip(data.datasets, data.passes(steps * config.batch.global_), strict=True):
+        if passes > most:
+            weight = ", lower its weight in data.train" if len(data.datasets) > 1 else ""
+            yield (
+                f"warning     the run reads {dataset.prefix} {passes:,.1f} times; that more than {most} passes help is "
+                f"not known ({source}): add data{weight}, or lower train.steps = {steps} to "
+                f"{max(1, int(steps * most / passes))}"
+            )
 
 
 def describe_template(data: SampleDataset, tokenizer: Tokenizer) -> Iterator[str]:

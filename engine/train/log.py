@@ -10,6 +10,7 @@ import orjson
 
 from engine.config.schema import Config
 from engine.errors import ConfigError
+from engine.heartbeat import Heartbeat
 
 
 class Tracker(Protocol):
@@ -42,14 +43,18 @@ class Tracker(Protocol):
 class RunLog:
     """The log of a run: messages on stdout, events, and metrics. A no-op on all but the main rank."""
 
-    def __init__(self, directory: Path, *, active: bool) -> None:
+    def __init__(self, directory: Path, *, active: bool, heartbeat: Heartbeat | None = None) -> None:
         """Lock the directory, if this rank is the one that writes.
+
+        Args:
+            heartbeat: what gives signs of life between messages; None: nothing does.
 
         Raises:
             ConfigError: another run is writing to this directory.
         """
         self.directory = directory
         self.active = active
+        self.heartbeat = heartbeat or Heartbeat("", active=False)
         self.trackers: list[Tracker] = []
         if active:
             directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +71,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line on stdout."""
         if self.active:
-            print(text, flush=True)
+            self.heartbeat.say(text)
 
     def metrics(self, group: str, record: Mapping[str, Any]) -> None:
         """Append to `metrics.jsonl` (NaN becomes null, as JSON has no NaN) and send to the trackers."""

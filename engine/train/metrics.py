@@ -14,6 +14,7 @@ import torch
 from engine.errors import NonFiniteError
 from engine.formatting import duration
 from engine.parallel.agreement import on_all_ranks
+from engine.plan.describe import LONG_SILENCE_S
 from engine.plan.memory import GIB
 from engine.plan.throughput import peak_tflops
 from engine.train.hooks import Hook, is_due
@@ -51,6 +52,7 @@ class StepReporter(Hook):
         self.tokens = self.steps = 0
 
     def before_training(self, trainer: Trainer) -> None:
+        self.first_step = trainer.progress.step + 1
         trainer.clock.restart()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -65,6 +67,19 @@ class StepReporter(Hook):
         self.steps += 1
         if any(is_due(result.step, every, trainer.config.train.steps) for every in self.intervals):
             self._report(trainer, result)
+        elif result.step == self.first_step:
+            self._warn_of_silence(trainer, result)
+
+    def _warn_of_silence(self, trainer: Trainer, result: StepResult) -> None:
+        """Say when the first report comes, if it is minutes away."""
+        result.loss.item()  # waits for the device
+        step, total, took = result.step, trainer.config.train.steps, trainer.clock.seconds()
+        report = min(total, *(step // every * every + every for every in self.intervals if every))
+        if took * (report - step) > LONG_SILENCE_S:
+            self.log.say(
+                f"warning     the first step took {took:.1f} s, and the first one in the log is step {report}, in "
+                f"about {duration(took * (report - step))}; to see one sooner, lower log.interval = {self.intervals[0]}"
+            )
 
     def _report(self, trainer: Trainer, result: StepResult) -> None:
         loss = result.loss.clone()

@@ -1,9 +1,12 @@
 """Top level of a training run: start, loop with hooks, shutdown."""
 
+from contextlib import closing
+
 from engine.checkpoint.run_directory import BEST, checkpoints_dir, step_name
 from engine.config.derived import with_steps
 from engine.config.schema import Config
 from engine.errors import Interrupted, PeerError, as_triaxis_error
+from engine.heartbeat import Heartbeat, Position
 from engine.parallel.agreement import leave_together, on_all_ranks, run_on_all_ranks
 from engine.parallel.layout import init_distributed
 from engine.plan.throughput import flops_per_token
@@ -15,30 +18,40 @@ from engine.train.metrics import StepReporter
 from engine.train.saving import SaveBest, Saving
 from engine.train.signals import StopRequest
 from engine.train.start import arrange_ranks, build_trainer, describe_start, open_log
-from engine.train.trainer import SETTING_UP, Trainer
+from engine.train.trainer import Trainer
 from engine.train.warm_up import warm_up
 
 
-def train(config: Config) -> None:
+def train(config: Config, heartbeat: Heartbeat | None = None) -> None:
     """Train on this rank as `config` says.
+
+    Args:
+        heartbeat: gives signs of life since the process started; closed at the end. None: a new one.
 
     Raises:
         TriaxisError: carries the exit code of the failure; `Interrupted` after a stop request.
     """
-    parallel = config.parallel
+    with closing(heartbeat or Heartbeat("starting")) as heartbeat:
+        _train_on_rank(config, heartbeat)
+
+
+def _train_on_rank(config: Config, heartbeat: Heartbeat) -> None:
+    parallel, heartbeat.phase = config.parallel, "connecting the ranks"
     world = init_distributed(
         config.run.device, timeout_s=parallel.timeout_s, connect_timeout_s=parallel.connect_timeout_s
     )
     trainer: Trainer | None = None
     log: RunLog | None = None
-    with leave_together(world, lambda: trainer.position if trainer else SETTING_UP):
+    with leave_together(world, lambda: trainer.position if trainer else heartbeat.phase):
         try:
             world, reason = arrange_ranks(config, world)
+            heartbeat.phase = "opening tokenizer, data and checkpoints"
             inputs = run_on_all_ranks(world, lambda: open_inputs(config, world))
             config = run_on_all_ranks(world, lambda: with_steps(config, inputs.train_data.num_rows))
-            log = run_on_all_ranks(world, lambda: open_log(config, world, chat_template(inputs.train_data)))
+            log = run_on_all_ranks(world, lambda: open_log(config, world, chat_template(inputs.train_data), heartbeat))
             describe_start(config, world, inputs, log, reason)
             trainer = build_trainer(config, world, inputs, log)
+            heartbeat.follow(lambda: Position(trainer.position, trainer.progress.step, config.train.steps))
             run_on_all_ranks(world, lambda: log.open_metrics(trainer.progress.step, config))
             _train(trainer, inputs, log)
             log.event("exit", code=0)

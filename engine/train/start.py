@@ -14,6 +14,7 @@ from engine.config.schema import Config
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import CheckpointError, StorageError
 from engine.formatting import counted
+from engine.heartbeat import Heartbeat
 from engine.ops.choice import describe_ops
 from engine.parallel.agreement import gather_ints, run_on_all_ranks
 from engine.parallel.connect import check_hardware_queues
@@ -23,7 +24,7 @@ from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import ClusterSpec, available, link_options
 from engine.plan.throughput import peak_tflops
 from engine.train.evaluate import compares_evaluations
-from engine.train.inputs import Inputs, describe_template, model_dtype, packing_summary
+from engine.train.inputs import Inputs, describe_template, model_dtype, packing_summary, repetition_warnings
 from engine.train.log import RunLog
 from engine.train.measure import choose_attention, choose_onednn
 from engine.train.state import restore, restore_weights
@@ -58,7 +59,7 @@ def _ranks(config: Config, world: World) -> ClusterSpec:
     return ClusterSpec(world.layout.world_size, per_node, capacity, device.type, dtype)
 
 
-def open_log(config: Config, world: World, template: str | None) -> RunLog:
+def open_log(config: Config, world: World, template: str | None, heartbeat: Heartbeat) -> RunLog:
     """Open the log, and write the resolved configuration and the data's chat template to the run directory.
 
     Raises:
@@ -66,7 +67,7 @@ def open_log(config: Config, world: World, template: str | None) -> RunLog:
         StorageError: the directory cannot be written.
     """
     try:
-        log = RunLog(config.run.dir, active=world.is_main)
+        log = RunLog(config.run.dir, active=world.is_main, heartbeat=heartbeat)
         if world.is_main:
             (config.run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             if template is not None:
@@ -96,6 +97,8 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
         log.say(line)
     for line in packing_summary(inputs.valid_data, "valid", global_batch) if inputs.valid_data is not None else ():
         log.say(line)
+    for line in repetition_warnings(config, inputs.train_data):
+        log.say(line)
     for line in describe_template(inputs.train_data, inputs.tokenizer):
         log.say(line)
     log.event("layout", world_size=layout.world_size, **asdict(layout), device=str(world.device))
@@ -116,8 +119,10 @@ def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> 
         CheckpointError: on all ranks, if any rank could not read the checkpoints or the weights.
     """
     from_scratch = not inputs.checkpoints and inputs.weights is None
+    log.heartbeat.phase = "measuring implementations of operators"
     seed, onednn = config.run.seed if from_scratch else None, choose_onednn(config, world, inputs.dtype, log)
     attention = choose_attention(config, world, inputs, log)
+    log.heartbeat.phase = "initializing the model"
     model, optimizer = build_model(config, world, inputs.dtype, seed=seed, onednn=onednn, attention=attention)
     trainer = Trainer(config, world, model, optimizer, inputs.train_data)
     if inputs.checkpoints:
@@ -130,6 +135,7 @@ def build_trainer(config: Config, world: World, inputs: Inputs, log: RunLog) -> 
 def _start_fresh(trainer: Trainer, weights: ModelDirectory | None, log: RunLog) -> None:
     run, model, optimizer = trainer.config.run, trainer.config.model, trainer.optimizer
     if weights is not None:
+        log.heartbeat.phase = "loading the initial weights"
         run_on_all_ranks(trainer.world, partial(restore_weights, optimizer, weights))
         optimizer.broadcast_params()
     source = model.from_hf or model.from_checkpoint
@@ -157,6 +163,7 @@ def _restore_newest(trainer: Trainer, checkpoints: list[Checkpoint], log: RunLog
     """Restore the first checkpoint that every rank can read completely, and return it."""
     optimizer, fp8 = trainer.optimizer, trainer.model.fp8
     for checkpoint, older in zip(checkpoints, [*checkpoints[1:], None], strict=True):
+        log.heartbeat.phase = f"loading {checkpoint.path}"
         try:
             run_on_all_ranks(trainer.world, partial(restore, optimizer, checkpoint, fp8))
             optimizer.broadcast_params()

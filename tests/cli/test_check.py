@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from engine.cli.check import _size, check_run, parser
+from engine.cli.check import check_run
 from engine.errors import ConfigError, DataError, OutOfMemoryError
 from engine.testing.runs import run_config
 
 
-def printed(capsys, config, world_size: int = 1, gpu_memory_gib: float = 80, ranks_per_node: int = 8) -> list[str]:
-    check_run(config, world_size, gpu_memory_gib, ranks_per_node)
+def printed(capsys, config, gpus: int = 1, nodes: int = 1, gpu_memory_gib: float = 80) -> list[str]:
+    check_run(config, gpus, nodes, gpu_memory_gib)
     return capsys.readouterr().out.splitlines()
 
 
@@ -20,22 +20,31 @@ def test_a_run_that_works(workspace, capsys):
         "data        n tokens to train",
         "data        n tokens to valid",
     ]
-    assert "assumed     float32 on cpu, this machine's memory, 2 rank(s) per node (--ranks-per-node)" in lines
+    assert lines[0] == ("assumed     float32, 1 node (--nodes) with 2 ranks each (--ranks) and this machine's memory")
     assert lines[-1] == "ok"
     assert not any(line.startswith("microbatch") for line in lines)  # no speed of a CPU is known
 
 
 def test_gpus_that_are_not_here(workspace, capsys):
     config = run_config(workspace, "--precision.mode", "bf16", "--run.device", "auto", "--parallel.tp", "auto")
-    lines = printed(capsys, config, 4, gpu_memory_gib=40, ranks_per_node=2)
-    assert (
-        "assumed     bfloat16 on cuda, GPUs of 40 GiB (--gpu-memory-gib), 2 rank(s) per node (--ranks-per-node)"
-        in lines
-    )
+    lines = printed(capsys, config, 2, nodes=2, gpu_memory_gib=40)
+    gpus = "2 nodes (--nodes) with 2 GPUs each (--gpus) of 40 GiB (--gpu-memory-gib)"
+    assert lines[0].startswith(f"assumed     bfloat16, {gpus}; this machine has ")
+    assert not any(line.startswith("warning") for line in lines)
     assert "            tp auto: the smallest tp × pp whose fullest rank, 2.6 GiB, fits in 90% of 40.0 GiB" in lines
     table = lines.index("microbatch  batch.micro  microbatches  peak GiB  free GiB  predicted speed")
     assert lines[table + 1].split() == ["1", "1", "2.6", "37.4", "1.00×", "configured"]
     assert lines[table + 2].strip() == "batch.micro = 1 is the only one that fits"
+
+
+def test_a_run_that_reads_its_data_too_often_and_is_silent_for_minutes(workspace, capsys):
+    gpus = ("--precision.mode", "bf16", "--run.device", "auto", "--log.interval", "2000000000")
+    lines = printed(capsys, run_config(workspace, *gpus, steps=1_000_000_000))
+    silence, repetition = (line for line in lines if line.startswith("warning"))
+    assert re.search(r"log is step 1000000000, about [\d:d ]+ after .* lower log.interval = 2000000000$", silence)
+    assert re.search(
+        r"corpus \d,\d{3},\d{3}\.\d times; .*add data, or lower train.steps = 1000000000 to 4\d\d$", repetition
+    )
 
 
 def test_files_that_are_not_here_are_named(tmp_path, capsys):
@@ -47,37 +56,16 @@ def test_files_that_are_not_here_are_named(tmp_path, capsys):
 def test_what_does_not_fit_is_shown_and_refused(tmp_path, capsys):
     config = run_config(tmp_path, "--precision.mode", "bf16", "--run.device", "auto")
     with pytest.raises(OutOfMemoryError, match=r"a GPU has 1\.0 GiB"):
-        check_run(config, 1, 1, 8)
+        check_run(config, 1, 1, 1)
     assert "stage 0     0      embedding, 0–3, head" in capsys.readouterr().out
 
 
 def test_data_that_do_not_fit_the_run(workspace):
     with pytest.raises(DataError, match="and needs"):
-        check_run(run_config(workspace, "--data.seq_length", "4096", "--data.split", "[1, 9, 0]"), 1, 80, 8)
+        check_run(run_config(workspace, "--data.seq_length", "4096", "--data.split", "[1, 9, 0]"), 1, 1, 80)
 
 
-@pytest.mark.parametrize(("options", "name"), [((0, 80, 8), "world-size 0"), ((1, 80, 0), "ranks-per-node 0")])
+@pytest.mark.parametrize(("options", "name"), [((0, 1, 80), "gpus 0"), ((1, 0, 80), "nodes 0")])
 def test_options_out_of_range(tmp_path, options, name):
     with pytest.raises(ConfigError, match=f"--{name}: expected at least 1"):
         check_run(run_config(tmp_path), *options)
-
-
-@pytest.mark.parametrize(
-    ("options", "ranks", "per_node"),
-    [
-        ("", 1, 8),
-        ("--world-size 64", 64, 8),
-        ("--world-size 64 --ranks-per-node 4", 64, 4),
-        ("--gpus 4", 4, 4),
-        ("--gpus 4 --nodes 16", 64, 4),
-        ("--ranks 2", 2, 2),
-    ],
-)
-def test_the_size_of_a_run_is_said_in_two_ways(options, ranks, per_node):
-    assert _size(parser().parse_args(["tiny", *options.split()])) == (ranks, per_node)
-
-
-@pytest.mark.parametrize("options", ["--nodes 2", "--gpus 8 --world-size 8", "--gpus 8 --ranks-per-node 8"])
-def test_the_two_ways_are_not_mixed(options):
-    with pytest.raises(ConfigError, match=r"^give --gpus of each node \(and --nodes\), or"):
-        _size(parser().parse_args(["tiny", *options.split()]))

@@ -83,7 +83,7 @@ def test_the_llama_script_is_translated(of_script):
     assert any("--lr-decay-samples 1949218748: the decay ends at step 15228271 there" in line for line in different)
     assert "- --decoupled-lr 5.0e-4, --decoupled-min-lr 4.5e-5: not implemented: another learning rate" in comments
     assert "- --sequence-parallel: on wherever parallel.tp > 1" in comments
-    assert "triaxis check FILE --world-size 8" in comments
+    assert "triaxis check FILE --gpus 8" in comments
     assert "Not known" not in comments
 
 

@@ -99,7 +99,7 @@ def engine(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_check_tells_what_follows_from_the_7b_configuration():
-    done = engine("check", "examples/configs/llama2_7b.yaml", "--world-size", "64")
+    done = engine("check", "examples/configs/llama2_7b.yaml", "--gpus", "8", "--nodes", "8")
     assert done.returncode == 0, done.stderr
     for part in (
         "6,738,415,616 parameters, 42.86 GFLOP per token",
@@ -108,13 +108,13 @@ def test_check_tells_what_follows_from_the_7b_configuration():
         "1024 sequences = dp 64 × 16 microbatches of 1; 4,194,304 tokens per step",
         "100,000 steps = 419,430,400,000 tokens",
         "0–63   embedding, 0–31, head  6,738,415,616     12.6       25.1        1.2  ",
-        "bfloat16 on cuda, GPUs of 80 GiB (--gpu-memory-gib), 8 rank(s) per node (--ranks-per-node)",
+        "bfloat16, 8 nodes (--nodes) with 8 GPUs each (--gpus) of 80 GiB (--gpu-memory-gib)",
     ):
         assert part in done.stdout
 
 
 def test_check_tells_who_holds_which_layers():
-    options = ["--world-size", "64", "--parallel.tp", "2", "--parallel.pp", "4"]
+    options = ["--gpus", "8", "--nodes", "8", "--parallel.tp", "2", "--parallel.pp", "4"]
     done = engine("check", "examples/configs/llama2_7b.yaml", *options, "--parallel.schedule", "zero_bubble")
     assert done.returncode == 0, done.stderr
     for part in (
@@ -127,7 +127,7 @@ def test_check_tells_who_holds_which_layers():
 
 
 def test_check_shows_a_layout_that_does_not_fit_and_what_would():
-    options = ["--world-size", "8", "--gpu-memory-gib", "40", "--parallel.tp", "1", "--parallel.pp", "1"]
+    options = ["--gpus", "8", "--gpu-memory-gib", "40", "--parallel.tp", "1", "--parallel.pp", "1"]
     done = engine("check", "examples/configs/llama2_7b.yaml", *options)
     assert done.returncode == 72
     assert "stage 0     0–7    embedding, 0–31, head" in done.stdout
@@ -145,12 +145,12 @@ def test_config_prints_the_resolved_file_and_the_schema():
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "37"], 64, "the nearest that work are"),
-        (["check", "examples/configs/llama2_7b.yaml", "--world-size", "0"], 64, "--world-size 0: expected at least 1"),
+        (["check", "examples/configs/llama2_7b.yaml", "--gpus", "37"], 64, "the nearest that work are"),
+        (["check", "examples/configs/llama2_7b.yaml", "--gpus", "0"], 64, "--gpus 0: expected at least 1"),
         (
-            ["check", "examples/configs/tiny.yaml", "--ranks-per-node", "0"],
+            ["check", "examples/configs/tiny.yaml", "--nodes", "0"],
             64,
-            "--ranks-per-node 0: expected at least 1",
+            "--nodes 0: expected at least 1",
         ),
         (["check", "examples/configs/none.yaml"], 64, "no configuration file"),
         (["train", "examples/configs/tiny.yaml", "--trian.steps", "5"], 64, "did you mean 'train'?"),

@@ -49,7 +49,7 @@ read = Trainer._batches
 @pytest.mark.parametrize(
     ("place", "name", "replacement", "position"),
     [
-        (run, "build_trainer", failing, "setting up"),
+        (run, "build_trainer", failing, "opening tokenizer, data and checkpoints"),
         (evaluate, "evaluate", failing, "before step 1, evaluating"),
         (evaluate, "evaluate", third(evaluate.evaluate), "step 4, evaluating"),
         (Trainer, "_batches", second_step_unreadable, "step 2, reading data"),

@@ -55,7 +55,7 @@ class Arguments:
         self.given, self.read = _by_name(tokens[start:]), set[str]()
         if not self.given:
             raise ConfigError("no arguments of Megatron-LM; expected some, as in --num-layers 32 --hidden-size 4096")
-        self.ranks = _ranks(tokens[:start])
+        self.nodes, self.gpus = _launched(tokens[:start])
 
     def values(self, name: str) -> list[str]:
         """Return the values of a list; empty if it is not given."""
@@ -134,8 +134,10 @@ def _by_name(tokens: Sequence[str]) -> dict[str, list[str]]:
     return given
 
 
-def _ranks(launcher: Sequence[str]) -> int | None:
+def _launched(launcher: Sequence[str]) -> tuple[int, int | None]:
+    """The nodes and the GPUs of each that options of torchrun say; None if they do not."""
     words = [word for token in launcher for word in token.replace("-", "_").lstrip("_").split("=")]
     options = dict(pairwise(words))
     per_node, nodes = options.get("nproc_per_node", ""), options.get("nnodes", "1")
-    return int(per_node) * int(nodes) if per_node.isdecimal() and nodes.isdecimal() else None
+    known = per_node.isdecimal() and nodes.isdecimal()
+    return (int(nodes), int(per_node)) if known else (1, None)

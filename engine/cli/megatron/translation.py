@@ -74,8 +74,8 @@ def _batch(a: Arguments, notes: Notes) -> dict[str, int]:
     model_size = 1
     for axis in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         model_size *= a.required(axis, notes.refused)
-    if total is None and a.ranks:
-        total = micro * (a.ranks // model_size)  # Megatron-LM's default: one microbatch
+    if total is None and a.gpus:
+        total = micro * (a.gpus * a.nodes // model_size)  # Megatron-LM's default: one microbatch
     if total is None or total < 1:
         notes.refused.append(
             f"{flag('global_batch_size')}: missing or not positive; its default, micro-batch × data-parallel ranks, "

@@ -36,5 +36,8 @@ class SampleDataset(Samples, Protocol):
     def fingerprint(self) -> str:
         """Return a hash of the data and their order, independent of their directory."""
 
+    def passes(self, num_samples: int) -> list[float]:
+        """Return how often the first `num_samples` samples read each dataset."""
+
     def summary(self) -> str | None:
         """Return a line about the packing of conversations into sequences; None for pretraining."""

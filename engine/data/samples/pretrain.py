@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from engine.config.schema import DatasetConfig
-from engine.data.samples.mixture import Mixture
+from engine.data.samples.mixture import SAMPLES_PER_BLOCK, Mixture
 from engine.data.samples.permutation import Permutation, keyed_below
 from engine.data.samples.sample import Location, Sample, Split, part_documents
 from engine.data.storage.reader import IndexedDataset
@@ -109,6 +109,11 @@ class PretrainDataset:
         """
         content = [self._mixture.counts, [source.identity() for source in self._sources]]
         return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+    def passes(self, num_samples: int) -> list[float]:
+        """Return how often the first `num_samples` samples read each dataset."""
+        shares = (count / SAMPLES_PER_BLOCK for count in self._mixture.counts)
+        return [num_samples * share / source.num_samples for share, source in zip(shares, self._sources, strict=True)]
 
     def summary(self) -> None:
         """Return None: pretraining samples are not packed."""

@@ -62,6 +62,7 @@ class SftDataset:
     ) -> None:
         self.seq_length, self._seed, self._epochs = seq_length, seed, epochs
         self._sources = list(_open(datasets, split, part, seq_length))
+        self._weights = [dataset.weight for dataset in datasets]
         owners = [np.full(source.conversations.size, at) for at, source in enumerate(self._sources)]
         lengths = np.concatenate([source.lengths for source in self._sources])
         self.num_conversations = lengths.size
@@ -94,6 +95,10 @@ class SftDataset:
     def efficiency(self) -> float:
         """The fraction of the rows' tokens that are not padding."""
         return self.packing.efficiency
+
+    def passes(self, num_samples: int) -> list[float]:
+        """Return how often the first `num_samples` rows read each dataset."""
+        return [num_samples / self.num_rows * weight for weight in self._weights]
 
     def summary(self) -> str:
         """Return a line with the number of conversations and sequences, and how full these are."""

@@ -98,6 +98,7 @@ def test_a_mixture_reads_each_dataset_epoch_after_epoch_in_the_stated_proportion
         own = [place for place in places if place.name == name]
         assert [place.epoch for place in own] == [k // per_epoch for k in range(len(own))]
         assert sorted(place.number for place in own[:per_epoch]) == list(range(per_epoch))
+    assert data.passes(400) == pytest.approx([300 / 49, 100 / 24])
     sample = data.sample(next(i for i in range(400) if places[i].name == "code"))
     assert sample.tokens.min() >= 1000
 

@@ -86,6 +86,7 @@ def test_weights_are_how_often_an_epoch_reads_a_conversation(tmp_path):
     data = dataset(a, b, weights=[1, 3])
     seen = Counter(j for row in epoch(data, 0) for j in row)
     assert seen == Counter({**dict.fromkeys(range(1, 11), 1), **dict.fromkeys(range(11, 16), 3)})
+    assert data.passes(2 * data.num_rows) == [2, 6]
     for weight in (0.5, 1e9):
         with pytest.raises(ConfigError, match=rf"b: weight = {weight}; .*expected a whole number up to 1000"):
             dataset(a, b, weights=[1, weight])

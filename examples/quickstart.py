@@ -27,7 +27,7 @@ RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path(
 TUNED, TUNED_EXPORT = Path("runs/quickstart-sft"), Path("runs/quickstart-sft-hf")
 CONFIG, TUNING = "examples/configs/quickstart.yaml", "examples/configs/quickstart_sft.yaml"
 EXPECTED_S = (1, 3, 2, 20, 45, 20, 6, 2, 30, 8, 1)  # seconds of each stage on two free cores
-INTERRUPTED, COMPARED = 40, 60  # the step of the interruption, and the step up to which the twin runs
+INTERRUPTED, COMPARED = 40, 80  # the step of the interruption, and the step up to which the twin runs
 VOCAB_SIZE, NUM_QUESTIONS = 512, 3000
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
 PROMPT = "def main(args):\n"
@@ -281,14 +281,18 @@ def ask_transformers() -> None:
 
 
 def compare_losses() -> None:
-    """Exit unless the twin has bitwise the losses of the resumed run, before the interruption and after it."""
-    resumed, whole = losses(RUN), losses(TWIN)
-    if different := [step for step in whole if resumed.get(step) != whole[step]]:
-        sys.exit(f"quickstart: the losses differ at steps {different}")
+    """Exit unless the twin has bitwise the losses of the resumed run, before the interruption and after it.
+
+    The gradient norms are compared as well: they depend on every weight.
+    """
+    (resumed, resumed_norms), (whole, norms) = [(losses(run), losses(run, "grad_norm")) for run in (RUN, TWIN)]
+    if different := [at for at in whole if (resumed.get(at), resumed_norms.get(at)) != (whole[at], norms[at])]:
+        sys.exit(f"quickstart: the losses or gradient norms differ at steps {different}")
     after = [step for step in whole if step > resume_step()]
     if not after:
         sys.exit(f"quickstart: the twin's last step, {max(whole)}, is not behind the interruption at {resume_step()}")
-    print(f"    all {len(whole)} recorded losses are equal to the last bit, of which {len(after)} after the resume")
+    count = f"{len(whole)} recorded losses and gradient norms"
+    print(f"    all {count} are equal to the last bit; {len(after)} of them come after the resume")
 
 
 def compare_logits() -> None:

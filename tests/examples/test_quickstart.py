@@ -24,7 +24,7 @@ def quickstart(tmp_path, monkeypatch):
 
 def write_run(directory, losses, resumed=None):
     directory.mkdir(parents=True)
-    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in losses.items()]
+    lines = [json.dumps({"step": step, "loss": loss, "grad_norm": norm}) for step, (loss, norm) in losses.items()]
     (directory / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (directory / "events.jsonl").write_text(f"{json.dumps({'event': 'resume', 'step': resumed})}\n" * bool(resumed))
 
@@ -32,18 +32,19 @@ def write_run(directory, losses, resumed=None):
 @pytest.mark.parametrize(
     ("twin", "said"),
     [
-        ({10: 4.0, 20: 3.0, 30: 2.0}, None),
-        ({10: 4.0, 20: 3.0, 30: 2.0000000000000004}, r"differ at steps \[30\]"),
-        ({10: 4.0, 20: 3.0}, "last step, 20, is not behind the interruption at 21"),
+        ({10: (4.0, 1.0), 20: (3.0, 1.0), 30: (2.0, 1.0)}, None),
+        ({10: (4.0, 1.0), 20: (3.0, 1.0), 30: (2.0000000000000004, 1.0)}, r"differ at steps \[30\]"),
+        ({10: (4.0, 1.0), 20: (3.0, 1.0), 30: (2.0, 1.0000000000000002)}, r"differ at steps \[30\]"),
+        ({10: (4.0, 1.0), 20: (3.0, 1.0)}, "last step, 20, is not behind the interruption at 21"),
     ],
-    ids=["equal", "another loss after the resume", "no step after the resume"],
+    ids=["equal", "another loss after the resume", "another gradient norm", "no step after the resume"],
 )
 def test_the_proof_compares_losses_behind_the_interruption(quickstart, capsys, twin, said):
-    write_run(quickstart.RUN, {10: 4.0, 20: 3.0, 30: 2.0, 40: 1.0}, resumed=21)
+    write_run(quickstart.RUN, {10: (4.0, 1.0), 20: (3.0, 1.0), 30: (2.0, 1.0), 40: (1.0, 1.0)}, resumed=21)
     write_run(quickstart.TWIN, twin)
     if said is None:
         quickstart.compare_losses()
-        assert "all 3 recorded losses are equal to the last bit, of which 1 after the resume" in capsys.readouterr().out
+        assert "equal to the last bit; 1 of them come after the resume" in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit, match=said):
             quickstart.compare_losses()

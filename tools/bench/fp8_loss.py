@@ -125,9 +125,9 @@ def _page(losses: dict[Run, float], options: argparse.Namespace, arguments: Sequ
         f"`python tools/bench/fp8_loss.py {shlex.join(arguments)}` ({options.machine}; torch {torch.__version__}; took "
         f"{duration(took)}). This page is the program's output.",
         "",
-        f"{options.steps} steps of {BATCH_SIZE} × 128 tokens of the quickstart's model, with {NUM_LAYERS} layers, on the "
-        f"quickstart's corpus, learning rate {LR:g}. Loss: mean of the last {max(1, options.steps // 10)} steps. FP8 is "
-        "emulated: every rounding of a GPU's matmul except that of its accumulator.",
+        f"{options.steps} steps of {BATCH_SIZE} × 128 tokens of the quickstart's model, with {NUM_LAYERS} layers, on "
+        f"the quickstart's corpus, learning rate {LR:g}. Loss: mean of the last {max(1, options.steps // 10)} steps. "
+        "FP8 is emulated: every rounding of a GPU's matmul except that of its accumulator.",
         f"Between seeds the loss of bf16 varies by {noise:.2%} (standard deviation of {len(SEEDS)}).",
         "",
         "| run | loss | difference from bf16 |",

@@ -26,19 +26,16 @@ DATA = Path("data/quickstart")
 RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path("runs/quickstart-hf")
 TUNED, TUNED_EXPORT = Path("runs/quickstart-sft"), Path("runs/quickstart-sft-hf")
 CONFIG, TUNING = "examples/configs/quickstart.yaml", "examples/configs/quickstart_sft.yaml"
-EXPECTED_S = (1, 3, 2, 20, 45, 20, 6, 2, 30, 8, 1)  # seconds of each stage on two free cores
+EXPECTED_S = (1, 2, 2, 14, 50, 16, 7, 3, 30, 6, 1)  # seconds of each stage on two free cores
 INTERRUPTED, COMPARED = 40, 80  # the step of the interruption, and the step up to which the twin runs
 VOCAB_SIZE, NUM_QUESTIONS = 512, 3000
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
 PROMPT = "def main(args):\n"
 QUESTION = "What does `json.dumps` do?"
 NEXT = (  # printed at the end: arguments of `triaxis`, and what they do
-    (("generate", RUN, "--prompt", "import os\n"), "write more Python"),
+    (("generate", RUN, "--prompt", "import "), "write more Python"),
     (("chat", TUNED), "ask more questions"),
-    (
-        ("inspect", DATA / "questions_sft", "--tokenizer", DATA / "tokenizer.model", "--sample", 0),
-        "see what it has read",
-    ),
+    (("inspect", DATA / "questions_sft", "--tokenizer", DATA / "tokenizer.model", "--sample", 0), "see what it read"),
     (("train", CONFIG, "--ranks", 4, "--run.dir", "runs/longer", "--train.steps", 2000), "train a better one"),
 )
 
@@ -137,9 +134,9 @@ def print_next() -> None:
         f"\nLook at {RUN / 'loss.png'}, {RUN / 'metrics.jsonl'}, and the models in {EXPORT} and {TUNED_EXPORT}. Then:"
     )
     if Path(os.environ.get("VIRTUAL_ENV", "")) == Path.cwd() / ".venv":
-        print("    . .venv/bin/activate")
+        print(f"    {'have the command':24}. .venv/bin/activate")
     for arguments, purpose in NEXT:
-        print(f"    {shlex.join(['triaxis', *map(str, arguments)])}  # {purpose}")
+        print(f"    {purpose:24}{shlex.join(['triaxis', *map(str, arguments)])}")
     print("README.md shows the same steps with a text of your own.")
 
 

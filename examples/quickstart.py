@@ -26,7 +26,7 @@ DATA = Path("data/quickstart")
 RUN, TWIN, EXPORT = Path("runs/quickstart"), Path("runs/quickstart-twin"), Path("runs/quickstart-hf")
 TUNED, TUNED_EXPORT = Path("runs/quickstart-sft"), Path("runs/quickstart-sft-hf")
 CONFIG, TUNING = "examples/configs/quickstart.yaml", "examples/configs/quickstart_sft.yaml"
-EXPECTED_S = (1, 2, 2, 14, 50, 16, 7, 3, 30, 6, 1)  # seconds of each stage on two free cores
+EXPECTED_S = (1, 2, 2, 14, 50, 18, 7, 3, 30, 6, 1)  # seconds of each stage on two free cores, from its CPU time
 INTERRUPTED, COMPARED = 40, 80  # the step of the interruption, and the step up to which the twin runs
 VOCAB_SIZE, NUM_QUESTIONS = 512, 3000
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
@@ -58,9 +58,7 @@ def main() -> None:
             "preprocess", "--input", DATA / "stdlib.jsonl", "--tokenizer-model", DATA / "tokenizer.model",
             "--append-eod", "--workers", 2, "--output-prefix", DATA / "stdlib",
         )  # fmt: skip
-    with stage(
-        times, f"Pretraining on 4 ranks (tensor 2 × pipeline 2), interrupted after step {INTERRUPTED} with SIGTERM"
-    ):
+    with stage(times, f"Pretraining on 4 ranks (tensor 2 × pipeline 2), interrupted after step {INTERRUPTED}"):
         train(RUN, stop_after=INTERRUPTED)
     with stage(times, "The same command again resumes where it stopped, and evaluates on text it has never seen"):
         train(RUN)
@@ -73,9 +71,7 @@ def main() -> None:
         compare_logits()
     with stage(times, "Generation: the model continues a line of Python"):
         triaxis("generate", EXPORT, "--prompt", PROMPT, "--max-new-tokens", 96, "--temperature", 0.5)
-    with stage(
-        times, "Fine-tuning on 4 ranks (tensor 2 × data 2): questions and answers out of the library's docstrings"
-    ):
+    with stage(times, "Fine-tuning on 4 ranks (tensor 2 × data 2): questions, answered by the library's docstrings"):
         collect_questions()
         triaxis(
             "preprocess", "--task", "sft", "--input", DATA / "questions.jsonl", "--chat-template", "llama2",
@@ -129,7 +125,7 @@ def print_times(times: list[tuple[float, float]]) -> None:
 
 
 def print_next() -> None:
-    """Print where the results are, and commands to go on with."""
+    """Print where the results are, and the commands of `NEXT`."""
     print(
         f"\nLook at {RUN / 'loss.png'}, {RUN / 'metrics.jsonl'}, and the models in {EXPORT} and {TUNED_EXPORT}. Then:"
     )
@@ -176,13 +172,13 @@ def collect_questions() -> None:
 
 
 def questions() -> Iterator[tuple[str, str]]:
-    """Yield the names of the library's functions and classes with the first paragraph of their docstrings."""
+    """Yield what `documented` finds in the library, module by module."""
     for path, text in modules():
         yield from documented(ast.parse(text), ".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 
 
 def documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
-    """Yield those of one module, or of one class."""
+    """Yield the names of functions and classes in `node`, with the first paragraph of their docstrings."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue

@@ -15,4 +15,5 @@ if [ ! -e "$installed" ]; then
     python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cudnn-frontend==1.32.0 \
         || echo "nvidia-cudnn-frontend cannot be installed here; the tests that import it are skipped" >&2
     touch "$installed"
+    echo "installed in $SECONDS s"
 fi

@@ -33,6 +33,7 @@ RECIPES = ("tensorwise", "delayed", "blockwise")
 DATA = Path("data/quickstart/stdlib_text_document.idx")
 SEEDS = (1, 2, 3)  # all comparisons use the first one
 LR = 1e-3  # a quarter of the quickstart's, at which runs diverge by rounding alone
+NUM_LAYERS, BATCH_SIZE = 4, 8  # both twice the quickstart's
 CONFIG = Path("examples/configs/quickstart.yaml")  # has paths relative to the repository root
 
 
@@ -92,6 +93,9 @@ def _tail_loss(run: Run, options: argparse.Namespace, directory: Path) -> float:
         "run.seed": run.seed,
         "optimizer.lr": LR,
         "lr_schedule.min_lr": LR / 10,
+        "model.num_layers": NUM_LAYERS,
+        "batch.micro": 4,
+        "batch.global": BATCH_SIZE,
         "parallel.tp": run.tp,
         "parallel.pp": 1,
         "data.seq_length": 128,
@@ -121,9 +125,9 @@ def _page(losses: dict[Run, float], options: argparse.Namespace, arguments: Sequ
         f"`python tools/bench/fp8_loss.py {shlex.join(arguments)}` ({options.machine}; torch {torch.__version__}; took "
         f"{duration(took)}). This page is the program's output.",
         "",
-        f"{options.steps} steps of 8 × 128 tokens of the quickstart's model on the quickstart's corpus, learning rate "
-        f"{LR:g}. Loss: mean of the last {max(1, options.steps // 10)} steps. FP8 is emulated: every rounding of a "
-        "GPU's matmul except that of its accumulator.",
+        f"{options.steps} steps of {BATCH_SIZE} × 128 tokens of the quickstart's model, with {NUM_LAYERS} layers, on "
+        f"the quickstart's corpus, learning rate {LR:g}. Loss: mean of the last {max(1, options.steps // 10)} steps. "
+        "FP8 is emulated: every rounding of a GPU's matmul except that of its accumulator.",
         f"Between seeds the loss of bf16 varies by {noise:.2%} (standard deviation of {len(SEEDS)}).",
         "",
         "| run | loss | difference from bf16 |",

@@ -116,6 +116,8 @@ def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
     tokenizer = load_tokenizer(spec, fast=False) if spec else None
     if tokenizer is None:
         print(f"{checkpoint.path} holds no tokenizer: none is exported")
+    elif tokenizer.note:
+        print(f"tokenizer: {tokenizer.note}")
     with closing(TensorProgress(shapes)) as progress:
         export(checkpoint, tokenizer, target, shapes, dtype=dtype, progress=progress)
     print(f"exported {progress.summary()}, read back and verified")

@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fast = not sft and options.encoder != "sentencepiece"
     tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=fast)
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
+    if tokenizer.note:
+        print(f"           {tokenizer.note}")
     print(f"input      {counted(len(sources), 'file')}, {megabytes(sum(s.num_bytes for s in sources))}")
     if sft:
         _run_sft(options, sources, tokenizer)

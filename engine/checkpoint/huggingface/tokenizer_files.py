@@ -16,17 +16,24 @@ from engine.checkpoint.huggingface.files import Json, write_json
 from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.byte import BYTES_END
 from engine.data.tokenizers.protocol import Tokenizer
+from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.data.tokenizers.sentencepiece_model import (
+    BOS_ID,
     BPE,
     CONTROL,
+    EOS_ID,
     NORMAL,
+    PAD_ID,
+    REMOVE_EXTRA_WHITESPACES,
     SPACE,
+    UNK_ID,
     UNKNOWN,
     USER_DEFINED,
     Piece,
     fields_of,
     merges,
     piece_of,
+    prefixes_parts,
     submessage,
 )
 from engine.errors import CheckpointError
@@ -35,8 +42,8 @@ FieldsByNumber = Mapping[int, Any]  # of a protocol buffer message, by number
 
 UNIGRAM = 1
 # field numbers of sentencepiece_model.proto
-MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
-PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
+MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35
+PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX = 2, 3
 
 
 def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, tokenizer: Tokenizer) -> None:
@@ -71,7 +78,8 @@ def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
     if tokenizer.kind == "byte":
         pair = bytes_tokenizer()
     elif tokenizer.kind == "sentencepiece":
-        pair = sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        pair = sentencepiece_tokenizer(tokenizer.files[0].read_bytes(), tokenizer.prefix_parts)
     else:
         raise CheckpointError(
             f"a tokenizer of kind {tokenizer.kind!r} cannot be exported; expected byte, huggingface or sentencepiece"
@@ -88,8 +96,11 @@ def bytes_tokenizer() -> tuple[Json, Json]:
     return _tokenizer(model, added, None, None, decoder), tokenizer_config({"eos_token": BYTES_END})
 
 
-def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
+def sentencepiece_tokenizer(content: bytes, prefix_parts: bool | None = None) -> tuple[Json, Json]:
     """Return `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model.
+
+    Args:
+        prefix_parts: as in `SentencePieceTokenizer`.
 
     Raises:
         CheckpointError: a model that Hugging Face's tokenizers cannot express.
@@ -97,6 +108,8 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     fields = list(fields_of(content))
     pieces = [piece_of(value) for number, value in fields if number == 1]
     trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
+    if prefix_parts is None:
+        prefix_parts = prefixes_parts(fields)
     if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(TREAT_WHITESPACE_AS_SUFFIX):
         raise CheckpointError("the tokenizer is neither a BPE nor a Unigram model with spaces in front of words")
     added = [
@@ -111,8 +124,8 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     tokenizer = _tokenizer(
         _model(trainer, pieces),
         added,
-        {"type": "Sequence", "normalizers": list(_normalizers(normalizer))},
-        _split_user_symbols([piece.text for piece in pieces if piece.type == USER_DEFINED]),
+        {"type": "Sequence", "normalizers": list(_normalizers(normalizer, prefix_parts))},
+        _splits(normalizer, prefix_parts, [piece.text for piece in pieces if piece.type == USER_DEFINED]),
         {"type": "Sequence", "decoders": decoders},
     )
     ids = {
@@ -164,22 +177,35 @@ def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
     }
 
 
-def _normalizers(spec: FieldsByNumber) -> Iterator[Json]:
+def _normalizers(spec: FieldsByNumber, prefix_parts: bool) -> Iterator[Json]:
     """Yield SentencePiece's steps in their order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
     if spec.get(PRECOMPILED_CHARSMAP):
         yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
     if spec.get(REMOVE_EXTRA_WHITESPACES, 1):
         yield {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}
         yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-    if spec.get(ADD_DUMMY_PREFIX, 1):
+    if spec.get(ADD_DUMMY_PREFIX, 1) and prefix_parts:
         yield {"type": "Prepend", "prepend": SPACE}
     yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
-def _split_user_symbols(symbols: list[str]) -> Json | None:
-    """Return a pre-tokenizer that splits at user-defined symbols, longest first, so that no merge crosses them."""
-    if not symbols:
+def _splits(spec: FieldsByNumber, prefix_parts: bool, symbols: list[str]) -> Json | None:
+    """Return the pre-tokenizer: the dummy prefix of the whole text, if no normalizer adds it to each part, then the
+    split at user-defined symbols, longest first, so that no merge crosses them.
+
+    No space is left here. So the first `Metaspace` puts one in front of the text, and only there, even if the text
+    begins with a space; the second turns it into `SPACE`.
+    """
+    steps: list[Json] = []
+    if spec.get(ADD_DUMMY_PREFIX, 1) and not prefix_parts:
+        steps = [
+            {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}
+            for replacement, scheme in ((" ", "first"), (SPACE, "never"))
+        ]
+    if symbols:
+        longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)
+        pattern = "|".join(re.escape(symbol) for symbol in longest_first)
+        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+    if not steps:
         return None
-    longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)
-    pattern = "|".join(re.escape(symbol) for symbol in longest_first)
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]

@@ -69,6 +69,30 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def named_tokens(model_file: Path) -> tuple[dict[str, str], set[str]]:
+    """Return the special tokens that the files beside a model file name: texts by role, such as `eos_token`, and all.
+
+    As in transformers, `special_tokens_map.json` overrides `tokenizer_config.json`, unless the latter has
+    `added_tokens_decoder`, which newer versions write.
+
+    Raises:
+        ConfigError: one of the files is invalid.
+    """
+    config = read_tokenizer_json(model_file.with_name("tokenizer_config.json"))
+    older = read_tokenizer_json(model_file.with_name("special_tokens_map.json"))
+    named = older | config if "added_tokens_decoder" in config else config | older
+    roles = {role: text for role, value in named.items() if role.endswith("_token") and (text := _token_text(value))}
+    extra = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    texts = [_token_text(value) for values in extra if isinstance(values, list) for value in values]
+    return roles, {*roles.values(), *filter(None, texts)}
+
+
+def _token_text(value: Any) -> str | None:
+    """Return the text of a token, which is written as a text or as an object with a `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
+
+
 def content_hash(content: bytes) -> str:
     """Return the xxh3-64 hash in hexadecimal."""
     return xxhash.xxh3_64_hexdigest(content)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.checkpoint.huggingface.exported_ids import readers
 from engine.checkpoint.huggingface.exporting import export
 from engine.checkpoint.huggingface.importing import import_directory
 from engine.checkpoint.run_directory import BEST, open_checkpoint
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=EXPORT_DTYPES, help="dtype of the exported weights (default bf16); imports keep fp32 masters"
     )
+    parser.add_argument("--without-tokenizer", action="store_true", help="export the weights and config.json alone")
     return parser
 
 
@@ -75,12 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise CheckpointError(f"no such directory: --from {source}")
     is_checkpoint = best or source.name == "checkpoints" or source.name.startswith("step_")
     if is_checkpoint or (source / "manifest.json").exists() or (source / "checkpoints").exists():
-        export_checkpoint(source, options.target, EXPORT_DTYPES[options.dtype or "bf16"])
+        export_checkpoint(source, options.target, EXPORT_DTYPES[options.dtype or "bf16"], not options.without_tokenizer)
     elif (source / "config.json").exists():
         if options.dtype:
             raise ConfigError(
                 f"--dtype {options.dtype} applies only to exports; an import always keeps fp32 master weights"
             )
+        if options.without_tokenizer:
+            raise ConfigError("--without-tokenizer applies only to exports")
         import_model(source, options.target)
     else:
         raise CheckpointError(
@@ -107,20 +111,24 @@ def import_model(source: Path, target: Path) -> None:
     print(f"           {checkpoint / 'config.yaml'}")
 
 
-def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
+def export_checkpoint(source: Path, target: Path, dtype: torch.dtype, with_tokenizer: bool = True) -> None:
     """Export the newest checkpoint of a run, or the checkpoint `source`, as a Hugging Face directory."""
     checkpoint = open_checkpoint(source)
     model = checkpoint.model
     shapes = logical_shapes(model)
-    spec = checkpoint.tokenizer_spec
+    spec = checkpoint.tokenizer_spec if with_tokenizer else None
     tokenizer = load_tokenizer(spec, fast=False) if spec else None
     if tokenizer is None:
-        print(f"{checkpoint.path} holds no tokenizer: none is exported")
+        print(
+            f"{checkpoint.path} holds no tokenizer: none is exported" if with_tokenizer else "no tokenizer is exported"
+        )
     elif tokenizer.note:
         print(f"tokenizer: {tokenizer.note}")
     with closing(TensorProgress(shapes)) as progress:
         export(checkpoint, tokenizer, target, shapes, dtype=dtype, progress=progress)
     print(f"exported {progress.summary()}, read back and verified")
+    if tokenizer is not None:
+        print(f"token ids of probe texts, read by {' and '.join(readers())}, are those of the run")
     state, kind = checkpoint.state, str(dtype).removeprefix("torch.")
     print(f"from {checkpoint.path} (step {state.step}) into {target} as {model.family}, {kind}")
     if state.best is not None and state.best.step != state.step:

@@ -10,6 +10,7 @@ import torch
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.checkpoint.huggingface.exported_ids import require_trained_ids
 from engine.checkpoint.huggingface.files import CONFIG, GENERATION_CONFIG, INDEX, plan_shards, write_json
 from engine.checkpoint.huggingface.generation_config import write_generation_config
 from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
@@ -47,7 +48,8 @@ def export(
         `out_dir`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model, or the verification failed.
+        CheckpointError: the checkpoint is damaged or of another model, the tokenizer would give other ids, or the
+            verification failed.
         ConfigError: `out_dir` exists and is not empty, or the family cannot express the model.
     """
     checkpoint.require(shapes)
@@ -59,6 +61,8 @@ def export(
         if tokenizer:
             write_tokenizer(files, partial, checkpoint.tokenizer_dir, tokenizer)
         write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
+        if tokenizer:
+            require_trained_ids(partial, tokenizer)
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)
     return out

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.huggingface.files import Json, write_json
+from engine.checkpoint.huggingface.files import Json, read_json, write_json
 from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.byte import BYTES_END
+from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.data.tokenizers.sentencepiece_model import (
@@ -40,6 +41,7 @@ from engine.errors import CheckpointError
 
 FieldsByNumber = Mapping[int, Any]  # of a protocol buffer message, by number
 
+PLAIN_CLASS, TOKENIZER_CONFIG = "PreTrainedTokenizerFast", "tokenizer_config.json"
 UNIGRAM = 1
 # field numbers of sentencepiece_model.proto
 MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35
@@ -58,11 +60,36 @@ def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, to
     sources = sorted(tokenizer_dir.iterdir()) if tokenizer_dir else []
     for source in sources:
         sentencepiece = tokenizer.kind == "sentencepiece" and source.name == tokenizer.files[0].name
-        files.copy(source, target / ("tokenizer.model" if sentencepiece else source.name))
-    missing = {"tokenizer.json", "tokenizer_config.json"} - {source.name for source in sources}
+        path = target / ("tokenizer.model" if sentencepiece else source.name)
+        if (
+            source.name == TOKENIZER_CONFIG
+            and (plain := _plain_config(config := read_json(source), tokenizer)) != config
+        ):
+            write_json(files, path, plain)
+        else:
+            files.copy(source, path)
+    missing = {"tokenizer.json", TOKENIZER_CONFIG} - {source.name for source in sources}
     for name, content in _made_for_transformers(tokenizer).items() if missing else ():
         if name in missing:
             write_json(files, target / name, content)
+
+
+def _plain_config(config: Json, tokenizer: Tokenizer) -> Json:
+    """Return a `tokenizer_config.json` under which transformers reads `tokenizer.json` as it is.
+
+    A model's own class, such as `LlamaTokenizer`, rebuilds the tokenizer by rules of its own; so does a missing class,
+    in favor of the model's. Beginning and end of text are named if no file names them.
+    """
+    named = {**_text_ends(tokenizer), **named_tokens(tokenizer.files[0])[0]}
+    ends = {role: named[role] for role in ("bos_token", "eos_token") if role in named and config.get(role) is None}
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "legacy", "from_slow")}
+    return kept | ends | {"tokenizer_class": PLAIN_CLASS}
+
+
+def _text_ends(tokenizer: Tokenizer) -> dict[str, str]:
+    texts = {i: text for text, i in tokenizer.special_tokens.items()}
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
+    return {role: texts[i] for role, i in ends.items() if i in texts}
 
 
 def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
@@ -72,9 +99,7 @@ def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
         CheckpointError: an unknown kind of tokenizer, or a model that Hugging Face's tokenizers cannot express.
     """
     if tokenizer.kind == "huggingface":
-        special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
-        names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
-        return {"tokenizer_config.json": tokenizer_config(names)}
+        return {TOKENIZER_CONFIG: tokenizer_config(_text_ends(tokenizer))}
     if tokenizer.kind == "byte":
         pair = bytes_tokenizer()
     elif tokenizer.kind == "sentencepiece":
@@ -84,7 +109,7 @@ def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
         raise CheckpointError(
             f"a tokenizer of kind {tokenizer.kind!r} cannot be exported; expected byte, huggingface or sentencepiece"
         )
-    return dict(zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True))
+    return dict(zip(("tokenizer.json", TOKENIZER_CONFIG), pair, strict=True))
 
 
 def bytes_tokenizer() -> tuple[Json, Json]:
@@ -139,7 +164,7 @@ def sentencepiece_tokenizer(content: bytes, prefix_parts: bool | None = None) ->
 
 def tokenizer_config(special: Mapping[str, str]) -> Json:
     """Return a `tokenizer_config.json`; `special` maps variables such as `eos_token` to the texts of special tokens."""
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    return {"tokenizer_class": PLAIN_CLASS, "clean_up_tokenization_spaces": False, **special}
 
 
 def _tokenizer(model: Json, added: list[Json], normalizer: Json | None, split: Json | None, decoder: Json) -> Json:

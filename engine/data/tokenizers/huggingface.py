@@ -43,7 +43,7 @@ class HuggingFaceTokenizer:
         self._backend.add_special_tokens(
             [AddedToken(text, normalized=False, special=True) for text in sorted(known.keys() - added.keys())]
         )
-        flagged = {text: self._backend.token_to_id(text) for text, token in added.items() if token.special}
+        flagged = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self.special_tokens: dict[str, int] = flagged | known
         for role in ("eos_token", "bos_token"):
             if role in roles and roles[role] not in known:

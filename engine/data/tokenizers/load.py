@@ -68,8 +68,8 @@ def _difference(model: SentencePieceTokenizer, other: HuggingFaceTokenizer) -> s
         return f"{other.vocab_size - model.vocab_size} more ids"
     if only := {name: i for name, i in other.special_tokens.items() if model.symbols.get(name) != i}:
         return f"{next(iter(only))!r} is a special token in tokenizer.json only"
-    if only := model.special_tokens.keys() - other.special_tokens.keys():
-        return f"{min(only)!r} is a special token in {model.files[0].name} only"
+    if missing := model.special_tokens.keys() - other.special_tokens.keys():
+        return f"{min(missing)!r} is a special token in {model.files[0].name} only"
     if (model.bos_id, model.eod_id) != (other.bos_id, other.eod_id):
         return f"they begin and end a text with other tokens, {(model.bos_id, model.eod_id)} here"
     for text in probe_texts(model.special_tokens):

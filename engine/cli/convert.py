@@ -5,6 +5,7 @@ The direction is inferred from the input. Memory use is bounded by the largest t
 
 import argparse
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -106,7 +107,7 @@ def import_model(source: Path, target: Path) -> None:
         checkpoint = import_directory(directory, target, shapes, progress)
     print(f"imported {progress.summary()}")
     print(f"from {source} ({directory.model.family}) into {checkpoint}")
-    print(f"generate:  {command_name('generate')} {target} --prompt 'Once upon a time'")
+    print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
     print(f"train on:  set run.resume to {target} in a configuration with the model section of")
     print(f"           {checkpoint / 'config.yaml'}")
 
@@ -132,8 +133,9 @@ def export_checkpoint(source: Path, target: Path, dtype: torch.dtype, with_token
     state, kind = checkpoint.state, str(dtype).removeprefix("torch.")
     print(f"from {checkpoint.path} (step {state.step}) into {target} as {model.family}, {kind}")
     if state.best is not None and state.best.step != state.step:
-        print(f"the best evaluation was at step {state.best.step}: --from {checkpoint.path.parent / BEST}")
+        best = shlex.quote(str(checkpoint.path.parent / BEST))
+        print(f"the best evaluation was at step {state.best.step}: --from {best}")
     if (target / CHAT_TEMPLATE).exists():
-        print(f"chat:      {command_name('chat')} {target}")
+        print(f"chat:      {command_name('chat')} {shlex.quote(str(target))}")
     else:
-        print(f"generate:  {command_name('generate')} {target} --prompt 'Once upon a time'")
+        print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")

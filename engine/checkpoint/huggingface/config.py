@@ -43,7 +43,7 @@ _HARMLESS = frozenset({
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
 _LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor")
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> Json:
@@ -102,7 +102,9 @@ def require_expressible(model: ModelConfig) -> None:
             )
 
 
-def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> Json:
+def hf_config(
+    model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None, pad_id: int | None = None
+) -> Json:
     """Return the `config.json` of a model.
 
     Raises:
@@ -127,6 +129,7 @@ def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos
         "tie_word_embeddings": model.tie_embeddings,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
         "torch_dtype": _DTYPE_NAMES[dtype],
         "use_cache": True,
     }

@@ -146,14 +146,24 @@ class HuggingFaceDirectory:
                 raise CheckpointError(f"{self.path / INDEX}: weight_map is missing or not a table of file names")
             return weight_map
         if not (self.path / SINGLE).exists():
-            why = f"; {self.ignored[0]} may run code when it is opened and is rejected" if self.ignored else ""
+            why = ""
+            if self.ignored:
+                why = (
+                    f"; {self.ignored[0]} may run code when it is opened and is rejected; if you trust it, convert it: "
+                    f"AutoModelForCausalLM.from_pretrained({str(self.path)!r}).save_pretrained('NEW') in transformers "
+                    f"writes safetensors"
+                )
             raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}{why}")
         return dict.fromkeys(SafetensorsFile(self._inside(SINGLE)).names, SINGLE)
 
     def _inside(self, name: str) -> Path:
-        """Return the path of a file in this directory; reject a link that leads out of it."""
-        path = self.path / name
-        if "\0" in name or path.resolve().parent != self.path.resolve():
+        """Return the path of a file in this directory; reject a link that leads out of it.
+
+        In the cache of the Hub, a directory REPOSITORY/snapshots/REVISION holds links to REPOSITORY/blobs.
+        """
+        path, here = self.path / name, self.path.resolve()
+        homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
+        if "\0" in name or path.resolve().parent not in homes:
             raise CheckpointError(
                 f"{self.path}: {name!r} leads out of the directory; copy the files in (cp -rL follows links)"
             )

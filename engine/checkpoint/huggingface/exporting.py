@@ -19,6 +19,7 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
 from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
 from engine.config.schema import SOURCES, ModelConfig
+from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError
 
@@ -55,7 +56,7 @@ def export(
     checkpoint.require(shapes)
     model, files, out = checkpoint.model, Storage(), Path(out_dir)
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, None)
-    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
+    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer))
     with new_directory(out) as partial:
         write_json(files, partial / CONFIG, config)
         if tokenizer:
@@ -66,6 +67,13 @@ def export(
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)
     return out
+
+
+def _pad_id(tokenizer: Tokenizer | None) -> int | None:
+    """Return the id of the padding token that the tokenizer's files name, if any; training does not use it."""
+    if tokenizer is None or not tokenizer.files:
+        return None
+    return tokenizer.special_tokens.get(named_tokens(tokenizer.files[0])[0].get("pad_token", ""))
 
 
 def _write_weights(

@@ -9,6 +9,11 @@ import xxhash
 from engine.errors import ConfigError
 
 MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # names to look for in a directory, in this order
+OTHER_FILES = ("tekken.json", "vocab.json", "vocab.txt")
+CONVERSION = (
+    "AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) in transformers writes a tokenizer.json, which is; "
+    "many models on the Hub have one beside it"
+)
 CHAT_TEMPLATE = "chat_template.jinja"
 COMPANIONS = (  # files that transformers keeps next to the model file
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json"
@@ -24,6 +29,9 @@ def find_model_file(path: Path) -> Path:
     if path.is_file():
         return path
     found = [path / name for name in MODEL_FILES if (path / name).is_file()] or sorted(path.glob("*.model"))
+    others = [path / name for name in OTHER_FILES if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
+    if not found and others:
+        raise ConfigError(f"tokenizer {str(path)!r}: {others[0].name} is of a kind that is not read here; {CONVERSION}")
     if not found:
         seen = "a directory without one" if path.is_dir() else "no such file"
         raise ConfigError(

@@ -3,15 +3,19 @@
 The kind is detected from the file's content, because users rename these files.
 """
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from engine.data.tokenizers.byte import ByteTokenizer
-from engine.data.tokenizers.files import CHAT_TEMPLATE, find_model_file, read_tokenizer_file
+from engine.data.tokenizers.files import CHAT_TEMPLATE, CONVERSION, find_model_file, read_tokenizer_file
 from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
 from engine.data.tokenizers.probe import probe_texts
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from engine.errors import ConfigError
+
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")  # a token in base64 and its rank, as in Llama 3's original files
 
 
 def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
@@ -31,8 +35,11 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
     if Path(spec).is_dir() and [path.name for path in Path(spec).iterdir()] == [CHAT_TEMPLATE]:
         return ByteTokenizer(Path(spec) / CHAT_TEMPLATE)  # in a checkpoint, the only file of this tokenizer
     path = find_model_file(Path(spec))
-    if read_tokenizer_file(path)[:64].lstrip().startswith(b"{"):
+    beginning = read_tokenizer_file(path)[:64].lstrip()
+    if beginning.startswith(b"{"):
         return HuggingFaceTokenizer(path)
+    if TIKTOKEN_LINE.match(beginning):
+        raise ConfigError(f"tokenizer {str(path)!r}: a tiktoken file, of a kind that is not read here; {CONVERSION}")
     tokenizer = SentencePieceTokenizer(path, fast=fast)
     beside = path.with_name("tokenizer.json")
     return _choose(tokenizer, beside, Path(spec).is_dir()) if beside.is_file() else tokenizer

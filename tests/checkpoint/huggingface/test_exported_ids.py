@@ -26,7 +26,7 @@ INST = """{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[IN
 CHATML = (
     """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"""
 )
-LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
 QWEN = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "bos_token": None, "add_prefix_space": False}
 CHAT = [{"role": "user", "content": "how far"}, {"role": "assistant", "content": "nine  miles"}]
 # kind of model, whether a tokenizer.json stands beside it, tokenizer_config.json, chat template
@@ -69,7 +69,9 @@ def test_an_export_gives_the_ids_of_training(tmp_path: Path, name: str) -> None:
     trained = ChatEncoder(tokenizer, find_template(tokenizer)).encode(CHAT)[0].tolist()
     assert theirs.apply_chat_template(CHAT, return_dict=False) == trained
     assert theirs.encode(" a  b\n", add_special_tokens=False) == list(tokenizer.encode(" a  b\n"))
-    assert theirs.eos_token_id == tokenizer.eod_id
+    config = json.loads((out / "config.json").read_text())
+    assert theirs.eos_token_id == config["eos_token_id"] == tokenizer.eod_id
+    assert theirs.pad_token_id == config["pad_token_id"]
 
 
 def other_class(files: Any, target: Path, directory: Path, tokenizer: Tokenizer) -> None:

@@ -100,3 +100,18 @@ def test_text_behind_control_tokens_is_what_transformers_gives(tmp_path, symbols
         assert both.encode_special(text)[0] == expected, text
         if not settings.get("legacy"):
             assert alone.encode_special(text)[0] == expected, text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tekken.json", b"{}"),
+        ("vocab.json", b"{}"),
+        ("qwen.tiktoken", b"IQ== 0\n"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n" * 9),  # Llama 3's original files
+    ],
+)
+def test_kinds_that_are_not_read_say_how_to_go_on(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"of a kind that is not read here; AutoTokenizer.* writes a tokenizer\.json"):
+        load_tokenizer(tmp_path)

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ConfigError(
                 f"--dtype {options.dtype} applies only to exports; an import always keeps fp32 master weights"
             )
-        if options.without_tokenizer or options.shard_gb:
+        if options.without_tokenizer or options.shard_gb is not None:
             raise ConfigError("--without-tokenizer and --shard-gb apply only to exports")
         import_model(source, options.target)
     else:

@@ -108,7 +108,7 @@ def test_shards_of_a_size_and_weights_alone(run_dir: Path, tmp_path: Path, capsy
     assert len(list(out.glob("model-*.safetensors"))) > 2 and not (out / "tokenizer.json").exists()
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
     assert f"triaxis generate {shlex.quote(str(out))} --prompt" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--shard-gb 0.0; expected a positive number"):
+    with pytest.raises(ConfigError, match=r"--shard-gb 0\.0; expected a positive number"):
         convert("--from", run_dir, "--to", tmp_path / "other", "--shard-gb", 0)
     with pytest.raises(ConfigError, match="apply only to exports"):
         convert("--from", out, "--to", tmp_path / "other", "--without-tokenizer")

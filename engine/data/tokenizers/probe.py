@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-PROBE = (
+PLAIN_TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it? 3.14159e-10",
     " a leading space", "  two leading spaces, a trailing space ", "two  spaces   three\t\ta tab",
     "\nlines\n\n\nand lines\r\n", "def f(x: int) -> str:\n    return {'a': [x, 0xFF]}[\"a\"]  # done\n",
@@ -14,6 +14,6 @@ MAX_SPECIAL = 16
 
 def probe_texts(special_tokens: Iterable[str]) -> Iterator[str]:
     """Yield plain texts, then texts around each of the first special tokens, with and without spaces."""
-    yield from PROBE
+    yield from PLAIN_TEXTS
     for _, token in zip(range(MAX_SPECIAL), special_tokens, strict=False):
         yield from (f"{token}a", f"{token} a{token}  b\n{token}\nc d {token} ", f"a {token} b{token}{token}c")

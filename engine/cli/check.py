@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_run(config: Config, gpus: int, nodes: int, gpu_memory_gib: float) -> None:
-    """Validate `config` for `gpus` ranks on each of `nodes` nodes, and print layout, pipeline stages, memory, batch, steps
-    and microbatch sizes.
+    """Validate `config` for `gpus` ranks on each of `nodes` nodes, and print layout, pipeline stages, memory, batch,
+    steps and microbatch sizes.
 
     Missing files are reported but are not an error, as the check may run on another machine than the training.
 
@@ -103,12 +103,13 @@ def _ranks(config: Config, gpus: int, nodes: int, gpu_memory_gib: float) -> Clus
 def _assumed(ranks: ClusterSpec, gpu_memory_gib: float) -> str:
     """Describe the machines that the plan is for, with the options that change them."""
     dtype, here = str(ranks.dtype).removeprefix("torch."), torch.cuda.device_count()
-    nodes = counted(ranks.count // ranks.per_node, "node")
-    where = f"{dtype}, {nodes} (--nodes) with {counted(ranks.per_node, 'GPU')} each (--gpus)"
+    nodes = f"{dtype}, {counted(ranks.count // ranks.per_node, 'node')} (--nodes) with"
     if ranks.device_type == "cpu":
-        return f"{dtype}, {nodes} (--nodes) with {counted(ranks.per_node, 'rank')} each (--ranks) and this machine's memory"
+        return f"{nodes} {counted(ranks.per_node, 'rank')} each (--ranks) and this machine's memory"
     found = f"this machine has {counted(here, 'GPU') if here else 'none'}"
-    return f"{where} of {gpu_memory_gib:g} GiB (--gpu-memory-gib); {found}"
+    return (
+        f"{nodes} {counted(ranks.per_node, 'GPU')} each (--gpus) of {gpu_memory_gib:g} GiB (--gpu-memory-gib); {found}"
+    )
 
 
 def _open(config: Config, tokenizer: Tokenizer) -> list[SampleDataset]:

@@ -5,6 +5,7 @@ The direction is inferred from the input. Memory use is bounded by the largest t
 
 import argparse
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
-from engine.checkpoint.huggingface.exporting import export
+from engine.checkpoint.huggingface.exported_ids import readers
+from engine.checkpoint.huggingface.exporting import SHARD_BYTES, export
 from engine.checkpoint.huggingface.importing import import_directory
 from engine.checkpoint.run_directory import BEST, open_checkpoint
 from engine.cli.arguments import command_name, program_parser
@@ -29,7 +31,7 @@ examples:
   %(prog)s --from runs/llama2-7b-sft/best --to models/chat       # the checkpoint of the best evaluation
   %(prog)s --from models/Llama-2-7b-hf --to runs/imported        # a run directory with one checkpoint
 """
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class TensorProgress(ProgressDisplay):
@@ -63,6 +65,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=EXPORT_DTYPES, help="dtype of the exported weights (default bf16); imports keep fp32 masters"
     )
+    parser.add_argument(
+        "--shard-gb", type=float, metavar="GB", help="maximum size of a weight file of an export (default: 5)"
+    )
+    parser.add_argument("--without-tokenizer", action="store_true", help="export the weights and config.json alone")
     return parser
 
 
@@ -75,12 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise CheckpointError(f"no such directory: --from {source}")
     is_checkpoint = best or source.name == "checkpoints" or source.name.startswith("step_")
     if is_checkpoint or (source / "manifest.json").exists() or (source / "checkpoints").exists():
-        export_checkpoint(source, options.target, EXPORT_DTYPES[options.dtype or "bf16"])
+        export_checkpoint(
+            source,
+            options.target,
+            EXPORT_DTYPES[options.dtype or "bf16"],
+            with_tokenizer=not options.without_tokenizer,
+            shard_bytes=_shard_bytes(options.shard_gb),
+        )
     elif (source / "config.json").exists():
         if options.dtype:
             raise ConfigError(
                 f"--dtype {options.dtype} applies only to exports; an import always keeps fp32 master weights"
             )
+        if options.without_tokenizer or options.shard_gb is not None:
+            raise ConfigError("--without-tokenizer and --shard-gb apply only to exports")
         import_model(source, options.target)
     else:
         raise CheckpointError(
@@ -102,28 +116,50 @@ def import_model(source: Path, target: Path) -> None:
         checkpoint = import_directory(directory, target, shapes, progress)
     print(f"imported {progress.summary()}")
     print(f"from {source} ({directory.model.family}) into {checkpoint}")
-    print(f"generate:  {command_name('generate')} {target} --prompt 'Once upon a time'")
+    print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
     print(f"train on:  set run.resume to {target} in a configuration with the model section of")
     print(f"           {checkpoint / 'config.yaml'}")
 
 
-def export_checkpoint(source: Path, target: Path, dtype: torch.dtype) -> None:
+def _shard_bytes(gigabytes: float | None) -> int:
+    if gigabytes is None:
+        return SHARD_BYTES
+    if not gigabytes > 0:
+        raise ConfigError(f"--shard-gb {gigabytes}; expected a positive number of gigabytes")
+    return math.ceil(gigabytes * 1000**3)
+
+
+def export_checkpoint(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype,
+    *,
+    with_tokenizer: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Export the newest checkpoint of a run, or the checkpoint `source`, as a Hugging Face directory."""
     checkpoint = open_checkpoint(source)
     model = checkpoint.model
     shapes = logical_shapes(model)
-    spec = checkpoint.tokenizer_spec
+    spec = checkpoint.tokenizer_spec if with_tokenizer else None
     tokenizer = load_tokenizer(spec, fast=False) if spec else None
     if tokenizer is None:
-        print(f"{checkpoint.path} holds no tokenizer: none is exported")
+        print(
+            f"{checkpoint.path} holds no tokenizer: none is exported" if with_tokenizer else "no tokenizer is exported"
+        )
+    elif tokenizer.note:
+        print(f"tokenizer: {tokenizer.note}")
     with closing(TensorProgress(shapes)) as progress:
-        export(checkpoint, tokenizer, target, shapes, dtype=dtype, progress=progress)
+        export(checkpoint, tokenizer, target, shapes, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
     print(f"exported {progress.summary()}, read back and verified")
+    if tokenizer is not None:
+        print(f"token ids of probe texts, read by {' and '.join(readers())}, are those of the run")
     state, kind = checkpoint.state, str(dtype).removeprefix("torch.")
     print(f"from {checkpoint.path} (step {state.step}) into {target} as {model.family}, {kind}")
     if state.best is not None and state.best.step != state.step:
-        print(f"the best evaluation was at step {state.best.step}: --from {checkpoint.path.parent / BEST}")
+        best = shlex.quote(str(checkpoint.path.parent / BEST))
+        print(f"the best evaluation was at step {state.best.step}: --from {best}")
     if (target / CHAT_TEMPLATE).exists():
-        print(f"chat:      {command_name('chat')} {target}")
+        print(f"chat:      {command_name('chat')} {shlex.quote(str(target))}")
     else:
-        print(f"generate:  {command_name('generate')} {target} --prompt 'Once upon a time'")
+        print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")

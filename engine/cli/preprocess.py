@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fast = not sft and options.encoder != "sentencepiece"
     tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=fast)
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
+    if tokenizer.note:
+        print(f"           {tokenizer.note}")
     print(f"input      {counted(len(sources), 'file')}, {megabytes(sum(s.num_bytes for s in sources))}")
     if sft:
         _run_sft(options, sources, tokenizer)
@@ -153,7 +155,7 @@ def _summarize(options: argparse.Namespace, counts: Counts, seconds: float) -> N
         print(f"           {counted(counts.rejected, 'line')} skipped: {rejects_path(options.output_prefix)}")
     for key in options.json_keys:
         prefix = dataset_prefix(options.output_prefix, key)
-        print(f"           {prefix}.bin .idx .json\nnext       {command_name('inspect')} {prefix}")
+        print(f"           {prefix}.bin .idx .json\nnext       {command_name('inspect')} {shlex.quote(str(prefix))}")
 
 
 def _summarize_sft(options: argparse.Namespace, counts: SftCounts, tokenizer: Tokenizer, seconds: float) -> None:
@@ -182,7 +184,7 @@ def _summarize_sft(options: argparse.Namespace, counts: SftCounts, tokenizer: To
         )
     tokenizer_flag = "" if tokenizer.kind == "byte" else f" --tokenizer {shlex.quote(options.tokenizer_model)}"
     print(f"           {data.prefix}.bin .idx .mask.bin .json")
-    print(f"next       {command_name('inspect')} {data.prefix}{tokenizer_flag} --sample 0")
+    print(f"next       {command_name('inspect')} {shlex.quote(str(data.prefix))}{tokenizer_flag} --sample 0")
 
 
 def _summarize_rejected(options: argparse.Namespace, counts: SftCounts) -> None:

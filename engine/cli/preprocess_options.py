@@ -34,7 +34,8 @@ conversations into a fine-tuning dataset: OUTPUT_PREFIX_sft.bin, .idx, .mask.bin
 Flags that Megatron also has keep their names."""
 EXAMPLES = """
 inputs: .jsonl and .json (one object per line); .txt, .md, .rst and .py (one document per file); all also as .gz and
-.zst. Directories are searched for .jsonl and .txt; name other files, or match them by a pattern.
+.zst; and .parquet (one document per row). Directories are searched for .jsonl, .txt and .parquet; name other files, or
+match them by a pattern.
 
 with --task sft: .jsonl, .json (objects or one array) and .parquet, of records in any of these formats, recognized by
 their keys: messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, text, or

@@ -22,6 +22,7 @@ class Family:
         architecture: Hugging Face's class.
         fields: `ModelConfig` fields that the architecture fixes.
         only: settings of `config.json` for which we implement this value alone; it is also their default.
+        harmless: settings of `config.json` that do not change the model, beyond those of every family.
         sizes: by preset name, `ModelConfig` fields beyond `fields`.
         defaults: what a key missing from `config.json` means, where that differs between families.
         norm_key: the key of the norm's epsilon in `config.json`.
@@ -37,6 +38,7 @@ class Family:
     only: dict[str, Any]
     sizes: Mapping[str, dict[str, Any]]
     defaults: dict[str, Any] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
     norm_key: str = "rms_norm_eps"
     has_window: bool = False
     has_head_dim: bool = True
@@ -63,6 +65,7 @@ def _size(
 _LLAMA_FIELDS = {"norm": "rms", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "qk_norm": False}
 _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
 _QWEN_ONLY = {"hidden_act": "silu", "use_sliding_window": False}
+_QWEN_HARMLESS = ("sliding_window", "max_window_layers")  # of layers with a window, which use_sliding_window turns off
 _QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
 _TINY = _size(4, 64, 176, 4, 2, 257, 4096)  # 257: the byte tokenizer
 
@@ -79,6 +82,7 @@ _ROWS = (
             "tiny": _TINY,
             "tiny-llama3": _TINY | {"rope_scaling": _LLAMA31_ROPE | {"original_max_position": 256}},
         },
+        harmless=("pretraining_tp", "max_sequence_length", "is_llama_config"),
     ),
     Family(
         name="mistral",
@@ -102,6 +106,7 @@ _ROWS = (
             "tiny-qwen2": _TINY | _QWEN,
         },
         defaults={"num_key_value_heads": 32},
+        harmless=_QWEN_HARMLESS,
         has_head_dim=False,
     ),
     Family(
@@ -114,12 +119,13 @@ _ROWS = (
             "tiny-qwen3": _TINY | _QWEN | {"head_dim": 32},
         },
         defaults={"head_dim": 128, "num_key_value_heads": 32},
+        harmless=_QWEN_HARMLESS,
     ),
     Family(
         name="starcoder2",
         architecture="Starcoder2ForCausalLM",
         fields={"norm": "layer", "activation": "gelu", "qkv_bias": True, "output_bias": True, "qk_norm": False},
-        only={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
+        only={"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "mlp_type": "default", "norm_type": "layer_norm"},
         sizes={
             "starcoder2-7b": _size(
                 32, 4608, 18432, 36, 4, 49152, 16384, rope_theta=1e6, sliding_window=4096, tie_embeddings=True

@@ -1,6 +1,7 @@
 """The program that converts checkpoints: both ways, seen from the input; messages and exit codes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,15 @@ def test_as_a_program_it_ends_with_the_code_of_the_error(tmp_path: Path) -> None
     assert ended.returncode == 66
     assert "error: no such directory: --from" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_shards_of_a_size_and_weights_alone(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "the model"
+    convert("--from", run_dir, "--to", out, "--dtype", "fp16", "--shard-gb", 1e-5, "--without-tokenizer")
+    assert len(list(out.glob("model-*.safetensors"))) > 2 and not (out / "tokenizer.json").exists()
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
+    assert f"triaxis generate {shlex.quote(str(out))} --prompt" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--shard-gb 0\.0; expected a positive number"):
+        convert("--from", run_dir, "--to", tmp_path / "other", "--shard-gb", 0)
+    with pytest.raises(ConfigError, match="apply only to exports"):
+        convert("--from", out, "--to", tmp_path / "other", "--without-tokenizer")

@@ -47,7 +47,7 @@ def test_every_verb_is_there_with_its_options():
     assert "- `--schedule gpipe|1f1b|interleaved|zero_bubble|forward_only|all`: " in page
     assert "- `--costs F I W`: time of a stage's forward" in page
     assert "- `--append-eod`: end every document" in page
-    assert "%(" not in page and "python" not in page.partition("## triaxis train")[2]
+    assert "%(" not in page and "python -m" not in page.partition("## triaxis train")[2]
 
 
 def test_an_outdated_page_and_picture_are_named_and_rewritten(tmp_path, monkeypatch):

@@ -1,12 +1,13 @@
 """Converts Hugging Face's `config.json` to `ModelConfig` and back.
 
 Pure functions. The differences between families are in the rows of `engine/model/families.py`. A setting that the
-engine does not implement would silently change the model, so it is rejected with the reason. Files are written in the
+engine does not implement would silently change the model, so every key of a file is either read, or known not to change
+the model, or rejected by name. Files are written in the
 format of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 5 reads too; both formats are
 read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,33 @@ from engine.config.schema import ModelConfig, RopeScaling
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import FAMILIES, Family, family_of
 
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# settings whose other values would change the model: the value that turns them off; null does so, too
+_OFF: Json = {
+    "auto_map": None, "quantization_config": None, "attention_bias": False, "mlp_bias": False,
+    "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0,
+    "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
+    "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False, "rope_interleaved": False,
+}  # fmt: skip
+_READ = frozenset({
+    "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling",
+    "rope_parameters", "partial_rotary_factor", "layer_types", "tie_word_embeddings", "initializer_range",
+})  # fmt: skip
+# do not change the model: descriptions, token ids, outputs, and the settings of generation that transformers 4 wrote
+_HARMLESS = frozenset({
+    "transformers_version", "torch_dtype", "dtype", "use_bfloat16", "name_or_path", "tokenizer_class", "prefix",
+    "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels", "is_decoder",
+    "model_max_length", "unsloth_version", "unsloth_fixed", "transformers.js_config", "attn_implementation",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "torchscript", "tf_legacy_loss",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+})  # fmt: skip
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor")
+_DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def model_config_from_hf(config: Mapping[str, Any]) -> Json:
@@ -26,11 +53,8 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
         CheckpointError: an architecture or setting that is not implemented, or a missing field.
     """
     family = _family_of(config)
-    for key, expected in {**family.only, "auto_map": None, "quantization_config": None}.items():
-        if config.get(key, expected) != expected:
-            raise CheckpointError(f"config.json: {key} = {config[key]!r} is not supported; expected {expected!r}")
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()) and not family.has_window:
-        raise CheckpointError(f"config.json: layer_types = {config['layer_types']} is not supported")
+    if problems := list(_unsupported(config, family)):
+        raise CheckpointError(f"config.json: {'; '.join(problems)}")
 
     def value(key: str, default: Any) -> Any:
         found = config.get(key, family.defaults.get(key))
@@ -78,7 +102,9 @@ def require_expressible(model: ModelConfig) -> None:
             )
 
 
-def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None) -> Json:
+def hf_config(
+    model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos_id: int | None, pad_id: int | None = None
+) -> Json:
     """Return the `config.json` of a model.
 
     Raises:
@@ -103,6 +129,7 @@ def hf_config(model: ModelConfig, *, dtype: torch.dtype, bos_id: int | None, eos
         "tie_word_embeddings": model.tie_embeddings,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
         "torch_dtype": _DTYPE_NAMES[dtype],
         "use_cache": True,
     }
@@ -120,6 +147,33 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     raise CheckpointError(f"config.json: architectures = {architectures!r} is not supported; known: {known}")
 
 
+def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """Yield what is wrong with each setting that is neither read nor known not to change the model."""
+    known = (
+        _READ | _HARMLESS | {family.norm_key, *family.harmless} | ({"sliding_window"} if family.has_window else set())
+    )
+    only = {"model_type": family.name, **family.only}
+    for key, seen in config.items():
+        if key in only:
+            if seen != only[key]:
+                yield f"{key} = {seen!r} is not supported; expected {only[key]!r}"
+        elif key in known or key.startswith("_") or seen is None:
+            continue
+        elif key not in _OFF:
+            yield f"{key} = {seen!r} is unknown and may change the model; remove it from config.json if it does not"
+        elif seen != _OFF[key]:
+            advice = "; set it to 0.0 to train without" if key.endswith("dropout") else ""
+            yield f"{key} = {seen!r} is not supported; expected {_OFF[key]!r}{advice}"
+    window = _window(config, family)
+    kind = "full_attention" if window is None else "sliding_attention"
+    if set(config.get("layer_types") or ()) - {kind}:
+        seen = ", ".join(sorted(set(map(str, config["layer_types"]))))
+        yield (
+            f"layer_types has {seen}, and the window of every layer of {family.architecture} is {window}; layers that "
+            f"differ are not supported; expected {kind} only"
+        )
+
+
 def _count(config: Mapping[str, Any], key: str) -> int:
     found = config.get(key)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
@@ -134,20 +188,29 @@ def _window(config: Mapping[str, Any], family: Family) -> int | None:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Json | None]:
     """Return base and scaling from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"config.json: rope_scaling = {rope!r}; expected an object")
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if kind not in ("default", "llama3") or partial != 1.0:
+    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    for key, rope in {"rope_scaling": old, "rope_parameters": new}.items():
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"config.json: {key} = {rope!r}; expected an object")
+    if old and new and old != new:
+        raise CheckpointError(f"config.json: rope_scaling = {old!r} and rope_parameters = {new!r} differ; remove one")
+    rope = {key: value for key, value in (old or new).items() if value is not None}
+    outer, inner = config.get("rope_theta"), rope.pop("rope_theta", None)
+    if outer and inner and outer != inner:
+        raise CheckpointError(f"config.json: rope_theta is {outer!r}, but {inner!r} among the rotary settings")
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    unknown = rope.keys() - ({*_LLAMA3_ROPE, "original_max_position_embeddings"} if kind == "llama3" else set())
+    if kind not in ("default", "llama3") or partial != 1.0 or unknown:
         seen = f"rotary positions of type {kind!r} with partial_rotary_factor {partial}"
+        seen += f" and {', '.join(sorted(map(str, unknown)))}" if unknown else ""
         raise CheckpointError(f"config.json: {seen} are not supported; known: default and llama3, on the whole head")
+    theta = inner or outer or 10000.0
     if kind == "default":
         return theta, None
     original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     try:
-        factors = {key: rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        factors = {key: rope[key] for key in _LLAMA3_ROPE}
     except KeyError as error:
         raise CheckpointError(f"config.json: rotary positions of type llama3 without {error}") from None
     return theta, factors | {"original_max_position": original}

@@ -1,8 +1,10 @@
 """Reads Hugging Face directories as untrusted input: no pickles, no code, no files outside of the directory."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -13,8 +15,11 @@ from engine.checkpoint.rectangles import Shape
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
+from engine.formatting import counted
 from engine.parallel.table import Rectangle
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = 8192  # of embedding and head, compared at a time
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
@@ -57,8 +62,18 @@ class HuggingFaceDirectory:
         return {name: file.shape(name) for name, file in self._files.items()}
 
     def read(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
-        """Read a rectangle (default: all) of a tensor, in the stored dtype; only its rows are read."""
-        return self._files[name].tensor(name, rectangle)
+        """Read a rectangle (default: all) of a tensor, in the stored dtype; only its rows are read.
+
+        Raises:
+            CheckpointError: the file is damaged, or a value is not a finite number.
+        """
+        tensor = self._files[name].tensor(name, rectangle)
+        if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # as fast as memory; NaN is both extremes
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite"
+            )
+        return tensor
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
         """Check that the tensors are exactly those that config.json implies.
@@ -66,7 +81,28 @@ class HuggingFaceDirectory:
         Raises:
             CheckpointError: lists tensors that are missing, unexpected or of another shape.
         """
+        self._leave_out_tied_head()
         require_shapes(self.tensors(), shapes, f"the tensors in {self.path} are not those of its {CONFIG}:")
+
+    def _leave_out_tied_head(self) -> None:
+        """Leave out a head that is stored although it is the embedding.
+
+        Raises:
+            CheckpointError: it has other values, which transformers would not use.
+        """
+        shapes = self.tensors()
+        shape = shapes.get(HEAD, ())
+        if not self.model.tie_embeddings or len(shape) != 2 or shape != shapes.get(EMBEDDING):
+            return  # if anything is wrong, `require` says it
+        for start in range(0, shape[0], ROWS):
+            rows = Rectangle((start, 0), (min(ROWS, shape[0] - start), shape[1]))
+            if not torch.equal(self.read(HEAD, rows), self.read(EMBEDDING, rows)):
+                raise CheckpointError(
+                    f"{self.path}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings says that they are one; "
+                    f"set tie_word_embeddings to false in {CONFIG} to use both, or remove {HEAD}"
+                )
+        del self._files[HEAD]
+        self.ignored.append(f"{HEAD} (the embedding once more)")
 
     def _model_config(self) -> ModelConfig:
         try:
@@ -111,14 +147,24 @@ class HuggingFaceDirectory:
                 raise CheckpointError(f"{self.path / INDEX}: weight_map is missing or not a table of file names")
             return weight_map
         if not (self.path / SINGLE).exists():
-            why = f"; {self.ignored[0]} may run code when it is opened and is rejected" if self.ignored else ""
+            why = ""
+            if self.ignored:
+                why = (
+                    f"; {self.ignored[0]} may run code when it is opened and is rejected; if you trust it, convert it: "
+                    f"AutoModelForCausalLM.from_pretrained({str(self.path)!r}).save_pretrained('NEW') in transformers "
+                    f"writes safetensors"
+                )
             raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}{why}")
         return dict.fromkeys(SafetensorsFile(self._inside(SINGLE)).names, SINGLE)
 
     def _inside(self, name: str) -> Path:
-        """Return the path of a file in this directory; reject a link that leads out of it."""
-        path = self.path / name
-        if "\0" in name or path.resolve().parent != self.path.resolve():
+        """Return the path of a file in this directory; reject a link that leads out of it.
+
+        In the cache of the Hub, a directory REPOSITORY/snapshots/REVISION holds links to REPOSITORY/blobs.
+        """
+        path, here = self.path / name, self.path.resolve()
+        homes = {here, here.parents[1] / "blobs"} if here.parent.name == "snapshots" else {here}
+        if "\0" in name or path.resolve().parent not in homes:
             raise CheckpointError(
                 f"{self.path}: {name!r} leads out of the directory; copy the files in (cp -rL follows links)"
             )

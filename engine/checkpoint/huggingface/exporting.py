@@ -10,6 +10,7 @@ import torch
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.checkpoint.huggingface.exported_ids import require_trained_ids
 from engine.checkpoint.huggingface.files import CONFIG, GENERATION_CONFIG, INDEX, plan_shards, write_json
 from engine.checkpoint.huggingface.generation_config import write_generation_config
 from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
@@ -18,6 +19,7 @@ from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
 from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
 from engine.config.schema import SOURCES, ModelConfig
+from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError
 
@@ -47,21 +49,31 @@ def export(
         `out_dir`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model, or the verification failed.
+        CheckpointError: the checkpoint is damaged or of another model, the tokenizer would give other ids, or the
+            verification failed.
         ConfigError: `out_dir` exists and is not empty, or the family cannot express the model.
     """
     checkpoint.require(shapes)
     model, files, out = checkpoint.model, Storage(), Path(out_dir)
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, None)
-    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
+    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer))
     with new_directory(out) as partial:
         write_json(files, partial / CONFIG, config)
         if tokenizer:
             write_tokenizer(files, partial, checkpoint.tokenizer_dir, tokenizer)
         write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
+        if tokenizer:
+            require_trained_ids(partial, tokenizer)
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)
     return out
+
+
+def _pad_id(tokenizer: Tokenizer | None) -> int | None:
+    """Return the id of the padding token that the tokenizer's files name, if any; training does not use it."""
+    if tokenizer is None or not tokenizer.files:
+        return None
+    return tokenizer.special_tokens.get(named_tokens(tokenizer.files[0])[0].get("pad_token", ""))
 
 
 def _write_weights(

@@ -14,6 +14,7 @@ from engine.checkpoint.rectangles import Shape, whole
 from engine.checkpoint.save import save
 from engine.checkpoint.shares import StateSlice
 from engine.checkpoint.storage import new_directory
+from engine.errors import CheckpointError, StorageError
 
 
 def import_directory(
@@ -31,7 +32,7 @@ def import_directory(
         the checkpoint directory.
 
     Raises:
-        CheckpointError: the tensors have other names or shapes; nothing is written.
+        CheckpointError: the tensors have other names or shapes, or values that are not finite; nothing is left.
         ConfigError: `run_dir` exists and is not empty.
     """
     source.require(shapes)
@@ -42,15 +43,20 @@ def import_directory(
     ]
     state = State(0, 0, 0, "", {"imported": str(source.path)})
     with new_directory(Path(run_dir)) as target:
-        checkpoint = save(
-            target,
-            slices,
-            state,
-            config_yaml=yaml.safe_dump({"model": source.model.model_dump(mode="json")}, sort_keys=False),
-            tokenizer_files=source.tokenizer_files,
-            keep_last=1,
-            rank=0,
-            world_size=1,
-            first_problem=lambda problem: problem,
-        )
+        try:
+            checkpoint = save(
+                target,
+                slices,
+                state,
+                config_yaml=yaml.safe_dump({"model": source.model.model_dump(mode="json")}, sort_keys=False),
+                tokenizer_files=source.tokenizer_files,
+                keep_last=1,
+                rank=0,
+                world_size=1,
+                first_problem=lambda problem: problem,
+            )
+        except StorageError as error:
+            if isinstance(error.__cause__, CheckpointError):  # of the source
+                raise error.__cause__ from None
+            raise
     return Path(run_dir) / checkpoint.relative_to(target)

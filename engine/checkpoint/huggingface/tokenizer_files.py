@@ -12,31 +12,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.huggingface.files import Json, write_json
+from engine.checkpoint.huggingface.files import Json, read_json, write_json
 from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.byte import BYTES_END
+from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
+from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.data.tokenizers.sentencepiece_model import (
+    BOS_ID,
     BPE,
     CONTROL,
+    EOS_ID,
     NORMAL,
+    PAD_ID,
+    REMOVE_EXTRA_WHITESPACES,
     SPACE,
+    UNK_ID,
     UNKNOWN,
     USER_DEFINED,
     Piece,
     fields_of,
     merges,
     piece_of,
+    prefixes_parts,
     submessage,
 )
 from engine.errors import CheckpointError
 
 FieldsByNumber = Mapping[int, Any]  # of a protocol buffer message, by number
 
+PLAIN_CLASS, TOKENIZER_CONFIG = "PreTrainedTokenizerFast", "tokenizer_config.json"
 UNIGRAM = 1
 # field numbers of sentencepiece_model.proto
-MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK, UNK_ID, BOS_ID, EOS_ID, PAD_ID = 3, 24, 35, 40, 41, 42, 43
-PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 2, 3, 4
+MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35
+PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX = 2, 3
 
 
 def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, tokenizer: Tokenizer) -> None:
@@ -51,11 +60,36 @@ def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, to
     sources = sorted(tokenizer_dir.iterdir()) if tokenizer_dir else []
     for source in sources:
         sentencepiece = tokenizer.kind == "sentencepiece" and source.name == tokenizer.files[0].name
-        files.copy(source, target / ("tokenizer.model" if sentencepiece else source.name))
-    missing = {"tokenizer.json", "tokenizer_config.json"} - {source.name for source in sources}
+        path = target / ("tokenizer.model" if sentencepiece else source.name)
+        if (
+            source.name == TOKENIZER_CONFIG
+            and (plain := _plain_config(config := read_json(source), tokenizer)) != config
+        ):
+            write_json(files, path, plain)
+        else:
+            files.copy(source, path)
+    missing = {"tokenizer.json", TOKENIZER_CONFIG} - {source.name for source in sources}
     for name, content in _made_for_transformers(tokenizer).items() if missing else ():
         if name in missing:
             write_json(files, target / name, content)
+
+
+def _plain_config(config: Json, tokenizer: Tokenizer) -> Json:
+    """Return a `tokenizer_config.json` under which transformers reads `tokenizer.json` as it is.
+
+    A model's own class, such as `LlamaTokenizer`, rebuilds the tokenizer by rules of its own; so does a missing class,
+    in favor of the model's. Beginning and end of text are named if no file names them.
+    """
+    named = {**_text_ends(tokenizer), **named_tokens(tokenizer.files[0])[0]}
+    ends = {role: named[role] for role in ("bos_token", "eos_token") if role in named and config.get(role) is None}
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "legacy", "from_slow")}
+    return kept | ends | {"tokenizer_class": PLAIN_CLASS}
+
+
+def _text_ends(tokenizer: Tokenizer) -> dict[str, str]:
+    texts = {i: text for text, i in tokenizer.special_tokens.items()}
+    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
+    return {role: texts[i] for role, i in ends.items() if i in texts}
 
 
 def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
@@ -65,18 +99,17 @@ def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
         CheckpointError: an unknown kind of tokenizer, or a model that Hugging Face's tokenizers cannot express.
     """
     if tokenizer.kind == "huggingface":
-        special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
-        names = {role: tokenizer.decode([i]) for role, i in special.items() if i is not None}
-        return {"tokenizer_config.json": tokenizer_config(names)}
+        return {TOKENIZER_CONFIG: tokenizer_config(_text_ends(tokenizer))}
     if tokenizer.kind == "byte":
         pair = bytes_tokenizer()
     elif tokenizer.kind == "sentencepiece":
-        pair = sentencepiece_tokenizer(tokenizer.files[0].read_bytes())
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        pair = sentencepiece_tokenizer(tokenizer.files[0].read_bytes(), tokenizer.prefix_parts)
     else:
         raise CheckpointError(
             f"a tokenizer of kind {tokenizer.kind!r} cannot be exported; expected byte, huggingface or sentencepiece"
         )
-    return dict(zip(("tokenizer.json", "tokenizer_config.json"), pair, strict=True))
+    return dict(zip(("tokenizer.json", TOKENIZER_CONFIG), pair, strict=True))
 
 
 def bytes_tokenizer() -> tuple[Json, Json]:
@@ -88,8 +121,11 @@ def bytes_tokenizer() -> tuple[Json, Json]:
     return _tokenizer(model, added, None, None, decoder), tokenizer_config({"eos_token": BYTES_END})
 
 
-def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
+def sentencepiece_tokenizer(content: bytes, prefix_parts: bool | None = None) -> tuple[Json, Json]:
     """Return `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model.
+
+    Args:
+        prefix_parts: as in `SentencePieceTokenizer`.
 
     Raises:
         CheckpointError: a model that Hugging Face's tokenizers cannot express.
@@ -97,6 +133,8 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     fields = list(fields_of(content))
     pieces = [piece_of(value) for number, value in fields if number == 1]
     trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
+    if prefix_parts is None:
+        prefix_parts = prefixes_parts(fields)
     if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(TREAT_WHITESPACE_AS_SUFFIX):
         raise CheckpointError("the tokenizer is neither a BPE nor a Unigram model with spaces in front of words")
     added = [
@@ -111,8 +149,8 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
     tokenizer = _tokenizer(
         _model(trainer, pieces),
         added,
-        {"type": "Sequence", "normalizers": list(_normalizers(normalizer))},
-        _split_user_symbols([piece.text for piece in pieces if piece.type == USER_DEFINED]),
+        {"type": "Sequence", "normalizers": list(_normalizers(normalizer, prefix_parts))},
+        _splits(normalizer, prefix_parts, [piece.text for piece in pieces if piece.type == USER_DEFINED]),
         {"type": "Sequence", "decoders": decoders},
     )
     ids = {
@@ -126,7 +164,7 @@ def sentencepiece_tokenizer(content: bytes) -> tuple[Json, Json]:
 
 def tokenizer_config(special: Mapping[str, str]) -> Json:
     """Return a `tokenizer_config.json`; `special` maps variables such as `eos_token` to the texts of special tokens."""
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    return {"tokenizer_class": PLAIN_CLASS, "clean_up_tokenization_spaces": False, **special}
 
 
 def _tokenizer(model: Json, added: list[Json], normalizer: Json | None, split: Json | None, decoder: Json) -> Json:
@@ -164,22 +202,35 @@ def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
     }
 
 
-def _normalizers(spec: FieldsByNumber) -> Iterator[Json]:
+def _normalizers(spec: FieldsByNumber, prefix_parts: bool) -> Iterator[Json]:
     """Yield SentencePiece's steps in their order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
     if spec.get(PRECOMPILED_CHARSMAP):
         yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
     if spec.get(REMOVE_EXTRA_WHITESPACES, 1):
         yield {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}
         yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-    if spec.get(ADD_DUMMY_PREFIX, 1):
+    if spec.get(ADD_DUMMY_PREFIX, 1) and prefix_parts:
         yield {"type": "Prepend", "prepend": SPACE}
     yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
-def _split_user_symbols(symbols: list[str]) -> Json | None:
-    """Return a pre-tokenizer that splits at user-defined symbols, longest first, so that no merge crosses them."""
-    if not symbols:
+def _splits(spec: FieldsByNumber, prefix_parts: bool, symbols: list[str]) -> Json | None:
+    """Return the pre-tokenizer: the dummy prefix of the whole text, if no normalizer adds it to each part, then the
+    split at user-defined symbols, longest first, so that no merge crosses them.
+
+    No space is left here. So the first `Metaspace` puts one in front of the text, and only there, even if the text
+    begins with a space; the second turns it into `SPACE`.
+    """
+    steps: list[Json] = []
+    if spec.get(ADD_DUMMY_PREFIX, 1) and not prefix_parts:
+        steps = [
+            {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}
+            for replacement, scheme in ((" ", "first"), (SPACE, "never"))
+        ]
+    if symbols:
+        longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)
+        pattern = "|".join(re.escape(symbol) for symbol in longest_first)
+        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+    if not steps:
         return None
-    longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)
-    pattern = "|".join(re.escape(symbol) for symbol in longest_first)
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]

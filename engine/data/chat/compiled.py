@@ -22,6 +22,7 @@ from engine.data.tokenizers.protocol import Span
 Message = dict[str, Any]
 
 SOURCE_LIMIT = 1 << 16  # characters; the longest published templates use two fifths of it
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names in the data; templates read one of the first two
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # never part of text; two of them mark generation blocks
 
 
@@ -113,10 +114,10 @@ class _PlainData:
         self.noncharacters: set[str] = set()
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Copy messages, dropping keys whose value is None, as transformers does."""
+        """Copy messages without keys whose value is None, and with thoughts under all names, as transformers 5 does."""
         if not messages or not all(isinstance(message, dict) for message in messages):
             raise ConversationError("a conversation is a list of at least one message, each with `role` and `content`")
-        return [self.of({key: value for key, value in message.items() if value is not None}) for message in messages]
+        return [self.of(_with_thoughts({k: v for k, v in message.items() if v is not None})) for message in messages]
 
     def of(self, value: Any) -> Any:
         self.characters += 1
@@ -132,6 +133,12 @@ class _PlainData:
         if isinstance(value, (list, tuple)):
             return [self.of(item) for item in value]
         raise ConversationError(f"a {type(value).__name__} in a message, expected a JSON type")
+
+
+def _with_thoughts(message: Message) -> Message:
+    """Add a message's thoughts under the names that templates read, if it has them under one of `THOUGHTS`."""
+    thoughts = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:

@@ -8,7 +8,7 @@ from typing import Any
 from engine.data.chat.builtin import BUILTIN
 from engine.data.chat.compiled import SOURCE_LIMIT
 from engine.data.chat.template import ChatTemplate
-from engine.data.tokenizers.files import CHAT_TEMPLATE
+from engine.data.tokenizers.files import CHAT_TEMPLATE, named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
 
@@ -78,14 +78,12 @@ def _fitting(tokenizer: Tokenizer) -> list[str]:
 
 
 def _special_tokens_map(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return `bos_token`, `eos_token` ... from `tokenizer_config.json`; by default the tokenizer's BOS and EOD."""
+    """Return `bos_token`, `eos_token` ... as the tokenizer's files name them; by default its BOS and EOD."""
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id}
     named = {name: texts[i] for name, i in ids.items() if i is not None and i in texts}
-    for name, token in _configuration(tokenizer).items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
-            named[name] = text
+    if tokenizer.files:
+        named |= named_tokens(tokenizer.files[0])[0]
     _check_special_tokens(named)
     return named
 

@@ -173,9 +173,26 @@ class TurnFinder:
         others = [self._render(self._with_content(messages, k, other), False) for other in PLACEHOLDERS]
         start = _shared([prompt, until, *others])
         earlier = "" if prompt == until else self._render(self._messages[:k], False)
-        if others[0] == others[1] or start < len(earlier) or not until.startswith(earlier):
+        if others[0] != others[1] and not until.startswith(earlier):
+            start = self._after_last_message(k, prompt, until[: _shared([until, *others])])
+        elif others[0] == others[1] or start < len(earlier):
+            start = -1
+        if start < 0:
             raise ConversationError(f"message {k}: the template does not show where this assistant turn begins")
         return start
+
+    def _after_last_message(self, k: int, prompt: str, before: str) -> int:
+        """Return the offset after the message before turn `k` in `before`, the text up to the content of the turn.
+
+        For templates that write earlier messages differently once the turn is there: Mistral's has the system prompt
+        in the last message, if this is the user's. Searches for the prompt from the content of its last message on.
+        Returns -1 if it is not there.
+        """
+        said = self._messages[k - 1].get("content") if k else None
+        at = prompt.rfind(said) if isinstance(said, str) and said.strip() else -1
+        tail = prompt[at:] if at >= 0 else ""
+        found = before.rfind(tail) if tail else -1
+        return found + len(tail) if found >= 0 else -1
 
     def _cut(self, turn: str, k: int) -> str:
         ended = self._end.cut(turn)

@@ -13,6 +13,7 @@ import orjson
 
 from engine.data.preprocess import parquet
 from engine.data.preprocess.decompress import Unreadable, read_chunks
+from engine.data.preprocess.json_lines import parse_json
 from engine.data.preprocess.rejects import Reject
 from engine.data.preprocess.sources import Source
 from engine.errors import StorageError
@@ -105,7 +106,7 @@ def _elements(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
     """Yield the elements of one JSON array as lines. The array is read at once: nothing marks the end of an element."""
     content = b"".join(_limited(chunks))
     try:
-        elements = orjson.loads(content.removeprefix(BOM))
+        elements = parse_json(content.removeprefix(BOM))
     except orjson.JSONDecodeError as error:
         raise Unreadable(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno}); skipped") from None
     del content

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from engine.data.preprocess.blocks import LineBlock
+from engine.data.preprocess.json_lines import parse_json
 from engine.data.preprocess.records import FORMATS
 from engine.data.preprocess.rejects import Reject
 
@@ -32,7 +33,7 @@ def parse_block(block: LineBlock, keys: Sequence[str]) -> tuple[list[tuple[str, 
 def _parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
     """Parse one line. Raises ValueError, as `_parse_text` does, with the reason for rejecting the line."""
     try:
-        record = orjson.loads(line)
+        record = parse_json(line)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     if not isinstance(record, dict):

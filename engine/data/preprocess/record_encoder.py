@@ -8,11 +8,12 @@ have no beginning-of-text token, as in pretraining, and end with the end-of-docu
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from engine.data.chat.compiled import Message
 from engine.data.chat.encoder import ChatEncoder
@@ -20,6 +21,7 @@ from engine.data.chat.errors import ConversationError, TemplateError
 from engine.data.chat.template import ChatTemplate, TrainOn
 from engine.data.preprocess.blocks import LineBlock
 from engine.data.preprocess.build import EncodedBlock
+from engine.data.preprocess.json_lines import parse_json
 from engine.data.preprocess.records import BadRecord, Conversation, Text, Tokens, parse_record
 from engine.data.preprocess.rejects import Reject
 from engine.data.storage.format import token_dtype
@@ -146,6 +148,7 @@ class RecordEncoder:
             raise BadRecord("no assistant turn", f"none of its {len(content.messages)} turns has the role assistant")
         if train_on == "assistant":
             train_on = content.train_on
+        content = _with_parsed_arguments(self._chat.template, content)
         try:
             _require_tools_written(self._chat.template, content)
             ids, mask = self._chat.encode(content.messages, train_on, content.tools)
@@ -190,6 +193,41 @@ def _require_tools_written(template: ChatTemplate, content: Conversation) -> Non
             raise BadRecord("tools not written", f"the template drops the tool_calls of turn {i}")
     if content.tools and _text_of(template, content.messages, None) == text:
         raise BadRecord("tools not written", "the template drops the tools")
+
+
+def _with_parsed_arguments(template: ChatTemplate, content: Conversation) -> Conversation:
+    """Return the conversation with arguments of tool calls as objects, if they are JSON texts, as OpenAI writes them.
+
+    Most templates write them with `tojson`, which would escape a text. A template that needs texts keeps them: one that
+    fails for objects, or writes them as Python does.
+    """
+    written_by_python: list[str] = []
+
+    def parsed(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if "function" in call:
+            return {**call, "function": parsed(call["function"])}
+        try:
+            arguments = parse_json(call["arguments"].encode(errors="replace"))
+        except (KeyError, AttributeError, orjson.JSONDecodeError):
+            return call
+        if not isinstance(arguments, dict):
+            return call
+        written_by_python.append(str(arguments))
+        return {**call, "arguments": arguments}
+
+    messages = [
+        {**message, "tool_calls": [parsed(call) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), list)
+        else message
+        for message in content.messages
+    ]
+    if not written_by_python:
+        return content
+    text = _text_of(template, messages, content.tools)
+    wants_texts = text is None or any(arguments != "{}" and arguments in text for arguments in written_by_python)
+    return content if wants_texts else replace(content, messages=messages)
 
 
 def _text_of(template: ChatTemplate, messages: list[Message], tools: list[Any] | None) -> str | None:

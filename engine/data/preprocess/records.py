@@ -15,6 +15,7 @@ from typing import Any, Literal
 import orjson
 
 from engine.data.chat.compiled import Message
+from engine.data.preprocess.json_lines import parse_json
 
 FORMATS: dict[str, tuple[str, ...]] = {  # the keys that identify each format, checked in this order
     "tokens": ("input_ids",),
@@ -81,7 +82,7 @@ def parse_record(line: bytes) -> tuple[str, Conversation | Text | Tokens]:
         BadRecord: an unknown format, or an invalid value.
     """
     try:
-        record = orjson.loads(line)
+        record = parse_json(line)
     except orjson.JSONDecodeError as error:
         raise BadRecord("not JSON", f"{error.msg} (column {error.colno})") from None
     if not isinstance(record, dict):

@@ -28,8 +28,11 @@ class Accepted:
 
 
 TEXTS = Accepted(
-    {".jsonl": "lines", ".json": "lines", ".txt": "text", ".md": "text", ".rst": "text", ".py": "text"},
-    in_directories=(".jsonl", ".txt"),
+    {
+        **{".jsonl": "lines", ".json": "lines", ".parquet": "parquet"},
+        **{".txt": "text", ".md": "text", ".rst": "text", ".py": "text"},
+    },
+    in_directories=(".jsonl", ".txt", ".parquet"),
 )
 RECORDS = Accepted(
     {".jsonl": "lines", ".json": "json", ".parquet": "parquet"}, in_directories=(".jsonl", ".json", ".parquet")
@@ -91,9 +94,8 @@ def _source(path: str, accepted: Accepted) -> Source:
     kind = accepted.kinds.get(_plain_suffix(Path(path)))
     if kind is None or (kind == "parquet" and path.endswith(COMPRESSIONS)):
         known = ", ".join(suffix for suffix, kind in accepted.kinds.items() if kind != "parquet")
-        parquet_too = ", or .parquet" * ("parquet" in accepted.kinds.values())
         raise ConfigError(
-            f"input: {path} has an unknown suffix; expected {known}, each also with .gz or .zst{parquet_too}"
+            f"input: {path} has an unknown suffix; expected {known}, each also with .gz or .zst, or .parquet"
         )
     if kind == "parquet":
         parquet.require(path)

@@ -24,6 +24,7 @@ class ByteTokenizer:
     eod_id = 256
     bos_id: int | None = None
     hash = "byte"
+    note: str | None = None
 
     def __init__(self, template: Path | None = None) -> None:
         self.files = [] if template is None else [template]

@@ -9,6 +9,11 @@ import xxhash
 from engine.errors import ConfigError
 
 MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # names to look for in a directory, in this order
+OTHER_FILES = ("tekken.json", "vocab.json", "vocab.txt")
+CONVERSION = (
+    "AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) in transformers writes a tokenizer.json, which is; "
+    "many models on the Hub have one beside it"
+)
 CHAT_TEMPLATE = "chat_template.jinja"
 COMPANIONS = (  # files that transformers keeps next to the model file
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json"
@@ -24,6 +29,9 @@ def find_model_file(path: Path) -> Path:
     if path.is_file():
         return path
     found = [path / name for name in MODEL_FILES if (path / name).is_file()] or sorted(path.glob("*.model"))
+    others = [path / name for name in OTHER_FILES if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
+    if not found and others:
+        raise ConfigError(f"tokenizer {str(path)!r}: {others[0].name} is of a kind that is not read here; {CONVERSION}")
     if not found:
         seen = "a directory without one" if path.is_dir() else "no such file"
         raise ConfigError(
@@ -67,6 +75,30 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def named_tokens(model_file: Path) -> tuple[dict[str, str], set[str]]:
+    """Return the special tokens that the files beside a model file name: texts by role, such as `eos_token`, and all.
+
+    As in transformers, `special_tokens_map.json` overrides `tokenizer_config.json`, unless the latter has
+    `added_tokens_decoder`, which newer versions write.
+
+    Raises:
+        ConfigError: one of the files is invalid.
+    """
+    config = read_tokenizer_json(model_file.with_name("tokenizer_config.json"))
+    older = read_tokenizer_json(model_file.with_name("special_tokens_map.json"))
+    named = older | config if "added_tokens_decoder" in config else config | older
+    roles = {role: text for role, value in named.items() if role.endswith("_token") and (text := _token_text(value))}
+    extra = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    texts = [_token_text(value) for values in extra if isinstance(values, list) for value in values]
+    return roles, {*roles.values(), *filter(None, texts)}
+
+
+def _token_text(value: Any) -> str | None:
+    """Return the text of a token, which is written as a text or as an object with a `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
 
 
 def content_hash(content: bytes) -> str:

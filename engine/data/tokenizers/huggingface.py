@@ -1,11 +1,11 @@
 """Loads tokenizers from a Hugging Face `tokenizer.json`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from engine.data.tokenizers.files import companions, content_hash, read_tokenizer_file, read_tokenizer_json
+from engine.data.tokenizers.files import companions, content_hash, named_tokens, read_tokenizer_file
 from engine.data.tokenizers.protocol import Ids, Span
 from engine.errors import ConfigError
 
@@ -14,15 +14,18 @@ BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`. Special tokens spelled out in a text become their ids, as in transformers."""
+    """A `tokenizer.json`. Special tokens spelled out in a text become their ids, as in transformers.
+
+    Tokens that `tokenizer_config.json` or `special_tokens_map.json` name are special, whatever `tokenizer.json` says.
+    """
 
     kind = "huggingface"
     encoder = "tokenizers"
 
     def __init__(self, path: Path) -> None:
         try:
+            from tokenizers import AddedToken, processors
             from tokenizers import Tokenizer as Backend
-            from tokenizers import processors
         except ImportError:
             raise ConfigError(f"{path} needs the package tokenizers: pip install 'triaxis[hf]'") from None
         content = read_tokenizer_file(path)
@@ -34,34 +37,36 @@ class HuggingFaceTokenizer:
         self._backend.no_padding()
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # others trim spaces off the spans
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        end = self._special_id(path, "eos_token", END_NAMES)
+        roles, named = named_tokens(path)
+        added = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
+        known = {text: i for text in named if (i := self._backend.token_to_id(text)) is not None}
+        self._backend.add_special_tokens(
+            [AddedToken(text, normalized=False, special=True) for text in sorted(known.keys() - added.keys())]
+        )
+        flagged = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self.special_tokens: dict[str, int] = flagged | known
+        for role in ("eos_token", "bos_token"):
+            if role in roles and roles[role] not in known:
+                raise ConfigError(
+                    f"{role} = {roles[role]!r} of tokenizer_config.json or special_tokens_map.json is not in the "
+                    f"vocabulary of {path}"
+                )
+        end = self._special_id(roles.get("eos_token"), END_NAMES)
         if end is None:
             raise ConfigError(
                 f"{path} does not define the token that ends a document; "
                 f"put a tokenizer_config.json with `eos_token` next to it"
             )
         self.eod_id = end
-        self.bos_id = self._special_id(path, "bos_token", BEGIN_NAMES)
+        self.bos_id = self._special_id(roles.get("bos_token"), BEGIN_NAMES)
         self.hash = content_hash(content)
         self.files = [path, *companions(path)]
-        added = self._backend.get_added_tokens_decoder().items()
-        self.special_tokens: dict[str, int] = {token.content: i for i, token in added if token.special}
+        self.note: str | None = None
 
-    def _special_id(self, path: Path, key: str, usual_names: Iterable[str]) -> int | None:
-        """Return the id of the token under `key` in `tokenizer_config.json`, else of the first usual name that exists.
-
-        Raises:
-            ConfigError: the token under `key` is not in the vocabulary.
-        """
-        named = read_tokenizer_json(path.with_name("tokenizer_config.json")).get(key)
-        name = named.get("content") if isinstance(named, dict) else named
-        if name is not None:
-            found: int | None = self._backend.token_to_id(str(name))
-            if found is None:
-                raise ConfigError(f"{key} = {name!r} of tokenizer_config.json is not in the vocabulary of {path}")
-            return found
-        special = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        return next((special[name] for name in usual_names if name in special), None)
+    def _special_id(self, named: str | None, usual_names: Sequence[str]) -> int | None:
+        """Return the id of the named token, else of the first usual name that is a special token."""
+        names = usual_names if named is None else (named,)
+        return next((self.special_tokens[name] for name in names if name in self.special_tokens), None)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

@@ -3,13 +3,19 @@
 The kind is detected from the file's content, because users rename these files.
 """
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine.data.tokenizers.byte import ByteTokenizer
-from engine.data.tokenizers.files import CHAT_TEMPLATE, find_model_file, read_tokenizer_file, read_tokenizer_json
+from engine.data.tokenizers.files import CHAT_TEMPLATE, CONVERSION, find_model_file, read_tokenizer_file
 from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
+from engine.data.tokenizers.probe import probe_texts
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from engine.errors import ConfigError
+
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")  # a token in base64 and its rank, as in Llama 3's original files
 
 
 def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
@@ -19,6 +25,8 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
         spec: the value of `data.tokenizer`.
         fast: for SentencePiece, use the fast encoder if possible.
 
+    A directory may have a SentencePiece model and a `tokenizer.json`. They are compared; see `note` of the result.
+
     Raises:
         ConfigError: no tokenizer is found, or it is unusable.
     """
@@ -27,17 +35,51 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
     if Path(spec).is_dir() and [path.name for path in Path(spec).iterdir()] == [CHAT_TEMPLATE]:
         return ByteTokenizer(Path(spec) / CHAT_TEMPLATE)  # in a checkpoint, the only file of this tokenizer
     path = find_model_file(Path(spec))
-    if read_tokenizer_file(path)[:64].lstrip().startswith(b"{"):
+    beginning = read_tokenizer_file(path)[:64].lstrip()
+    if beginning.startswith(b"{"):
         return HuggingFaceTokenizer(path)
+    if TIKTOKEN_LINE.match(beginning):
+        raise ConfigError(f"tokenizer {str(path)!r}: a tiktoken file, of a kind that is not read here; {CONVERSION}")
     tokenizer = SentencePieceTokenizer(path, fast=fast)
-    extended = path.with_name("tokenizer.json")
-    if Path(spec).is_dir() and extended.is_file() and _adds_ids(extended, tokenizer.vocab_size):
-        return HuggingFaceTokenizer(extended)
+    beside = path.with_name("tokenizer.json")
+    return _choose(tokenizer, beside, Path(spec).is_dir()) if beside.is_file() else tokenizer
+
+
+def _choose(tokenizer: SentencePieceTokenizer, beside: Path, in_directory: bool) -> Tokenizer:
+    """Return the SentencePiece tokenizer if it can give the ids of the `tokenizer.json` beside it, which is what
+    `transformers` reads; else the latter, unless the model file was named. `note` says why.
+    """
+    model = tokenizer.files[0]
+    if find_spec("tokenizers") is None:
+        tokenizer.note = f"{model} is read; {beside.name} is not compared with it: tokenizers is not installed"
+        return tokenizer
+    other = HuggingFaceTokenizer(beside)
+    differences = []
+    for prefix_parts in (tokenizer.prefix_parts, not tokenizer.prefix_parts):
+        tokenizer.prefix_parts = prefix_parts
+        differences.append(_difference(tokenizer, other))
+        if differences[-1] is None:
+            return tokenizer
+    tokenizer.prefix_parts = not tokenizer.prefix_parts
+    if in_directory:
+        other.note = f"{beside} is read, as by transformers, not {model.name}: {differences[0]}"
+        return other
+    tokenizer.note = f"{model} is read, as named, not {beside.name}: {differences[0]}"
+    tokenizer.files = [file for file in tokenizer.files if file != beside]
     return tokenizer
 
 
-def _adds_ids(path: Path, vocab_size: int) -> bool:
-    """Whether a `tokenizer.json` has tokens that the model file lacks, such as those of a chat template."""
-    added = read_tokenizer_json(path).get("added_tokens")
-    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return any(isinstance(token.get("id"), int) and token["id"] >= vocab_size for token in tokens)
+def _difference(model: SentencePieceTokenizer, other: HuggingFaceTokenizer) -> str | None:
+    """Return the first difference between the ids of two tokenizers, on `probe_texts`; None if there is none."""
+    if other.vocab_size > model.vocab_size:
+        return f"{other.vocab_size - model.vocab_size} more ids"
+    if only := {name: i for name, i in other.special_tokens.items() if model.symbols.get(name) != i}:
+        return f"{next(iter(only))!r} is a special token in tokenizer.json only"
+    if missing := model.special_tokens.keys() - other.special_tokens.keys():
+        return f"{min(missing)!r} is a special token in {model.files[0].name} only"
+    if (model.bos_id, model.eod_id) != (other.bos_id, other.eod_id):
+        return f"they begin and end a text with other tokens, {(model.bos_id, model.eod_id)} here"
+    for text in probe_texts(model.special_tokens):
+        if model.encode_special(text)[0] != other.encode(text):
+            return f"they give other ids for {text!r}"
+    return None

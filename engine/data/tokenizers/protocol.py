@@ -35,6 +35,8 @@ class Tokenizer(Protocol):
     """The files that a checkpoint or an export must copy."""
     special_tokens: dict[str, int]
     """Ids of the special tokens, by their text."""
+    note: str | None
+    """Which of several files was read, and why; None if there was no choice."""
 
     @property
     def encoder(self) -> str:

@@ -1,22 +1,46 @@
 """Loads tokenizers from a SentencePiece model file (`tokenizer.model`)."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.data.tokenizers.fast_sentencepiece import FastSentencePiece, UnsupportedModel
-from engine.data.tokenizers.files import companions, content_hash, read_tokenizer_file
+from engine.data.tokenizers.files import (
+    companions,
+    content_hash,
+    named_tokens,
+    read_tokenizer_file,
+    read_tokenizer_json,
+)
 from engine.data.tokenizers.protocol import Ids, Span
-from engine.data.tokenizers.sentencepiece_model import BYTE, CONTROL, SPACE, UNKNOWN, fields_of, piece_of, submessage
+from engine.data.tokenizers.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    SPACE,
+    UNKNOWN,
+    fields_of,
+    piece_of,
+    prefixes_parts,
+    submessage,
+)
 from engine.data.tokenizers.symbols import encode_with_symbols, split_pattern
 from engine.errors import ConfigError
+
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: normalizer_spec {add_dummy_prefix: false}
 
 
 class SentencePieceTokenizer:
     """A tokenizer from a SentencePiece model. `encode` treats control symbols in a text as plain text.
+
+    Attributes:
+        prefix_parts: whether `encode_special` puts the dummy prefix (a space) in front of every text between control
+            symbols, as the references of Llama 2 and of Mistral before version 3 do, or only in front of the whole
+            text; see `prefixes_parts`.
+        symbols: ids of the pieces that `encode_special` finds in a text: special tokens and the unknown token.
 
     Args:
         path: the model file.
@@ -37,16 +61,26 @@ class SentencePieceTokenizer:
             ) from None
         self._use_fast = fast
         self.vocab_size: int = self._processor.vocab_size()
-        self.eod_id: int = self._processor.eos_id()
-        if self.eod_id < 0:
-            raise ConfigError(f"{path} has no end-of-sentence piece, which ends documents; train it with eos_id >= 0")
-        self.bos_id: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.hash = content_hash(self._model)
         self.files = [path, *companions(path)]
-        pieces = [piece_of(value) for number, value in fields_of(self._model) if number == 1]
-        self.special_tokens = {piece.text: i for i, piece in enumerate(pieces) if piece.type == CONTROL}
-        self._added = {piece.text: i for i, piece in enumerate(pieces) if piece.type in (CONTROL, UNKNOWN)}
-        self._pattern = split_pattern(self._added)
+        fields = list(fields_of(self._model))
+        pieces = [piece_of(value) for number, value in fields if number == 1]
+        roles, named = named_tokens(path)
+        self.special_tokens = {
+            piece.text: i
+            for i, piece in enumerate(pieces)
+            if piece.type == CONTROL or (piece.text in named and piece.type != UNKNOWN)
+        }
+        self.symbols = self.special_tokens | {p.text: i for i, p in enumerate(pieces) if p.type == UNKNOWN}
+        self.eod_id: int = self.special_tokens.get(roles.get("eos_token", ""), self._processor.eos_id())
+        if self.eod_id < 0:
+            raise ConfigError(f"{path} has no end-of-sentence piece, which ends documents; train it with eos_id >= 0")
+        begin = self.special_tokens.get(roles.get("bos_token", ""), self._processor.bos_id())
+        self.bos_id: int | None = begin if begin >= 0 else None
+        legacy = read_tokenizer_json(path.with_name("tokenizer_config.json")).get("legacy") is not False
+        self.prefix_parts = prefixes_parts(fields, legacy)
+        self.note: str | None = None
+        self._pattern = split_pattern(self.symbols)
         self._sizes = _piece_sizes(self._model)
 
     @cached_property
@@ -80,21 +114,29 @@ class SentencePieceTokenizer:
 
     def encode_special(self, text: str) -> tuple[list[int], list[Span]]:
         """Encode as `Tokenizer` says. Text between control symbols is encoded separately, as by a `tokenizer.json`."""
-        return encode_with_symbols(text, self._pattern, self._added, self._encode_with_spans)
+        after = None if self.prefix_parts else partial(self._encode_with_spans, processor=self._without_prefix)
+        return encode_with_symbols(text, self._pattern, self.symbols, self._encode_with_spans, after)
 
-    def _encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+    @cached_property
+    def _without_prefix(self) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_proto=self._model + NO_DUMMY_PREFIX)
+
+    def _encode_with_spans(self, text: str, processor: Any = None) -> tuple[list[int], list[Span]]:
+        processor = processor or self._processor
         content = text.encode()
         # characters that start at or before each byte
         characters = np.cumsum((np.frombuffer(content, np.uint8) & 0xC0) != 0x80)
         if self._sizes is not None:
-            ids: list[int] = self._processor.encode(text)
+            ids: list[int] = processor.encode(text)
             ends = np.cumsum(self._sizes[ids])
             ends -= ends[-1] - len(content)  # the dummy prefix space is not a byte of the text
             starts = np.concatenate(([0], ends[:-1]))
             if -1 <= ends[0] - self._sizes[ids[0]] <= 0:
                 ends = np.maximum(ends, 1)
                 return ids, list(zip((characters[starts] - 1).tolist(), characters[ends - 1].tolist(), strict=True))
-        message = self._processor.encode(text, out_type="serialized_proto")  # available in all versions
+        message = processor.encode(text, out_type="serialized_proto")  # available in all versions
         pieces = [dict(fields_of(value)) for number, value in fields_of(message) if number == 2]
         before = [*(characters - 1).tolist(), len(text)]  # offsets are in bytes
         spans = [(before[piece.get(4, 0)], before[piece.get(5, 0)]) for piece in pieces]

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 SPACE = "\u2581"  # SentencePiece's symbol for a space
 BPE = 2  # TrainerSpec.model_type
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 40, 41, 42, 43  # fields of TrainerSpec
+REMOVE_EXTRA_WHITESPACES = 4  # field of NormalizerSpec
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece.type
 
 
@@ -22,6 +24,19 @@ class Piece(NamedTuple):
     text: str
     score: float
     type: int
+
+
+def prefixes_parts(fields: Fields, legacy: bool = True) -> bool:
+    """Whether the dummy prefix stands in front of every text between control symbols, by default.
+
+    Not if the model has control symbols for chat, such as `[INST]`, or `legacy` is false: templates then write the
+    space. A model that removes extra spaces would remove that one, too.
+    """
+    trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
+    usual = {trainer.get(BOS_ID, 1), trainer.get(EOS_ID, 2), trainer.get(PAD_ID, -1)}
+    pieces = [piece_of(value) for number, value in fields if number == 1]
+    has_chat_symbols = any(piece.type == CONTROL and i not in usual for i, piece in enumerate(pieces))
+    return bool(normalizer.get(REMOVE_EXTRA_WHITESPACES, 1)) or (legacy and not has_chat_symbols)
 
 
 def merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -1,15 +1,18 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from engine.checkpoint.huggingface.config import hf_config, model_config_from_hf
+from engine.checkpoint.load import load_decoder
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import FAMILIES, PRESETS
+from tests.checkpoint.huggingface.directory_cases import write_word_tokenizer
 
-# What the published models' config.json say, as far as the architecture goes.
+# What the published models' config.json say, as far as the architecture goes (StarCoder2: without its dropouts).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama2-7b": {
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
@@ -50,7 +53,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
     },
     "starcoder2-7b": {
-        "architectures": ["Starcoder2ForCausalLM"], "attention_dropout": 0.1, "hidden_act": "gelu_pytorch_tanh",
+        "architectures": ["Starcoder2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": 4608, "initializer_range": 0.018042, "intermediate_size": 18432, "mlp_type": "default",
         "max_position_embeddings": 16384, "model_type": "starcoder2", "norm_epsilon": 1e-05,
         "norm_type": "layer_norm", "num_attention_heads": 36, "num_hidden_layers": 32, "num_key_value_heads": 4,
@@ -139,7 +142,14 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ({"hidden_size": "4096"}, "hidden_size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has full_attention, sliding_attention"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24]}}, "mrope_section"),
+        ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta is 10000.0"),
+        ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 1.0}}, "differ; remove one"),
+        ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 is not supported; expected 0\.0; set it to 0\.0"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50\.0 is unknown and may change the model"),
+        ({"mlp_bias": True, "logits_scaling": 8.0}, "mlp_bias = True .*; logits_scaling = 8.0"),
+        ({"model_type": "mistral"}, "model_type = 'mistral' is not supported; expected 'llama'"),
     ],
 )
 def test_what_we_do_not_implement_is_refused_with_the_reason(changes: dict[str, Any], expected: str) -> None:
@@ -160,3 +170,77 @@ def test_what_the_family_cannot_express_is_refused(preset: str, changes: dict[st
     model = ModelConfig(**{**PRESETS[preset], **changes})
     with pytest.raises(ConfigError, match=expected):
         hf_config(model, dtype=torch.float32, bos_id=None, eos_id=None)
+
+
+def test_harmless_settings_are_accepted() -> None:
+    config = PUBLISHED["qwen2.5-7b"]
+    harmless = {
+        "_name_or_path": "x", "temperature": 0.6, "unsloth_version": "2025.1", "eos_token_id": [1, 2],
+        "attention_dropout": None, "logits_scaling": None, "layer_types": ["full_attention"] * 28,
+    }  # fmt: skip
+    assert model_config_from_hf(config | harmless) == model_config_from_hf(config)
+
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+WINDOWS = {"mistral": {"sliding_window": 6}, "starcoder2": {"sliding_window": 6}, "qwen3": {"head_dim": 8}}
+FULL, SLIDING = "full_attention", "sliding_attention"
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+GONE = object()
+MUTATIONS: list[tuple[str, Any]] = [
+    *[("layer_types", kinds) for kinds in ([FULL, FULL], [SLIDING, SLIDING], [FULL, SLIDING], [SLIDING, FULL])],
+    *[("sliding_window", size) for size in (3, 6, None, GONE)],
+    *[("use_sliding_window", True), ("max_window_layers", 1)],
+    *[("attention_dropout", 0.1), ("residual_dropout", 0.1), ("embedding_dropout", 0.1), ("hidden_dropout", 0.1)],
+    *[("attention_bias", True), ("mlp_bias", True), ("use_bias", False), ("hidden_act", "gelu")],
+    *[("rope_theta", 500.0), ("rope_theta", GONE), ("partial_rotary_factor", 0.5), ("rope_interleaved", True)],
+    *[("rope_parameters", LLAMA3), ("rope_parameters", LLAMA3 | {"original_max_position_embeddings": 8})],
+    *[("rope_parameters", {"rope_type": kind, "factor": 2.0}) for kind in ("linear", "dynamic", "yarn", "default")],
+    *[("rope_parameters", {"rope_type": "default", "rope_theta": theta}) for theta in (100.0, 1e6)],
+    *[("rms_norm_eps", 0.1), ("rms_norm_eps", GONE), ("norm_epsilon", 0.1), ("norm_epsilon", GONE)],
+    *[("num_attention_heads", 2), ("num_attention_heads", 8), ("num_key_value_heads", 1), ("num_key_value_heads", 4)],
+    *[("num_key_value_heads", GONE), ("num_key_value_heads", None), ("head_dim", 4), ("head_dim", 16)],
+    *[("tie_word_embeddings", True), ("tie_word_embeddings", False), ("tie_word_embeddings", GONE)],
+    *[("num_hidden_layers", 1), ("hidden_size", 64), ("intermediate_size", 32), ("vocab_size", 97)],
+    *[("logit_scale", 0.5), ("attn_logit_softcapping", 2.0), ("final_logit_softcapping", 2.0), ("is_causal", False)],
+    *[("embedding_multiplier", 4.0), ("residual_multiplier", 0.5), ("query_pre_attn_scalar", 4), ("max_length", 3)],
+    *[("model_type", name) for name in FAMILIES],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_setting_is_refused_or_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    """Each in turn, in one directory; none is imported as another model."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **SMALL | WINDOWS.get(family, {}))
+    )
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    made.save_pretrained(tmp_path)
+    write_word_tokenizer(tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    tokens = torch.randint(0, 96, (24,))
+    right = []
+    for key, value in MUTATIONS:
+        changed = before | {key: value}
+        if value is GONE:
+            del changed[key]
+        if key == "rope_theta":  # in its old place
+            changed |= {"rope_parameters": None}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        try:
+            decoder, _ = load_decoder(tmp_path, torch.float32, torch.device("cpu"))
+        except CheckpointError:
+            continue
+        with torch.no_grad():
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+            ours = decoder.logits(decoder(tokens, torch.arange(24), decoder.attend_within((0, 24))))
+            torch.testing.assert_close(
+                ours, theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-4, msg=f"{key} = {value}"
+            )
+        right.append(key)
+    assert {"rope_theta", "max_length", "sliding_window"} <= {*right, *({"sliding_window"} - before.keys())}

@@ -137,3 +137,24 @@ def test_hostile_directories_are_refused_with_the_reason(name: str, good: Path, 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such model directory: .*misspelt"):
         HuggingFaceDirectory(tmp_path / "misspelt")
+
+
+def snapshot(repository: Path, hf: Path) -> Path:
+    """A directory as the Hub's cache has it."""
+    path = repository / "snapshots" / "0123abcd"
+    path.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for i, file in enumerate(sorted(hf.iterdir())):
+        shutil.copy(file, repository / "blobs" / f"{i:064x}")
+        (path / file.name).symlink_to(f"../../blobs/{i:064x}")
+    return path
+
+
+def test_a_snapshot_of_the_hubs_cache(good: Path, tmp_path: Path) -> None:
+    mine, other = snapshot(tmp_path / "models--me--mine", good), snapshot(tmp_path / "models--me--other", good)
+    assert import_(mine, tmp_path / "imported").model == TINY
+    for target in (other / "config.json", good / "config.json", "../../refs", "/etc/passwd"):
+        (mine / "config.json").unlink()
+        (mine / "config.json").symlink_to(target)
+        with pytest.raises(CheckpointError, match="leads out of the directory"):
+            HuggingFaceDirectory(mine)

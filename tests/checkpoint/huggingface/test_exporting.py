@@ -66,15 +66,16 @@ def test_a_transformers_model_survives_the_way_there_and_back(name: str, tmp_pat
     assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-def test_bf16_export_of_a_trained_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_export_of_a_trained_checkpoint(tmp_path: Path, dtype: torch.dtype) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "run")
     seen: list[tuple[str, int]] = []
-    out = export_(checkpoint, tmp_path / "out", progress=lambda name, count: seen.append((name, count)))
+    out = export_(checkpoint, tmp_path / "out", dtype=dtype, progress=lambda name, count: seen.append((name, count)))
     assert sorted(os.listdir(out)) == ["config.json", "generation_config.json", "model.safetensors"]
     loaded = safetensors.torch.load_file(out / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == logical_shapes(TINY)
     for name, tensor in loaded.items():
-        assert torch.equal(tensor, checkpoint.read(name).bfloat16())
+        assert torch.equal(tensor, checkpoint.read(name).to(dtype))
     assert [name for name, _ in seen] == list(logical_shapes(TINY))
     assert sum(count for _, count in seen) == sum(tensor.numel() for tensor in loaded.values())
     assert not (tmp_path / "out.partial").exists()

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoint.huggingface.directory import HEAD
 from engine.checkpoint.run_directory import find
 from engine.errors import CheckpointError
 from tests.checkpoint.huggingface.directory_cases import TINY, edit_weights, export_, import_, tiny_checkpoint
@@ -37,9 +38,27 @@ def test_tensors_that_do_not_fit_are_listed_and_nothing_is_written(tmp_path: Pat
     assert not (tmp_path / "imported").exists()
 
 
-def test_a_head_stored_beside_tied_embeddings_is_unexpected(tmp_path: Path) -> None:
+def test_a_head_stored_beside_tied_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is left out if it is the embedding, to the last row, and refused otherwise."""
+    monkeypatch.setattr("engine.checkpoint.huggingface.directory.ROWS", 100)
     model = TINY.model_copy(update={"tie_embeddings": True})
     hf = export_(tiny_checkpoint(tmp_path / "run", model), tmp_path / "hf")
-    edit_weights(hf, lambda tensors: tensors.update({"lm_head.weight": torch.ones(257, 32)}))
+    edit_weights(hf, lambda tensors: tensors.update({HEAD: tensors["model.embed_tokens.weight"].clone()}))
+    imported = import_(hf, tmp_path / "imported")
+    assert HEAD not in imported.tensors("param")
+    edit_weights(hf, lambda tensors: tensors[HEAD][256, 31].mul_(2))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs .* set tie_word_embeddings to false"):
+        import_(hf, tmp_path / "other")
+    edit_weights(hf, lambda tensors: tensors.update({HEAD: torch.ones(256, 32)}))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight: unexpected"):
+        import_(hf, tmp_path / "other")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_weights_that_are_not_numbers(tmp_path: Path, name: str, value: float) -> None:
+    hf = export_(tiny_checkpoint(tmp_path / "run"), tmp_path / "hf")
+    edit_weights(hf, lambda tensors: tensors[name].view(-1)[3:5].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: 2 values NaN or infinite"):
         import_(hf, tmp_path / "imported")
+    assert not list(tmp_path.glob("imported*"))

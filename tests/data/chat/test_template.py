@@ -120,3 +120,19 @@ def test_turns_of_weight_0_are_no_targets(tokenizer, name):
     assert targets(messages, "last") == []
     messages[1]["weight"] = 1
     assert [text.strip() for text in targets(messages)] == ["first" + end]
+
+
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_under_any_name_are_written_as_by_transformers(tokenizer, folder, key, read):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    source = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.KEY %}{{ '<think>' + m.KEY + '</think>' }}{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}""".replace(
+        "KEY", read
+    )
+    messages = conversation("far?", "nine miles")
+    messages[1][key] = "counted the stones"
+    text = encoder(tokenizer, source).template.render(messages, "all").text
+    assert text.endswith("<think>counted the stones</think>nine miles<|im_end|>")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert text == theirs.apply_chat_template(messages, chat_template=source, tokenize=False)

@@ -151,3 +151,23 @@ def test_more_turns_than_can_be_searched_for(tokenizer):
         with pytest.raises(ConversationError, match=r"turns .* too many to find without {% generation %} blocks"):
             template.render(messages)
     assert len(targets(template, many, "last")) == 1
+
+
+@pytest.mark.parametrize("prompt", ["", "{% if add_generation_prompt %}{{ ' ' }}{% endif %}"])
+@pytest.mark.parametrize("said", ["u", "[INST] u[/INST]", " "])
+def test_a_system_message_in_the_last_message_if_it_is_the_users(tokenizer, said, prompt):
+    """As Mistral 7B v0.3 and Nemo have it: never in a whole conversation, always in a prompt."""
+    source = """{%- set turns = messages[1:] if messages[0].role == 'system' else messages %}{{- bos_token }}
+{%- for m in turns %}{% if m.role == 'user' %}
+    {{- '[INST] ' + (messages[0].content + '\\n\\n' if loop.last and messages[0].role == 'system' else '') }}
+    {{- m.content + '[/INST]' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+    template = encoder(tokenizer, source + prompt).template
+    messages = conversation(said, "a", "v", "b", system="S")
+    assert template.prompt(messages[:2]).startswith(f"<s>[INST] S\n\n{said}")
+    if not said.strip():
+        with pytest.raises(ConversationError, match="where this assistant turn begins"):
+            template.render(messages)
+        return
+    begin = "" if prompt else " "
+    assert targets(template, messages) == [begin + "a</s>", begin + "b</s>"]

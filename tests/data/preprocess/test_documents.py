@@ -31,7 +31,7 @@ def test_a_text_file_is_one_document(tmp_path, suffix):
         (b"plain text", "not JSON"),
         (b'{"text": "a"', "not JSON: unexpected end"),
         (b'{"text": "a"} {"text": "b"}', "not JSON"),
-        (b'{"text": NaN}', "not JSON"),
+        (b'{"text": NaN}', "key 'text' holds a NoneType, expected text"),
         (b"{'text': 'a'}", "not JSON"),
         (b'{"text": "\xff\xfe"}', "not JSON: str is not valid UTF-8"),
         (b'{"text": "\xed\xa0\x80"}', "UTF-8"),  # a surrogate, as some tools write it

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from engine.data.preprocess import blocks
 from engine.data.preprocess.build import Counts
@@ -232,3 +234,12 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+def test_parquet_is_read_as_lines_are(tmp_path):
+    rows = [{"text": text, "id": i, "score": float("nan")} for i, text in enumerate(["one", "two", "", "naïve"])]
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([*rows, {"text": None}]), tmp_path / "in" / "a.parquet")
+    counts = run(tmp_path / "in", tmp_path / "out")
+    assert (counts.documents, counts.empty, counts.rejected) == (3, 1, 1)
+    assert stored(tmp_path / "out") == [[*text.encode(), 256] for text in ("one", "two", "naïve")]

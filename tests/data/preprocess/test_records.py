@@ -101,7 +101,7 @@ BAD = [
     (b'{"text": "\xff\xfe"}', "not JSON"),
     (b'{"text": "\\ud800"}', "not JSON"),
     (b'{"messages":' + b"[" * 100_000, "not JSON"),
-    (b'{"text": NaN}', "not JSON"),
+    (b'{"text": NaN}', "null content"),
     (b"null", "not an object"),
     (b'["text"]', "not an object"),
     (b'"text"', "not an object"),

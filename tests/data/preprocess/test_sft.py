@@ -485,3 +485,33 @@ def test_records_that_are_too_large_are_refused(tmp_path, monkeypatch):
     lines = [orjson.dumps({"text": "a" * count}) for count in (10, 100)]
     encoded = encoder(LineBlock(Source("a.jsonl", "lines", 1), 1, b"\n".join(lines), 1))
     assert encoded.problems == {"too large": 1} and encoded.lengths[0].tolist() == [11]
+
+
+CALLS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- for c in m.tool_calls or [] %}{{ '<call>' }}ARGUMENTS{{ '</call>' }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+ARGUMENTS = {
+    "as JSON": "{{ c.function.arguments | tojson }}",
+    "item by item": "{{ '{' }}{% for k, v in c.function.arguments.items() %}{{ k | tojson }}: {{ v | tojson }}"
+    "{% endfor %}{{ '}' }}",
+    "texts joined": "{{ '' + c.function.arguments }}",
+    "as it is": "{{ c.function.arguments }}",
+    "either": "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",
+}
+
+
+@pytest.mark.parametrize("arguments", [{"pond": "mill"}, '{"pond": "mill"}', '{"pond":"mill"}'])
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_of_calls_are_written_as_one_object(run, stored, tokenizer, name, arguments):
+    """As objects or as OpenAI's texts, for templates that expect either."""
+    source = CALLS.replace("ARGUMENTS", ARGUMENTS[name])
+    known = find_template(tokenizer, "chatml")
+    call = {"type": "function", "function": {"name": "depth", "arguments": arguments}}
+    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    template = ChatTemplate("calls", source, known.special_tokens_map, known.special)
+    if isinstance(arguments, dict) and name in ("texts joined", "as it is"):
+        return  # such a template fails for objects, or writes them as Python does
+    run([{"messages": chat}], template=template)
+    (document,) = stored()
+    written = document.split("<call>")[1].split("</call>")[0]
+    assert orjson.loads(written) == {"pond": "mill"}, document

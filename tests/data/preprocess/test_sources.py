@@ -35,10 +35,10 @@ def test_directories_of_records(tmp_path, monkeypatch):
     [
         (["gone.jsonl"], "no such file or directory: gone.jsonl"),
         (["gone*.jsonl"], r"no such file or directory: gone\*"),
-        (["empty"], "no .jsonl or .txt files below the directory empty"),
+        (["empty"], "no .jsonl or .txt or .parquet files below the directory empty"),
         (
             ["a.csv"],
-            r"a.csv has an unknown suffix; expected .jsonl, .json, .txt, .md, .rst, .py, each also with .gz or .zst$",
+            r"a.csv has an unknown suffix; expected .jsonl, .json, .txt, .* each also with .gz or .zst, or .parquet$",
         ),
         (["a.gz"], "a.gz has an unknown suffix"),
         (["a.jsonl", "./a.jsonl"], "twice"),

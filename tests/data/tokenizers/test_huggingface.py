@@ -73,3 +73,36 @@ def test_without_the_package_tokenizers(huggingface_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match=r"triaxis\[hf\]"):
         load_tokenizer(huggingface_file)
+
+
+NAMES = {
+    "in the configuration": {"tokenizer_config.json": {"eos_token": "<end>"}},
+    "in the map": {"special_tokens_map.json": {"eos_token": {"content": "<end>"}}},
+    "the map overrides an old configuration": {
+        "tokenizer_config.json": {"eos_token": "</s>"},
+        "special_tokens_map.json": {"eos_token": "<end>"},
+    },
+    "a new configuration overrides the map": {
+        "tokenizer_config.json": {"eos_token": "<end>", "added_tokens_decoder": {}},
+        "special_tokens_map.json": {"eos_token": "</s>"},
+    },
+}
+
+
+@pytest.mark.parametrize("flagged", [True, False])
+@pytest.mark.parametrize("files", NAMES.values(), ids=NAMES)
+def test_named_tokens_are_those_of_transformers(tmp_path, files, flagged):
+    """Also if `tokenizer.json` does not flag them as special, or has them as ordinary entries."""
+    transformers = pytest.importorskip("transformers")
+    path = huggingface(tmp_path, ["</s>", "<end>"])
+    if not flagged:
+        content = json.loads(path.read_text())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<end>"]
+        path.write_text(json.dumps(content))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **content}))
+    tokenizer = load_tokenizer(path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.eod_id == theirs.eos_token_id == 1
+    assert tokenizer.special_tokens["<end>"] == 1
+    assert tokenizer.encode_special("a<end>b")[0] == theirs.encode("a<end>b", add_special_tokens=False)

@@ -7,6 +7,7 @@ import pytest
 from engine.checkpoint.huggingface.tokenizer_files import sentencepiece_tokenizer
 from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError
+from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
 from tests.data.tokenizers.examples import huggingface
 
 
@@ -20,7 +21,12 @@ def test_directories(tmp_path, sentencepiece_model):
     only_json = huggingface(tmp_path / "json", ["</s>"]).parent
     assert load_tokenizer(only_json).kind == "huggingface"
     (only_json / "tokenizer.model").write_bytes(sentencepiece_model)
-    assert load_tokenizer(str(only_json)).kind == "sentencepiece"
+    other = load_tokenizer(str(only_json))
+    assert other.kind == "huggingface" and other.note is not None
+    assert "tokenizer.json is read, as by transformers, not tokenizer.model: '</s>'" in other.note
+    named = load_tokenizer(only_json / "tokenizer.model")
+    assert named.kind == "sentencepiece" and named.note is not None
+    assert [file.name for file in named.files] == ["tokenizer.model"], "a checkpoint must load as this tokenizer"
     own_name = tmp_path / "own"
     own_name.mkdir()
     (own_name / "mine.model").write_bytes(sentencepiece_model)
@@ -63,4 +69,49 @@ def test_a_hostile_configuration_beside_a_tokenizer(tmp_path, huggingface_file, 
     (tmp_path / "tokenizer.json").write_bytes(huggingface_file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+CHAT = ["[INST]", "[/INST]"]
+SPACES = ["{}[INST] a [/INST] b</s>", "{}[INST]a[/INST]b</s>", "{} x</s>y"]
+
+
+@pytest.mark.parametrize(
+    ("symbols", "settings"),
+    [(CHAT, {"legacy": False}), (CHAT, {"legacy": True}), (CHAT, {}), ([], {"legacy": False})],
+    ids=["mistral v3", "legacy", "unsaid", "without symbols"],
+)
+def test_text_behind_control_tokens_is_what_transformers_gives(tmp_path, symbols, settings):
+    """With a `tokenizer.json` beside the model, made by transformers from it, and without."""
+    transformers = pytest.importorskip("transformers")
+    model = train_sentencepiece(standard_library_texts(20_000), vocab_size=400, control_symbols=symbols)
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    alone = load_tokenizer(tmp_path)
+    (tmp_path / "both").mkdir()
+    theirs.save_pretrained(tmp_path / "both")
+    (tmp_path / "both" / "tokenizer.model").write_bytes(model)
+    both = load_tokenizer(tmp_path / "both")
+    assert settings.get("legacy", False) or not alone.prefix_parts
+    for text in (text.format("<s>") for text in SPACES):
+        expected = theirs(text, add_special_tokens=False)["input_ids"]
+        assert both.encode_special(text)[0] == expected, text
+        if not settings.get("legacy"):
+            assert alone.encode_special(text)[0] == expected, text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tekken.json", b"{}"),
+        ("vocab.json", b"{}"),
+        ("qwen.tiktoken", b"IQ== 0\n"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n" * 9),  # Llama 3's original files
+    ],
+)
+def test_kinds_that_are_not_read_say_how_to_go_on(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"of a kind that is not read here; AutoTokenizer.* writes a tokenizer\.json"):
         load_tokenizer(tmp_path)

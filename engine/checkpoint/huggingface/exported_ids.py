@@ -1,0 +1,87 @@
+"""Checks that an exported tokenizer gives the ids that the run was trained on.
+
+The files are read back by this package and, where it is installed, by `transformers`, as users of the export will read
+them. Texts around special tokens and conversations are compared: an export whose weights are right and whose ids are
+not is another model.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from engine.data.chat.errors import ConversationError
+from engine.data.chat.find import find_template
+from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.probe import probe_texts
+from engine.data.tokenizers.protocol import Tokenizer
+from engine.errors import CheckpointError, ConfigError
+
+_TURNS = [
+    {"role": "user", "content": "How far is the mill?"},
+    {"role": "assistant", "content": "Nine miles."},
+    {"role": "user", "content": "And back?  \n(in km)"},
+    {"role": "assistant", "content": "Nine more: 14.5 km"},
+]
+_CONVERSATIONS = (_TURNS, _TURNS[:1], [{"role": "system", "content": "Be brief."}, *_TURNS])
+
+
+def readers() -> list[str]:
+    """Return the readers by which exported ids are checked: this package and, if they are installed, others."""
+    return ["triaxis", *(name for name in ("transformers",) if find_spec(name) and find_spec("tokenizers"))]
+
+
+def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> None:
+    """Check that a directory's tokenizer files give the ids of the run's `tokenizer`.
+
+    Raises:
+        CheckpointError: names the text whose ids differ.
+    """
+    if find_spec("tokenizers") is None and tokenizer.kind != "sentencepiece":
+        return  # no reader is installed
+    ours = load_tokenizer(directory, fast=False)
+    for text in probe_texts(tokenizer.special_tokens):
+        _compare("this package", text, tokenizer.encode_special(text)[0], ours.encode_special(text)[0])
+    if "transformers" not in readers():
+        return
+    theirs = _transformers_tokenizer(directory)
+    for text in probe_texts(tokenizer.special_tokens):
+        _compare("transformers", text, tokenizer.encode_special(text)[0], theirs.encode(text, add_special_tokens=False))
+    for messages, text in _chats(tokenizer):
+        try:
+            found = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        except Exception as error:  # a template can raise anything
+            raise CheckpointError(f"transformers cannot render the exported chat template: {error}") from None
+        _compare("transformers", f"the conversation {text}", tokenizer.encode_special(text)[0], list(found))
+
+
+def _chats(tokenizer: Tokenizer) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """Yield conversations that the chat template of the tokenizer, if any, can render, with their texts."""
+    try:
+        template = find_template(tokenizer)
+    except ConfigError:
+        return
+    for messages in _CONVERSATIONS:
+        try:
+            yield messages, template.render(messages, "all").text
+        except (ConversationError, ConfigError):  # many templates have no system message
+            continue
+
+
+def _transformers_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # by kind of file, anything
+        raise CheckpointError(f"transformers cannot load the exported tokenizer: {error}") from None
+
+
+def _compare(reader: str, text: str, trained: list[int], found: list[int]) -> None:
+    if found == trained:
+        return
+    first = next((i for i, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b), len(trained))
+    raise CheckpointError(
+        f"the exported tokenizer, read by {reader}, gives other ids than the run's for {text!r}: {found[first:][:5]} "
+        f"instead of {trained[first:][:5]} from position {first} on; --without-tokenizer exports the weights alone"
+    )

@@ -1,7 +1,6 @@
 """`triaxis from-megatron`: print the configuration of a Megatron-LM command line."""
 
 import shlex
-import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ examples:
   %(prog)s "--num-layers 32 --hidden-size 4096 ..." > mine.yaml
   %(prog)s -- --num-layers 32 --hidden-size 4096 ... > mine.yaml
   %(prog)s arguments.txt > mine.yaml                         # `-` is stdin
-  %(prog)s --script train_llama3_8b.sh checkpoints logs > mine.yaml
+  bash train.sh | %(prog)s - > mine.yaml                     # a script with `echo` put before its torchrun
 Everything before the arguments may stay: torchrun with its options, the name of the script."""
 _SECTIONS = (
     ("todo", "Set yourself:"),
@@ -34,18 +33,6 @@ _SECTIONS = (
     ("implied", "Nothing to set:"),
     ("unknown", "Not known to this command, left out:"),
 )
-# Runs the script $0 with its arguments. The launchers and python, by these names, print the line that would start
-# Megatron-LM and end the script; python runs as always for what is not such a line.
-_PRINT_LINE = r"""
-exec 3>&1 1>&2
-_print_line() { printf '%s\n' "$(printf '%q ' "$@")" >&3; exit 0; }
-for _name in torchrun srun mpirun; do eval "$_name() { _print_line $_name \"\$@\"; }"; done
-for _name in python python3; do
-    eval "$_name() { case \"\$*\" in *.py*--*) _print_line $_name \"\$@\" ;; *) command $_name \"\$@\" ;; esac; }"
-done
-exec() { [ $# -eq 0 ] || { "$@"; exit; }; }
-. "$0"
-"""
 
 
 def parser() -> Parser:
@@ -53,17 +40,13 @@ def parser() -> Parser:
     parser = program_parser("from-megatron", DESCRIPTION, EXAMPLES)
     parser.add_argument("arguments", nargs="+", metavar="ARGS",
                         help="the arguments, a file with them, or - for stdin")  # fmt: skip
-    parser.add_argument("--script", action="store_true",
-                        help="ARGS is a bash script and its arguments: run it up to the line that starts "
-                        "Megatron-LM by torchrun, srun, mpirun or python, and translate that line")  # fmt: skip
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `--help`."""
     options = parser().parse_args(arguments)
-    words = _run_script(options.arguments) if options.script else _words(options.arguments)
-    given = Arguments(words)
+    given = Arguments(_words(options.arguments))
     config, notes = translate(given)
     resolve(config, presets=PRESETS, source="the translation")  # refuses sizes that do not divide
     text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=118)
@@ -85,8 +68,8 @@ def _words(given: Sequence[str]) -> list[str]:
     words = _split(text)
     if variables := [word for word in words if "$" in word]:
         raise ConfigError(
-            f"{variables[0]} is a variable of a shell script; `{command_name('from-megatron')} --script FILE` runs the "
-            "script to find its value"
+            f"{variables[0]} is a variable of a shell script; put `echo` before its torchrun (or srun, or python) and give "
+            f"what it prints: `bash SCRIPT | {command_name('from-megatron')} -`"
         )
     return words
 
@@ -96,22 +79,6 @@ def _split(text: str) -> list[str]:
         return shlex.split(text, comments=True)
     except ValueError as error:
         raise ConfigError(f"{text.strip()!r} is not a line of a shell: {error}") from None
-
-
-def _run_script(command: Sequence[str]) -> list[str]:
-    """Run a bash script up to the line that starts Megatron-LM, and return the words of that line."""
-    if not Path(command[0]).is_file():
-        raise ConfigError(f"--script {command[0]}: no such file")
-    done = subprocess.run(["bash", "-c", _PRINT_LINE, *command], stdout=subprocess.PIPE, text=True, check=False)
-    if not done.stdout:
-        raise ConfigError(
-            f"--script {' '.join(command)}: ended with code {done.returncode} before torchrun, srun, mpirun or python "
-            "started a .py file; put the arguments into a file instead"
-        )
-    parts = shlex.split(done.stdout.splitlines()[0])
-    return [
-        word for part in parts for word in (_split(part) if " " in part else [part])
-    ]  # sh -c "python ..." is one part
 
 
 def _comments(notes: Notes, given: Arguments) -> list[str]:

@@ -62,7 +62,7 @@ def _describe(tools: Toolchain) -> str:
     """What the library is built with; `triaxis --version` prints it."""
     compilers = [f"{Path(tools.cxx).name} {run([tools.cxx, '-dumpfullversion', '-dumpversion']).strip()}"]
     if tools.nvcc is None:
-        return f"no kernels: built without CUDA ({compilers[0]})"
+        return f"operators, without CUDA kernels ({compilers[0]})"
     release = re.search(r"release [\d.]+, V([\d.]+)", run([str(tools.nvcc), "--version"]))
     compilers.insert(0, f"nvcc {release[1] if release else 'of unknown version'}")
     return f"CUDA kernels for {tools.archs} ({', '.join(compilers)})"

@@ -38,7 +38,7 @@ class ConfigError(TriaxisError):
     """The configuration is invalid."""
 
     exit_code = 64
-    advice = "fix the configuration and start again"
+    advice = "correct the command or the configuration and start again"
 
 
 class DataError(TriaxisError):
@@ -56,7 +56,7 @@ class CheckpointError(TriaxisError):
     """No usable checkpoint, or one that belongs to another model."""
 
     exit_code = 66
-    advice = "name a usable checkpoint, or choose an empty run.dir"
+    advice = "name a usable checkpoint or model, or choose an empty directory for the run"
 
 
 class PeerError(TriaxisError):
@@ -122,6 +122,18 @@ def as_triaxis_error(error: BaseException) -> TriaxisError | None:
     return None
 
 
+def ended_by(what: str, number: int) -> TriaxisError:
+    """Create the error of a process that the signal `number` has ended, so that it could not report anything."""
+    name = signal.Signals(number).name
+    hint = "; often the machine has run out of memory" if name == "SIGKILL" else ""
+    return TriaxisError(f"{what} was ended by {name}{hint}")
+
+
+def is_first_of_node() -> bool:
+    """Whether this process is the first rank of its node, or no rank of torchrun."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def error_of(exit_code: int, message: str) -> TriaxisError:
     """Create an error of the class with `exit_code`, to raise another rank's failure on this one."""
     kinds = (kind for kind in TriaxisError.__subclasses__() if kind.exit_code == exit_code)
@@ -137,7 +149,8 @@ def run_program(main: Callable[[], int | None]) -> NoReturn:
     failure: BaseException | None = None
     try:
         code = main() or 0
-        sys.stdout.flush()
+        if sys.stdout:  # None if it was closed before the start
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         failure, code = error, _report(error)
     if failure is not None and _is_connected():
@@ -159,10 +172,12 @@ def _report(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        if is_first_of_node():
+            _print_on_stderr("interrupted")
         return 130
     known = as_triaxis_error(error)
     if known is None:
+        _print_on_stderr("", end="")
         sys.excepthook(type(error), error, error.__traceback__)
         _tell_torchrun("".join(traceback.format_exception_only(error)).strip(), printed=True)
         return 1
@@ -177,10 +192,18 @@ def _print(error: TriaxisError, notes: Iterable[str]) -> None:
     where = "".join(f"{note}: " for note in notes if note)
     text = f"error: {where}{error}\nexit {error.exit_code}: {error.advice}"
     if not error.reported_elsewhere:
-        sys.stdout.flush()
-        print(text, file=sys.stderr, flush=True)
+        _print_on_stderr(text)
     if not (error.reported_elsewhere and isinstance(error, PeerError)):  # of which only the other rank knows the cause
         _tell_torchrun(text, printed=not error.reported_elsewhere)
+
+
+def _print_on_stderr(text: str, end: str = "\n") -> None:
+    """Print after what is on stdout, on a line from which the bar of a rank that has ended is erased."""
+    if sys.stdout:
+        sys.stdout.flush()
+    if sys.stderr:
+        on_screen = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        print("\x1b[K" * on_screen + text, end=end, file=sys.stderr, flush=True)
 
 
 def _tell_torchrun(text: str, *, printed: bool) -> None:

@@ -112,8 +112,8 @@ def test_an_error_reported_elsewhere_is_silent_and_ends_after_the_report(capsys,
 @pytest.mark.parametrize(
     ("error", "elsewhere", "text"),
     [
-        (ConfigError("no"), False, "error: no\nexit 64: fix the configuration and start again"),
-        (ConfigError("no"), True, "error: no\nexit 64: fix the configuration and start again"),
+        (ConfigError("no"), False, "error: no\nexit 64: correct the command or the configuration and start again"),
+        (ConfigError("no"), True, "error: no\nexit 64: correct the command or the configuration and start again"),
         (ZeroDivisionError("none"), False, "ZeroDivisionError: none"),
         (PeerError("gone"), True, None),
     ],

@@ -1,12 +1,11 @@
 """Argument parsing shared by all commands: how the user types a command, its parser, and checks of lower bounds."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.errors import ConfigError, TriaxisError
+from engine.errors import ConfigError, TriaxisError, is_first_of_node
 
 _SCRIPTS = {  # commands that tools/ starts as well
     "tokenizer": "train_tokenizer.py",
@@ -37,12 +36,8 @@ def command_name(verb: str) -> str:
 
 def once_per_node(error: TriaxisError) -> TriaxisError:
     """Mark an error that every rank raises before the ranks are connected, so that one rank of a node prints it."""
-    error.reported_elsewhere = not _is_first_of_node()
+    error.reported_elsewhere = not is_first_of_node()
     return error
-
-
-def _is_first_of_node() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         raise once_per_node(ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help"))
 
     def print_help(self, file: Any = None) -> None:
-        if _is_first_of_node():
+        if is_first_of_node():
             super().print_help(file)
 
 

@@ -68,7 +68,7 @@ def _words(given: Sequence[str]) -> list[str]:
     words = _split(text)
     if variables := [word for word in words if "$" in word]:
         raise ConfigError(
-            f"{variables[0]} is a variable of a shell script; put `echo` before its torchrun (or srun, or python) and give "
+            f"{variables[0]} is a variable of a shell script; put `echo` before its torchrun, srun or python and give "
             f"what it prints: `bash SCRIPT | {command_name('from-megatron')} -`"
         )
     return words

@@ -11,10 +11,11 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, TriaxisError
+from engine.errors import ConfigError, ended_by
 
 SHUTDOWN_S = 170  # from SIGTERM until the agent kills the ranks: for a step and a checkpoint; torchrun's default is 30
 _AGENT = "torch.distributed.elastic.multiprocessing.api"
@@ -69,14 +70,17 @@ class NodeLaunch:
         return {name: os.environ.get(name, str(value)) for name, value in wanted.items()}
 
     def line(self, program: list[str]) -> str:
-        """The command line that starts the same ranks of `python -m PROGRAM` with torchrun."""
+        """The command line that starts the same ranks of `program` with torchrun."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment().items()]
         options = [word if word.startswith("$") else shlex.quote(word) for word in self.options()]
-        return " ".join([*settings, "torchrun", *options, "-m", shlex.join(program)])
+        return " ".join([*settings, "torchrun", *options, shlex.join(program)])
 
 
 def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
-    """Start the ranks of `python -m PROGRAM`, wait for them, and return the exit code of the first one that failed.
+    """Start the ranks of `program`, wait for them, and return the exit code of the first one that failed.
+
+    Args:
+        program: a script and its arguments, or `-m`, a module and its arguments.
 
     After a signal, which the ranks get as well, the code is the one that they recorded in `run_dir`.
 
@@ -91,20 +95,27 @@ def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
     logging.getLogger(_AGENT).addFilter(lambda line: not line.getMessage().startswith(_REPEATED))
     started = time.time()
     try:
-        run(parse_args([*launch.options(), "-m", *program]))
+        run(parse_args([*launch.options(), *program]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         reports = [one.error_file_data for one in error.failures.values() if "printed" in one.error_file_data]
         if reports and not any(report["printed"] for report in reports):
             print(reports[0]["text"], file=sys.stderr, flush=True)
         if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = "; often the machine has run out of memory" if name == "SIGKILL" else ""
-            raise TriaxisError(f"rank {rank} was ended by {name}{hint}") from None
+            raise ended_by(f"rank {rank}", -failure.exitcode) from None
         return failure.exitcode
     except SignalException as stopped:
+        _kill_ranks()
         return _recorded_code(run_dir / "events.jsonl", started) or 128 + stopped.sigval
     return 0
+
+
+def _kill_ranks() -> None:
+    """End the ranks that are left when a second signal has ended torchrun's wait for them."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")  # Linux
+    for pid in children.read_text(encoding="ascii").split() if children.exists() else ():
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(int(pid), signal.SIGKILL)  # each rank leads a session, with its data workers
 
 
 def _recorded_code(events: Path, since: float) -> int | None:

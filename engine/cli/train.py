@@ -5,15 +5,17 @@ A process that torchrun has started is a rank. Otherwise this command starts the
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 
 from engine.cli.arguments import Parser, once_per_node
 from engine.cli.launch import NodeLaunch, run_node
 from engine.cli.settings import config_parser, load_config
 from engine.config.schema import Config
-from engine.errors import ConfigError, run_program
+from engine.errors import ConfigError, ended_by, run_program
 from engine.formatting import counted
 from engine.heartbeat import Heartbeat
 
@@ -65,7 +67,8 @@ def _run(options: argparse.Namespace, overrides: Sequence[str], heartbeat: Heart
 
         train(config, heartbeat)
         return None
-    program = ["engine", "train", options.config, *overrides]
+    door = [sys.argv[0]] if Path(sys.argv[0]).name == "triaxis" else ["-m", "engine"]  # the same engine/ as here
+    program = [*door, "train", options.config, *overrides]
     return _start(launch, config, program, heartbeat, dry_run=options.dry_run)
 
 
@@ -96,7 +99,8 @@ def _launch(options: argparse.Namespace, config: Config) -> NodeLaunch:
     """
     if options.gpus is not None:
         _require_gpus(options.gpus, config)
-    ranks = options.gpus or _number(options.ranks, "--ranks", "NPROC_PER_NODE") or _num_gpus(config) or 1
+    flag, given = ("--ranks", options.ranks) if options.gpus is None else ("--gpus", options.gpus)
+    ranks = _number(given, flag, "NPROC_PER_NODE") or _num_gpus(config) or 1
     nodes = _number(options.nodes, "--nodes", "NNODES") or 1
     place = f" of {counted(nodes, 'node')} (--nodes or NNODES)"
     node_rank = _number(options.node_rank, "--node-rank", "NODE_RANK", range(nodes), place)
@@ -147,22 +151,32 @@ def _start(
 ) -> int | None:
     if not dry_run:
         launch.require_place()
-    heartbeat.phase = "checking configuration, data and memory"
+    heartbeat.close()  # from here on the child and then rank 0 give the signs
     if code := _in_a_child(lambda: check_start(config, launch)):
         return code
-    heartbeat.close()  # from here on rank 0 gives the signs
     print(launch.line(program), file=sys.stdout if dry_run else sys.stderr, flush=True)
     return None if dry_run else run_node(launch, program, config.run.dir)
 
 
 def _in_a_child(check: Callable[[], None]) -> int:
-    """Run `check` in a fork, so that neither a CUDA context nor opened data stay here; return its exit code."""
+    """Run `check` in a fork, so that neither a CUDA context nor opened data stay here; return its exit code.
+
+    Raises:
+        TriaxisError: a signal has ended it.
+    """
     import torch  # noqa: F401 (once, for both processes)
+
+    def with_signs_of_life() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # this process reports an interruption
+        with closing(Heartbeat("checking configuration, data and memory")):
+            check()
 
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
-        run_program(check)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        run_program(with_signs_of_life)
+    if (code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) < 0:
+        raise ended_by("the check before the start", -code)
+    return code
 
 
 def check_start(config: Config, launch: NodeLaunch) -> None:

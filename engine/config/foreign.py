@@ -284,7 +284,7 @@ MEGATRON: Mapping[str, str] = {
     "log_interval": "log.interval",
     "log_throughput": _ALWAYS,
     "log_params_norm": "not implemented: the norm of the parameters; that of the gradients is logged",
-    "log_*": "loss, gradient norm, throughput and memory are logged",
+    "log_*_to_tensorboard": "log.tensorboard; it has loss, gradient norm, throughput and memory",
     "timing_log_level": "not implemented: timers of a step's parts",
     "tensorboard_dir": "log.tensorboard; true or false: it writes to run.dir/tensorboard",
     "tensorboard_*": "log.tensorboard; true or false",
@@ -457,8 +457,6 @@ NANOGPT: Mapping[str, str] = {
 
 OTHERS: Mapping[str, str] = {  # of no trainer in particular
     "resume": "run.resume; auto by default: rerun the same command to resume",
-    "name": "run.dir; its directory is the run's name",
-    "output": "run.dir",
     "iterations": "train.steps",
     "num_steps": "train.steps",
     "num_epochs": "train.epochs; for task = sft; pretraining counts train.steps",

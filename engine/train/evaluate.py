@@ -58,7 +58,7 @@ class Evaluation(Hook):
 class EarlyStopping(Hook):
     """Save and end the run after `train.early_stopping` consecutive evaluations without a new best."""
 
-    phase = "stopping early"
+    phase = "comparing evaluations"
 
     def __init__(self, saving: Saving, log: RunLog) -> None:
         self.saving, self.log = saving, log

@@ -1,7 +1,11 @@
 """Stop requests: signals are recorded here and handled by the trainer between steps."""
 
+import os
 import signal
+import sys
 from types import FrameType
+
+from engine.errors import is_first_of_node
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -15,4 +19,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or signal.Signals(number)
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            if is_first_of_node() and sys.stderr:  # past the stream, in which this may have interrupted the process
+                os.write(sys.stderr.fileno(), b"stopping after this step\n")

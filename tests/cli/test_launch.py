@@ -1,14 +1,18 @@
 """Which ranks `triaxis train` starts, and with which line; as processes they are tested in `e2e`."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from engine.cli.launch import NodeLaunch, _recorded_code
-from engine.cli.train import _launch, parser
-from engine.errors import ConfigError
+from engine.cli.train import _in_a_child, _launch, parser
+from engine.errors import ConfigError, TriaxisError
 from tests.config.minimal import build
 
 VARIABLES = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -91,7 +95,7 @@ def test_a_node_must_know_its_place():
 
 def test_the_line_is_one_for_torchrun(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    program = ["engine", "train", "tiny", "--data.train", "[{path: a b}]"]
+    program = ["-m", "engine", "train", "tiny", "--data.train", "[{path: a b}]"]
     settings = "OMP_NUM_THREADS=7 CUDA_DEVICE_MAX_CONNECTIONS=32 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=170"
     ranks = "-m engine train tiny --data.train '[{path: a b}]'"
     assert NodeLaunch(8).line(program) == f"{settings} torchrun --standalone --nproc-per-node 8 {ranks}"
@@ -108,3 +112,17 @@ def test_the_code_of_a_stopped_run_is_the_recorded_one(tmp_path):
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert _recorded_code(events, started) == 75
     assert _recorded_code(events, started + 2) is None  # of an earlier start
+
+
+def test_ranks_that_are_left_are_ended():
+    """In a program of its own: it ends all of its children."""
+    program = (
+        "import subprocess; from engine.cli.launch import _kill_ranks; "
+        "rank = subprocess.Popen(['sleep', '60'], start_new_session=True); _kill_ranks(); print(rank.wait())"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "-9\n"
+
+
+def test_a_check_that_is_killed_says_so():
+    with pytest.raises(TriaxisError, match=r"the check before the start was ended by SIGKILL; often .* out of memory"):
+        _in_a_child(lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -98,7 +98,7 @@ def test_the_wheel_holds_recipes_presets_and_its_commit(person, wheel):
     version = person.triaxis("--version")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     assert f"triaxis 0.1.0 ({commit[:12] or 'unknown'}" in version
-    assert "csrc    no kernels: built without CUDA" in version
+    assert "csrc    operators, without CUDA kernels (" in version
     assert "qwen3-8b" in person.triaxis("config")
     assert person.triaxis("config", "tiny", "--source") == (ROOT / "examples/configs/tiny.yaml").read_text()
 

@@ -148,4 +148,7 @@ def test_a_refusal_is_shown_if_the_rank_that_reports_it_is_ended_before(tmp_path
     (tmp_path / "silent.py").write_text(SILENT)
     done = forked(lambda: run_node(NodeLaunch(2), ["silent"], tmp_path), tmp_path)
     assert done.returncode == 64
-    assert done.stderr.splitlines() == ["error: no", "exit 64: fix the configuration and start again"]
+    assert done.stderr.splitlines() == [
+        "error: no",
+        "exit 64: correct the command or the configuration and start again",
+    ]

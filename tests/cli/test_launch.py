@@ -57,6 +57,7 @@ def test_options_take_precedence_over_the_variables_of_schedulers(monkeypatch):
         (["--gpus", "9"], r"^--gpus 9: this machine shows 8 of them; --ranks 9 starts"),
         (["--gpus", "1", "--run.device", "cpu"], "^--gpus 1: run.device = cpu"),
         (["--ranks", "0"], "^--ranks 0: expected at least 1"),
+        (["--gpus", "0"], "^--gpus 0: expected at least 1"),
         (["--nodes", "0"], "^--nodes 0: expected at least 1"),
         (["--gpus", "0"], "^--gpus 0: expected at least 1"),
         (["--nodes", "4", "--node-rank", "4"], "^--node-rank 4: expected 0 to 3 of 4 nodes"),

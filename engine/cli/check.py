@@ -20,7 +20,7 @@ from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
 from engine.plan.microbatch import describe_microbatches
-from engine.train.inputs import describe_template, open_data, open_tokenizer, packing_summary, repetition_warnings
+from engine.train.inputs import describe_data, open_data, open_tokenizer
 
 DESCRIPTION = "Validate a configuration and print its layout, memory and steps, without starting the run; needs no GPU."
 EXAMPLES = """
@@ -79,15 +79,10 @@ def check_run(config: Config, gpus: int, nodes: int, gpu_memory_gib: float) -> N
         ending = path.with_suffix("").suffix
         hint = f" (data.train takes it without {ending})" if ending in (".bin", ".idx") else ""
         print(f"data        {path} is not on this machine, so it is not checked{hint}")
-    parts: tuple[Split, ...] = ("train", "valid")
-    for part, data in zip(parts, opened, strict=False):
-        print(f"data        {data.num_tokens:,} tokens to {part}")
-        for line in packing_summary(data, part, config.batch.global_):
+    if tokenizer is not None:
+        valid = opened[1] if len(opened) > 1 else None
+        for line in describe_data(config, opened[0], valid, tokenizer):
             print(line)
-    for line in repetition_warnings(config, opened[0]) if opened else ():
-        print(line)
-    for line in () if tokenizer is None else describe_template(opened[0], tokenizer):
-        print(line)
     require_fit(config, layout, ranks)
     print("ok, except for files that are not on this machine" if missing else "ok")
 

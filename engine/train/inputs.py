@@ -16,8 +16,8 @@ from engine.checkpoint.run_directory import candidates, open_checkpoint
 from engine.config.schema import SOURCES, Config, ModelConfig, RunConfig
 from engine.data.chat.find import find_template
 from engine.data.samples.dataset import SampleDataset
-from engine.data.samples.pretrain import PretrainDataset
-from engine.data.samples.sample import Split
+from engine.data.samples.pretrain import PretrainDataset, part_tokens
+from engine.data.samples.sample import SPLITS, Split
 from engine.data.samples.sft import SftDataset
 from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
 from engine.data.tokenizers.load import load_tokenizer
@@ -31,6 +31,7 @@ from engine.parallel.table import ParameterTable
 # The most passes over the data of which a source reports a gain, by task: up to 4, repeated tokens are worth about as
 # much as new ones (Muennighoff et al. 2023); a fine-tuning of 16 epochs (Ouyang et al. 2022).
 _MAX_PASSES = {"pretrain": (4, "arXiv 2305.16264"), "sft": (16, "arXiv 2203.02155")}
+_MAX_EXCESS = 0.1  # of all tokens, by which a part may exceed its share; whole documents never divide exactly
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,40 @@ def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> SampleDatase
         check_tokenizer(dataset, tokenizer.hash)
         check_vocabulary(dataset, config.model.vocab_size)
     return data
+
+
+def describe_data(
+    config: Config, train: SampleDataset, valid: SampleDataset | None, tokenizer: Tokenizer
+) -> Iterator[str]:
+    """Yield log lines on the size of each part, and on what is unusual about the data."""
+    parts: list[tuple[Split, SampleDataset | None]] = [("train", train), ("valid", valid)]
+    for part, data in parts:
+        if data is not None:
+            yield f"data        {data.num_tokens:,} tokens to {part}"
+            yield from packing_summary(data, part, config.batch.global_)
+    yield from split_warnings(config, train)
+    yield from repetition_warnings(config, train)
+    yield from describe_template(train, tokenizer)
+
+
+def split_warnings(config: Config, data: SampleDataset) -> Iterator[str]:
+    """Yield a warning for each pretraining dataset of which a part has many more tokens than `data.split` asks for."""
+    split = config.data.split
+    if config.task == "sft" or config.data.valid:
+        return
+    for dataset in data.datasets:
+        spans = [part_tokens(dataset, split, part) for part in SPLITS]
+        shares = [(end - begin) / dataset.num_tokens for begin, end in spans]
+        excess, share, asked, part = max(
+            (share - size / sum(split), share, size / sum(split), part)
+            for share, size, part in zip(shares, split, SPLITS, strict=True)
+        )
+        if excess > _MAX_EXCESS:
+            yield (
+                f"warning     {share:.0%} of the tokens of {dataset.prefix} are in the {part} part although data.split "
+                f"= {list(split)} asks for {asked:.0%}: the split is by document; cut large files into documents, e.g. "
+                "JSONL with a line per chapter"
+            )
 
 
 def packing_summary(data: SampleDataset, part: Split, global_batch_size: int) -> Iterator[str]:

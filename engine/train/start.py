@@ -24,7 +24,7 @@ from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import ClusterSpec, available, link_options
 from engine.plan.throughput import peak_tflops
 from engine.train.evaluate import compares_evaluations
-from engine.train.inputs import Inputs, describe_template, model_dtype, packing_summary, repetition_warnings
+from engine.train.inputs import Inputs, describe_data, model_dtype
 from engine.train.log import RunLog
 from engine.train.measure import choose_attention, choose_onednn
 from engine.train.state import restore, restore_weights
@@ -79,7 +79,7 @@ def open_log(config: Config, world: World, template: str | None, heartbeat: Hear
 
 def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, reason: str) -> None:
     """Log the configuration, and the layout, operators and data of the run."""
-    layout, global_batch = world.layout, config.batch.global_
+    layout = world.layout
     ranks = f"{layout.world_size} rank(s) on {world.device.type}"
     backend = "" if world.group is None else (", nccl" if world.device.type == "cuda" else ", gloo")
     log.say(f"Triaxis {engine.__version__}, torch {torch.__version__}, {ranks}{backend}")
@@ -93,13 +93,7 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:
         log.say(f"data        {data.prefix}: {data.num_tokens:,} tokens in {data.num_documents:,} documents")
-    for line in packing_summary(inputs.train_data, "train", global_batch):
-        log.say(line)
-    for line in packing_summary(inputs.valid_data, "valid", global_batch) if inputs.valid_data is not None else ():
-        log.say(line)
-    for line in repetition_warnings(config, inputs.train_data):
-        log.say(line)
-    for line in describe_template(inputs.train_data, inputs.tokenizer):
+    for line in describe_data(config, inputs.train_data, inputs.valid_data, inputs.tokenizer):
         log.say(line)
     log.event("layout", world_size=layout.world_size, **asdict(layout), device=str(world.device))
 

@@ -1,10 +1,13 @@
 """What `python -m engine check` prints; as a process it is tested in `e2e`."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.cli.check import check_run
+from engine.data.storage.writer import IndexedDatasetWriter
 from engine.errors import ConfigError, DataError, OutOfMemoryError
 from engine.testing.runs import run_config
 
@@ -45,6 +48,19 @@ def test_a_run_that_reads_its_data_too_often_and_is_silent_for_minutes(workspace
     assert re.search(
         r"corpus \d,\d{3},\d{3}\.\d times; .*add data, or lower train.steps = 1000000000 to 4\d\d$", repetition
     )
+
+
+def test_a_large_document_that_is_wholly_in_one_part(workspace, capsys):
+    write_documents(workspace / "corpus", [300] * 8 + [90_000])
+    asked = ("--train.eval_steps", "1", "--data.split")
+    (warning,) = (line for line in printed(capsys, run_config(workspace, *asked, "[90, 10, 0]")) if "split" in line)
+    assert re.match(r"warning     97% of .*corpus are in the valid part although .* asks for 10%: ", warning)
+    assert not any("split" in line for line in printed(capsys, run_config(workspace, *asked, "[10, 90, 0]")))
+
+
+def write_documents(prefix: Path, lengths: list[int]) -> None:
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        writer.add_documents(np.full(sum(lengths), 97), lengths)
 
 
 def test_files_that_are_not_here_are_named(tmp_path, capsys):

@@ -164,6 +164,7 @@ def test_little_is_printed_before_the_first_step(workspace, capfd):
     lines = capfd.readouterr().out.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("step "))
     assert first <= 40
+    assert [line.split()[-1] for line in lines if " tokens to " in line] == ["train", "valid"]
 
 
 def snapshot(directory) -> set:

@@ -66,7 +66,7 @@ class PretrainDataset:
         seen: Counter[str] = Counter()
         for dataset in datasets:
             data, name = IndexedDataset(dataset.path), dataset.path.name
-            begin, end = map(data.document_start, part_documents(data.num_documents, split, part))
+            begin, end = part_tokens(data, split, part)
             samples = (end - begin - seq_length) // seq_length
             if samples < 1:
                 raise DataError(
@@ -117,6 +117,12 @@ class PretrainDataset:
 
     def summary(self) -> None:
         """Return None: pretraining samples are not packed."""
+
+
+def part_tokens(data: IndexedDataset, split: Sequence[float], part: Split) -> tuple[int, int]:
+    """Return the tokens [begin, end) of one split, which consists of whole documents."""
+    begin, end = map(data.document_start, part_documents(data.num_documents, split, part))
+    return begin, end
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from engine.data.samples.sample import SPLITS, Split
 from engine.data.samples.sft import SftDataset
 from engine.data.samples.vocabulary import check_tokenizer, check_vocabulary
 from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.probe import PLAIN_TEXTS
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model.parameters import parameter_table
@@ -66,7 +67,8 @@ def open_inputs(config: Config, world: World) -> Inputs:
     Raises:
         ConfigError: a setting is not supported by the device, the tokenizer or an export; the run directory is in use.
         DataError: a dataset is damaged, too small, or written with another tokenizer.
-        CheckpointError: a checkpoint or the initial weights belong to another model.
+        CheckpointError: a checkpoint or the initial weights belong to another model, or a checkpoint
+            has another tokenizer.
     """
     require_fp8(config.precision, config.ops, world.device)
     require_implementations(config.ops, world.device)
@@ -77,13 +79,18 @@ def open_inputs(config: Config, world: World) -> Inputs:
     train_data = open_data(config, "train", tokenizer)
     valid_data = open_data(config, "valid", tokenizer) if config.train.eval_steps else None
     shapes = {tensor.name: tensor.shape for tensor in table.logical()}
-    checkpoints = _choose_checkpoints(config.run, print if world.is_main else lambda _: None)
+    report: Callable[[str], None] = print if world.is_main else lambda _: None
+    checkpoints = _choose_checkpoints(config.run, report)
+    for checkpoint in checkpoints[:1]:  # older ones of run.dir have the tokenizer of the newest
+        _require_same_tokenizer(checkpoint, config.data.tokenizer, tokenizer)
     for checkpoint in checkpoints:
         checkpoint.require(shapes)
         _require_same_architecture(checkpoint, config.model)
     weights = None if checkpoints else initial_weights(config.model)
     if weights is not None:
         weights.require(shapes)
+    if isinstance(weights, Checkpoint) and (other := _other_tokenizer(weights, tokenizer)):
+        report(f"warning     {weights.path} was trained with another tokenizer, {other}, than {config.data.tokenizer}")
     return Inputs(table, dtype, tokenizer, train_data, valid_data, checkpoints, weights)
 
 
@@ -216,6 +223,29 @@ def chat_template(data: SampleDataset) -> str | None:
             "preprocess them with the same chat template"
         )
     return next(iter(used), None)
+
+
+def _require_same_tokenizer(checkpoint: Checkpoint, path: str, tokenizer: Tokenizer) -> None:
+    """Reject a checkpoint of a run whose ids mean other text."""
+    if other := _other_tokenizer(checkpoint, tokenizer):
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with another tokenizer than data.tokenizer = {path}; resume with "
+            f"data.tokenizer = {other}, or choose another run.dir for a new run (from these weights: "
+            f"model.from_checkpoint = {checkpoint.path})"
+        )
+
+
+def _other_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str | None:
+    """Return the tokenizer of the checkpoint if it gives other ids; None also if the checkpoint has no copy of it.
+
+    Files that differ may give the same ids, as after an export and import.
+    """
+    spec = checkpoint.tokenizer_spec
+    if spec is None or (checkpoint.tokenizer_dir is None and spec != "byte"):
+        return None
+    own = load_tokenizer(spec)
+    same = own.hash == tokenizer.hash or all(own.encode(text) == tokenizer.encode(text) for text in PLAIN_TEXTS)
+    return None if same else spec
 
 
 def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:

@@ -92,7 +92,12 @@ def _nothing_to_do(trainer: Trainer) -> str | None:
     step, train = trainer.progress.step, trainer.config.train
     if stops_early(trainer):
         return f"stopped early at step {step}; to continue, raise train.early_stopping = {train.early_stopping}"
-    return f"step {step} is done and train.steps = {train.steps}" if step >= train.steps else None
+    if step < train.steps:
+        return None
+    return (
+        f"step {step} is done and train.steps = {train.steps}; to continue, raise train.steps; for a new run, choose "
+        "another run.dir"
+    )
 
 
 def _hooks(trainer: Trainer, inputs: Inputs, log: RunLog) -> list[tuple[int, Hook]]:

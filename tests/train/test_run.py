@@ -25,6 +25,7 @@ from engine.parallel.layout import Layout, init_distributed
 from engine.plan.memory import estimate_fullest
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import losses, read_records, run_config, run_training, run_until_signal, write_dataset
+from engine.testing.tokenizers import write_chatml_tokenizer
 from engine.train import run, start
 from engine.train.evaluate import Evaluation
 from engine.train.log import RunLog
@@ -273,6 +274,24 @@ def test_the_run_directory_of_another_model(workspace):
     refused(workspace, CheckpointError, "belongs to another model", *changed)
 
 
+def test_the_run_directory_of_another_tokenizer(workspace, capfd):
+    room = ("--model.vocab_size", "259")
+    train(run_config(workspace, *room, steps=2))
+    (workspace / "corpus.json").unlink()  # which refuses other tokenizers
+    other = (*room, "--data.tokenizer", str(write_chatml_tokenizer(workspace / "other")))
+    newest = workspace / "run/checkpoints/step_00000002"
+    elsewhere = ("--run.dir", str(workspace / "run2"))
+    match = f"{newest} was trained with another tokenizer than .*other; resume with data.tokenizer = byte, or"
+    refused(workspace, CheckpointError, match, *other, steps=4)
+    refused(workspace, CheckpointError, match, *other, *elsewhere, "--run.resume", str(newest), steps=4)
+    capfd.readouterr()
+    train(run_config(workspace, *other, *elsewhere, "--model.from_checkpoint", str(newest), steps=1))
+    assert f"{newest} was trained with another tokenizer, byte, than {workspace}/other" in capfd.readouterr().out
+    moved = (workspace / "other").rename(workspace / "moved")  # the same ids at another path
+    train(run_config(workspace, *room, "--data.tokenizer", str(moved), *elsewhere, steps=2))
+    assert open_checkpoint(workspace / "run2").state.step == 2
+
+
 def test_resume_never_refuses_a_used_directory(workspace):
     run_training(run_config(workspace, steps=2))
     refused(workspace, ConfigError, "holds a checkpoint of step 2", "--run.resume", "never")
@@ -352,7 +371,8 @@ def test_changed_settings_are_told_on_resume(workspace, capfd):
 def test_a_finished_run_has_nothing_to_do(workspace, capfd):
     train(run_config(workspace, steps=3))
     train(run_config(workspace, steps=2))
-    assert "nothing to do: step 3 is done and train.steps = 2" in capfd.readouterr().out
+    said = "nothing to do: step 3 is done and train.steps = 2; to continue, raise train.steps; for a new run, choose"
+    assert said in capfd.readouterr().out
 
 
 def test_a_broken_run_does_not_rotate_its_good_checkpoints_away(workspace):

@@ -26,6 +26,7 @@ from engine.data.samples.permutation import Permutation, keyed_below
 from engine.data.samples.sample import Location, Sample, Split, part_documents
 from engine.data.storage.reader import IndexedDataset
 from engine.errors import DataError
+from engine.formatting import counted
 
 IDENTITY_TOKENS = 4096  # hashed at each end of a dataset for its fingerprint
 
@@ -71,8 +72,7 @@ class PretrainDataset:
             if samples < 1:
                 raise DataError(
                     f"{dataset.path}: the {part} part has {end - begin:,} tokens and needs {2 * seq_length:,} for "
-                    f"data.seq_length = {seq_length}; add text, shorten the sequence, or change "
-                    f"data.split = {list(split)} ({data.num_documents:,} documents, {data.num_tokens:,} tokens in all)"
+                    f"data.seq_length = {seq_length}; {_advice(data, split, part)}"
                 )
             self._sources.append(_Source(data, name, seen[name], begin, end, samples, seq_length, seed))
             seen[name] += 1
@@ -123,6 +123,21 @@ def part_tokens(data: IndexedDataset, split: Sequence[float], part: Split) -> tu
     """Return the tokens [begin, end) of one split, which consists of whole documents."""
     begin, end = map(data.document_start, part_documents(data.num_documents, split, part))
     return begin, end
+
+
+def _advice(data: IndexedDataset, split: Sequence[float], part: Split) -> str:
+    """Return what to do about a part that is too small for one sample."""
+    begin, end = part_documents(data.num_documents, split, part)
+    documents = counted(data.num_documents, "document")
+    if begin == end and data.num_documents:
+        return (
+            f"the split is by document, and the data have {documents}: cut the text into more documents, or train "
+            "without validation: --data.split '[1, 0, 0]' --train.eval_steps 0"
+        )
+    return (
+        f"add text, shorten the sequence, or change data.split = {list(split)} ({documents}, "
+        f"{data.num_tokens:,} tokens in all)"
+    )
 
 
 @dataclass(frozen=True)

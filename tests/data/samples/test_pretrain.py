@@ -67,6 +67,23 @@ def test_the_smallest_dataset_that_holds_a_sample(tmp_path):
         dataset(write(tmp_path / "few", [15]))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "split", "advice"),
+    [
+        (
+            [999],
+            (90, 10, 0),
+            "the data have 1 document: cut the text .* --data.split '.1, 0, 0.' --train.eval_steps 0$",
+        ),
+        ([500, 499], (90, 10, 0), "the data have 2 documents: cut the text into more documents"),
+        ([990, 9], (50, 50, 0), r"change data.split = \[50, 50, 0\] \(2 documents, 999 tokens in all\)$"),
+    ],
+)
+def test_a_part_without_documents_is_not_helped_by_another_split(tmp_path, lengths, split, advice):
+    with pytest.raises(DataError, match=f"the valid part has . tokens and needs 16 .*{advice}"):
+        dataset(write(tmp_path / "web", lengths), split=split, part="valid")
+
+
 def test_the_order_depends_on_seed_name_and_epoch_only(tmp_path):
     web = write(tmp_path / "web", [400])
     starts = [dataset(web).where(i).start for i in range(49)]
@@ -125,14 +142,6 @@ def test_parts_do_not_share_tokens(tmp_path):
         data = dataset(web, split=(80, 10, 10), part=part)
         seen[part] = {token for i in range(300) for token in data.sample(i).tokens.tolist()}
     assert max(seen["train"]) < 480 <= min(seen["valid"]) <= max(seen["valid"]) < 540 <= min(seen["test"])
-
-
-def test_a_part_without_documents_is_an_error_that_names_the_split(tmp_path):
-    web = write(tmp_path / "web", [1000])
-    with pytest.raises(DataError, match=r"web: the valid part has 0 tokens .*data\.split = \[98, 1, 1\].*1 documents"):
-        dataset(web, split=(98, 1, 1), part="valid")
-    with pytest.raises(DataError, match="has 0 tokens"):
-        dataset(write(tmp_path / "empty", []))
 
 
 @pytest.mark.parametrize("split", [(-1, 1, 1), (0, 0, 0), (math.inf, 1, 1), (1, math.nan, 0)])

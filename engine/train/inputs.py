@@ -180,15 +180,20 @@ def packing_summary(data: SampleDataset, part: Split, global_batch_size: int) ->
 
 def repetition_warnings(config: Config, data: SampleDataset) -> Iterator[str]:
     """Yield a warning for each training dataset that the run reads more often than is known to help."""
-    steps = config.train.steps
-    most, source = _MAX_PASSES[config.task]
-    for dataset, passes in zip(data.datasets, data.passes(steps * config.batch.global_), strict=True):
+    train, (most, source) = config.train, _MAX_PASSES[config.task]
+    rows = data.num_rows
+    by_epochs = rows is not None and train.epochs and train.steps * config.batch.global_ >= train.epochs * rows
+    setting, value = ("train.epochs", train.epochs) if by_epochs else ("train.steps", train.steps)
+    warmup_and_decay = config.lr_schedule.warmup_steps + (config.lr_schedule.decay_steps or 0)
+    for dataset, passes in zip(data.datasets, data.passes(train.steps * config.batch.global_), strict=True):
         if passes > most:
             weight = ", lower its weight in data.train" if len(data.datasets) > 1 else ""
+            lower = int(value * most / passes)
+            is_enough = lower > 0 and int(train.steps * most / passes) > warmup_and_decay
+            shorter = f", or lower {setting} = {value} to {lower}" if is_enough else ""
             yield (
                 f"warning     the run reads {dataset.prefix} {passes:,.1f} times; that more than {most} passes help is "
-                f"not known ({source}): add data{weight}, or lower train.steps = {steps} to "
-                f"{max(1, int(steps * most / passes))}"
+                f"not known ({source}): add data{weight}{shorter}"
             )
 
 

@@ -9,7 +9,7 @@ import pytest
 from engine.cli.check import check_run
 from engine.data.storage.writer import IndexedDatasetWriter
 from engine.errors import ConfigError, DataError, OutOfMemoryError
-from engine.testing.runs import run_config
+from engine.testing.runs import run_config, write_conversations
 
 
 def printed(capsys, config, gpus: int = 1, nodes: int = 1, gpu_memory_gib: float = 80) -> list[str]:
@@ -48,6 +48,37 @@ def test_a_run_that_reads_its_data_too_often_and_is_silent_for_minutes(workspace
     assert re.search(
         r"corpus \d,\d{3},\d{3}\.\d times; .*add data, or lower train.steps = 1000000000 to 4\d\d$", repetition
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("--train.steps", "1", "--batch.global", "100000"), r"reads .* 241\.0 times; .*: add data$"),
+        (("--train.steps", "100000", "--lr_schedule.warmup_steps", "9000"), "add data$"),
+        (
+            ("--train.steps", "100000", "--lr_schedule.warmup_steps", "9"),
+            r"add data, or lower train.steps = 100000 to \d+$",
+        ),
+    ],
+)
+def test_a_shorter_run_is_advised_only_if_it_is_longer_than_its_warmup(workspace, capsys, overrides, said):
+    (warning,) = (line for line in printed(capsys, run_config(workspace, *overrides)) if "more than 4 passes" in line)
+    assert re.search(said, warning)
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        (("--train.epochs", "60"), "60.0 times; .*: add data, or lower train.epochs = 60 to 16$"),
+        (("--train.epochs", "60", "--train.steps", "50"), "25.0 times; .*: add data, or lower train.steps = 50 to 32$"),
+        (("--train.epochs", "16", "--batch.global", "96"), ""),  # 2 steps have room for 24 passes
+    ],
+)
+def test_the_setting_that_makes_a_fine_tuning_too_long_is_named(tmp_path, capsys, length, said):
+    write_conversations(tmp_path / "corpus")
+    config = run_config(tmp_path, "--task", "sft", "--data.split", "[1, 0, 0]", *length, steps=0)
+    warnings = [line for line in printed(capsys, config) if "more than 16 passes" in line]
+    assert [bool(re.search(said, line)) for line in warnings] == [True] * bool(said)
 
 
 def test_a_large_document_that_is_wholly_in_one_part(workspace, capsys):

@@ -98,7 +98,9 @@ class SftDataset:
 
     def passes(self, num_samples: int) -> list[float]:
         """Return how often the first `num_samples` rows read each dataset."""
-        return [num_samples / self.num_rows * weight for weight in self._weights]
+        passes = num_samples / self.num_rows
+        epochs = passes if self._epochs is None else min(passes, self._epochs)
+        return [epochs * weight for weight in self._weights]
 
     def summary(self) -> str:
         """Return a line with the number of conversations and sequences, and how full these are."""

@@ -76,6 +76,7 @@ def test_the_smallest_dataset_that_holds_a_sample(tmp_path):
             "the data have 1 document: cut the text .* --data.split '.1, 0, 0.' --train.eval_steps 0$",
         ),
         ([500, 499], (90, 10, 0), "the data have 2 documents: cut the text into more documents"),
+        ([], (90, 10, 0), r"change data.split = \[90, 10, 0\] \(0 documents, 0 tokens in all\)$"),
         ([990, 9], (50, 50, 0), r"change data.split = \[50, 50, 0\] \(2 documents, 999 tokens in all\)$"),
     ],
 )

@@ -84,8 +84,8 @@ def open_inputs(config: Config, world: World) -> Inputs:
     for checkpoint in checkpoints[:1]:  # older ones of run.dir have the tokenizer of the newest
         _require_same_tokenizer(checkpoint, config.data.tokenizer, tokenizer)
     for checkpoint in checkpoints:
+        _require_same_architecture(checkpoint, config.model)  # first: it names settings
         checkpoint.require(shapes)
-        _require_same_architecture(checkpoint, config.model)
     weights = None if checkpoints else initial_weights(config.model)
     if weights is not None:
         weights.require(shapes)
@@ -254,13 +254,13 @@ def _other_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> str | None
 
 
 def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    """Reject a checkpoint of another architecture whose tensors have the same shapes. Only settings that do not affect
-    trained weights may differ, and those that users change to extend the context.
+    """Reject a checkpoint of another architecture, even if its tensors have the same shapes. Only settings that do not
+    affect trained weights may differ, and those that users change to extend the context.
     """
     stored, wanted = checkpoint.model.model_dump(), model.model_dump()
     may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
     different = [
-        f"model.{key} = {wanted[key]}, in the checkpoint {value}"
+        f"model.{key}: {value} in the checkpoint, {wanted[key]} here"
         for key, value in stored.items()
         if value != wanted[key] and key not in may_differ
     ]

@@ -271,7 +271,8 @@ def test_ranks_with_unlike_memory_choose_one_layout(workspace):
 def test_the_run_directory_of_another_model(workspace):
     run_training(run_config(workspace, steps=2))
     changed = ("--model.hidden_size", "32", "--train.steps", "4")
-    refused(workspace, CheckpointError, "belongs to another model", *changed)
+    match = r"belongs to another model:\n  model\.hidden_size: 64 in the checkpoint, 32 here"
+    refused(workspace, CheckpointError, match, *changed)
 
 
 def test_the_run_directory_of_another_tokenizer(workspace, capfd):
@@ -353,7 +354,7 @@ def train_with_small_files(config) -> None:
 
 def test_the_same_shapes_can_be_another_model(workspace):
     run_training(run_config(workspace, steps=2))
-    refused(workspace, CheckpointError, "model.norm_eps = 0.1, in the checkpoint 1e-05", "--model.norm_eps", "0.1")
+    refused(workspace, CheckpointError, "model.norm_eps: 1e-05 in the checkpoint, 0.1 here", "--model.norm_eps", "0.1")
 
 
 def test_what_could_not_be_exported_is_not_trained(workspace):

@@ -45,7 +45,8 @@ def choose_layout(config: Config, ranks: ClusterSpec) -> tuple[Layout, str]:
         needed = _needed(config, layout, ranks)
         reason = f"none fits in {limit}; this one needs least, {needed / GIB:.1f} GiB"
         if needed <= ranks.capacity:
-            reason += f", and may run out. Safer: {'; '.join(_remedies(config, ranks))}"
+            safer = "; ".join(_remedies(config, ranks))
+            reason += ", and may run out" + (f". Safer: {safer}" if safer else "")
     return layout, f"{' and '.join(automatic)} auto: {reason}{_crossing(layout, ranks)}"
 
 
@@ -60,9 +61,11 @@ def require_fit(config: Config, layout: Layout, ranks: ClusterSpec) -> None:
         return
     has = "a GPU has" if ranks.device_type == "cuda" else f"each of {ranks.per_node} rank(s) on this machine has"
     problem = f"{_grid(layout)} needs {needed} on its fullest stage, and {has} {ranks.capacity / GIB:.1f} GiB"
-    remedies = list(_remedies(config, ranks)) or ["a smaller model; neither recomputing nor 16 times the ranks does"]
+    remedies = list(_remedies(config, ranks))
     if ranks.device_type == "cpu":
         remedies.append("model.preset = tiny, to try the engine on a small machine")
+    elif not remedies:
+        remedies.append("a smaller model; neither recomputing nor 16 times the ranks does")
     raise OutOfMemoryError("\n  ".join([f"{problem}. What would fit:", *remedies]))
 
 
@@ -198,8 +201,9 @@ def _changes(config: Config, ranks: ClusterSpec) -> Iterator[list[tuple[str, Con
     if config.optimizer.moments == "fp32":
         optimizer = config.optimizer.model_copy(update={"moments": "bf16"})
         yield [("optimizer.moments = bf16", config.model_copy(update={"optimizer": optimizer}), ranks)]
-    more = [_grown(ranks, ranks.count * factor) for factor in (2, 4, 8, 16)]
-    yield [(f"{grown.count} such ranks", config, grown) for grown in more]
+    if ranks.device_type == "cuda":  # more ranks on this machine's CPU would share its memory
+        more = [_grown(ranks, ranks.count * factor) for factor in (2, 4, 8, 16)]
+        yield [(f"{grown.count} such ranks", config, grown) for grown in more]
 
 
 def with_micro(config: Config, micro: int) -> Config:

@@ -273,8 +273,16 @@ def test_a_fit_that_is_tight_is_taken_and_said():
     assert "GiB, and may run out. Safer: parallel.recompute = full: 11" in reason
 
 
-def test_a_laptop_is_told_of_smaller_models():
-    text = refusal(ClusterSpec(2, 2, 4 * GIB, "cpu", torch.float32))
-    assert "each of 2 rank(s) on this machine has 4.0 GiB" in text
-    assert "  a smaller model; neither recomputing nor 16 times the ranks does" in text
-    assert "  model.preset = tiny, to try the engine on a small machine" in text
+@pytest.mark.parametrize("gib", [4, 24])
+def test_a_laptop_is_told_of_smaller_models_and_not_of_more_ranks(gib):
+    """At 24 GiB for each of 16 ranks the model would fit, but this machine's memory is shared by all of them."""
+    text = refusal(ClusterSpec(2, 2, gib * GIB, "cpu", torch.float32))
+    assert f"each of 2 rank(s) on this machine has {gib}.0 GiB" in text
+    assert text.splitlines()[1:] == ["  model.preset = tiny, to try the engine on a small machine"]
+
+
+def test_a_cpu_that_may_run_out_of_memory_and_has_no_remedy():
+    config = config_of("--parallel.recompute", "full", "--optimizer.moments", "bf16")
+    needed = estimate_fullest(config, Layout(), torch.float32, "cpu").total
+    _, reason = choose_layout(config, ClusterSpec(1, 1, needed, "cpu", torch.float32))
+    assert reason.endswith("GiB, and may run out")

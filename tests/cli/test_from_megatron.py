@@ -262,6 +262,14 @@ def test_every_argument_is_accounted_for():
     assert notes["unknown"] == ["--my-own-flag 3"]
 
 
+def test_unknown_arguments_are_a_warning_and_a_thing_to_do(capsys):
+    main([f"{LLAMA} --tensor-model-paralel-size 2 --no-such-flag 3"])
+    printed = capsys.readouterr()
+    unknown = "--tensor-model-paralel-size 2 (did you mean '--tensor-model-parallel-size'?), --no-such-flag 3"
+    assert printed.err == f"warning: 2 arguments not known to this command: {unknown}\n"
+    assert "\n# - 2 arguments not known to this command, listed below\n#" in printed.out.partition("Different here:")[0]
+
+
 def test_what_is_missing_is_listed_at_once():
     said = refusal(base="--num-layers 2 --swiglu")
     for name in (

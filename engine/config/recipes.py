@@ -26,7 +26,11 @@ def find_config(name: str) -> Path:
     known = recipes()
     if name in known:
         return known[name]
-    problem = f"no configuration file at {path}"
+    if path.is_dir():
+        example = f", as {path / 'config.yaml'}" if (path / "config.yaml").exists() else ""
+        raise ConfigError(f"{path} is a directory; expected a configuration file{example}")
+    near = did_you_mean(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+    problem = f"no configuration file at {path}{near}"
     if len(path.parts) == 1 and path.suffix not in (".yaml", ".yml"):
         problem += f", and no recipe of that name{did_you_mean(name, known)}; recipes: {', '.join(known)}"
     raise ConfigError(problem)

@@ -46,7 +46,12 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `--help`."""
-    options = parser().parse_args(arguments)
+    options, flags = parser().parse_known_args(arguments)
+    if flags:
+        raise ConfigError(
+            f"{flags[0]}: put the arguments of Megatron-LM into quotes, or -- before them: "
+            f"{command_name('from-megatron')} -- {flags[0]} ..."
+        )
     given = Arguments(_words(options.arguments))
     config, notes = translate(given)
     resolve(config, presets=PRESETS, source="the translation")  # refuses sizes that do not divide

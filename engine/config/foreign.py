@@ -32,7 +32,7 @@ _TOKENIZER = "data.tokenizer; a SentencePiece model, a tokenizer.json, or a dire
 _GPUS = "the number of GPUs is not a setting: `triaxis train CONFIG --gpus N`, `triaxis check CONFIG --gpus N`"
 _NODES = "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`"
 _TP_OVERLAP = "not implemented: matmuls that overlap with the communication of tensor parallelism"
-_NOT_READ = "checkpoints of Megatron-LM are not read: convert them to a Hugging Face directory"
+_NOT_READ = "checkpoints of Megatron-LM are not read: Megatron-Bridge exports them to a Hugging Face directory"
 _ALWAYS = "always on"
 _KERNELS = "chosen by itself; the section ops names implementations"
 

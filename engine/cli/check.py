@@ -125,7 +125,7 @@ def _missing_files(config: Config) -> list[Path]:
 
 
 def _similar_file(path: Path) -> str:
-    """Suggest a file or dataset beside `path` whose name continues its name, as those of `preprocess` do, or is close."""
+    """Suggest a file beside `path`: one whose name continues its name, as those of `preprocess` do, or is close."""
     name = path.name.removesuffix(".idx")
     names = [file.name.removesuffix(".idx") for file in path.parent.glob(f"*{path.suffix}")]
     longer = [near for near in names if near.startswith(f"{name}_")]

@@ -50,13 +50,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, or not a YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:  # errors then name the file
+            content = yaml.safe_load(file)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        raise ConfigError(f"{path} is empty; expected a mapping of sections")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of sections")
     return content

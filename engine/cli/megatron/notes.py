@@ -33,7 +33,11 @@ class Notes:
         for name in arguments.given:
             if name not in arguments.read:
                 answer = "the default, and so it is here" if arguments.is_default(name) else explain(name)
-                similar = did_you_mean(flag(name), (flag(one) for one in MEGATRON if "*" not in one)) if answer is None else ""
+                similar = (
+                    did_you_mean(flag(name), (flag(one) for one in MEGATRON if "*" not in one))
+                    if answer is None
+                    else ""
+                )
                 by_answer.setdefault(answer, []).append(arguments.shown(name) + similar)
         for answer, shown in by_answer.items():
             if answer is None:

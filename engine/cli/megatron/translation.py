@@ -55,7 +55,9 @@ def translate(arguments: Arguments) -> tuple[dict[str, Any], Notes]:
 def _run(a: Arguments, notes: Notes) -> dict[str, Any]:
     for name in ("load", "pretrained_checkpoint"):
         if name == "load" and a.text("load") is not None and a.text("load") == a.text("save"):
-            notes.implied.append(f"{a.shown(name)}: run.resume = auto resumes from run.dir, not from Megatron-LM's files")
+            notes.implied.append(
+                f"{a.shown(name)}: run.resume = auto resumes from run.dir, not from Megatron-LM's files"
+            )
         elif a.text(name) is not None:
             notes.todo.append(
                 f"{a.shown(name)}: checkpoints of Megatron-LM are not read; for its weights, export them to a Hugging "

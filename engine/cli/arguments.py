@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.errors import ConfigError, TriaxisError, is_first_of_node
+from engine.formatting import did_you_mean
 
 _SCRIPTS = {  # commands that tools/ starts as well
     "tokenizer": "train_tokenizer.py",
@@ -44,6 +45,10 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are a `ConfigError`; among the ranks of a node, one prints the help."""
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            flags = [word.partition("=")[0].replace("_", "-") for word in message.split() if word.startswith("--")]
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            message += "".join(dict.fromkeys(did_you_mean(flag, known) for flag in flags))
         raise once_per_node(ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help"))
 
     def print_help(self, file: Any = None) -> None:

@@ -15,7 +15,7 @@ from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.sample import Split
 from engine.data.storage.format import dataset_file
 from engine.data.tokenizers.protocol import Tokenizer
-from engine.formatting import counted
+from engine.formatting import counted, did_you_mean
 from engine.plan.describe import describe_run
 from engine.plan.layouts import choose_layout, require_fit
 from engine.plan.memory import GIB, ClusterSpec, available
@@ -78,13 +78,13 @@ def check_run(config: Config, gpus: int, nodes: int, gpu_memory_gib: float) -> N
     for path in missing:
         ending = path.with_suffix("").suffix
         hint = f" (data.train takes it without {ending})" if ending in (".bin", ".idx") else ""
-        print(f"data        {path} is not on this machine, so it is not checked{hint}")
+        print(f"data        {path} is not on this machine, so it is not checked{hint or _similar_file(path)}")
     if tokenizer is not None:
         valid = opened[1] if len(opened) > 1 else None
         for line in describe_data(config, opened[0], valid, tokenizer):
             print(line)
     require_fit(config, layout, ranks)
-    print("ok, except for files that are not on this machine" if missing else "ok")
+    print(f"not checked: {counted(len(missing), 'file')} not on this machine; the rest is ok" if missing else "ok")
 
 
 def _ranks(config: Config, gpus: int, nodes: int, gpu_memory_gib: float) -> ClusterSpec:
@@ -117,3 +117,11 @@ def _missing_files(config: Config) -> list[Path]:
     tokenizer = [] if config.data.tokenizer == "byte" else [Path(config.data.tokenizer)]
     paths = tokenizer + [dataset_file(dataset.path, "idx") for dataset in [*config.data.train, *config.data.valid]]
     return [path for path in paths if not path.exists()]
+
+
+def _similar_file(path: Path) -> str:
+    """Suggest a file beside `path`: one whose name continues its name, as those of `preprocess` do, or is close."""
+    name = path.name.removesuffix(".idx")
+    names = [file.name.removesuffix(".idx") for file in path.parent.glob(f"*{path.suffix}")]
+    longer = [near for near in names if near.startswith(f"{name}_")]
+    return did_you_mean(min(longer, default=name), names)

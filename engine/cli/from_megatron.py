@@ -14,6 +14,7 @@ from engine.cli.megatron.notes import Notes
 from engine.cli.megatron.translation import translate
 from engine.config.load import resolve
 from engine.errors import ConfigError
+from engine.formatting import counted
 from engine.model.families import PRESETS
 
 DESCRIPTION = """Print the configuration that says what the arguments of Megatron-LM say, with comments: what is left to
@@ -45,10 +46,18 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `--help`."""
-    options = parser().parse_args(arguments)
+    options, flags = parser().parse_known_args(arguments)
+    if flags:
+        raise ConfigError(
+            f"{flags[0]}: put the arguments of Megatron-LM into quotes, or -- before them: "
+            f"{command_name('from-megatron')} -- {flags[0]} ..."
+        )
     given = Arguments(_words(options.arguments))
     config, notes = translate(given)
     resolve(config, presets=PRESETS, source="the translation")  # refuses sizes that do not divide
+    if notes.unknown:
+        count = counted(len(notes.unknown), "argument")
+        print(f"warning: {count} not known to this command: {', '.join(notes.unknown)}", file=sys.stderr)
     text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=118)
     print("\n".join([*_comments(notes, given), text]), end="")
 

@@ -20,6 +20,7 @@ from engine.data.samples.sample import SPLITS
 from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
+from engine.formatting import counted
 
 EXAMPLES = """
 examples:
@@ -110,7 +111,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     kind = document_kind("target_tokens" in report)
     rows = [
         ("dataset", report["prefix"]),
-        (f"{kind}s", f"{report['documents']:,} in {report['sequences']:,} sequences"),
+        (f"{kind}s", f"{report['documents']:,} in {counted(report['sequences'], 'sequence')}"),
         ("tokens", f"{report['tokens']:,} as {report['dtype']}"),
         ("size", f"{report['bytes']:,} bytes"),
     ]
@@ -125,9 +126,12 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         tokenizer = f"{info['tokenizer_kind']}, {info['vocab_size']:,} ids, end of document {info['eod_id']}"
         rows.append(("tokenizer", f"{tokenizer}, hash {info['tokenizer_hash']}"))
         rows.append(
-            ("made from", f"{len(info['sources']):,} source(s), {sum(s['bytes'] for s in info['sources']):,} bytes")
+            (
+                "made from",
+                f"{counted(len(info['sources']), 'source')}, {sum(s['bytes'] for s in info['sources']):,} bytes",
+            )
         )
-        rows.append(("skipped", f"{info['skipped']:,} lines"))
+        rows.append(("skipped", counted(info["skipped"], "line")))
     else:
         rows.append(("tokenizer", "not recorded (no .json next to the dataset)"))
     if (verified := report.get("verified")) is not None:

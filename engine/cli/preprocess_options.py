@@ -65,6 +65,11 @@ def _check(options: argparse.Namespace) -> None:
     """Checks that argparse cannot do."""
     if not options.output_prefix:
         raise ConfigError("--output-prefix is empty; expected a path prefix, as in data/corpus")
+    if options.output_prefix.endswith("/"):
+        raise ConfigError(
+            f"--output-prefix {options.output_prefix} is a directory; expected a path prefix, as in "
+            f"{options.output_prefix}corpus"
+        )
     name = options.tokenizer_type
     if name and name.lower() not in KINDS:
         raise ConfigError(
@@ -112,7 +117,7 @@ def preprocessing_parser() -> argparse.ArgumentParser:
     add("--output-prefix", required=True, help="path prefix of the output files")
     add("--tokenizer-type", help="SentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or ByteTokenizer; "
         "by default inferred from the model")  # fmt: skip
-    add("--tokenizer-model", metavar="PATH",
+    add("--tokenizer-model", "--tokenizer", metavar="PATH",
         help="SentencePiece model, tokenizer.json, a directory that contains one, or `byte`")  # fmt: skip
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
     add("--chat-template", metavar="TEMPLATE", help="sft: a built-in template (chatml, llama2, llama3, mistral) or a "

@@ -7,7 +7,7 @@ from typing import Any
 from engine.cli.arguments import Parser, command_name, once_per_node, program_parser
 from engine.config.load import load
 from engine.config.schema import Config
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 
 
@@ -38,5 +38,12 @@ def load_config(name: str, overrides: Sequence[str]) -> Config:
 
 def _trained(kind: str, path: Path) -> tuple[Mapping[str, Any], str | None]:
     from engine.checkpoint.opening import trained  # imports torch
+    from engine.checkpoint.run_directory import checkpoints_dir
 
+    if kind == "from_hf" and checkpoints_dir(path).is_dir():
+        raise CheckpointError(f"a run of Triaxis, not a Hugging Face directory: --model.from_checkpoint {path}")
+    if kind == "from_checkpoint" and not path.exists():
+        raise CheckpointError(
+            "no such checkpoint directory; name a model by --model.from_checkpoint or --model.from_hf"
+        )
     return trained(kind, path)

@@ -30,7 +30,7 @@ def cross_checks(config: Config) -> list[str]:
 def _task(config: Config) -> Iterator[str]:
     train, data, sft = config.train, config.data, config.task == "sft"
     if not train.steps and not (sft and train.epochs):
-        yield f"train.steps{' or train.epochs' if sft else ''}: required, but not given"
+        yield f"train.steps{' or train.epochs' if sft else ''}: required, and at least 1"
     if not sft and any((train.epochs, train.neftune_alpha, not data.packing)):
         yield "train.epochs, train.neftune_alpha and data.packing = false apply only to task = sft"
     if sft and not data.document_mask:

@@ -30,8 +30,9 @@ _QUANTIZED = "not implemented: training of quantized weights; precision.mode has
 _DATASET = "data.train; a list of {path, weight} of token datasets, which `triaxis preprocess` makes from text"
 _TOKENIZER = "data.tokenizer; a SentencePiece model, a tokenizer.json, or a directory with one"
 _GPUS = "the number of GPUs is not a setting: `triaxis train CONFIG --gpus N`, `triaxis check CONFIG --gpus N`"
+_NODES = "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`"
 _TP_OVERLAP = "not implemented: matmuls that overlap with the communication of tensor parallelism"
-_NOT_READ = "checkpoints of Megatron-LM are not read: convert them to a Hugging Face directory"
+_NOT_READ = "checkpoints of Megatron-LM are not read: Megatron-Bridge exports them to a Hugging Face directory"
 _ALWAYS = "always on"
 _KERNELS = "chosen by itself; the section ops names implementations"
 
@@ -501,13 +502,15 @@ OTHERS: Mapping[str, str] = {  # of no trainer in particular
     "use_flash_attention": "ops.attention; auto measures what is there",
     "gpus": _GPUS,
     "gpu": _GPUS,
+    "rank": "the number of ranks is not a setting: `triaxis train CONFIG --ranks N`",
+    "node": _NODES,
     "num_gpus": _GPUS,
     "nproc_per_node": _GPUS,
     "world_size": _GPUS,
     "ranks_per_node": _GPUS,
-    "nodes": "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`",
-    "nnodes": "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`",
-    "num_nodes": "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`",
+    "nodes": _NODES,
+    "nnodes": _NODES,
+    "num_nodes": _NODES,
     "wandb": _WANDB,
     "peft": _LORA,
     "lora": _LORA,

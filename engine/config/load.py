@@ -50,13 +50,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, or not a YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:  # errors then name the file
+            content = yaml.safe_load(file)
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        raise ConfigError(f"{path} is empty; expected a mapping of sections")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, expected a mapping of sections")
     return content
@@ -119,7 +122,9 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
     while rest:
         item = rest.pop(0)
         if not item.startswith("--"):
-            raise ConfigError(f"unexpected argument {item!r}; overrides look like --section.key VALUE")
+            raise ConfigError(
+                f"unexpected argument {item!r}; overrides look like --section.key VALUE, with quotes around spaces"
+            )
         key, equals, value = item[2:].partition("=")
         if not equals:
             is_last = not rest or rest[0].startswith("--")
@@ -194,9 +199,18 @@ def _describe(item: dict[str, Any]) -> Iterator[str]:
     elif item["type"] == "missing":
         yield f"{path}: required, but not given"
     elif item["type"] == "model_type" and (names := _siblings([*location, ""])):
-        yield f"{path} = {item['input']!r}: a section, not a setting; its settings are {', '.join(names)}"
+        example = _list_example(location[:-1], names[0], item["input"]) if location[-1].isdigit() else ""
+        yield f"{path} = {item['input']!r}: a section, not a setting; its settings are {', '.join(names)}{example}"
+    elif item["type"] in ("list_type", "tuple_type") and (names := _siblings([*location, "0", ""])):
+        example = _list_example(location, names[0], item["input"])
+        yield f"{path} = {item['input']!r}: expected a list of sections{example}"
     else:
         yield f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _list_example(location: Sequence[str], name: str, value: Any) -> str:
+    """Show how the command line gives a list of sections."""
+    return f"; as in --{'.'.join(location)} '[{{{name}: {value}}}]'"
 
 
 def _describe_unknown(location: Sequence[str], value: Any) -> Iterator[str]:

@@ -26,7 +26,11 @@ def find_config(name: str) -> Path:
     known = recipes()
     if name in known:
         return known[name]
-    problem = f"no configuration file at {path}"
+    if path.is_dir():
+        example = f", as {path / 'config.yaml'}" if (path / "config.yaml").exists() else ""
+        raise ConfigError(f"{path} is a directory; expected a configuration file{example}")
+    files = [file.name for file in path.parent.glob("*.y*ml") if did_you_mean(path.stem, [file.stem])]
+    problem = f"no configuration file at {path}{did_you_mean(path.name, files)}"
     if len(path.parts) == 1 and path.suffix not in (".yaml", ".yml"):
         problem += f", and no recipe of that name{did_you_mean(name, known)}; recipes: {', '.join(known)}"
     raise ConfigError(problem)

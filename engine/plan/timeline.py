@@ -56,7 +56,7 @@ def draw(timelines: Mapping[str, Timeline], path: Path, receives: Mapping[str, R
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
-        raise ConfigError("a picture needs matplotlib: pip install 'triaxis[dev]'") from None
+        raise ConfigError("a picture needs matplotlib: pip install matplotlib") from None
     known = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix[1:] not in known:
         raise ConfigError(f"picture {path}: expected a name that ends in .{', .'.join(known)}")

@@ -97,7 +97,17 @@ def write_documents(prefix: Path, lengths: list[int]) -> None:
 def test_files_that_are_not_here_are_named(tmp_path, capsys):
     lines = printed(capsys, run_config(tmp_path))
     assert f"data        {tmp_path / 'corpus.idx'} is not on this machine, so it is not checked" in lines
-    assert lines[-1] == "ok, except for files that are not on this machine"
+    assert lines[-1] == "not checked: 1 file not on this machine; the rest is ok"
+
+
+def test_a_file_with_a_similar_name_is_suggested(tmp_path, capsys):
+    for name in ("corpus_text_document.idx", "corpus_text_document.bin", "tokens.model"):
+        (tmp_path / name).touch()
+    lines = printed(capsys, run_config(tmp_path, "--data.tokenizer", str(tmp_path / "token.model")))
+    missing = "is not on this machine, so it is not checked (did you mean"
+    assert f"data        {tmp_path / 'corpus.idx'} {missing} 'corpus_text_document'?)" in lines
+    assert f"data        {tmp_path / 'token.model'} {missing} 'tokens.model'?)" in lines
+    assert lines[-1] == "not checked: 2 files not on this machine; the rest is ok"
 
 
 def test_what_does_not_fit_is_shown_and_refused(tmp_path, capsys):

@@ -139,6 +139,13 @@ def test_models_are_those_of_our_presets(of_script, tmp_path, conf, preset, diff
     assert "--attention-dropout 0.1 (default of Megatron-LM), --hidden-dropout 0.1 (default of Megatron-LM)" in comments
 
 
+def test_what_becomes_of_checkpoints():
+    resumed, other = (translated(f"--save ckpt --load {name}")[1] for name in ("ckpt", "other"))
+    said = "--load ckpt: run.resume = auto resumes from run.dir, not from Megatron-LM's files"
+    assert said in resumed["implied"] and not any("--load" in line for line in resumed["todo"])
+    assert any(line.startswith("--load other: checkpoints of Megatron-LM are not read") for line in other["todo"])
+
+
 def test_absent_arguments_have_megatrons_defaults():
     config, notes = translated("--save a")
     assert (config.model.tie_embeddings, config.model.num_kv_heads, config.model.head_dim) == (True, 8, 32)
@@ -262,6 +269,14 @@ def test_every_argument_is_accounted_for():
     assert notes["unknown"] == ["--my-own-flag 3"]
 
 
+def test_unknown_arguments_are_a_warning_and_a_thing_to_do(capsys):
+    main([f"{LLAMA} --tensor-model-paralel-size 2 --no-such-flag 3"])
+    printed = capsys.readouterr()
+    unknown = "--tensor-model-paralel-size 2 (did you mean '--tensor-model-parallel-size'?), --no-such-flag 3"
+    assert printed.err == f"warning: 2 arguments not known to this command: {unknown}\n"
+    assert "\n# - 2 arguments not known to this command, listed below\n#" in printed.out.partition("Different here:")[0]
+
+
 def test_what_is_missing_is_listed_at_once():
     said = refusal(base="--num-layers 2 --swiglu")
     for name in (
@@ -285,6 +300,7 @@ def test_what_is_missing_is_listed_at_once():
             ["--num-layers $LAYERS"],
             r"\$LAYERS is a variable of a shell script; .*`bash SCRIPT \| triaxis from-megatron -`",
         ),
+        (["--num-layers", "2"], "--num-layers: put the arguments of Megatron-LM into quotes, or -- before them"),
         (["none.txt"], "cannot read the arguments in none.txt"),
         (["--num-layers '2"], "not a line of a shell"),
     ],

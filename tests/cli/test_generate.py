@@ -339,7 +339,7 @@ def test_answers_do_not_overwrite_their_prompts(program, chatty):
 def test_a_tokenizer_without_a_template(program, chatty, tmp_path):
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(chatty / file, tmp_path)
-    with pytest.raises(ConfigError, match="comes with no chat template; name one: chatml"):
+    with pytest.raises(ConfigError, match="comes with no chat template; name one with --chat-template: chatml"):
         program(tmp_path, "--chat")
     assert program(tmp_path, "--chat", "--chat-template", "chatml", "--prompt", "A?").out == "apple\n"
 

@@ -130,6 +130,18 @@ def test_the_exit_code_says_bad_data_and_works_from_anywhere(prefix, tmp_path):
     assert "Traceback" not in ran.stderr
 
 
+def test_the_summary_of_one_file_with_one_document(tmp_path, capsys):
+    sources = [{"path": "a.txt", "bytes": 2}]
+    info = DatasetInfo(
+        tokenizer_kind="byte", tokenizer_hash="h", vocab_size=257, eod_id=256, sources=sources, skipped=1
+    )
+    with IndexedDatasetWriter(tmp_path / "one", np.uint16, info) as writer:
+        writer.add_document([97, 256])
+    main(tmp_path / "one")
+    out = capsys.readouterr().out
+    assert "1 in 1 sequence\n" in out and "1 source, 2 bytes\n" in out and out.count(" 1 line\n") == 1
+
+
 def test_an_empty_dataset(tmp_path, capsys):
     with IndexedDatasetWriter(tmp_path / "empty", np.uint16):
         pass

@@ -95,7 +95,7 @@ def test_every_kind_of_input_and_two_keys(folder, main):
     assert IndexedDataset("x_title_document").num_tokens == 6
     Path("corpus").mkdir()
     Path("corpus/d.txt").write_text("a text file")
-    main("--input", "a.jsonl", "corpus", "--output-prefix", "y", "--tokenizer-model", "byte", "--workers", 1)
+    main("--input", "a.jsonl", "corpus", "--output-prefix", "y", "--tokenizer", "byte", "--workers", 1)
     assert IndexedDataset("y_text_document").num_documents == 4
 
 
@@ -178,6 +178,8 @@ def test_a_prefix_below_a_file(folder, main):
             main("--input", "a.jsonl", "--output-prefix", prefix, *BYTE, "--workers", 1)
     with pytest.raises(ConfigError, match="--output-prefix is empty"):
         main("--input", "a.jsonl", "--output-prefix", "", *BYTE)
+    with pytest.raises(ConfigError, match=r"--output-prefix out/ is a directory; expected .*, as in out/corpus"):
+        main("--input", "a.jsonl", "--output-prefix", "out/", *BYTE)
 
 
 def test_existing_output_is_not_replaced_unasked(folder, main):
@@ -371,7 +373,7 @@ def test_texts_need_no_template(chats, main, capsys):
     main(*arguments, "--input", "a.jsonl")
     out, _ = capsys.readouterr()
     assert "template   none" in out and "turn end" not in out
-    with pytest.raises(ConfigError, match="no chat template; name one: chatml"):
+    with pytest.raises(ConfigError, match="no chat template; name one with --chat-template: chatml"):
         main(*arguments, "--input", "chats.jsonl", "--overwrite")
     assert IndexedDataset("y_sft").num_documents == 3  # the old one is still there
 

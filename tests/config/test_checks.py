@@ -40,8 +40,8 @@ def test_settings_that_do_not_fit_together(changes, expected):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"train": {"steps": 0}}, "train.steps: required, but not given"),
-        ({**FINE_TUNING, "train": {"steps": 0}}, "train.steps or train.epochs: required, but not given"),
+        ({"train": {"steps": 0}}, "train.steps: required, and at least 1"),
+        ({**FINE_TUNING, "train": {"steps": 0}}, "train.steps or train.epochs: required, and at least 1"),
         (
             {"train": {"steps": 5, "epochs": 2}},
             "train.epochs, train.neftune_alpha and data.packing = false apply only to task = sft",

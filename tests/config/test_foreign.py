@@ -49,6 +49,7 @@ def test_megatrons_sixty_commonest_are_known():
         ("--micro_batch_size 4", "micro_batch_size: no such setting; use batch.micro"),
         ("--micro-batch-size 4", "micro-batch-size: no such setting; use batch.micro"),
         ("--gpus 8", "gpus: no such setting; the number of GPUs is not a setting: `triaxis train CONFIG --gpus N`"),
+        ("--rank 2", "rank: no such setting; the number of ranks is not a setting: `triaxis train CONFIG --ranks N`"),
         ("--eval_steps 100", "eval_steps: no such setting; use train.eval_interval; train.eval_steps is the number of"),
         ("--bf16 --swiglu", "bf16: no such setting; use precision.mode = bf16"),
         ("--bf16 --swiglu", "swiglu: no such setting; use model.activation"),

@@ -72,10 +72,27 @@ def test_tp_and_pp_are_numbers_or_auto():
 
 
 def test_arguments_that_are_not_overrides():
-    assert "unexpected argument 'oops'" in message({}, "oops")
+    assert "unexpected argument 'oops'; overrides look like --section.key VALUE, with quotes around spaces" in message(
+        {}, "oops"
+    )
     assert "--train.steps needs a value" in message({}, "--train.steps")
     assert "--train.steps needs a value" in message({}, "--train.steps", "--log.interval", "1")
     assert "not valid YAML" in message({}, "--train.steps", "[1")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("a/b", "data.train = 'a/b': expected a list of sections; as in --data.train '[{path: a/b}]'"),
+        (
+            "[a/b]",
+            "data.train.0 = 'a/b': a section, not a setting; its settings are path, weight; "
+            "as in --data.train '[{path: a/b}]'",
+        ),
+    ],
+)
+def test_datasets_given_by_their_paths_alone(typed, said):
+    assert f"\n  {said}" in message({}, "--data.train", typed)
 
 
 def test_the_resolved_yaml_loads_to_an_equal_config(tmp_path):
@@ -87,7 +104,12 @@ def test_the_resolved_yaml_loads_to_an_equal_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("!!python/object:os.system x", "not valid YAML")],
+    [
+        ("a: [", r'not valid YAML: (?s:.)*in ".*bad.yaml", line 1'),
+        ("# a", "bad.yaml is empty"),
+        ("- 1", "expected a mapping"),
+        ("!!python/object:os.system x", "not valid YAML"),
+    ],
 )
 def test_files_that_are_no_configuration(tmp_path, content, expected):
     path = tmp_path / "bad.yaml"

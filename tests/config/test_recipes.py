@@ -1,6 +1,7 @@
 """The recipes of examples/configs/: found by name, and as large as their comments say."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -85,7 +86,7 @@ def test_a_recipe_fits_as_its_comment_says_and_nothing_better_is_recommended(row
             in " ".join(printed.split())
         )
         assert "recommended:" not in printed
-        assert printed.splitlines()[-1].startswith("ok")
+        assert printed.splitlines()[-1].endswith("ok")
     if row.recipe == row.model:
         assert config.batch.global_ * config.data.seq_length == 4 * 2**20  # tokens per step
 
@@ -118,8 +119,15 @@ def test_a_file_of_the_user_wins_and_a_folder_does_not(tmp_path, monkeypatch):
         ),
         ("here/tiny", "^no configuration file at here/tiny$"),
         ("tiny.yaml", "^no configuration file at tiny.yaml$"),
+        ("pretrain.yml", r"^no configuration file at pretrain.yml \(did you mean 'pretrain.yaml'\?\)$"),
+        ("runs", "^runs is a directory; expected a configuration file$"),
+        ("runs/mine", "^runs/mine is a directory; expected a configuration file, as runs/mine/config.yaml$"),
     ],
 )
-def test_what_is_neither_is_named(name, problem):
+def test_what_is_neither_is_named(name, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("pretrain.yaml", "runs/mine/config.yaml"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
     with pytest.raises(ConfigError, match=problem):
         find_config(name)

@@ -126,5 +126,5 @@ def test_a_kind_of_file_that_is_unknown(tmp_path):
 
 def test_matplotlib_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install 'triaxis\[dev\]'"):
+    with pytest.raises(ConfigError, match=r"pip install matplotlib"):
         draw({"one": timeline("1f1b", 2, 2)}, tmp_path / "a.png")

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from engine.cli.megatron.arguments import Arguments
-from engine.config.foreign import explain
+from engine.cli.megatron.arguments import Arguments, flag
+from engine.config.foreign import MEGATRON, explain
+from engine.formatting import counted, did_you_mean
 
 
 @dataclass
@@ -32,10 +33,16 @@ class Notes:
         for name in arguments.given:
             if name not in arguments.read:
                 answer = "the default, and so it is here" if arguments.is_default(name) else explain(name)
-                by_answer.setdefault(answer, []).append(arguments.shown(name))
+                similar = (
+                    did_you_mean(flag(name), (flag(one) for one in MEGATRON if "*" not in one))
+                    if answer is None
+                    else ""
+                )
+                by_answer.setdefault(answer, []).append(arguments.shown(name) + similar)
         for answer, shown in by_answer.items():
             if answer is None:
                 self.unknown += shown
+                self.todo.append(f"{counted(len(shown), 'argument')} not known to this command, listed below")
             elif answer.startswith("not "):
                 self.left_out.append(f"{', '.join(shown)}: {answer}")
             else:

@@ -54,10 +54,14 @@ def translate(arguments: Arguments) -> tuple[dict[str, Any], Notes]:
 
 def _run(a: Arguments, notes: Notes) -> dict[str, Any]:
     for name in ("load", "pretrained_checkpoint"):
-        if a.text(name) is not None and (name != "load" or a.text("load") != a.text("save")):
+        if name == "load" and a.text("load") is not None and a.text("load") == a.text("save"):
+            notes.implied.append(
+                f"{a.shown(name)}: run.resume = auto resumes from run.dir, not from Megatron-LM's files"
+            )
+        elif a.text(name) is not None:
             notes.todo.append(
-                f"{a.shown(name)}: checkpoints of Megatron-LM are not read; for its weights, convert them to a Hugging "
-                "Face directory and set model.from_hf"
+                f"{a.shown(name)}: checkpoints of Megatron-LM are not read; for its weights, export them to a Hugging "
+                "Face directory with Megatron-Bridge and set model.from_hf"
             )
     run = {"dir": a.text("save")} if a.text("save") else {}
     return run | {"seed": a.integer("seed")} | ({"deterministic": True} if a.switch("deterministic_mode") else {})

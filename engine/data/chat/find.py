@@ -55,8 +55,8 @@ def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
         found = named.get("default")
     if not isinstance(found, str):
         raise ConfigError(
-            f"the tokenizer comes with no chat template; name one: {', '.join(_fitting(tokenizer))}, "
-            f"or the path of a .jinja file"
+            f"the tokenizer comes with no chat template; name one with --chat-template: "
+            f"{', '.join(_fitting(tokenizer))}, or the path of a .jinja file"
         )
     return str(path), found
 

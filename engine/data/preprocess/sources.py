@@ -69,6 +69,8 @@ def _paths(name: str, accepted: Accepted) -> list[str]:
     if path.is_dir():
         found = sorted(str(file) for file in path.rglob("*") if _is_document_file(file, accepted))
         missing = f"no {' or '.join(accepted.in_directories)} files below the directory {name}"
+        if others := [suffix for suffix in accepted.kinds if suffix not in accepted.in_directories]:
+            missing += f"; a pattern takes {', '.join(others)}, as in '{name}/**/*{others[-1]}'"
     elif path.exists():
         return [name]
     else:

@@ -17,7 +17,9 @@ from tests.data.chat.examples import (
 def test_the_tokenizers_own_template(tmp_path, folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(ConfigError, match=r"no chat template; name one: chatml, llama2, llama3, mistral"):
+    with pytest.raises(
+        ConfigError, match=r"no chat template; name one with --chat-template: chatml, llama2, llama3, mistral"
+    ):
         find_template(load_tokenizer(tmp_path))
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     for content in ("one", [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "one"}]):

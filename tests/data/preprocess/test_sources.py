@@ -35,7 +35,11 @@ def test_directories_of_records(tmp_path, monkeypatch):
     [
         (["gone.jsonl"], "no such file or directory: gone.jsonl"),
         (["gone*.jsonl"], r"no such file or directory: gone\*"),
-        (["empty"], "no .jsonl or .txt or .parquet files below the directory empty"),
+        (
+            ["empty"],
+            r"no .jsonl or .txt or .parquet files below the directory empty; a pattern takes .json, .md, .rst, .py, as "
+            r"in 'empty/\*\*/\*.py'$",
+        ),
         (
             ["a.csv"],
             r"a.csv has an unknown suffix; expected .jsonl, .json, .txt, .* each also with .gz or .zst, or .parquet$",

@@ -56,7 +56,7 @@ def export(
     checkpoint.require(shapes)
     model, files, out = checkpoint.model, Storage(), Path(out_dir)
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, None)
-    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer))
+    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer, model.vocab_size))
     with new_directory(out) as partial:
         write_json(files, partial / CONFIG, config)
         if tokenizer:
@@ -69,11 +69,15 @@ def export(
     return out
 
 
-def _pad_id(tokenizer: Tokenizer | None) -> int | None:
-    """Return the id of the padding token that the tokenizer's files name, if any; training does not use it."""
+def _pad_id(tokenizer: Tokenizer | None, vocab_size: int) -> int | None:
+    """Return the id of the padding token that the tokenizer's files name, if any; training does not use it.
+
+    None if the embedding has no row for it: transformers would not load the model.
+    """
     if tokenizer is None or not tokenizer.files:
         return None
-    return tokenizer.special_tokens.get(named_tokens(tokenizer.files[0])[0].get("pad_token", ""))
+    pad_id = tokenizer.special_tokens.get(named_tokens(tokenizer.files[0])[0].get("pad_token", ""))
+    return pad_id if pad_id is not None and pad_id < vocab_size else None
 
 
 def _write_weights(

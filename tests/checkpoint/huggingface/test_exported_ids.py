@@ -126,6 +126,24 @@ def test_extra_special_tokens_are_listed_as_transformers_4_and_5_read_them(tmp_p
     assert "extra_special_tokens" not in config
 
 
+def test_a_padding_token_without_a_row_in_the_embedding_is_not_in_the_config(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = MODEL.model_copy(update={"vocab_size": 256})
+    hf = export_(tiny_checkpoint(tmp_path / "first", model), tmp_path / "hf")
+    write_chatml_tokenizer(hf)
+    content = json.loads((hf / "tokenizer.json").read_text())
+    pad = content["added_tokens"][0] | {"id": 259, "content": "[PAD]"}
+    (hf / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], pad]}))
+    (hf / "tokenizer_config.json").write_text(json.dumps(QWEN | {"pad_token": "[PAD]"}))
+    run = import_(hf, tmp_path / "run")
+    assert run.tokenizer_spec is not None
+    tokenizer = load_tokenizer(run.tokenizer_spec)
+    assert tokenizer.special_tokens["[PAD]"] == 259
+    out = export(run, tokenizer, tmp_path / "out", logical_shapes(model))
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] is None
+    transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
 def test_transformers_that_cannot_be_imported_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

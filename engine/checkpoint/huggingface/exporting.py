@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
@@ -49,8 +50,8 @@ def export(
         `out_dir`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model, the tokenizer would give other ids, or the
-            verification failed.
+        CheckpointError: the checkpoint is damaged or of another model, the tokenizer would give other ids, a weight
+            is too large for fp16, or the verification failed.
         ConfigError: `out_dir` exists and is not empty, or the family cannot express the model.
     """
     checkpoint.require(shapes)
@@ -72,7 +73,7 @@ def export(
 def _pad_id(tokenizer: Tokenizer | None, vocab_size: int) -> int | None:
     """Return the id of the padding token that the tokenizer's files name, if any; training does not use it.
 
-    None if the embedding has no row for it: transformers would not load the model.
+    None if the embedding has no row for it: transformers 4 would not load the model.
     """
     if tokenizer is None or not tokenizer.files:
         return None
@@ -91,8 +92,14 @@ def _write_weights(
 ) -> dict[str, Written]:
     read = with_progress(checkpoint, progress)
 
+    def load(name: str) -> Tensor:
+        tensor = read(name)
+        if dtype == torch.float16 and max(map(abs, tensor.aminmax())) > torch.finfo(dtype).max:
+            raise CheckpointError(f"{name} has values beyond 65504, the largest of fp16; export with --dtype bf16")
+        return tensor
+
     def entry(name: str) -> Entry:
-        return Entry(name, shapes[name], dtype, lambda: read(name))
+        return Entry(name, shapes[name], dtype, lambda: load(name))
 
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, shard_bytes)

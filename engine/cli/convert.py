@@ -16,11 +16,13 @@ from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.huggingface.exported_ids import readers
 from engine.checkpoint.huggingface.exporting import SHARD_BYTES, export
 from engine.checkpoint.huggingface.importing import import_directory
+from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import BEST, open_checkpoint
 from engine.cli.arguments import command_name, program_parser
 from engine.cli.progress import ProgressDisplay
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.formatting import counted
 from engine.model.parameters import logical_shapes
@@ -68,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-gb", type=float, metavar="GB", help="maximum size of a weight file of an export (default: 5)"
     )
-    parser.add_argument("--without-tokenizer", action="store_true", help="export the weights and config.json alone")
+    parser.add_argument("--without-tokenizer", action="store_true", help="export weights and configuration alone")
     return parser
 
 
@@ -141,25 +143,47 @@ def export_checkpoint(
     checkpoint = open_checkpoint(source)
     model = checkpoint.model
     shapes = logical_shapes(model)
-    spec = checkpoint.tokenizer_spec if with_tokenizer else None
-    tokenizer = load_tokenizer(spec, fast=False) if spec else None
-    if tokenizer is None:
-        print(
-            f"{checkpoint.path} holds no tokenizer: none is exported" if with_tokenizer else "no tokenizer is exported"
-        )
-    elif tokenizer.note:
-        print(f"tokenizer: {tokenizer.note}")
+    tokenizer = _tokenizer(checkpoint, with_tokenizer)
     with closing(TensorProgress(shapes)) as progress:
-        export(checkpoint, tokenizer, target, shapes, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+        export(
+            checkpoint, tokenizer, target, shapes,
+            dtype=dtype, shard_bytes=shard_bytes, with_tokenizer=with_tokenizer, progress=progress,
+        )  # fmt: skip
     print(f"exported {progress.summary()}, read back and verified")
-    if tokenizer is not None:
+    if tokenizer is not None and with_tokenizer:
         print(f"token ids of probe texts, read by {' and '.join(readers())}, are those of the run")
     state, kind = checkpoint.state, str(dtype).removeprefix("torch.")
     print(f"from {checkpoint.path} (step {state.step}) into {target} as {model.family}, {kind}")
     if state.best is not None and state.best.step != state.step:
         best = shlex.quote(str(checkpoint.path.parent / BEST))
         print(f"the best evaluation was at step {state.best.step}: --from {best}")
+    if tokenizer is None or not with_tokenizer:
+        return
     if (target / CHAT_TEMPLATE).exists():
         print(f"chat:      {command_name('chat')} {shlex.quote(str(target))}")
     else:
         print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
+
+
+def _tokenizer(checkpoint: Checkpoint, with_files: bool) -> Tokenizer | None:
+    """Load the tokenizer of a checkpoint and say what is exported of it.
+
+    Raises:
+        ConfigError: it cannot be loaded, and its files are to be exported.
+    """
+    spec = checkpoint.tokenizer_spec
+    if spec is None:
+        print(f"{checkpoint.path} holds no tokenizer: none is exported")
+        return None
+    try:
+        tokenizer = load_tokenizer(spec, fast=False)
+    except ConfigError as error:
+        if with_files:
+            raise
+        print(f"no tokenizer is exported, and no ids of special tokens: {error}")
+        return None
+    if not with_files:
+        print("no tokenizer is exported, only the ids of its special tokens")
+    elif tokenizer.note:
+        print(f"tokenizer: {tokenizer.note}")
+    return tokenizer

@@ -35,15 +35,17 @@ def export(
     *,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
+    with_tokenizer: bool = True,
     progress: OnTensor | None = None,
 ) -> Path:
     """Write a Hugging Face directory under a temporary name, verify it, and rename it to `out_dir`.
 
     Args:
-        tokenizer: the run's tokenizer; None to export without one.
+        tokenizer: the run's tokenizer; None if there is none.
         shapes: names and shapes that the model implies, in model order.
         dtype: dtype of the exported weights.
         shard_bytes: maximum size of a weight file in bytes; a larger tensor has a separate file.
+        with_tokenizer: whether to write its files; without, only the ids of its special tokens are written.
         progress: called after each tensor.
 
     Returns:
@@ -60,10 +62,10 @@ def export(
     config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer, model.vocab_size))
     with new_directory(out) as partial:
         write_json(files, partial / CONFIG, config)
-        if tokenizer:
+        if tokenizer and with_tokenizer:
             write_tokenizer(files, partial, checkpoint.tokenizer_dir, tokenizer)
         write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
-        if tokenizer:
+        if tokenizer and with_tokenizer:
             require_trained_ids(partial, tokenizer)
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)

@@ -524,7 +524,7 @@ ODD_ARGUMENTS = [
     "{ }",
 ]
 AS_IN_QWEN3 = (
-    '{{- \'{"arguments": \' }}{%- if c.function.arguments is string %}{{- c.function.arguments }}{%- else %}'
+    "{{- '{\"arguments\": ' }}{%- if c.function.arguments is string %}{{- c.function.arguments }}{%- else %}"
     "{{- c.function.arguments | tojson }}{%- endif %}{{- '}' }}"
 )
 

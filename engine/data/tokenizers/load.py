@@ -54,7 +54,7 @@ def _require_named(tokenizer: SentencePieceTokenizer) -> None:
     for role in ("eos_token", "bos_token"):
         if role in roles and roles[role] not in tokenizer.special_tokens:
             raise ConfigError(
-                f"tokenizer {str(tokenizer.files[0])!r} lacks {role} = {roles[role]!r}, which the files beside it name, "
+                f"tokenizer {str(tokenizer.files[0])!r} lacks {role} = {roles[role]!r}, which files beside it name, "
                 f"and a list of added tokens is not read here; {CONVERSION}"
             )
 

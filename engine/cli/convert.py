@@ -15,6 +15,7 @@ import torch
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.huggingface.exported_ids import readers
 from engine.checkpoint.huggingface.exporting import SHARD_BYTES, export
+from engine.checkpoint.huggingface.files import TOKENIZER_FILES
 from engine.checkpoint.huggingface.importing import import_directory
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import BEST, open_checkpoint
@@ -112,15 +113,32 @@ def import_model(source: Path, target: Path) -> None:
     directory.require(shapes)
     for name in directory.ignored:
         print(f"not used: {name}")
-    if not directory.tokenizer_files:
-        print(f"no tokenizer files in {source}: text generation will need them")
+    has_tokenizer = _reads_tokenizer(directory)
     with closing(TensorProgress(shapes)) as progress:
         checkpoint = import_directory(directory, target, shapes, progress)
     print(f"imported {progress.summary()}")
     print(f"from {source} ({directory.model.family}) into {checkpoint}")
-    print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
+    if has_tokenizer:
+        print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
     print(f"train on:  set run.resume to {target} in a configuration with the model section of")
     print(f"           {checkpoint / 'config.yaml'}")
+
+
+def _reads_tokenizer(directory: HuggingFaceDirectory) -> bool:
+    """Say which tokenizer is imported, or why text generation will find none."""
+    try:
+        tokenizer = load_tokenizer(directory.path, fast=False)
+    except ConfigError as error:
+        print(f"without a tokenizer, which text generation needs: {error}")
+        return False
+    model = tokenizer.files[0]
+    if model.name not in TOKENIZER_FILES:
+        print(f"without a tokenizer, which text generation needs: {model} is imported if it is named tokenizer.model")
+        return False
+    print(f"tokenizer: {model.name}, {counted(tokenizer.vocab_size, 'token')}")
+    if tokenizer.note:
+        print(f"tokenizer: {tokenizer.note}")
+    return True
 
 
 def _shard_bytes(gigabytes: float | None) -> int:

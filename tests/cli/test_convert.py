@@ -16,10 +16,12 @@ from engine.checkpoint.save import save
 from engine.checkpoint.shares import StateSlice
 from engine.cli.convert import TensorProgress, main
 from engine.config.schema import ModelConfig
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
 from engine.parallel.table import Rectangle
+from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 MODEL = ModelConfig(**{**PRESETS["tiny"], "num_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8})
@@ -137,3 +139,29 @@ def test_a_tokenizer_that_is_gone_does_not_keep_the_weights(tmp_path: Path, caps
     convert("--from", run_dir, "--to", tmp_path / "hf", "--without-tokenizer")
     assert "no ids of special tokens: tokenizer 'gone.model': no such file" in capsys.readouterr().out
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+
+
+def test_an_import_says_what_its_tokenizer_is(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And names the command that generates text only where it will find one."""
+    sentencepiece = train_sentencepiece(standard_library_texts(20_000), vocab_size=400)
+    tiktoken, refused = b"IQ== 0\nIg== 1\n" * 9, "without a tokenizer, which text generation needs: "
+    cases: list[tuple[dict[str, bytes], str]] = [
+        ({"spiece.model": sentencepiece}, "tokenizer: spiece.model, 400 tokens"),
+        ({"vocab.json": b"{}", "merges.txt": b""}, "vocab.json is of a kind that is not read here; AutoTokenizer"),
+        ({"tokenizer.model": tiktoken}, "a tiktoken file, of a kind that is not read here; AutoTokenizer"),
+        ({"mine.model": sentencepiece}, "mine.model is imported if it is named tokenizer.model"),
+        ({}, "a directory without one"),
+    ]
+    for i, (files, said) in enumerate(cases):
+        hf, run = tmp_path / f"hf{i}", tmp_path / f"run{i}"
+        convert("--from", run_dir, "--to", hf, "--without-tokenizer")
+        for name, content in files.items():
+            (hf / name).write_bytes(content)
+        capsys.readouterr()
+        convert("--from", hf, "--to", run)
+        out, usable = capsys.readouterr().out, i == 0
+        assert said in out and (refused in out) != usable and ("triaxis generate" in out) == usable, out
+    spec = open_checkpoint(tmp_path / "run0").tokenizer_spec
+    assert spec is not None and load_tokenizer(spec).kind == "sentencepiece"

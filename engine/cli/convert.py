@@ -15,12 +15,15 @@ import torch
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.huggingface.exported_ids import readers
 from engine.checkpoint.huggingface.exporting import SHARD_BYTES, export
+from engine.checkpoint.huggingface.files import TOKENIZER_FILES
 from engine.checkpoint.huggingface.importing import import_directory
+from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import BEST, open_checkpoint
 from engine.cli.arguments import command_name, program_parser
 from engine.cli.progress import ProgressDisplay
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.data.tokenizers.load import load_tokenizer
+from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.formatting import counted
 from engine.model.parameters import logical_shapes
@@ -68,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-gb", type=float, metavar="GB", help="maximum size of a weight file of an export (default: 5)"
     )
-    parser.add_argument("--without-tokenizer", action="store_true", help="export the weights and config.json alone")
+    parser.add_argument("--without-tokenizer", action="store_true", help="export weights and configuration alone")
     return parser
 
 
@@ -110,15 +113,32 @@ def import_model(source: Path, target: Path) -> None:
     directory.require(shapes)
     for name in directory.ignored:
         print(f"not used: {name}")
-    if not directory.tokenizer_files:
-        print(f"no tokenizer files in {source}: text generation will need them")
+    has_tokenizer = _reads_tokenizer(directory)
     with closing(TensorProgress(shapes)) as progress:
         checkpoint = import_directory(directory, target, shapes, progress)
     print(f"imported {progress.summary()}")
     print(f"from {source} ({directory.model.family}) into {checkpoint}")
-    print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
+    if has_tokenizer:
+        print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
     print(f"train on:  set run.resume to {target} in a configuration with the model section of")
     print(f"           {checkpoint / 'config.yaml'}")
+
+
+def _reads_tokenizer(directory: HuggingFaceDirectory) -> bool:
+    """Say which tokenizer is imported, or why text generation will find none."""
+    try:
+        tokenizer = load_tokenizer(directory.path, fast=False)
+    except ConfigError as error:
+        print(f"without a tokenizer, which text generation needs: {error}")
+        return False
+    model = tokenizer.files[0]
+    if model.name not in TOKENIZER_FILES:
+        print(f"without a tokenizer, which text generation needs: {model} is imported if it is named tokenizer.model")
+        return False
+    print(f"tokenizer: {model.name}, {counted(tokenizer.vocab_size, 'token')}")
+    if tokenizer.note:
+        print(f"tokenizer: {tokenizer.note}")
+    return True
 
 
 def _shard_bytes(gigabytes: float | None) -> int:
@@ -141,25 +161,47 @@ def export_checkpoint(
     checkpoint = open_checkpoint(source)
     model = checkpoint.model
     shapes = logical_shapes(model)
-    spec = checkpoint.tokenizer_spec if with_tokenizer else None
-    tokenizer = load_tokenizer(spec, fast=False) if spec else None
-    if tokenizer is None:
-        print(
-            f"{checkpoint.path} holds no tokenizer: none is exported" if with_tokenizer else "no tokenizer is exported"
-        )
-    elif tokenizer.note:
-        print(f"tokenizer: {tokenizer.note}")
+    tokenizer = _tokenizer(checkpoint, with_tokenizer)
     with closing(TensorProgress(shapes)) as progress:
-        export(checkpoint, tokenizer, target, shapes, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
+        export(
+            checkpoint, tokenizer, target, shapes,
+            dtype=dtype, shard_bytes=shard_bytes, with_tokenizer=with_tokenizer, progress=progress,
+        )  # fmt: skip
     print(f"exported {progress.summary()}, read back and verified")
-    if tokenizer is not None:
+    if tokenizer is not None and with_tokenizer:
         print(f"token ids of probe texts, read by {' and '.join(readers())}, are those of the run")
     state, kind = checkpoint.state, str(dtype).removeprefix("torch.")
     print(f"from {checkpoint.path} (step {state.step}) into {target} as {model.family}, {kind}")
     if state.best is not None and state.best.step != state.step:
         best = shlex.quote(str(checkpoint.path.parent / BEST))
         print(f"the best evaluation was at step {state.best.step}: --from {best}")
+    if tokenizer is None or not with_tokenizer:
+        return
     if (target / CHAT_TEMPLATE).exists():
         print(f"chat:      {command_name('chat')} {shlex.quote(str(target))}")
     else:
         print(f"generate:  {command_name('generate')} {shlex.quote(str(target))} --prompt 'Once upon a time'")
+
+
+def _tokenizer(checkpoint: Checkpoint, with_files: bool) -> Tokenizer | None:
+    """Load the tokenizer of a checkpoint and say what is exported of it.
+
+    Raises:
+        ConfigError: it cannot be loaded, and its files are to be exported.
+    """
+    spec = checkpoint.tokenizer_spec
+    if spec is None:
+        print(f"{checkpoint.path} holds no tokenizer: none is exported")
+        return None
+    try:
+        tokenizer = load_tokenizer(spec, fast=False)
+    except ConfigError as error:
+        if with_files:
+            raise
+        print(f"no tokenizer is exported, and no ids of special tokens: {error}")
+        return None
+    if not with_files:
+        print("no tokenizer is exported, only the ids of its special tokens")
+    elif tokenizer.note:
+        print(f"tokenizer: {tokenizer.note}")
+    return tokenizer

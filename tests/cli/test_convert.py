@@ -16,10 +16,12 @@ from engine.checkpoint.save import save
 from engine.checkpoint.shares import StateSlice
 from engine.cli.convert import TensorProgress, main
 from engine.config.schema import ModelConfig
+from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
 from engine.parallel.table import Rectangle
+from engine.testing.tokenizers import standard_library_texts, train_sentencepiece
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 MODEL = ModelConfig(**{**PRESETS["tiny"], "num_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8})
@@ -32,18 +34,22 @@ def convert(*arguments: object) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run on bytes with one checkpoint."""
+    return write_run(tmp_path / "run", "byte")
+
+
+def write_run(run_dir: Path, tokenizer: str) -> Path:
+    """A run with one checkpoint."""
     torch.manual_seed(0)
     pieces = [
         StateSlice("param", name, shape, Rectangle((0,) * len(shape), shape), torch.randn(shape))
         for name, shape in logical_shapes(MODEL).items()
     ]
     save(
-        tmp_path / "run", pieces, State(5, 20, 80, "data", {}),
-        config_yaml=yaml.safe_dump({"model": MODEL.model_dump(mode="json"), "data": {"tokenizer": "byte"}}),
+        run_dir, pieces, State(5, 20, 80, "data", {}),
+        config_yaml=yaml.safe_dump({"model": MODEL.model_dump(mode="json"), "data": {"tokenizer": tokenizer}}),
         tokenizer_files=[], keep_last=1, rank=0, world_size=1, first_problem=lambda problem: problem,
     )  # fmt: skip
-    return tmp_path / "run"
+    return run_dir
 
 
 def test_both_ways_and_the_next_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,8 +113,55 @@ def test_shards_of_a_size_and_weights_alone(run_dir: Path, tmp_path: Path, capsy
     convert("--from", run_dir, "--to", out, "--dtype", "fp16", "--shard-gb", 1e-5, "--without-tokenizer")
     assert len(list(out.glob("model-*.safetensors"))) > 2 and not (out / "tokenizer.json").exists()
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
-    assert f"triaxis generate {shlex.quote(str(out))} --prompt" in capsys.readouterr().out
+    assert "triaxis generate" not in capsys.readouterr().out
+    convert("--from", run_dir, "--to", tmp_path / "the other model")
+    assert f"triaxis generate {shlex.quote(str(tmp_path / 'the other model'))} --prompt" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"--shard-gb 0\.0; expected a positive number"):
         convert("--from", run_dir, "--to", tmp_path / "other", "--shard-gb", 0)
     with pytest.raises(ConfigError, match="apply only to exports"):
         convert("--from", out, "--to", tmp_path / "other", "--without-tokenizer")
+
+
+def test_without_the_tokenizer_its_ids_are_kept(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert("--from", run_dir, "--to", tmp_path / "hf", "--without-tokenizer")
+    assert "only the ids of its special tokens" in capsys.readouterr().out
+    assert not list((tmp_path / "hf").glob("tokenizer*"))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == 256
+
+
+def test_a_tokenizer_that_is_gone_does_not_keep_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = write_run(tmp_path / "run", "gone.model")
+    with pytest.raises(ConfigError, match="gone"):
+        convert("--from", run_dir, "--to", tmp_path / "hf")
+    convert("--from", run_dir, "--to", tmp_path / "hf", "--without-tokenizer")
+    assert "no ids of special tokens: tokenizer 'gone.model': no such file" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+
+
+def test_an_import_says_what_its_tokenizer_is(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And names the command that generates text only where it will find one."""
+    sentencepiece = train_sentencepiece(standard_library_texts(20_000), vocab_size=400)
+    tiktoken, refused = b"IQ== 0\nIg== 1\n" * 9, "without a tokenizer, which text generation needs: "
+    cases: list[tuple[dict[str, bytes], str]] = [
+        ({"spiece.model": sentencepiece}, "tokenizer: spiece.model, 400 tokens"),
+        ({"vocab.json": b"{}", "merges.txt": b""}, "vocab.json is of a kind that is not read here; AutoTokenizer"),
+        ({"tokenizer.model": tiktoken}, "a tiktoken file, of a kind that is not read here; AutoTokenizer"),
+        ({"mine.model": sentencepiece}, "mine.model is imported if it is named tokenizer.model"),
+        ({}, "a directory without one"),
+    ]
+    for i, (files, said) in enumerate(cases):
+        hf, run = tmp_path / f"hf{i}", tmp_path / f"run{i}"
+        convert("--from", run_dir, "--to", hf, "--without-tokenizer")
+        for name, content in files.items():
+            (hf / name).write_bytes(content)
+        capsys.readouterr()
+        convert("--from", hf, "--to", run)
+        out, usable = capsys.readouterr().out, i == 0
+        assert said in out and (refused in out) != usable and ("triaxis generate" in out) == usable, out
+    spec = open_checkpoint(tmp_path / "run0").tokenizer_spec
+    assert spec is not None and load_tokenizer(spec).kind == "sentencepiece"

@@ -20,7 +20,8 @@ from engine.model.families import FAMILIES, Family, family_of
 # settings whose other values would change the model: the value that turns them off; null does so, too
 _OFF: Json = {
     "auto_map": None, "quantization_config": None, "attention_bias": False, "mlp_bias": False,
-    "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0,
+    "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0, "hidden_dropout": 0.0,
+    "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "output_router_logits": False,
     "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False, "rope_interleaved": False,
 }  # fmt: skip
@@ -40,6 +41,7 @@ _HARMLESS = frozenset({
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "use_sdpa", "use_flash_attention", "gradient_checkpointing", "keys_to_ignore_at_inference",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
 _LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor")
@@ -153,17 +155,22 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
         _READ | _HARMLESS | {family.norm_key, *family.harmless} | ({"sliding_window"} if family.has_window else set())
     )
     only = {"model_type": family.name, **family.only}
+    off = _OFF | {"seq_length": config.get("max_position_embeddings")}
+    if not family.fields["qkv_bias"]:
+        off |= {"bias": False, "qkv_bias": False}
     for key, seen in config.items():
         if key in only:
-            if seen != only[key]:
+            if seen != only[key] and not (seen is None and only[key] is False):
                 yield f"{key} = {seen!r} is not supported; expected {only[key]!r}"
         elif key in known or key.startswith("_") or seen is None:
             continue
-        elif key not in _OFF:
+        elif key not in off:
             yield f"{key} = {seen!r} is unknown and may change the model; remove it from config.json if it does not"
-        elif seen != _OFF[key]:
-            advice = "; set it to 0.0 to train without" if key.endswith("dropout") else ""
-            yield f"{key} = {seen!r} is not supported; expected {_OFF[key]!r}{advice}"
+        elif key == "quantization_config":
+            yield f"{key} = {seen!r} is not supported; dequantize in transformers and save in bf16"
+        elif seen != off[key]:
+            advice = "; set it to 0.0 to train without" if key.endswith(("dropout", "_pdrop")) else ""
+            yield f"{key} = {seen!r} is not supported; expected {off[key]!r}{advice}"
     window = _window(config, family)
     kind = "full_attention" if window is None else "sliding_attention"
     if set(config.get("layer_types") or ()) - {kind}:
@@ -192,19 +199,25 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, Json | None]:
     for key, rope in {"rope_scaling": old, "rope_parameters": new}.items():
         if not isinstance(rope, dict):
             raise CheckpointError(f"config.json: {key} = {rope!r}; expected an object")
-    if old and new and old != new:
+    differing = {key for key in old.keys() | new.keys() if old and new and old.get(key) != new.get(key)}
+    if differing - {"rope_theta"} or (differing and "rope_theta" in old.keys() & new.keys()):
         raise CheckpointError(f"config.json: rope_scaling = {old!r} and rope_parameters = {new!r} differ; remove one")
-    rope = {key: value for key, value in (old or new).items() if value is not None}
+    rope = {key: value for key, value in (old | new).items() if value is not None}
     outer, inner = config.get("rope_theta"), rope.pop("rope_theta", None)
     if outer and inner and outer != inner:
         raise CheckpointError(f"config.json: rope_theta is {outer!r}, but {inner!r} among the rotary settings")
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     unknown = rope.keys() - ({*_LLAMA3_ROPE, "original_max_position_embeddings"} if kind == "llama3" else set())
-    if kind not in ("default", "llama3") or partial != 1.0 or unknown:
-        seen = f"rotary positions of type {kind!r} with partial_rotary_factor {partial}"
-        seen += f" and {', '.join(sorted(map(str, unknown)))}" if unknown else ""
-        raise CheckpointError(f"config.json: {seen} are not supported; known: default and llama3, on the whole head")
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(
+            f"config.json: rotary positions of type {kind!r} are not supported; known: default and llama3"
+        )
+    if partial != 1.0 or unknown:
+        others = [f"partial_rotary_factor {partial}"] * (partial != 1.0) + sorted(map(str, unknown))
+        raise CheckpointError(
+            f"config.json: rotary positions of type {kind!r} with {', '.join(others)} are not supported"
+        )
     theta = inner or outer or 10000.0
     if kind == "default":
         return theta, None

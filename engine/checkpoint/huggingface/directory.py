@@ -14,6 +14,7 @@ from engine.checkpoint.model_directory import require_shapes
 from engine.checkpoint.rectangles import Shape
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
 from engine.config.schema import ModelConfig
+from engine.data.tokenizers.files import MODEL_FILES
 from engine.errors import CheckpointError
 from engine.formatting import counted
 from engine.parallel.table import Rectangle
@@ -49,7 +50,7 @@ class HuggingFaceDirectory:
         self.ignored = [name for name in names if name.endswith(_PICKLES)]
         self._files = self._open_weights()
         self.model = self._model_config()
-        has_tokenizer = not {"tokenizer.model", "tokenizer.json"}.isdisjoint(names)
+        has_tokenizer = not set(MODEL_FILES).isdisjoint(names)
         self.tokenizer_files = [self._inside(name) for name in names if name in TOKENIZER_FILES and has_tokenizer]
 
     @property

@@ -17,6 +17,7 @@ from engine.data.tokenizers.probe import probe_texts
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError
 
+WEIGHTS_ALONE = "--without-tokenizer exports the weights alone"
 _TURNS = [
     {"role": "user", "content": "How far is the mill?"},
     {"role": "assistant", "content": "Nine miles."},
@@ -51,7 +52,9 @@ def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> None:
         try:
             found = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         except Exception as error:  # a template can raise anything
-            raise CheckpointError(f"transformers cannot render the exported chat template: {error}") from None
+            raise CheckpointError(
+                f"transformers cannot render the exported chat template: {error}; {WEIGHTS_ALONE}"
+            ) from None
         _compare("transformers", f"the conversation {text}", tokenizer.encode_special(text)[0], list(found))
 
 
@@ -69,12 +72,12 @@ def _chats(tokenizer: Tokenizer) -> Iterator[tuple[list[dict[str, str]], str]]:
 
 
 def _transformers_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
     try:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # by kind of file, anything
-        raise CheckpointError(f"transformers cannot load the exported tokenizer: {error}") from None
+    except Exception as error:  # by kind of file, anything; also an installation that cannot be imported
+        raise CheckpointError(f"transformers cannot load the exported tokenizer: {error}; {WEIGHTS_ALONE}") from None
 
 
 def _compare(reader: str, text: str, trained: list[int], found: list[int]) -> None:
@@ -83,5 +86,5 @@ def _compare(reader: str, text: str, trained: list[int], found: list[int]) -> No
     first = next((i for i, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b), len(trained))
     raise CheckpointError(
         f"the exported tokenizer, read by {reader}, gives other ids than the run's for {text!r}: {found[first:][:5]} "
-        f"instead of {trained[first:][:5]} from position {first} on; --without-tokenizer exports the weights alone"
+        f"instead of {trained[first:][:5]} from position {first} on; {WEIGHTS_ALONE}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
@@ -34,46 +35,52 @@ def export(
     *,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
+    with_tokenizer: bool = True,
     progress: OnTensor | None = None,
 ) -> Path:
     """Write a Hugging Face directory under a temporary name, verify it, and rename it to `out_dir`.
 
     Args:
-        tokenizer: the run's tokenizer; None to export without one.
+        tokenizer: the run's tokenizer; None if there is none.
         shapes: names and shapes that the model implies, in model order.
         dtype: dtype of the exported weights.
         shard_bytes: maximum size of a weight file in bytes; a larger tensor has a separate file.
+        with_tokenizer: whether to write its files; without, only the ids of its special tokens are written.
         progress: called after each tensor.
 
     Returns:
         `out_dir`.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model, the tokenizer would give other ids, or the
-            verification failed.
+        CheckpointError: the checkpoint is damaged or of another model, the tokenizer would give other ids, a weight
+            is too large for fp16, or the verification failed.
         ConfigError: `out_dir` exists and is not empty, or the family cannot express the model.
     """
     checkpoint.require(shapes)
     model, files, out = checkpoint.model, Storage(), Path(out_dir)
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, None)
-    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer))
+    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer, model.vocab_size))
     with new_directory(out) as partial:
         write_json(files, partial / CONFIG, config)
-        if tokenizer:
+        if tokenizer and with_tokenizer:
             write_tokenizer(files, partial, checkpoint.tokenizer_dir, tokenizer)
         write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
-        if tokenizer:
+        if tokenizer and with_tokenizer:
             require_trained_ids(partial, tokenizer)
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)
     return out
 
 
-def _pad_id(tokenizer: Tokenizer | None) -> int | None:
-    """Return the id of the padding token that the tokenizer's files name, if any; training does not use it."""
+def _pad_id(tokenizer: Tokenizer | None, vocab_size: int) -> int | None:
+    """Return the id of the padding token that the tokenizer's files name, if any; training does not use it.
+
+    None if the embedding has no row for it: transformers 4 would not load the model.
+    """
     if tokenizer is None or not tokenizer.files:
         return None
-    return tokenizer.special_tokens.get(named_tokens(tokenizer.files[0])[0].get("pad_token", ""))
+    pad_id = tokenizer.special_tokens.get(named_tokens(tokenizer.files[0])[0].get("pad_token", ""))
+    return pad_id if pad_id is not None and pad_id < vocab_size else None
 
 
 def _write_weights(
@@ -87,8 +94,14 @@ def _write_weights(
 ) -> dict[str, Written]:
     read = with_progress(checkpoint, progress)
 
+    def load(name: str) -> Tensor:
+        tensor = read(name)
+        if dtype == torch.float16 and max(map(abs, tensor.aminmax())) > torch.finfo(dtype).max:
+            raise CheckpointError(f"{name} has values beyond 65504, the largest of fp16; export with --dtype bf16")
+        return tensor
+
     def entry(name: str) -> Entry:
-        return Entry(name, shapes[name], dtype, lambda: read(name))
+        return Entry(name, shapes[name], dtype, lambda: load(name))
 
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, shard_bytes)

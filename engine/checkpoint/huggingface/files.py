@@ -8,6 +8,7 @@ import orjson
 
 from engine.checkpoint.safetensors_file import read_file
 from engine.checkpoint.storage import Storage
+from engine.data.tokenizers.files import MODEL_FILES
 from engine.errors import CheckpointError
 
 Json = dict[str, Any]
@@ -15,7 +16,7 @@ Json = dict[str, Any]
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    *MODEL_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", GENERATION_CONFIG,
 )  # fmt: skip
 _MAX_JSON_BYTES = 256 << 20

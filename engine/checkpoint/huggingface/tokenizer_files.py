@@ -78,11 +78,16 @@ def _plain_config(config: Json, tokenizer: Tokenizer) -> Json:
     """Return a `tokenizer_config.json` under which transformers reads `tokenizer.json` as it is.
 
     A model's own class, such as `LlamaTokenizer`, rebuilds the tokenizer by rules of its own; so does a missing class,
-    in favor of the model's. Beginning and end of text are named if no file names them.
+    in favor of the model's. Beginning and end of text are named if no file names them. `split_special_tokens` would
+    read special tokens as text. transformers 5 writes a list of `extra_special_tokens`, for which 4 expects a table.
     """
     named = {**_text_ends(tokenizer), **named_tokens(tokenizer.files[0])[0]}
     ends = {role: named[role] for role in ("bos_token", "eos_token") if role in named and config.get(role) is None}
-    kept = {key: value for key, value in config.items() if key not in ("auto_map", "legacy", "from_slow")}
+    dropped = ("auto_map", "legacy", "from_slow", "split_special_tokens")
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    if isinstance(extra := kept.get("extra_special_tokens"), list):
+        kept["additional_special_tokens"] = [*(kept.get("additional_special_tokens") or ()), *extra]
+        del kept["extra_special_tokens"]
     return kept | ends | {"tokenizer_class": PLAIN_CLASS}
 
 

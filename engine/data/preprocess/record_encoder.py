@@ -40,6 +40,7 @@ OUTCOMES = {
 OVER_BUDGET = "over the budget of the template"
 MAX_RECORD_BYTES = 4 << 20  # per record; encoding one of this size takes a gigabyte
 MAX_OVER_BUDGET = 100  # conversations, a fraction of a second each, before preprocessing gives up
+_PROBE = '{"written as it is": 1e+0}'  # arguments of a tool call, of which `tojson` would change every part
 TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Document = tuple[TokenIds, Mask]
@@ -198,36 +199,33 @@ def _require_tools_written(template: ChatTemplate, content: Conversation) -> Non
 def _with_parsed_arguments(template: ChatTemplate, content: Conversation) -> Conversation:
     """Return the conversation with arguments of tool calls as objects, if they are JSON texts, as OpenAI writes them.
 
-    Most templates write them with `tojson`, which would escape a text. A template that needs texts keeps them: one that
-    fails for objects, or writes them as Python does.
+    Many templates write them with `tojson`, which would escape a text. A template that writes texts as they are keeps
+    them, because an object would be written with other numbers, escapes and spaces; so does one that fails for objects.
     """
-    written_by_python: list[str] = []
 
-    def parsed(call: Any) -> Any:
+    def parsed(call: Any, probe: str | None) -> Any:
         if not isinstance(call, dict):
             return call
         if "function" in call:
-            return {**call, "function": parsed(call["function"])}
+            return {**call, "function": parsed(call["function"], probe)}
         try:
             arguments = parse_json(call["arguments"].encode(errors="replace"))
         except (KeyError, AttributeError, orjson.JSONDecodeError):
             return call
-        if not isinstance(arguments, dict):
-            return call
-        written_by_python.append(str(arguments))
-        return {**call, "arguments": arguments}
+        return {**call, "arguments": probe or arguments} if isinstance(arguments, dict) else call
 
-    messages = [
-        {**message, "tool_calls": [parsed(call) for call in calls]}
-        if isinstance(calls := message.get("tool_calls"), list)
-        else message
-        for message in content.messages
-    ]
-    if not written_by_python:
+    def with_arguments(probe: str | None = None) -> list[Message]:
+        return [
+            {**message, "tool_calls": [parsed(call, probe) for call in calls]}
+            if isinstance(calls := message.get("tool_calls"), list)
+            else message
+            for message in content.messages
+        ]
+
+    objects = with_arguments()
+    if objects == content.messages or _PROBE in (_text_of(template, with_arguments(_PROBE), content.tools) or ""):
         return content
-    text = _text_of(template, messages, content.tools)
-    wants_texts = text is None or any(arguments != "{}" and arguments in text for arguments in written_by_python)
-    return content if wants_texts else replace(content, messages=messages)
+    return content if _text_of(template, objects, content.tools) is None else replace(content, messages=objects)
 
 
 def _text_of(template: ChatTemplate, messages: list[Message], tools: list[Any] | None) -> str | None:

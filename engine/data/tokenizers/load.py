@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.data.tokenizers.byte import ByteTokenizer
-from engine.data.tokenizers.files import CHAT_TEMPLATE, CONVERSION, find_model_file, read_tokenizer_file
+from engine.data.tokenizers.files import CHAT_TEMPLATE, CONVERSION, find_model_file, named_tokens, read_tokenizer_file
 from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
 from engine.data.tokenizers.probe import probe_texts
 from engine.data.tokenizers.protocol import Tokenizer
@@ -42,7 +42,21 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
         raise ConfigError(f"tokenizer {str(path)!r}: a tiktoken file, of a kind that is not read here; {CONVERSION}")
     tokenizer = SentencePieceTokenizer(path, fast=fast)
     beside = path.with_name("tokenizer.json")
-    return _choose(tokenizer, beside, Path(spec).is_dir()) if beside.is_file() else tokenizer
+    if not beside.is_file():
+        _require_named(tokenizer)
+        return tokenizer
+    return _choose(tokenizer, beside, Path(spec).is_dir())
+
+
+def _require_named(tokenizer: SentencePieceTokenizer) -> None:
+    """Check that the model has the tokens that the files beside it name: documents would end with another one."""
+    roles, _ = named_tokens(tokenizer.files[0])
+    for role in ("eos_token", "bos_token"):
+        if role in roles and roles[role] not in tokenizer.special_tokens:
+            raise ConfigError(
+                f"tokenizer {str(tokenizer.files[0])!r} lacks {role} = {roles[role]!r}, which files beside it name, "
+                f"and a list of added tokens is not read here; {CONVERSION}"
+            )
 
 
 def _choose(tokenizer: SentencePieceTokenizer, beside: Path, in_directory: bool) -> Tokenizer:
@@ -64,6 +78,7 @@ def _choose(tokenizer: SentencePieceTokenizer, beside: Path, in_directory: bool)
     if in_directory:
         other.note = f"{beside} is read, as by transformers, not {model.name}: {differences[0]}"
         return other
+    _require_named(tokenizer)  # a checkpoint holds the model without the tokenizer.json
     tokenizer.note = f"{model} is read, as named, not {beside.name}: {differences[0]}"
     tokenizer.files = [file for file in tokenizer.files if file != beside]
     return tokenizer

@@ -129,11 +129,15 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ({"architectures": None}, "architectures = None"),
         ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = .*; dequantize in transformers and save in bf16"),
+        ({"seq_length": 2048}, "seq_length = 2048 is not supported; expected 4096"),
+        ({"qkv_bias": True}, "qkv_bias = True is not supported; expected False"),
+        ({"output_router_logits": True}, "output_router_logits"),
+        ({"resid_pdrop": 0.1}, r"resid_pdrop = 0\.1 .*; set it to 0\.0"),
         ({"attention_bias": True}, "attention_bias = True is not supported; expected False"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' are not supported; known"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "without 'factor'"),
         ({"rope_scaling": "llama3"}, "expected an object"),
@@ -146,6 +150,17 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ({"rope_scaling": {"type": "default", "mrope_section": [16, 24]}}, "mrope_section"),
         ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta is 10000.0"),
         ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 1.0}}, "differ; remove one"),
+        (
+            {"rope_scaling": {"type": "default", "rope_theta": 1.0}, "rope_parameters": {"rope_theta": 2.0}},
+            "differ; remove one",
+        ),
+        (
+            {
+                "rope_scaling": {"type": "default", "rope_theta": 1.0},
+                "rope_parameters": {"type": "default", "rope_theta": 2.0},
+            },
+            "differ; remove one",
+        ),
         ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 is not supported; expected 0\.0; set it to 0\.0"),
         ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50\.0 is unknown and may change the model"),
         ({"mlp_bias": True, "logits_scaling": 8.0}, "mlp_bias = True .*; logits_scaling = 8.0"),
@@ -179,6 +194,17 @@ def test_harmless_settings_are_accepted() -> None:
         "attention_dropout": None, "logits_scaling": None, "layer_types": ["full_attention"] * 28,
     }  # fmt: skip
     assert model_config_from_hf(config | harmless) == model_config_from_hf(config)
+    with pytest.raises(CheckpointError, match="qkv_bias = False is unknown"):  # Qwen2 has this bias
+        model_config_from_hf(config | {"qkv_bias": False})
+    config = PUBLISHED["llama3.1-8b"]
+    harmless = {
+        "attention_bias": None, "mlp_bias": None, "bias": False, "qkv_bias": False, "seq_length": 131072,
+        "use_sdpa": True, "use_flash_attention": True, "gradient_checkpointing": False, "output_router_logits": False,
+        "keys_to_ignore_at_inference": ["past_key_values"], "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+        "rope_parameters": config["rope_scaling"] | {"rope_theta": 5e5},
+    }  # fmt: skip
+    for key, value in harmless.items():
+        assert model_config_from_hf(config | {key: value}) == model_config_from_hf(config), key
 
 
 SMALL = {
@@ -195,6 +221,8 @@ MUTATIONS: list[tuple[str, Any]] = [
     *[("use_sliding_window", True), ("max_window_layers", 1)],
     *[("attention_dropout", 0.1), ("residual_dropout", 0.1), ("embedding_dropout", 0.1), ("hidden_dropout", 0.1)],
     *[("attention_bias", True), ("mlp_bias", True), ("use_bias", False), ("hidden_act", "gelu")],
+    *[("bias", False), ("qkv_bias", False)],
+    *[("seq_length", 64), ("use_sdpa", True), ("attn_pdrop", 0.0)],
     *[("rope_theta", 500.0), ("rope_theta", GONE), ("partial_rotary_factor", 0.5), ("rope_interleaved", True)],
     *[("rope_parameters", LLAMA3), ("rope_parameters", LLAMA3 | {"original_max_position_embeddings": 8})],
     *[("rope_parameters", {"rope_type": kind, "factor": 2.0}) for kind in ("linear", "dynamic", "yarn", "default")],

@@ -2,6 +2,9 @@
 
 import json
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ DIRECTORIES: dict[str, tuple[str, bool, dict[str, Any], str]] = {
     "llama 2, the model alone": ("plain", False, LLAMA, INST),
     "mistral v3": ("symbols", False, LLAMA | {"legacy": False}, INST),
     "qwen": ("bytes", True, QWEN, CHATML),
+    "split": ("bytes", True, QWEN | {"split_special_tokens": True}, CHATML),
 }
 MODEL = TINY.model_copy(update={"vocab_size": 400})
 
@@ -105,6 +109,50 @@ def test_an_export_with_other_ids_gets_no_name(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError, match=f"read by {FAULTS[fault]}, gives other ids .* --without-tokenizer"):
         export(run, tokenizer, tmp_path / "out", logical_shapes(MODEL))
     assert sorted(os.listdir(tmp_path)) == ["first", "hf", "run"]
+
+
+def test_extra_special_tokens_are_listed_as_transformers_4_and_5_read_them(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    hf = export_(tiny_checkpoint(tmp_path / "first", MODEL), tmp_path / "hf")
+    write_chatml_tokenizer(hf)
+    (hf / "tokenizer_config.json").write_text(
+        json.dumps(QWEN | {"extra_special_tokens": ["<|im_start|>"], "additional_special_tokens": ["<|im_end|>"]})
+    )
+    run = import_(hf, tmp_path / "run")
+    assert run.tokenizer_spec is not None
+    out = export(run, load_tokenizer(run.tokenizer_spec), tmp_path / "out", logical_shapes(MODEL))
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == ["<|im_end|>", "<|im_start|>"]
+    assert "extra_special_tokens" not in config
+
+
+def test_a_padding_token_without_a_row_in_the_embedding_is_not_in_the_config(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = MODEL.model_copy(update={"vocab_size": 256})
+    hf = export_(tiny_checkpoint(tmp_path / "first", model), tmp_path / "hf")
+    write_chatml_tokenizer(hf)
+    content = json.loads((hf / "tokenizer.json").read_text())
+    pad = content["added_tokens"][0] | {"id": 259, "content": "[PAD]"}
+    (hf / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], pad]}))
+    (hf / "tokenizer_config.json").write_text(json.dumps(QWEN | {"pad_token": "[PAD]"}))
+    run = import_(hf, tmp_path / "run")
+    assert run.tokenizer_spec is not None
+    tokenizer = load_tokenizer(run.tokenizer_spec)
+    assert tokenizer.special_tokens["[PAD]"] == 259
+    out = export(run, tokenizer, tmp_path / "out", logical_shapes(model))
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] is None
+    transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_transformers_that_cannot_be_imported_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    run, tokenizer = run_with_tokenizer(tmp_path, "llama 2")
+    broken = module_from_spec(ModuleSpec("transformers", None))  # without AutoTokenizer
+    monkeypatch.setitem(sys.modules, "transformers", broken)
+    with pytest.raises(CheckpointError, match=r"cannot load the exported.*: cannot import .* --without-tokeni"):
+        export(run, tokenizer, tmp_path / "out", logical_shapes(MODEL))
 
 
 def test_without_transformers_this_package_reads_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
 from engine.parallel.table import Rectangle
-from tests.checkpoint.huggingface.directory_cases import TINY, export_, import_, tiny_checkpoint
+from tests.checkpoint.huggingface.directory_cases import TINY, edit_weights, export_, import_, tiny_checkpoint
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -79,6 +79,17 @@ def test_half_precision_export_of_a_trained_checkpoint(tmp_path: Path, dtype: to
     assert [name for name, _ in seen] == list(logical_shapes(TINY))
     assert sum(count for _, count in seen) == sum(tensor.numel() for tensor in loaded.values())
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("value", [1e5, -1e5])
+def test_a_weight_too_large_for_fp16_is_named(tmp_path: Path, value: float) -> None:
+    hf = export_(tiny_checkpoint(tmp_path / "first"), tmp_path / "hf")
+    edit_weights(hf, lambda weights: weights["model.norm.weight"][:1].fill_(value))
+    run = import_(hf, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"^model\.norm\.weight has values beyond 65504.* --dtype bf16$"):
+        export_(run, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+    export_(run, tmp_path / "out", dtype=torch.bfloat16)
 
 
 def test_the_index_lists_every_tensor_and_the_total(tmp_path: Path) -> None:

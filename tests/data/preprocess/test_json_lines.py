@@ -34,3 +34,9 @@ def test_what_is_not_a_number_is_null(value):
 def test_what_is_not_json_stays_so(content):
     with pytest.raises(orjson.JSONDecodeError):
         parse_json(content)
+
+
+def test_a_string_cut_off_is_read_once():
+    """A search that starts again at each of its quotes would take minutes."""
+    with pytest.raises(orjson.JSONDecodeError):
+        parse_json(b'{"score": NaN, "text": "' + rb"print(\"hello\")" * 20_000)

@@ -515,3 +515,35 @@ def test_arguments_of_calls_are_written_as_one_object(run, stored, tokenizer, na
     (document,) = stored()
     written = document.split("<call>")[1].split("</call>")[0]
     assert orjson.loads(written) == {"pond": "mill"}, document
+
+
+ODD_ARGUMENTS = [
+    '{"id": 123456789012345678901234, "x": 0.10, "y": 1e5}',
+    '{"name": "caf\\u00e9 \\/", "v": NaN}',
+    '{ "pond":"mill" }',
+    "{ }",
+]
+AS_IN_QWEN3 = (
+    "{{- '{\"arguments\": ' }}{%- if c.function.arguments is string %}{{- c.function.arguments }}{%- else %}"
+    "{{- c.function.arguments | tojson }}{%- endif %}{{- '}' }}"
+)
+
+
+@pytest.mark.parametrize("arguments", ODD_ARGUMENTS)
+@pytest.mark.parametrize("name", ["qwen3", "as it is"])
+def test_a_template_that_writes_texts_as_they_are_gets_them(tmp_path, name, arguments):
+    """Ids are those of transformers, which hands on what is there."""
+    transformers = pytest.importorskip("transformers")
+    source = CALLS.replace("ARGUMENTS", {"qwen3": AS_IN_QWEN3, **ARGUMENTS}[name])
+    directory = write_chatml_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(directory)
+    known = find_template(tokenizer, "chatml")
+    template = ChatTemplate("calls", source, known.special_tokens_map, known.special)
+    call = {"type": "function", "function": {"name": "depth", "arguments": arguments}}
+    chat = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    encoder = RecordEncoder(tokenizer, ChatEncoder(tokenizer, template), Rules())
+    encoded = encoder(LineBlock(Source("a.jsonl", "lines", 1), 1, orjson.dumps({"messages": chat}), 1))
+    assert not encoded.rejects
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
+    expected = theirs.apply_chat_template(chat, chat_template=source, return_dict=False)
+    assert encoded.ids[0].tolist() == expected, theirs.decode(expected)

@@ -115,3 +115,23 @@ def test_kinds_that_are_not_read_say_how_to_go_on(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=r"of a kind that is not read here; AutoTokenizer.* writes a tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["eos_token", "bos_token"])
+def test_a_named_token_that_the_model_lacks_is_refused(tmp_path, sentencepiece_model, role):
+    """As chat models have it whose directory holds a model file and a list of added tokens."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 500}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({role: "<|im_end|>"}))
+    for spec in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(ConfigError, match=rf"lacks {role} = '<\|im_end\|>'.*AutoTokenizer.*a tokenizer\.json"):
+            load_tokenizer(spec)
+    plain, _ = sentencepiece_tokenizer(sentencepiece_model)
+    more = {**plain["added_tokens"][-1], "id": 500, "content": "<|im_end|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**plain, "added_tokens": [*plain["added_tokens"], more]}))
+    assert load_tokenizer(tmp_path).kind == "huggingface"
+    with pytest.raises(ConfigError, match=f"lacks {role}"):  # named, it would be alone in a checkpoint
+        load_tokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({role: "</s>"}))
+    assert load_tokenizer(tmp_path).kind == "sentencepiece"

@@ -146,7 +146,7 @@ run_program(fail)
 
 def test_a_refusal_is_shown_if_the_rank_that_reports_it_is_ended_before(tmp_path):
     (tmp_path / "silent.py").write_text(SILENT)
-    done = forked(lambda: run_node(NodeLaunch(2), ["silent"], tmp_path), tmp_path)
+    done = forked(lambda: run_node(NodeLaunch(2), ["-m", "silent"], tmp_path), tmp_path)
     assert done.returncode == 64
     assert done.stderr.splitlines() == [
         "error: no",

@@ -1,5 +1,6 @@
 """Commands as people type them."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -28,7 +29,9 @@ def python(*arguments: object) -> subprocess.CompletedProcess:
 def forked(program: Callable[[], object], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """What `run_program(program)` prints and ends with in a fork of this process, which has imported torch already."""
     files = [cwd / "stdout.txt", cwd / "stderr.txt"]
+    gc.collect()
     if (pid := os.fork()) == 0:
+        gc.freeze()  # `run_program` collects garbage, but not that of other tests, whose threads are not in this process
         try:
             os.chdir(cwd)
             os.environ.update(environment)

@@ -31,7 +31,7 @@ def forked(program: Callable[[], object], cwd: Path, **environment: str) -> subp
     files = [cwd / "stdout.txt", cwd / "stderr.txt"]
     gc.collect()
     if (pid := os.fork()) == 0:
-        gc.freeze()  # `run_program` collects garbage, but not that of other tests, whose threads are not in this process
+        gc.freeze()  # `run_program` then leaves the garbage of other tests, whose threads are not in this process
         try:
             os.chdir(cwd)
             os.environ.update(environment)

@@ -75,8 +75,8 @@ def _train(trainer: Trainer, inputs: Inputs, log: RunLog) -> None:
         train_with_hooks(trainer, _hooks(trainer, inputs, log), stop)
     except Exception as error:
         lost = as_triaxis_error(error)
-        if isinstance(lost, PeerError) and stop.signal is not None:
-            lost.reported_elsewhere, lost.patience_s = True, 0  # torchrun has seen the peer end, and stops this rank
+        if isinstance(lost, PeerError):
+            stop.silence(lost)
             raise lost from error
         raise
     progress = trainer.progress

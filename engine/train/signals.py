@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-from engine.errors import is_first_of_node
+from engine.errors import PeerError, is_first_of_node
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -21,5 +21,16 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
-            if is_first_of_node() and sys.stderr:  # past the stream, in which this may have interrupted the process
+            if number == signal.SIGINT and is_first_of_node() and sys.stderr:
+                # past the stream, in which this may have interrupted the process
                 os.write(sys.stderr.fileno(), b"stopping after this step\n")
+
+    def silence(self, error: PeerError) -> None:
+        """Leave the report of `error` to the peer if SIGTERM comes first: torchrun has seen the peer end."""
+
+        def stop(*_: object) -> None:
+            error.reported_elsewhere, error.patience_s = True, 0.0
+
+        signal.signal(signal.SIGTERM, stop)
+        if self.signal is not None:
+            stop()

@@ -97,10 +97,10 @@ def _launch(options: argparse.Namespace, config: Config) -> NodeLaunch:
     Raises:
         ConfigError: a number is out of range, or there are fewer GPUs than --gpus.
     """
-    if options.gpus is not None:
-        _require_gpus(options.gpus, config)
     flag, given = ("--ranks", options.ranks) if options.gpus is None else ("--gpus", options.gpus)
     ranks = _number(given, flag, "NPROC_PER_NODE") or _num_gpus(config) or 1
+    if options.gpus is not None:
+        _require_gpus(ranks, config)
     nodes = _number(options.nodes, "--nodes", "NNODES") or 1
     place = f" of {counted(nodes, 'node')} (--nodes or NNODES)"
     node_rank = _number(options.node_rank, "--node-rank", "NODE_RANK", range(nodes), place)
@@ -132,8 +132,6 @@ def _number(
 
 
 def _require_gpus(number: int, config: Config) -> None:
-    if number < 1:
-        raise ConfigError(f"--gpus {number}: expected at least 1")
     if number > (found := _num_gpus(config)):
         why = "run.device = cpu" if config.run.device == "cpu" else f"this machine shows {found} of them"
         raise ConfigError(f"--gpus {number}: {why}; --ranks {number} starts as many ranks on the device of run.device")

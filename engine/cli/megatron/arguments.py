@@ -41,7 +41,8 @@ class Arguments:
     Attributes:
         given: the values of each argument of the command line, the last one of those given twice.
         read: the names that have been read.
-        ranks: ranks that torchrun starts in all, if the command line begins with torchrun; else None.
+        nodes: nodes of the run, if the command line begins with torchrun and its options; else 1.
+        gpus: ranks that torchrun starts on each node; None if the command line does not say.
     """
 
     def __init__(self, tokens: Sequence[str]) -> None:

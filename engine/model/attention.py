@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engine.config.schema import AttentionImpl, ModelConfig, OpsConfig
+from engine.config.schema import ModelConfig, OpsConfig
 from engine.model.layers import Norm, NormLinear, Parameters, RowLinear
 from engine.model.parameters import kv_share
 from engine.ops.attention import attention
+from engine.ops.attention_choice import AttentionImpls
 from engine.ops.quantize import GradHandover
 from engine.ops.rope import apply_rope, apply_rope_qkv, rope_hands_over
 from engine.parallel.layout import TensorParallel
@@ -96,10 +97,15 @@ class Attention(nn.Module):
         return attend(self.layer, q, k, v)
 
 
-def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None, impl: AttentionImpl = "auto") -> Attend:
-    """Return causal attention within each segment of the flattened tokens; `impl`: see `ops/attention.py`."""
+def attend_within(
+    cu_seqlens: tuple[int, ...],
+    model: ModelConfig,
+    impls: AttentionImpls = AttentionImpls(),  # noqa: B008 (immutable)
+) -> Attend:
+    """Return causal attention within each segment of the flattened tokens, with the sliding window of each layer."""
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, cu_seqlens, sliding_window, impl)
+        window = model.window(layer)
+        return attention(q, k, v, cu_seqlens, window, impls.of(cu_seqlens, window))
 
     return attend

@@ -9,6 +9,7 @@ block-diagonal mask (quadratic in the microbatch, and masked flash kernels are s
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import groupby, pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.config.schema import AttentionImpl
 from engine.ops.varlen import device_ints, varlen_attention, why_not
 
+AttentionKind = Literal["plain", "documents", "windows"]
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -40,7 +42,7 @@ def attention(
     window − 1 tokens before it. `auto` is PyTorch's implementation; a model measures others (attention_choice.py).
     """
     if impl == "auto":
-        plain = not q.is_cuda or is_plain(cu_seqlens, sliding_window)
+        plain = not q.is_cuda or attention_kind(cu_seqlens, sliding_window) == "plain"
         impl = "sdpa" if plain else torch_impl(q.dtype, q.shape[2], torch.cuda.get_device_capability(q.device))
     if impl != "sdpa" and len(q):
         return varlen_attention(impl, q, k, v, cu_seqlens, sliding_window)
@@ -53,10 +55,12 @@ def attention(
     return torch.cat([_equal_segments(q, k, v, length, sliding_window) for (length, _), q, k, v in parts])
 
 
-def is_plain(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> bool:
-    """Whether all segments have one length, which no window shortens."""
-    lengths = {b - a for a, b in pairwise(cu_seqlens)}
-    return len(lengths) == 1 and (sliding_window is None or sliding_window >= max(lengths))
+def attention_kind(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> AttentionKind:
+    """Return "windows" if the window shortens a segment, else "plain" if all have one length, else "documents"."""
+    lengths = {end - start for start, end in pairwise(cu_seqlens)}
+    if sliding_window is not None and sliding_window < max(lengths):
+        return "windows"
+    return "plain" if len(lengths) == 1 else "documents"
 
 
 def torch_impl(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> AttentionImpl:

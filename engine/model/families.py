@@ -53,6 +53,9 @@ class Family:
             number of layers; None if the family has no sliding windows.
         window_keys: keys that say which layers have the window, beyond `sliding_window`.
         has_head_dim: whether the head size may differ from hidden_size / num_heads.
+        rope_types: types of rotary scaling.
+        has_partial_rope: whether `partial_rotary_factor` applies.
+        has_local_rope: whether layers with a window have rotary frequencies of their own, `rope_local_base_freq`.
         up_names: names of the feed-forward projections from the hidden size, fused into one parameter in this order.
         down_name: name of the feed-forward projection back to the hidden size.
     """
@@ -70,6 +73,9 @@ class Family:
     windows: Callable[[Mapping[str, Any], int], Iterable[int]] | None = None
     window_keys: tuple[str, ...] = ()
     has_head_dim: bool = True
+    rope_types: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3", "longrope")
+    has_partial_rope: bool = False
+    has_local_rope: bool = False
     up_names: tuple[str, ...] = ("gate_proj", "up_proj")
     down_name: str = "down_proj"
 

@@ -116,12 +116,16 @@ class _Builder:
         if model.qk_norm:
             yield from self._norm("rms", f"{path}.attention.q_norm", f"{attention}.q_norm", head_dim)
             yield from self._norm("rms", f"{path}.attention.k_norm", f"{attention}.k_norm", head_dim)
-        yield from self._row(f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std)
+        yield from self._row(
+            f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std, bias=model.output_bias
+        )
 
         yield from self._norm(model.norm, f"{path}.mlp_norm", f"{name}.post_attention_layernorm", hidden)
         ups = [(f"{mlp}.{up}", ffn, None) for up in family.up_names]
-        yield from self._column(f"{path}.mlp.up", ups, bias=model.output_bias)
-        yield from self._row(f"{path}.mlp.down", f"{mlp}.{family.down_name}", ffn, residual_std)
+        yield from self._column(f"{path}.mlp.up", ups, bias=bool(model.mlp_bias))
+        yield from self._row(
+            f"{path}.mlp.down", f"{mlp}.{family.down_name}", ffn, residual_std, bias=bool(model.mlp_bias)
+        )
 
     def _embedding(self, *, replicas: Replicas | None, owned: bool = True) -> LocalParameter:
         """Every token is multiplied by it where it is the head too."""
@@ -160,10 +164,10 @@ class _Builder:
             biases = (self._tensor(f"{name}.bias", (rows,), replicas=replicas) for name, rows, replicas in pieces)
             yield LocalParameter(f"{path}.bias", tuple(biases))
 
-    def _row(self, path: str, name: str, inputs: Slice, std: float) -> Iterator[LocalParameter]:
+    def _row(self, path: str, name: str, inputs: Slice, std: float, *, bias: bool) -> Iterator[LocalParameter]:
         hidden = _whole(self.model.hidden_size)
         yield LocalParameter(f"{path}.weight", (self._tensor(f"{name}.weight", (hidden, inputs), std=std),))
-        if self.model.output_bias:
+        if bias:
             yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", hidden),))
 
     def _norm(self, kind: str, path: str, name: str, size: int) -> Iterator[LocalParameter]:

@@ -87,7 +87,9 @@ class Attention(nn.Module):
         return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
 
     def _grad_handover(self, x: torch.Tensor) -> GradHandover | None:
-        """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them or a part of each head stays as it is."""
+        """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them or a
+        part of each head is not rotated.
+        """
         if self.q_norm is not None or self.is_partial:
             return None
         return self.qkv.linear.grad_handover(x, lambda output: rope_hands_over(output, self.head_dim))

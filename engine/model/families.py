@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
 
 
@@ -58,6 +59,8 @@ class Family:
         has_local_rope: whether layers with a window have rotary frequencies of their own, `rope_local_base_freq`.
         up_names: names of the feed-forward projections from the hidden size, fused into one parameter in this order.
         down_name: name of the feed-forward projection back to the hidden size.
+        stacked: weights of a layer that its files hold as one tensor, by the name of that tensor: the rows of each, in
+            order.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Family:
     has_local_rope: bool = False
     up_names: tuple[str, ...] = ("gate_proj", "up_proj")
     down_name: str = "down_proj"
+    stacked: Mapping[str, Callable[[ModelConfig], dict[str, int]]] = field(default_factory=dict)
 
     def with_derived(self, fields: dict[str, Any]) -> dict[str, Any]:
         """`fields` with those that follow from them."""
@@ -108,18 +112,33 @@ def _from_max_window_layers(config: Mapping[str, Any], layers: int) -> Iterable[
     return range(config.get("max_window_layers", 28), layers) if config.get("use_sliding_window") else ()
 
 
-_LLAMA_FIELDS = {"norm": "rms", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "qk_norm": False}
+_GATED = {"norm": "rms", "activation": "swiglu", "qk_norm": False}
+_LLAMA_FIELDS = _GATED | {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+_ATTENTION_BIAS = (
+    Key("attention_bias", "qkv_bias", default=False, read=bool),
+    Key("attention_bias", "output_bias", default=False, read=bool),
+)
 _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
 _QWEN_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
 _QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
 _TINY = _size(4, 64, 176, 4, 2, 257, 4096)  # 257: the byte tokenizer
 
+
+def _phi3_qkv(model: ModelConfig) -> dict[str, int]:
+    kv = model.num_kv_heads * model.head_dim
+    return {"self_attn.q_proj": model.num_heads * model.head_dim, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+
+
+def _phi3_gate_up(model: ModelConfig) -> dict[str, int]:
+    return {"mlp.gate_proj": model.intermediate_size, "mlp.up_proj": model.intermediate_size}
+
+
 _ROWS = (
     Family(
         name="llama",
         architecture="LlamaForCausalLM",
-        fields=_LLAMA_FIELDS,
-        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        fields=_GATED,
+        only={"hidden_act": "silu"},
         sizes={
             "llama2-7b": _size(32, 4096, 11008, 32, 32, 32000, 4096),
             "llama3-8b": _size(32, 4096, 14336, 32, 8, 128256, 8192, rope_theta=5e5),
@@ -128,6 +147,7 @@ _ROWS = (
             "tiny-llama3": _TINY | {"rope_scaling": _LLAMA31_ROPE | {"original_max_position": 256}},
         },
         harmless=("pretraining_tp", "max_sequence_length", "is_llama_config"),
+        keys=(*_ATTENTION_BIAS, Key("mlp_bias", "mlp_bias", default=False, read=bool)),
     ),
     Family(
         name="mistral",
@@ -152,6 +172,23 @@ _ROWS = (
         window_keys=("layer_types",),
     ),
     Family(
+        name="phi3",
+        architecture="Phi3ForCausalLM",
+        fields=_LLAMA_FIELDS,
+        only={"hidden_act": "silu"},
+        sizes={
+            "phi3-mini-4k": _size(32, 3072, 8192, 32, 32, 32064, 4096, sliding_window=2047),
+            "phi4": _size(40, 5120, 17920, 40, 10, 100352, 16384, rope_theta=250000.0),
+            "tiny-phi3": _TINY | {"partial_rotary_factor": 0.75, "sliding_window": 32},
+        },
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        windows=_every_layer,
+        has_head_dim=False,
+        rope_types=("longrope",),
+        has_partial_rope=True,
+        stacked={"self_attn.qkv_proj": _phi3_qkv, "mlp.gate_up_proj": _phi3_gate_up},
+    ),
+    Family(
         name="qwen2",
         architecture="Qwen2ForCausalLM",
         fields=_LLAMA_FIELDS | {"qkv_bias": True},
@@ -168,8 +205,9 @@ _ROWS = (
     Family(
         name="qwen3",
         architecture="Qwen3ForCausalLM",
-        fields=_LLAMA_FIELDS | {"qk_norm": True},
-        only={"hidden_act": "silu", "attention_bias": False},
+        fields=_GATED | {"qk_norm": True, "mlp_bias": False},
+        only={"hidden_act": "silu"},
+        keys=_ATTENTION_BIAS,
         sizes={
             "qwen3-8b": _size(36, 4096, 12288, 32, 8, 151936, 40960, head_dim=128) | _QWEN,
             "tiny-qwen3": _TINY | _QWEN | {"head_dim": 32},
@@ -181,7 +219,14 @@ _ROWS = (
     Family(
         name="starcoder2",
         architecture="Starcoder2ForCausalLM",
-        fields={"norm": "layer", "activation": "gelu", "qkv_bias": True, "output_bias": True, "qk_norm": False},
+        fields={
+            "norm": "layer",
+            "activation": "gelu",
+            "qkv_bias": True,
+            "output_bias": True,
+            "mlp_bias": True,
+            "qk_norm": False,
+        },
         only={"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "mlp_type": "default", "norm_type": "layer_norm"},
         sizes={
             "starcoder2-7b": _size(
@@ -209,6 +254,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     for row in _ROWS
     for name, size in row.sizes.items()
 }
+
+
+def stored_tensors(model: ModelConfig, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Return the tensors in a family's files: by name, its parts in order, each with its rows; a part may be all of it,
+    which has rows 0.
+
+    Args:
+        names: of the model's weights, in model order.
+    """
+    stored: dict[str, dict[str, int]] = {}
+    stacks = {name: rows_of(model) for name, rows_of in family_of(model.family).stacked.items()}
+    of_part = {part: (stack, rows) for stack, parts in stacks.items() for part, rows in parts.items()}
+    for name in names:
+        prefix, _, part = name.removesuffix(".weight").rpartition(".layers.")
+        number, _, path = part.partition(".")
+        stack, rows = of_part.get(path, (path, 0))
+        stored.setdefault(f"{prefix}.layers.{number}.{stack}.weight" if rows else name, {})[name] = rows
+    return stored
 
 
 def family_of(name: str) -> Family:

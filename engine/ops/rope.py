@@ -53,7 +53,7 @@ def tables_at(positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, 
 
 
 def _document_lengths(positions: Tensor) -> Tensor:
-    """For each token, the last position of its run of consecutive positions, plus 1: [t]. Does not wait for a device."""
+    """For each token, the last of its run of consecutive positions, plus 1: [t]. Does not wait for a device."""
     starts = F.pad((positions[1:] != positions[:-1] + 1).long(), (1, 0))
     document = starts.cumsum(0)[: len(positions)]
     return torch.zeros_like(positions).scatter_reduce(0, document, positions + 1, "amax")[document]
@@ -109,7 +109,7 @@ def _yarn_kept(scaling: RopeScaling, size: int, theta: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` [t, n, d] by the angles of the fp32 tables `cos`, `sin` [t, r/2]: the first r features, half with half.
+    """Rotate the first r features of `x` [t, n, d] by the angles of the fp32 tables `cos`, `sin` [t, r/2].
 
     Computed in fp32, returned contiguous and in the dtype of `x`.
     """

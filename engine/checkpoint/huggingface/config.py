@@ -25,11 +25,13 @@ _OFF: Json = {
     "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "output_router_logits": False,
     "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False, "rope_interleaved": False,
+    "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,
 }  # fmt: skip
 _READ = frozenset({
     "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling",
-    "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "layer_types", "tie_word_embeddings", "initializer_range",
+    "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "layer_types",
+    "tie_word_embeddings", "initializer_range",
 })  # fmt: skip
 # do not change the model: descriptions, token ids, outputs, and the settings of generation that transformers 4 wrote
 _HARMLESS = frozenset({
@@ -42,7 +44,8 @@ _HARMLESS = frozenset({
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "use_sdpa", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "flash_attn", "gradient_checkpointing", "keys_to_ignore_at_inference",
+    "use_sdpa", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "flash_attn",
+    "gradient_checkpointing", "keys_to_ignore_at_inference",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -165,7 +168,7 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     known |= {"rope_local_base_freq"} if family.has_local_rope else set()
     only = {"model_type": family.name, **family.only}
     off = _OFF | {"seq_length": config.get("max_position_embeddings"), "rotary_emb_base": config.get("rope_theta")}
-    if not family.fields["qkv_bias"]:
+    if not family.fields.get("qkv_bias"):
         off |= {"bias": False, "qkv_bias": False}
     for key, seen in config.items():
         if key in only:

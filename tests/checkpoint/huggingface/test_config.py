@@ -134,11 +134,12 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ({"qkv_bias": True}, "qkv_bias = True is not supported; expected False"),
         ({"output_router_logits": True}, "output_router_logits"),
         ({"resid_pdrop": 0.1}, r"resid_pdrop = 0\.1 .*; set it to 0\.0"),
-        ({"attention_bias": True}, "attention_bias = True is not supported; expected False"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' are not supported; known"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+        (
+            {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            "type 'ntk' are not supported; LlamaForCausalLM has default",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "type linear without 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "without 'factor'"),
         ({"rope_scaling": "llama3"}, "expected an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -163,7 +164,7 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ),
         ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 is not supported; expected 0\.0; set it to 0\.0"),
         ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50\.0 is unknown and may change the model"),
-        ({"mlp_bias": True, "logits_scaling": 8.0}, "mlp_bias = True .*; logits_scaling = 8.0"),
+        ({"embd_pdrop": 0.1, "logits_scaling": 8.0}, "embd_pdrop = 0.1 .*; logits_scaling = 8.0"),
         ({"model_type": "mistral"}, "model_type = 'mistral' is not supported; expected 'llama'"),
     ],
 )
@@ -215,6 +216,7 @@ WINDOWS = {"mistral": {"sliding_window": 6}, "starcoder2": {"sliding_window": 6}
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS |= {
     "ministral": {"sliding_window": 6, "head_dim": 8, "layer_types": [FULL, SLIDING]},
+    "phi3": {"sliding_window": 6, "partial_rotary_factor": 0.5, "pad_token_id": None},
     "qwen2": {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

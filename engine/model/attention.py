@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from engine.config.schema import AttentionImpl, ModelConfig, OpsConfig
-from engine.model.layers import Norm, NormLinear, Parameters, RowLinear
-from engine.model.parameters import kv_share
+from engine.model.layers import Norm, NormLinear, Output, Parameters, RowLinear
+from engine.model.parameters import kv_replicas, kv_share
 from engine.ops.attention import attention
+from engine.ops.norm import sharded_rms_norm, sum_of_squares
 from engine.ops.quantize import GradHandover
 from engine.ops.rope import apply_rope, apply_rope_qkv, rope_hands_over
+from engine.ops.varlen import STANDARD_SCORES, Scores
+from engine.parallel.collectives import gather_sequence
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import checkpoint
 
@@ -61,8 +64,13 @@ class Attention(nn.Module):
             selective_recompute=selective_recompute,
         )
         self.output = RowLinear(parameters, f"{path}.output", tp)
-        self.q_norm = Norm(parameters, f"{path}.q_norm", model.norm_eps, ops) if model.qk_norm else None
-        self.k_norm = Norm(parameters, f"{path}.k_norm", model.norm_eps, ops) if model.qk_norm else None
+        self.finish = Output(parameters, f"{block}.attention_post_norm", model, ops)
+        self.q_norm = Norm(parameters, f"{path}.q_norm", model, ops) if model.qk_norm else None
+        self.k_norm = Norm(parameters, f"{path}.k_norm", model, ops) if model.qk_norm else None
+        self.norm_per_head, self.tp = model.qk_norm_span == "head", tp
+        # of all heads, and how often the ranks' heads together have each
+        self.widths = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim)
+        self.replicas = (1, kv_replicas(model, tp.size))
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -71,19 +79,40 @@ class Attention(nn.Module):
         handover = self._grad_handover(x)
         qkv, total = self.qkv(x, residual, handover)  # [t, (n + 2 n_kv) d], n and n_kv of this rank
         if self.selective_recompute and torch.is_grad_enabled():
-            return self.output(checkpoint(self._attend, qkv, cos, sin, attend, handover)), total
-        return self.output(self._attend(qkv, cos, sin, attend, handover)), total
+            attended = checkpoint(self._attend, qkv, cos, sin, attend, handover)
+        else:
+            attended = self._attend(qkv, cos, sin, attend, handover)
+        return self.finish(self.output(attended)), total
 
     def _attend(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, handover: GradHandover | None
     ) -> torch.Tensor:
         qkv = qkv.unflatten(-1, (sum(self.heads), self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None:
             q, k, v = qkv.split(self.heads, dim=1)
-            q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+            q, k = self.normalize(q, k)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         else:
             q, k, v = apply_rope_qkv(qkv, cos, sin, self.heads[1], handover)
         return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
+
+    def normalize(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """RMSNorm of `q` [t, n, d] and `k` [t, n_kv, d]: of each head, or of all heads, those of other ranks included."""
+        assert self.q_norm is not None and self.k_norm is not None
+        if self.norm_per_head:
+            return self.q_norm(q), self.k_norm(k)
+        flat, norms = (q.flatten(1), k.flatten(1)), (self.q_norm, self.k_norm)
+        if self.tp.size == 1:
+            normed = [norm(x) for norm, x in zip(norms, flat, strict=True)]
+        else:
+            own = [sum_of_squares(x) / count for x, count in zip(flat, self.replicas, strict=True)]
+            # [t, 2]; as a gather of the ranks' sums, whose backward sums their gradients
+            sums = gather_sequence(torch.cat(own, 1), self.tp.group).unflatten(0, (self.tp.size, -1)).sum(0)
+            normed = [
+                sharded_rms_norm(x, norm.factor, total / width, norm.eps)
+                for x, norm, total, width in zip(flat, norms, sums.split(1, 1), self.widths, strict=True)
+            ]
+        return normed[0].view_as(q), normed[1].view_as(k)
 
     def _grad_handover(self, x: torch.Tensor) -> GradHandover | None:
         """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them."""
@@ -96,10 +125,20 @@ class Attention(nn.Module):
         return attend(self.layer, q, k, v)
 
 
-def attend_within(cu_seqlens: tuple[int, ...], sliding_window: int | None, impl: AttentionImpl = "auto") -> Attend:
+def scores_of(model: ModelConfig) -> Scores:
+    """How a model computes attention scores."""
+    return Scores(model.attention_scale, model.attention_softcap)
+
+
+def attend_within(
+    cu_seqlens: tuple[int, ...],
+    sliding_window: int | None,
+    impl: AttentionImpl = "auto",
+    scores: Scores = STANDARD_SCORES,
+) -> Attend:
     """Return causal attention within each segment of the flattened tokens; `impl`: see `ops/attention.py`."""
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, cu_seqlens, sliding_window, impl)
+        return attention(q, k, v, cu_seqlens, sliding_window, impl, scores)
 
     return attend

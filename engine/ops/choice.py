@@ -13,7 +13,7 @@ import torch
 from engine.config.schema import ModelConfig, OpsConfig, PrecisionConfig, RunConfig
 from engine.errors import ConfigError
 from engine.ops import native
-from engine.ops.varlen import why_not
+from engine.ops.varlen import Scores, why_not
 
 # name in the config -> distribution, module that identifies it, what to install
 _PACKAGES = {
@@ -68,7 +68,8 @@ def require_attention(
     if device.type != "cuda":
         return  # see require_implementations
     capability, impl = torch.cuda.get_device_capability(device), ops.attention
-    if why := why_not(impl, dtype, model.head_dim, capability, deterministic=run.deterministic):
+    scores = Scores(model.attention_scale, model.attention_softcap)
+    if why := why_not(impl, dtype, model.head_dim, capability, deterministic=run.deterministic, scores=scores):
         raise ConfigError(f"ops.attention = {impl} {why}; use auto")
 
 

@@ -1,7 +1,8 @@
 """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension, also with a residual add.
 
 Statistics are in fp32 (or wider) for any input dtype; eps is inside the square root; the result is rounded once, after
-multiplication by the weight.
+multiplication by the weight. Kernels and packages take weights in the dtype of the input: another one, which `1 + weight`
+in fp32 is for a bf16 model, is multiplied in plain PyTorch.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sin
     """RMSNorm, x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
     if _uses_kernel(x, weight, impl):
         return _KernelNorm.apply(x, None, weight, None, eps, sink)[0]
-    if impl in ("apex", "te"):
+    if impl in ("apex", "te") and x.dtype == weight.dtype:
         return _package_norm(impl, x, weight, None, eps)
     if uses_fewer_passes(x):
         return _RmsNorm.apply(x, weight, eps)
@@ -90,6 +91,16 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` in plain PyTorch, computed in fp32 or wider; `x` [..., h]."""
     wide = _widened(x)
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def sharded_rms_norm(x: Tensor, weight: Tensor, mean_square: Tensor, eps: float) -> Tensor:
+    """RMSNorm of a part of the features, `x` [..., h/n], whose mean square over all of them is `mean_square` [..., 1]."""
+    return (_widened(x) * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Sum over the last dimension of `x` [..., h], in fp32 or wider: [..., 1]."""
+    return _widened(x).square().sum(-1, keepdim=True)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from engine.config.schema import Config
 from engine.formatting import counted
+from engine.model.attention import scores_of
 from engine.model.parameters import kv_share
 from engine.ops import linear
 from engine.ops.attention_choice import (
@@ -118,7 +119,8 @@ def attention_problems(
     if config.data.document_mask:
         batches.append(example_documents(tokens, document_tokens))
     heads = (model.num_heads // world.tp.size, kv_share(model, world.tp)[1], model.head_dim)
-    return [AttentionProblem(world.device, dtype, *heads, batch, model.sliding_window) for batch in batches]
+    scores = scores_of(model)
+    return [AttentionProblem(world.device, dtype, *heads, batch, model.sliding_window, scores) for batch in batches]
 
 
 def _measures(config: Config) -> bool:

@@ -13,11 +13,11 @@ from engine.config.schema import AttentionImpl, ModelConfig, OpsConfig
 from engine.model.layers import Norm, NormLinear, Output, Parameters, RowLinear
 from engine.model.parameters import kv_replicas, kv_share
 from engine.ops.attention import attention
-from engine.ops.norm import sharded_rms_norm, sum_of_squares
+from engine.ops.norm import sharded_rms_norm
 from engine.ops.quantize import GradHandover
 from engine.ops.rope import apply_rope, apply_rope_qkv, rope_hands_over
 from engine.ops.varlen import STANDARD_SCORES, Scores
-from engine.parallel.collectives import gather_sequence
+from engine.parallel.collectives import gathered
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import checkpoint
 
@@ -68,9 +68,8 @@ class Attention(nn.Module):
         self.q_norm = Norm(parameters, f"{path}.q_norm", model, ops) if model.qk_norm else None
         self.k_norm = Norm(parameters, f"{path}.k_norm", model, ops) if model.qk_norm else None
         self.norm_per_head, self.tp = model.qk_norm_span == "head", tp
-        # of all heads, and how often the ranks' heads together have each
-        self.widths = (model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim)
-        self.replicas = (1, kv_replicas(model, tp.size))
+        kv_width = model.num_kv_heads * model.head_dim * kv_replicas(model, tp.size)
+        self.widths = (model.num_heads * model.head_dim, kv_width)  # of all ranks' q and k, replicas included
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -97,22 +96,23 @@ class Attention(nn.Module):
         return self.attend(attend, q, k, v).flatten(1)  # [t, n d]
 
     def normalize(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """RMSNorm of `q` [t, n, d] and `k` [t, n_kv, d]: of each head, or of all heads, those of other ranks included."""
+        """RMSNorm of `q` [t, n, d] and `k` [t, n_kv, d]: of each head, or of all heads, those of other ranks too."""
         assert self.q_norm is not None and self.k_norm is not None
         if self.norm_per_head:
             return self.q_norm(q), self.k_norm(k)
-        flat, norms = (q.flatten(1), k.flatten(1)), (self.q_norm, self.k_norm)
-        if self.tp.size == 1:
-            normed = [norm(x) for norm, x in zip(norms, flat, strict=True)]
-        else:
-            own = [sum_of_squares(x) / count for x, count in zip(flat, self.replicas, strict=True)]
-            # [t, 2]; as a gather of the ranks' sums, whose backward sums their gradients
-            sums = gather_sequence(torch.cat(own, 1), self.tp.group).unflatten(0, (self.tp.size, -1)).sum(0)
-            normed = [
-                sharded_rms_norm(x, norm.factor, total / width, norm.eps)
-                for x, norm, total, width in zip(flat, norms, sums.split(1, 1), self.widths, strict=True)
-            ]
-        return normed[0].view_as(q), normed[1].view_as(k)
+        q_width, k_width = self.widths
+        return self._normalize_all(self.q_norm, q, q_width), self._normalize_all(self.k_norm, k, k_width)
+
+    def _normalize_all(self, norm: Norm, x: torch.Tensor, width: int) -> torch.Tensor:
+        """RMSNorm of all heads together, of which `x` [t, n, d] are this rank's; `width`: of those of all ranks."""
+        flat, group = x.flatten(1), self.tp.group
+        if group is None:
+            return norm(flat).view_as(x)
+
+        def mean(sums: torch.Tensor) -> torch.Tensor:
+            return gathered(sums, group).unflatten(0, (group.size(), -1)).sum(0).div_(width)
+
+        return sharded_rms_norm(flat, norm.factor, norm.eps, mean).view_as(x)
 
     def _grad_handover(self, x: torch.Tensor) -> GradHandover | None:
         """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them."""

@@ -189,8 +189,8 @@ def _sum(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
 
 
 def _compile(block: Block, tp: TensorParallel) -> None:
-    """torch.compile a block, except its linear layers and norms if they communicate (the compiler would bake their state
-    in as constants) and attention (it would recompile for every new `cu_seqlens`).
+    """torch.compile a block, except its linear layers and the norms of queries and keys if they communicate (the
+    compiler would bake their state in as constants) and attention (it would recompile for every new `cu_seqlens`).
     """
     block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[method-assign]
     if tp.size > 1:

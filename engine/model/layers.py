@@ -178,8 +178,8 @@ class NormLinear(nn.Module):
 
 
 class Output(nn.Module):
-    """What a layer does to the output of its attention or feed-forward, [t/tp, h], before the stream is added: a norm in
-    some models, then a factor in others.
+    """What some models do to the output of attention or feed-forward, [t/tp, h], before it is added to the stream: a
+    norm, a factor.
     """
 
     def __init__(self, parameters: Parameters, norm_path: str, model: ModelConfig, ops: OpsConfig) -> None:

@@ -133,13 +133,12 @@ class _Builder:
         yield from self._column(f"{path}.attention.qkv", qkv, bias=model.qkv_bias)
         if model.qk_norm:
             for part, share, replicas in (("q_norm", heads, None), ("k_norm", kv_heads, kv)):
+                norm_name = f"{attention}.{part}.weight"
                 if model.qk_norm_span == "head":
-                    yield from self._norm("rms", f"{path}.attention.{part}", f"{attention}.{part}", head_dim)
+                    weight = self._replicated(norm_name, _whole(head_dim), mean=self._norm_mean)
                 else:
-                    weight = self._tensor(
-                        f"{attention}.{part}.weight", (share,), mean=self._norm_mean, replicas=replicas
-                    )
-                    yield LocalParameter(f"{path}.attention.{part}.weight", (weight,))
+                    weight = self._tensor(norm_name, (share,), mean=self._norm_mean, replicas=replicas)
+                yield LocalParameter(f"{path}.attention.{part}.weight", (weight,))
         yield from self._row(f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std)
         yield from norm("attention_post_norm")
 

@@ -2,13 +2,14 @@
 
 Segment boundaries are integers on the host, so that selecting a path does not synchronize with the device. Consecutive
 segments of the same length share a call of `F.scaled_dot_product_attention`, which has a fast kernel for each device;
-the other implementations take all segments in one call (varlen.py). It has no soft-capping: limited scores are plain
-PyTorch there, recomputed in the backward pass. Alternative considered: one call with a block-diagonal mask (quadratic in
-the microbatch, and masked flash kernels are slower).
+the other implementations take all segments in one call (varlen.py). Scores with a softcap, which it does not have, are
+plain PyTorch in its place, computed again in the backward pass. Alternative considered: one call with a block-diagonal
+mask (quadratic in the microbatch, and masked flash kernels are slower).
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, pairwise
 
 import torch
@@ -108,48 +109,43 @@ def attention_with_cache(
     sees_all = new == 1 and min(lengths) == max(lengths)
     ends = tuple(length - first for length in lengths)
     mask = None if sees_all else _seen_of_each(new, ends, sliding_window, q.device)
-    return _sdpa(q, k, v, mask, scores=scores)
+    return _sdpa(q, k, v, mask, scores) if scores.softcap is None else _softcapped(q, k, v, lambda: mask, scores)
 
 
 def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, sliding_window: int | None, scores: Scores) -> Tensor:
     if length == 0:
         return q.clone()
     q4, k4, v4 = (x.unflatten(0, (-1, length)) for x in (q, k, v))  # [b, s, n, d]
-    if sliding_window is None or sliding_window >= length:
-        return _sdpa(q4, k4, v4, None, is_causal=True, scores=scores).flatten(0, 1)
-    return _sdpa(q4, k4, v4, _seen(length, length, sliding_window, q.device), scores=scores).flatten(0, 1)
+    seen = partial(_seen, length, length, sliding_window, q.device)
+    if scores.softcap is not None:
+        arguments = (q4, k4, v4, seen, scores)
+        out: Tensor = checkpoint(_softcapped, *arguments, use_reentrant=False, preserve_rng_state=False)
+    elif sliding_window is None or sliding_window >= length:
+        out = _sdpa(q4, k4, v4, None, scores, is_causal=True)
+    else:
+        out = _sdpa(q4, k4, v4, seen(), scores)
+    return out.flatten(0, 1)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False, scores: Scores = STANDARD_SCORES
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores, *, is_causal: bool = False) -> Tensor:
     """SDPA for tensors [b, s, n, d], transposed to [b, n, s, d] as it expects."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if scores.softcap is not None:
-        mask = _seen(q.shape[2], k.shape[2], None, q.device) if is_causal else mask
-        arguments = (q, k, v, mask, scores)
-        if torch.is_grad_enabled():
-            kept: Tensor = checkpoint(_softcapped, *arguments, use_reentrant=False, preserve_rng_state=False)
-            return kept.transpose(1, 2)
-        return _softcapped(*arguments).transpose(1, 2)
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True) if q.is_cuda else nullcontext():
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scores.scale, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Attention of q [b, n, s, d] over k, v [b, n_kv, s', d] with limited scores, which are fp32 or wider; `mask`
-    [s, s'] or [b, 1, s, s'].
-    """
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, seen: Callable[[], Tensor | None], scores: Scores) -> Tensor:
+    """`_sdpa` with limited scores, in fp32 or wider, in plain PyTorch. `seen`: makes the mask."""
     assert scores.softcap is not None
-    groups, scale = q.shape[1] // k.shape[1], scores.scale or q.shape[-1] ** -0.5
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    groups, scale = q.shape[2] // k.shape[2], scores.scale or q.shape[-1] ** -0.5
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
     products = (q @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32))  # [b, n, s, s']
     limited = (products * (scale / scores.softcap)).tanh() * scores.softcap
-    if mask is not None:
+    if (mask := seen()) is not None:
         limited = limited.masked_fill(~mask, -torch.inf)
-    return limited.softmax(-1).to(q.dtype) @ v
+    return (limited.softmax(-1).to(q.dtype) @ v).transpose(1, 2)
 
 
 def _seen(queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor:

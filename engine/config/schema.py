@@ -113,8 +113,15 @@ class ModelConfig(Section):
     sliding_window: PositiveInt | None = Field(
         None, description="a token attends to this many, itself included; null: to all before it"
     )
+    window_layers: tuple[NonNegativeInt, ...] | None = Field(
+        None, description="layers with the sliding window, from 0; null: all, if there is a window"
+    )
     tie_embeddings: bool = Field(False, description="the head uses the weights of the embedding")
     init_std: PositiveFloat = Field(0.02, description="standard deviation of initial weights")
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, in tokens; None if it attends to all tokens before."""
+        return self.sliding_window if self.window_layers is None or layer in self.window_layers else None
 
 
 class ParallelConfig(Section):

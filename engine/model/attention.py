@@ -9,14 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from engine.config.schema import AttentionImpl, ModelConfig, OpsConfig
+from engine.config.schema import ModelConfig, OpsConfig
 from engine.model.layers import Norm, NormLinear, Output, Parameters, RowLinear
 from engine.model.parameters import kv_replicas, kv_share
 from engine.ops.attention import attention
+from engine.ops.attention_choice import AttentionImpls
 from engine.ops.norm import sharded_rms_norm
 from engine.ops.quantize import GradHandover
 from engine.ops.rope import apply_rope, apply_rope_qkv, rope_hands_over
-from engine.ops.varlen import STANDARD_SCORES, Scores
+from engine.ops.varlen import Scores
 from engine.parallel.collectives import gathered
 from engine.parallel.layout import TensorParallel
 from engine.parallel.recompute import checkpoint
@@ -132,13 +133,14 @@ def scores_of(model: ModelConfig) -> Scores:
 
 def attend_within(
     cu_seqlens: tuple[int, ...],
-    sliding_window: int | None,
-    impl: AttentionImpl = "auto",
-    scores: Scores = STANDARD_SCORES,
+    model: ModelConfig,
+    impls: AttentionImpls = AttentionImpls(),  # noqa: B008 (immutable)
 ) -> Attend:
-    """Return causal attention within each segment of the flattened tokens; `impl`: see `ops/attention.py`."""
+    """Return causal attention within each segment of the flattened tokens, with the sliding window of each layer."""
+    scores = scores_of(model)
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, cu_seqlens, sliding_window, impl, scores)
+        window = model.window(layer)
+        return attention(q, k, v, cu_seqlens, window, impls.of(cu_seqlens, window), scores)
 
     return attend

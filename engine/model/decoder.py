@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.config.schema import ModelConfig, OpsConfig, ParallelConfig
-from engine.model.attention import Attend, Attention, Stream, attend_within, scores_of
+from engine.model.attention import Attend, Attention, Stream, attend_within
 from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, Output, ParallelLinear, Parameters
 from engine.model.parameters import whole_model
 from engine.ops.attention_choice import AttentionImpls
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         super().__init__()
         part = part or whole_model(model)
         self.config = model
-        self.attention_impls = attention if ops.attention == "auto" else AttentionImpls(ops.attention, ops.attention)
+        self.attention_impls = attention if ops.attention == "auto" else AttentionImpls(*[ops.attention] * 3)
         self.embedding = Embedding(model, parameters, tp) if part.has_embedding else None
         recomputed = part.layers[: parallel.recompute_layers] if parallel.recompute != "none" else range(0)
         selective = parallel.recompute == "selective"
@@ -170,9 +170,8 @@ class Decoder(nn.Module):
         return loss
 
     def attend_within(self, cu_seqlens: tuple[int, ...]) -> Attend:
-        """Return the attention of a batch: causal within each document, with this model's sliding window."""
-        window = self.config.sliding_window
-        return attend_within(cu_seqlens, window, self.attention_impls.of(cu_seqlens, window), scores_of(self.config))
+        """Return the attention of a batch: causal within each document, with the sliding window of each layer."""
+        return attend_within(cu_seqlens, self.config, self.attention_impls)
 
     def units(self) -> Iterator[nn.Module]:
         """The modules that hold the parameters, in the order in which they run."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import groupby, pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.config.schema import AttentionImpl
 from engine.ops.varlen import STANDARD_SCORES, Scores, device_ints, varlen_attention, why_not
 
+AttentionKind = Literal["plain", "documents", "windows"]
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -44,7 +46,7 @@ def attention(
     window − 1 tokens before it. `auto` is PyTorch's implementation; a model measures others (attention_choice.py).
     """
     if impl == "auto":
-        plain = not q.is_cuda or is_plain(cu_seqlens, sliding_window)
+        plain = not q.is_cuda or attention_kind(cu_seqlens, sliding_window) == "plain"
         impl = "sdpa" if plain else torch_impl(q.dtype, q.shape[2], torch.cuda.get_device_capability(q.device), scores)
     if impl != "sdpa" and len(q):
         return varlen_attention(impl, q, k, v, cu_seqlens, sliding_window, scores)
@@ -57,10 +59,12 @@ def attention(
     return torch.cat([_equal_segments(q, k, v, length, sliding_window, scores) for (length, _), q, k, v in parts])
 
 
-def is_plain(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> bool:
-    """Whether all segments have one length, which no window shortens."""
-    lengths = {b - a for a, b in pairwise(cu_seqlens)}
-    return len(lengths) == 1 and (sliding_window is None or sliding_window >= max(lengths))
+def attention_kind(cu_seqlens: tuple[int, ...], sliding_window: int | None) -> AttentionKind:
+    """Return "windows" if the window shortens a segment, else "plain" if all have one length, else "documents"."""
+    lengths = {end - start for start, end in pairwise(cu_seqlens)}
+    if sliding_window is not None and sliding_window < max(lengths):
+        return "windows"
+    return "plain" if len(lengths) == 1 else "documents"
 
 
 def torch_impl(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config.schema import AttentionImpl
-from engine.ops.attention import attention, is_plain, torch_impl
+from engine.ops.attention import AttentionKind, attention, attention_kind, torch_impl
 from engine.ops.choice import installed, package_versions
 from engine.ops.measured import Key, fastest
 from engine.ops.varlen import STANDARD_SCORES, Scores, why_not
@@ -28,14 +28,16 @@ _PACKAGES: tuple[AttentionImpl, ...] = ("flash_attn", "flash_attn_3", "flash_att
 
 @dataclass(frozen=True)
 class AttentionImpls:
-    """Implementations of attention of a model: for sequences of one length without a window, and for all else."""
+    """Implementations of attention of a model: for sequences of one length, for documents, and for sliding windows."""
 
     plain: AttentionImpl = "auto"
     documents: AttentionImpl = "auto"
+    windows: AttentionImpl = "auto"
 
     def of(self, cu_seqlens: tuple[int, ...], sliding_window: int | None) -> AttentionImpl:
-        """Return the implementation for a batch."""
-        return self.plain if is_plain(cu_seqlens, sliding_window) else self.documents
+        """Return the implementation for a batch and the window of a layer."""
+        impl: AttentionImpl = getattr(self, attention_kind(cu_seqlens, sliding_window))
+        return impl
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class AttentionProblem:
     scores: Scores = STANDARD_SCORES
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is about sequences of one length without a window."""
-        return is_plain(self.cu_seqlens, self.sliding_window)
+    def kind(self) -> AttentionKind:
+        """Sequences of one length, documents, or a sliding window."""
+        return attention_kind(self.cu_seqlens, self.sliding_window)
 
 
 def example_documents(tokens: int, document_tokens: float) -> tuple[int, ...]:
@@ -65,7 +67,7 @@ def example_documents(tokens: int, document_tokens: float) -> tuple[int, ...]:
 
 def possible_impls(problem: AttentionProblem, capability: tuple[int, int]) -> list[AttentionImpl]:
     """List what is installed and supports `problem` on a GPU of this compute capability; PyTorch's own first."""
-    plain, scores = problem.is_plain, problem.scores
+    plain, scores = problem.kind == "plain", problem.scores
     first = "sdpa" if plain else torch_impl(problem.dtype, problem.head_dim, capability, scores)
     others = ("varlen", *_PACKAGES[:-1]) if plain else _PACKAGES  # cuDNN is in SDPA, too
     return [first] + [

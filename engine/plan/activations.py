@@ -31,7 +31,8 @@ class ActivationSizes:
         kv: width of this rank's keys, and of its values.
         up: width of this rank's feed-forward layer before the activation function.
         ffn: width of this rank's feed-forward layer after the activation function.
-        mask: elements per token of a layer's [s, s] attention mask.
+        mask: elements per token of the [s, s] attention mask of a layer with a sliding window.
+        window_layers: layers with a sliding window.
         attended: elements per token of the attention outputs.
         vocabulary: vocabulary entries on this rank.
         fp8_layers: layers whose matmuls are in FP8.
@@ -47,6 +48,7 @@ class ActivationSizes:
     up: float
     ffn: float
     mask: float
+    window_layers: frozenset[int]
     attended: float
     vocabulary: int
     fp8_layers: range
@@ -74,13 +76,14 @@ class ActivationSizes:
             up=2 * ffn if model.activation == "swiglu" else ffn,
             ffn=ffn,
             mask=_mask(model, batch, data),
+            window_layers=frozenset(layer for layer in range(model.num_layers) if model.window(layer)),
             attended=2 * q if data.document_mask else q,  # outputs of single documents, then concatenated
             vocabulary=-(-model.vocab_size // tp),
             fp8_layers=fp8_layers(precision, model.num_layers),
             fp8_itemsize=1 + 4 / BLOCK_SIZE if precision.recipe == "blockwise" else 1,
         )
 
-    def layer(self, recompute: str, *, in_fp8: bool = False) -> float:
+    def layer(self, recompute: str, *, in_fp8: bool = False, has_window: bool = True) -> float:
         """Return the elements per token that a layer saves; one in FP8 counts by its bytes.
 
         An FP8 layer saves its own copies of the inputs of its matmuls, which recompute does not discard unless it is
@@ -95,13 +98,18 @@ class ActivationSizes:
             return 2 * residual + qkv + self.up + (copies if in_fp8 else self.q)
         rotated = self.q + self.kv
         inputs = copies if in_fp8 else 2 * residual + self.ffn  # attention saves its output in either case
-        return 2 * residual + qkv + rotated + self.mask + self.attended + self.up + inputs
+        mask = self.mask if has_window else 0
+        return 2 * residual + qkv + rotated + mask + self.attended + self.up + inputs
 
     def kept(self, part: Part, parallel: ParallelConfig) -> int:
         """Return the bytes that `part` saves for the microbatch between its forward and backward pass."""
         recomputed = part.layers[: parallel.recompute_layers]
         elements = sum(
-            self.layer(parallel.recompute if layer in recomputed else "none", in_fp8=layer in self.fp8_layers)
+            self.layer(
+                parallel.recompute if layer in recomputed else "none",
+                in_fp8=layer in self.fp8_layers,
+                has_window=layer in self.window_layers,
+            )
             for layer in part.layers
         )
         if not part.has_head:

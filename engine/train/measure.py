@@ -31,6 +31,7 @@ from engine.parallel.layout import World
 from engine.train.inputs import Inputs
 from engine.train.log import RunLog
 
+_KINDS = {"plain": "sequences of one length", "documents": "documents", "windows": "sliding windows"}
 _ALGORITHM = struct.Struct("<8q")  # as integers, which ranks exchange
 
 
@@ -100,27 +101,27 @@ def choose_attention(config: Config, world: World, inputs: Inputs, log: RunLog) 
         return [IMPLS.index(choices.choose(keys[index], measure, str, parse_attention))]
 
     numbers = compute_once(world, [digest(key) for key in keys], choose, 1)
-    found = {problem.is_plain: IMPLS[number] for problem, (number,) in zip(problems, numbers, strict=True)}
-    chosen = AttentionImpls(found.get(True, "auto"), found.get(False, "auto"))
-    log.say(
-        f"attention   as measured: {chosen.plain} for sequences of one length, {chosen.documents} for documents and "
-        f"windows (kept in {choices.directories[-1]})"
-    )
-    return chosen
+    found = {problem.kind: IMPLS[number] for problem, (number,) in zip(problems, numbers, strict=True)}
+    for_each = ", ".join(f"{impl} for {_KINDS[kind]}" for kind, impl in found.items())
+    log.say(f"attention   as measured: {for_each} (kept in {choices.directories[-1]})")
+    return AttentionImpls(**found)
 
 
 def attention_problems(
     config: Config, world: World, dtype: torch.dtype, document_tokens: float
 ) -> list[AttentionProblem]:
-    """Return what attention is measured with, for this rank's heads: sequences without documents, and with some."""
+    """Return what attention is measured with, for this rank's heads: sequences without documents and with some, with
+    each window that layers have.
+    """
     model, length = config.model, config.data.seq_length
     tokens = config.batch.micro * length
     batches = [tuple(range(0, tokens + 1, length))]
     if config.data.document_mask:
         batches.append(example_documents(tokens, document_tokens))
     heads = (model.num_heads // world.tp.size, kv_share(model, world.tp)[1], model.head_dim)
-    scores = scores_of(model)
-    return [AttentionProblem(world.device, dtype, *heads, batch, model.sliding_window, scores) for batch in batches]
+    windows = sorted({model.window(layer) for layer in range(model.num_layers)}, key=lambda window: window or 0)
+    found = [(window, batch) for window in windows for batch in batches]
+    return [AttentionProblem(world.device, dtype, *heads, batch, window, scores_of(model)) for window, batch in found]
 
 
 def _measures(config: Config) -> bool:

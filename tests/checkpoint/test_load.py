@@ -48,7 +48,7 @@ def load_part(path: Path) -> tuple[torch.Tensor, int]:
     decoder, _ = load_decoder(path, torch.float32, CPU, world.tp)
     tokens = torch.arange(8)
     with torch.no_grad():
-        hidden = gather_sequence(decoder(tokens, tokens, attend_within((0, 8), None)), world.tp_group)
+        hidden = gather_sequence(decoder(tokens, tokens, attend_within((0, 8), MODEL)), world.tp_group)
         return decoder.logits(hidden), sum(read)
 
 
@@ -64,7 +64,7 @@ def test_each_rank_loads_its_part_of_the_model(directory, tmp_path, ranks):
     tokens = torch.arange(8)
     whole = new_decoder(MODEL)
     with torch.no_grad():
-        expected = whole.logits(whole(tokens, tokens, attend_within((0, 8), None)))
+        expected = whole.logits(whole(tokens, tokens, attend_within((0, 8), MODEL)))
     size = sum(parameter.numel() for parameter in new_parameters(MODEL).values())
     for path in (directory, checkpoint):
         parts = run_ranks(ranks, load_part, path)

@@ -241,7 +241,7 @@ def test_a_block_compiles_as_one_graph(kernels):
     model = tiny_config()
     block = new_decoder(model).layers[0]
     cos, sin = rope_tables(torch.arange(16), model.head_dim, model.rope_theta)
-    (x, residual), attend = torch.randn(2, 16, model.hidden_size), attend_within((0, 16), None)
+    (x, residual), attend = torch.randn(2, 16, model.hidden_size), attend_within((0, 16), model)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block.forward, fullgraph=True, backend=counter)
     out, expected = (sum(function(x, residual, cos, sin, attend)) for function in (compiled, block))

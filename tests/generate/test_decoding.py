@@ -15,7 +15,7 @@ def test_greedy_generation_equals_running_the_whole_text_again():
     decoder = new_decoder(MODEL)
     ids = [5, 6, 7]
     for token in generate(decoder, ids.copy(), 12, Sampling()):
-        whole = decoder(torch.tensor(ids), torch.arange(len(ids)), attend_within((0, len(ids)), None))
+        whole = decoder(torch.tensor(ids), torch.arange(len(ids)), attend_within((0, len(ids)), MODEL))
         assert token == int(decoder.logits(whole[-1:]).argmax())
         ids.append(token)
     assert len(ids) == 15

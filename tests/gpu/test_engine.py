@@ -82,7 +82,7 @@ def test_a_block_compiles_as_one_graph():
     model = tiny_config()
     block = new_decoder(model).layers[0].to("cuda", torch.bfloat16)
     cos, sin = rope_tables(torch.arange(16, device="cuda"), model.head_dim, model.rope_theta)
-    attend = attend_within((0, 16), None)
+    attend = attend_within((0, 16), model)
     torch.manual_seed(0)
     x, residual = torch.randn(2, 16, model.hidden_size, device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(block.forward, fullgraph=True)

@@ -75,7 +75,7 @@ def test_logits_and_gradients_equal_those_of_transformers(preset):
     decoder = Decoder(model, Parameters(parameters))
     tokens = hidden_tokens(97, model.vocab_size)  # longer than the sliding window of 32
     labels = tokens.roll(-1)
-    hidden = decoder(tokens, torch.arange(97), attend_within((0, 97), model.sliding_window))
+    hidden = decoder(tokens, torch.arange(97), attend_within((0, 97), model))
     expected = reference(tokens[None]).logits[0]
     torch.testing.assert_close(decoder.logits(hidden), expected, rtol=1e-4, atol=1e-4)
 
@@ -97,9 +97,9 @@ def test_documents_do_not_see_each_other():
     decoder = new_decoder(model)
     tokens = hidden_tokens(50, model.vocab_size)
     positions = torch.cat((torch.arange(20), torch.arange(30)))
-    attend = attend_within((0, 20, 50), None)
+    attend = attend_within((0, 20, 50), model)
     together = decoder(tokens, positions, attend)
-    alone = decoder(tokens[20:], torch.arange(30), attend_within((0, 30), None))
+    alone = decoder(tokens[20:], torch.arange(30), attend_within((0, 30), model))
     torch.testing.assert_close(together[20:], alone, rtol=1e-5, atol=1e-5)
     changed = tokens.clone()
     changed[3] = (changed[3] + 1) % model.vocab_size
@@ -107,13 +107,28 @@ def test_documents_do_not_see_each_other():
     assert not torch.equal(decoder(changed, positions, attend)[:20], together[:20])
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-mistral", "tiny-qwen3", "tiny-starcoder2"])
+@torch.no_grad()
+def test_layers_without_a_window_attend_to_all():
+    model = tiny_config("tiny-mistral", init_std=0.1, num_layers=2, window_layers=(1,), sliding_window=8)
+    decoder, tokens = new_decoder(model), hidden_tokens(30, 257)
+    some = decoder(tokens, torch.arange(30), decoder.attend_within((0, 30)))
+    for layer, windows in ((0, (0, 1)), (1, ())):
+        decoder.config = model.model_copy(update={"window_layers": windows})
+        other = decoder(tokens, torch.arange(30), decoder.attend_within((0, 30)))
+        torch.testing.assert_close(other[:8], some[:8])
+        assert not torch.allclose(other[8:], some[8:]), layer
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-mistral", "tiny-qwen3", "tiny-starcoder2", "some windows"])
 @torch.no_grad()
 def test_generation_with_a_cache_equals_the_whole_sequence(preset):
-    model = tiny_config(preset, init_std=0.1)
+    if preset == "some windows":
+        model = tiny_config("tiny-mistral", init_std=0.1, window_layers=(1, 2))
+    else:
+        model = tiny_config(preset, init_std=0.1)
     decoder = new_decoder(model)
     tokens = hidden_tokens(60, model.vocab_size)
-    whole = decoder(tokens, torch.arange(60), attend_within((0, 60), model.sliding_window))
+    whole = decoder(tokens, torch.arange(60), attend_within((0, 60), model))
     cache = KeyValueCache(model, 1, 60, torch.float32, torch.device("cpu"))
     parts = []
     for first, last in ((0, 40), (40, 41), (41, 42), (42, 60)):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.ops.attention import attention, attention_reference, attention_with_cache, is_plain, torch_impl
+from engine.ops.attention import attention, attention_kind, attention_reference, attention_with_cache, torch_impl
 from tests.ops.op_parity import assert_same, strided
 
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-6}
@@ -114,10 +114,11 @@ def test_never_waits_for_the_device():
 
 
 def test_plain_sequences():
-    assert is_plain((0, 8, 16), None)
-    assert is_plain((0, 8, 16), 8)
-    assert not is_plain((0, 8, 16), 7)
-    assert not is_plain((0, 8, 15), None)
+    assert attention_kind((0, 8, 16), None) == "plain"
+    assert attention_kind((0, 8, 16), 8) == "plain"
+    assert attention_kind((0, 8, 16), 7) == "windows"
+    assert attention_kind((0, 8, 15), None) == "documents"
+    assert attention_kind((0, 8, 15), 7) == "windows"
 
 
 def test_documents_on_a_gpu_use_the_kernel_of_torch_where_it_can():

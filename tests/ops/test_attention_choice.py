@@ -137,5 +137,6 @@ def test_a_model_uses_one_for_sequences_and_one_for_documents(monkeypatch):
 
 
 def test_a_window_is_not_plain():
-    assert AttentionImpls("sdpa", "varlen").of((0, 8, 16), 8) == "sdpa"
-    assert AttentionImpls("sdpa", "varlen").of((0, 8, 16), 7) == "varlen"
+    measured = AttentionImpls("sdpa", "varlen", "cudnn")
+    assert [measured.of((0, 8, 16), window) for window in (None, 8, 7)] == ["sdpa", "sdpa", "cudnn"]
+    assert [measured.of((0, 8, 15), window) for window in (None, 8, 7)] == ["varlen", "varlen", "cudnn"]

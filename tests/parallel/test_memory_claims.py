@@ -62,7 +62,7 @@ def between_blocks(config: Config, layout: Layout) -> tuple[set[torch.Size], int
         )
     tokens = torch.arange(config.data.seq_length)
     with LiveMemory() as memory:
-        hidden = decoder(tokens, tokens, attend_within((0, len(tokens)), None))
+        hidden = decoder(tokens, tokens, attend_within((0, len(tokens)), config.model))
         kept = settled(memory)
     return shapes | {hidden.shape}, kept
 

@@ -106,7 +106,7 @@ def run(preset: str, recompute: str, layers: int | None = None, *, postpone: boo
     )
     torch.manual_seed(0)
     tokens = torch.randint(0, 257, (TOKENS,))
-    attend = attend_within((0, 9, TOKENS), model.sliding_window)
+    attend = attend_within((0, 9, TOKENS), model)
     positions = torch.arange(TOKENS)
     with torch.no_grad():
         expected = decoder(tokens, positions, attend)

@@ -35,7 +35,7 @@ def live(config: Config, part: Part, layout: Layout) -> dict[str, tuple[int, int
     quantizers = {} if state is None else state.quantizers
     for quantizer in quantizers.values():
         quantizer.quantized_weight()  # kept for all microbatches
-    attend = attend_within((0, 16, TOKENS), config.model.sliding_window)
+    attend = attend_within((0, 16, TOKENS), config.model)
     for recompute in ("none", "selective", "full"):
         decoder = Decoder(
             config.model,
@@ -143,6 +143,14 @@ def test_a_layer_of_gpt_keeps_what_korthikanti_et_al_count(tmp_path):
     overrides = [item for key, value in sizes.items() for item in (f"--model.{key}", str(value))]
     config = run_config(tmp_path, *overrides, "--data.document_mask", "false", preset="tiny-starcoder2")
     assert 2 * sizes_of(config).layer("none") == (34 - 2 + 4) * 64
+
+
+def test_only_layers_with_a_window_keep_a_mask(tmp_path):
+    window = ("--model.sliding_window", "8", "--data.seq_length", "32", "--data.document_mask", "false")
+    configs = [run_config(tmp_path, *window, "--model.window_layers", layers) for layers in ("null", "[0]", "[]")]
+    part = Part(range(4), has_embedding=False, has_head=False)
+    all_layers, one, none = (sizes_of(config).kept(part, config.parallel) for config in configs)
+    assert (all_layers - one, one - none) == (3 * 2 * 32 * 32, 2 * 32 * 32)
 
 
 def test_tensor_parallel_ranks_divide_the_activations(tmp_path):

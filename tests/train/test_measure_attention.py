@@ -23,11 +23,11 @@ def measuring(directory: Path, *overrides: str) -> Config:
     return run_config(directory, *given, *overrides)
 
 
-def chosen(config: Config, found: dict[bool, str]) -> AttentionImpls:
-    """The choice where these implementations are the fastest, by whether sequences are plain."""
+def chosen(config: Config, found: dict[str, str]) -> AttentionImpls:
+    """The choice where these implementations are the fastest, by kind of batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "attention_key", lambda problem: {"what": "attention", "of": str(problem.cu_seqlens)})
-        patch.setattr(measure, "measure_attention", lambda problem: found[problem.is_plain])
+        patch.setattr(measure, "measure_attention", lambda problem: found[problem.kind])
         world = world_of()
         log, inputs = RunLog(config.run.dir, active=world.is_main), open_inputs(config, world)
         try:
@@ -43,17 +43,27 @@ def test_problems_are_those_of_this_rank(tmp_path):
     assert whole.cu_seqlens == (0, length, 2 * length)
     assert len(documents.cu_seqlens) == 9
     assert documents.cu_seqlens[-1] == 2 * length
-    assert (whole.is_plain, documents.is_plain) == (True, False)
+    assert (whole.kind, documents.kind) == ("plain", "documents")
     assert (whole.heads, whole.kv_heads, whole.head_dim) == (model.num_heads, model.num_kv_heads, model.head_dim)
     assert (whole.device, whole.dtype) == (GPU, BF16)
     without = run_config(tmp_path, "--data.document_mask", "false")
     assert len(attention_problems(without, replace(world_of(), device=GPU), BF16, 10.0)) == 1
 
 
+def test_each_window_of_the_layers_is_measured(tmp_path):
+    window = ("--model.sliding_window", "4")
+    some = run_config(tmp_path, *window, "--model.window_layers", "[0, 2]")
+    kinds = [
+        [problem.kind for problem in attention_problems(config, replace(world_of(), device=GPU), BF16, 32)]
+        for config in (some, run_config(tmp_path, *window))
+    ]
+    assert kinds == [["plain", "documents", "windows", "windows"], ["windows", "windows"]]
+
+
 def test_the_choice_is_said_and_kept(workspace, capsys):
     expected = AttentionImpls("flash_attn_4", "cudnn")
-    assert chosen(measuring(workspace), {True: "flash_attn_4", False: "cudnn"}) == expected
-    said = "attention   as measured: flash_attn_4 for sequences of one length, cudnn for documents and windows (kept in"
+    assert chosen(measuring(workspace), {"plain": "flash_attn_4", "documents": "cudnn"}) == expected
+    said = "attention   as measured: flash_attn_4 for sequences of one length, cudnn for documents (kept in"
     assert said in capsys.readouterr().out
     assert chosen(measuring(workspace), {}) == expected
     assert chosen(measuring(workspace, "--run.dir", str(workspace / "other")), {}) == expected
@@ -78,7 +88,7 @@ def choose_by_rank(directory: Path) -> AttentionImpls:
         directory, "--run.dir", str(place / "run"), "--ops.measured_dir", str(place), "--batch.global", "3"
     )
     names = ("flash_attn", "flash_attn_3", "flash_attn_4")
-    return chosen(config, {True: names[rank], False: names[rank]})
+    return chosen(config, {"plain": names[rank], "documents": names[rank]})
 
 
 def test_all_ranks_take_the_choice_of_the_first(workspace):

@@ -140,7 +140,7 @@ def test_a_conversation_never_sees_another(chats, preset):
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return decoder.logits(decoder(tokens, positions, attend_within(cuts, decoder.config.sliding_window)))
+            return decoder.logits(decoder(tokens, positions, decoder.attend_within(cuts)))
 
     before = logits(batch.tokens.flatten())
     for start, stop in pairwise(cuts):

@@ -67,6 +67,12 @@ _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
 _QWEN_ONLY = {"hidden_act": "silu", "use_sliding_window": False}
 _QWEN_HARMLESS = ("sliding_window", "max_window_layers")  # of layers with a window, which use_sliding_window turns off
 _QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
+_GEMMA_FIELDS = _LLAMA_FIELDS | {
+    "activation": "geglu", "norm_placement": "both", "zero_centered_norm": True, "embedding_scale": "sqrt_hidden",
+}  # fmt: skip
+_GEMMA2 = {"norm_eps": 1e-6, "attention_softcap": 50.0, "logits_softcap": 30.0, "tie_embeddings": True}
+_GEMMA3 = {"norm_eps": 1e-6, "rope_theta": 1e6, "tie_embeddings": True}
+_GRANITE3 = {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.0078125, "logits_scaling": 16.0}
 _TINY = _size(4, 64, 176, 4, 2, 257, 4096)  # 257: the byte tokenizer
 
 _ROWS = (
@@ -143,6 +149,54 @@ _ROWS = (
         has_head_dim=False,
         up_names=("c_fc",),
         down_name="c_proj",
+    ),
+    Family(
+        name="olmo2",
+        architecture="Olmo2ForCausalLM",
+        fields=_LLAMA_FIELDS | {"norm_placement": "post", "qk_norm": True, "qk_norm_span": "projection"},
+        only={"hidden_act": "silu", "attention_bias": False},
+        sizes={
+            "olmo2-7b": _size(32, 4096, 11008, 32, 32, 100352, 4096, rope_theta=5e5, norm_eps=1e-6),
+            "tiny-olmo2": _TINY | {"norm_eps": 1e-6},
+        },
+        has_head_dim=False,
+    ),
+    Family(
+        name="gemma2",
+        architecture="Gemma2ForCausalLM",
+        fields=_GEMMA_FIELDS,
+        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        sizes={
+            "gemma2-9b": _size(42, 3584, 14336, 16, 8, 256000, 8192, head_dim=256)
+            | _GEMMA2
+            | {"sliding_window": 4096, "window_layers": tuple(range(0, 42, 2))},
+            "tiny-gemma2": _TINY
+            | _GEMMA2
+            | {"head_dim": 32, "sliding_window": 32, "window_layers": (0, 2), "attention_scale": 0.25},
+        },
+    ),
+    Family(
+        name="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        fields=_GEMMA_FIELDS | {"qk_norm": True},
+        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        sizes={
+            "gemma3-1b": _size(26, 1152, 6912, 4, 1, 262144, 32768, head_dim=256)
+            | _GEMMA3
+            | {"sliding_window": 512, "window_layers": tuple(i for i in range(26) if (i + 1) % 6)},
+            "tiny-gemma3": _TINY | _GEMMA3 | {"head_dim": 32, "sliding_window": 32, "window_layers": (0, 1, 2)},
+        },
+    ),
+    Family(
+        name="granite",
+        architecture="GraniteForCausalLM",
+        fields=_LLAMA_FIELDS,
+        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        sizes={
+            "granite3-8b": _size(40, 4096, 12800, 32, 8, 49155, 4096) | _GRANITE3 | {"tie_embeddings": True},
+            "tiny-granite": _TINY | _GRANITE3 | {"tie_embeddings": True},
+        },
+        has_head_dim=False,
     ),
 )
 

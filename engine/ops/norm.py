@@ -216,7 +216,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor] | None) -> Tensor:
-        ctx.mean = mean or (lambda sums: sums.div_(x.shape[-1]))
+        size = x.shape[-1]
+        ctx.mean = mean or (lambda sums: sums.div_(size))
         wide = _widened(x)
         mean_square = ctx.mean(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_())
         inverse = mean_square.add_(eps).rsqrt_()  # [..., 1]

@@ -23,7 +23,6 @@ from engine.data.samples.sft import SftDataset
 from engine.data.storage.writer import IndexedDatasetWriter
 from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import CheckpointError, DataError
-from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.layers import Parameters
 from engine.model.parameters import logical_shapes

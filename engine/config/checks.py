@@ -47,6 +47,8 @@ def _model(model: ModelConfig, data: DataConfig) -> Iterator[str]:
         yield f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {model.num_heads}"
     if model.head_dim % 2 != 0:
         yield f"model.head_dim = {model.head_dim} is odd; rotary positions need an even size"
+    if model.zero_centered_norm and model.norm == "layer":
+        yield "model.zero_centered_norm = true applies only to model.norm = rms"
     if model.window_layers is not None and model.sliding_window is None:
         yield f"model.window_layers = {list(model.window_layers)} needs model.sliding_window, the size of their window"
     if beyond := [layer for layer in model.window_layers or () if layer >= model.num_layers]:

@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sin
         return _KernelNorm.apply(x, None, weight, None, eps, sink)[0]
     if impl in ("apex", "te") and x.dtype == weight.dtype:
         return _package_norm(impl, x, weight, None, eps)
-    if uses_fewer_passes(x):
+    if uses_fewer_passes(x, weight):
         return _RmsNorm.apply(x, weight, eps, None)
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -138,9 +138,11 @@ def _te_norm(centered: bool, hidden_size: int, eps: float) -> Callable[..., Tens
     return call
 
 
-def uses_fewer_passes(x: Tensor) -> bool:
-    """Whether `_RmsNorm` is used: on a CPU, where PyTorch's makes five passes over memory; not under torch.compile."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def uses_fewer_passes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_RmsNorm` is used: on a CPU, where PyTorch's makes five passes over memory, and for a weight of another
+    dtype, which PyTorch's does not take; not under torch.compile.
+    """
+    return (x.device.type == "cpu" or x.dtype != weight.dtype) and not torch.compiler.is_compiling()
 
 
 def _widened(x: Tensor) -> Tensor:

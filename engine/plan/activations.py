@@ -110,7 +110,8 @@ class ActivationSizes:
         rotated = self.q + self.kv
         inputs = copies if in_fp8 else 2 * residual + self.ffn  # attention saves its output in either case
         mask = self.mask if has_window else 0
-        return norm_inputs + qkv + rotated + mask + self.attended + self.up + inputs
+        attended = self.attended if self.scores == 0 else 0 if in_fp8 else self.q  # a softcap's output is not kept
+        return norm_inputs + qkv + rotated + mask + attended + self.up + inputs
 
     def kept(self, part: Part, parallel: ParallelConfig) -> int:
         """Return the bytes that `part` saves for the microbatch between its forward and backward pass."""

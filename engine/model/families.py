@@ -6,11 +6,32 @@ Parameter counts of the sizes are tested against the published ones. Pure, and l
 a class per family, which hides that one decoder runs all of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import ConfigError
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of `config.json` that some families have, and the `ModelConfig` field that it sets.
+
+    Attributes:
+        default: what a missing key means, as `config.json` would say it.
+        read: the field's value from the key's.
+        write: the key's value from the field's.
+    """
+
+    name: str
+    field: str
+    default: Any = None
+    read: Callable[[Any], Any] = _same
+    write: Callable[[Any], Any] = _same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +47,11 @@ class Family:
         sizes: by preset name, `ModelConfig` fields beyond `fields`.
         defaults: what a key missing from `config.json` means, where that differs between families.
         norm_key: the key of the norm's epsilon in `config.json`.
-        has_window: whether `sliding_window` applies to all layers.
+        keys: keys of `config.json` beyond those of every family; two may set two fields from one key.
+        derived: fields that follow from the other fields, by name.
+        windows: layers with a sliding window where `config.json` has no `layer_types`, from `config.json` and the
+            number of layers; None if the family has no sliding windows.
+        window_keys: keys that say which layers have the window, beyond `sliding_window`.
         has_head_dim: whether the head size may differ from hidden_size / num_heads.
         up_names: names of the feed-forward projections from the hidden size, fused into one parameter in this order.
         down_name: name of the feed-forward projection back to the hidden size.
@@ -40,10 +65,17 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
     norm_key: str = "rms_norm_eps"
-    has_window: bool = False
+    keys: tuple[Key, ...] = ()
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
+    windows: Callable[[Mapping[str, Any], int], Iterable[int]] | None = None
+    window_keys: tuple[str, ...] = ()
     has_head_dim: bool = True
     up_names: tuple[str, ...] = ("gate_proj", "up_proj")
     down_name: str = "down_proj"
+
+    def with_derived(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """`fields` with those that follow from them."""
+        return fields | {name: derive(fields) for name, derive in self.derived.items()}
 
 
 def _size(
@@ -62,10 +94,17 @@ def _size(
     }
 
 
+def _every_layer(_: Mapping[str, Any], layers: int) -> Iterable[int]:
+    return range(layers)
+
+
+def _from_max_window_layers(config: Mapping[str, Any], layers: int) -> Iterable[int]:
+    return range(config.get("max_window_layers", 28), layers) if config.get("use_sliding_window") else ()
+
+
 _LLAMA_FIELDS = {"norm": "rms", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "qk_norm": False}
 _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
-_QWEN_ONLY = {"hidden_act": "silu", "use_sliding_window": False}
-_QWEN_HARMLESS = ("sliding_window", "max_window_layers")  # of layers with a window, which use_sliding_window turns off
+_QWEN_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
 _QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
 _GEMMA_FIELDS = _LLAMA_FIELDS | {
     "activation": "geglu", "norm_placement": "both", "zero_centered_norm": True, "embedding_scale": "sqrt_hidden",
@@ -100,32 +139,44 @@ _ROWS = (
             "tiny-mistral": _TINY | {"sliding_window": 32},
         },
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-        has_window=True,
+        windows=_every_layer,
+    ),
+    Family(
+        name="ministral",
+        architecture="MinistralForCausalLM",
+        fields=_LLAMA_FIELDS,
+        only={"hidden_act": "silu"},
+        sizes={"tiny-ministral": _TINY | {"sliding_window": 32, "window_layers": (0, 1, 2)}},
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        windows=_every_layer,
+        window_keys=("layer_types",),
     ),
     Family(
         name="qwen2",
         architecture="Qwen2ForCausalLM",
         fields=_LLAMA_FIELDS | {"qkv_bias": True},
-        only=_QWEN_ONLY,
+        only={"hidden_act": "silu"},
         sizes={
             "qwen2.5-7b": _size(28, 3584, 18944, 28, 4, 152064, 131072) | _QWEN,
             "tiny-qwen2": _TINY | _QWEN,
         },
-        defaults={"num_key_value_heads": 32},
-        harmless=_QWEN_HARMLESS,
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+        windows=_from_max_window_layers,
+        window_keys=_QWEN_WINDOWS,
         has_head_dim=False,
     ),
     Family(
         name="qwen3",
         architecture="Qwen3ForCausalLM",
         fields=_LLAMA_FIELDS | {"qk_norm": True},
-        only=_QWEN_ONLY | {"attention_bias": False},
+        only={"hidden_act": "silu", "attention_bias": False},
         sizes={
             "qwen3-8b": _size(36, 4096, 12288, 32, 8, 151936, 40960, head_dim=128) | _QWEN,
             "tiny-qwen3": _TINY | _QWEN | {"head_dim": 32},
         },
-        defaults={"head_dim": 128, "num_key_value_heads": 32},
-        harmless=_QWEN_HARMLESS,
+        defaults={"head_dim": 128, "num_key_value_heads": 32, "sliding_window": 4096},
+        windows=_from_max_window_layers,
+        window_keys=_QWEN_WINDOWS,
     ),
     Family(
         name="starcoder2",
@@ -145,7 +196,7 @@ _ROWS = (
             "initializer_range": 0.018042,
         },
         norm_key="norm_epsilon",
-        has_window=True,
+        windows=_every_layer,
         has_head_dim=False,
         up_names=("c_fc",),
         down_name="c_proj",
@@ -202,7 +253,9 @@ _ROWS = (
 
 FAMILIES: Mapping[str, Family] = {row.name: row for row in _ROWS}
 PRESETS: dict[str, dict[str, Any]] = {
-    name: {"family": row.name, **row.fields, **size} for row in _ROWS for name, size in row.sizes.items()
+    name: row.with_derived({"family": row.name, **row.fields, **size})
+    for row in _ROWS
+    for name, size in row.sizes.items()
 }
 
 

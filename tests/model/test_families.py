@@ -68,5 +68,7 @@ def test_a_row_is_whole(family):
 
 
 def test_an_unknown_family():
-    with pytest.raises(ConfigError, match=r"model\.family = 'lama' is unknown; known: llama, mistral, qwen2"):
+    with pytest.raises(
+        ConfigError, match=r"model\.family = 'lama' is unknown; known: llama, mistral, ministral, qwen2"
+    ):
         family_of("lama")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.huggingface.files import Json
-from engine.config.schema import ModelConfig, RopeScaling
+from engine.config.schema import SOURCES, ModelConfig, RopeScaling
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import FAMILIES, Family, family_of
 
@@ -44,6 +44,7 @@ _HARMLESS = frozenset({
     "use_sdpa", "use_flash_attention", "gradient_checkpointing", "keys_to_ignore_at_inference",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor")
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -54,6 +55,10 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
     Raises:
         CheckpointError: an architecture or setting that is not implemented, or a missing field.
     """
+    if (
+        config.get("model_type") == "mistral" and config.get("layer_types") is not None
+    ):  # so does AutoModel of transformers
+        config = dict(config) | {"model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
     family = _family_of(config)
     if problems := list(_unsupported(config, family)):
         raise CheckpointError(f"config.json: {'; '.join(problems)}")
@@ -64,6 +69,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
 
     hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
     theta, scaling = _rope(config)
+    window, window_layers = _windows(config, family)
     fields = {
         "family": family.name,
         "num_layers": _count(config, "num_hidden_layers"),
@@ -77,27 +83,26 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
         "norm_eps": value(family.norm_key, 1e-6),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "sliding_window": _window(config, family),
+        "sliding_window": window,
+        "window_layers": window_layers,
         "tie_embeddings": value("tie_word_embeddings", False),
         "init_std": value("initializer_range", 0.02),
+        **{key.field: key.read(config.get(key.name, key.default)) for key in family.keys},
+        **family.fields,
     }
-    return fields | family.fields
+    return family.with_derived(fields)
 
 
 def require_expressible(model: ModelConfig) -> None:
     """Check that Hugging Face's `config.json` can express a model.
 
     Raises:
-        ConfigError: an unknown family, or a setting that this family fixes to another value.
+        ConfigError: an unknown family, or a setting that would read back with another value.
     """
     family = family_of(model.family)
-    values, fixed = dict(model), dict(family.fields)
-    if not family.has_window:
-        fixed["sliding_window"] = None
-    if not family.has_head_dim:
-        fixed["head_dim"] = model.hidden_size // model.num_heads
-    for name, expected in fixed.items():
-        if (seen := values[name]) != expected:
+    read = ModelConfig.model_validate(model_config_from_hf(_architecture(model, family)))
+    for name, seen in model:
+        if name not in SOURCES and seen != (expected := getattr(read, name)):
             raise ConfigError(
                 f"model.{name} = {seen!r} cannot be exported as {family.architecture}, which has {expected!r}; "
                 "choose another model.family"
@@ -113,7 +118,12 @@ def hf_config(
         ConfigError: see `require_expressible`.
     """
     require_expressible(model)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     family = family_of(model.family)
+    return _architecture(model, family) | ids | {"torch_dtype": _DTYPE_NAMES[dtype], "use_cache": True}
+
+
+def _architecture(model: ModelConfig, family: Family) -> Json:
     config = {
         "architectures": [family.architecture],
         "model_type": family.name,
@@ -129,15 +139,10 @@ def hf_config(
         "rope_theta": model.rope_theta,
         "rope_scaling": _scaling_json(model.rope_scaling),
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
-        "torch_dtype": _DTYPE_NAMES[dtype],
-        "use_cache": True,
     }
-    window = {"sliding_window": model.sliding_window} if family.has_window else {}
+    keys = {key.name: key.write(getattr(model, key.field)) for key in family.keys}
     head_dim = {"head_dim": model.head_dim} if family.has_head_dim else {}
-    return config | family.only | window | head_dim
+    return config | family.only | keys | head_dim | _windows_json(model, family)
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:
@@ -151,9 +156,8 @@ def _family_of(config: Mapping[str, Any]) -> Family:
 
 def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     """Yield what is wrong with each setting that is neither read nor known not to change the model."""
-    known = (
-        _READ | _HARMLESS | {family.norm_key, *family.harmless} | ({"sliding_window"} if family.has_window else set())
-    )
+    known = _READ | _HARMLESS | {family.norm_key, *family.harmless, *(key.name for key in family.keys)}
+    known |= {"sliding_window", *family.window_keys} if family.windows else set()
     only = {"model_type": family.name, **family.only}
     off = _OFF | {"seq_length": config.get("max_position_embeddings")}
     if not family.fields["qkv_bias"]:
@@ -171,14 +175,11 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
         elif seen != off[key]:
             advice = "; set it to 0.0 to train without" if key.endswith(("dropout", "_pdrop")) else ""
             yield f"{key} = {seen!r} is not supported; expected {off[key]!r}{advice}"
-    window = _window(config, family)
-    kind = "full_attention" if window is None else "sliding_attention"
-    if set(config.get("layer_types") or ()) - {kind}:
-        seen = ", ".join(sorted(set(map(str, config["layer_types"]))))
-        yield (
-            f"layer_types has {seen}, and the window of every layer of {family.architecture} is {window}; layers that "
-            f"differ are not supported; expected {kind} only"
-        )
+    if family.windows is None or "layer_types" not in family.window_keys:
+        kind = _FULL if family.windows is None or _window(config, family) is None else _SLIDING
+        if set(config.get("layer_types") or ()) - {kind}:
+            seen = ", ".join(sorted(set(map(str, config["layer_types"]))))
+            yield f"layer_types has {seen}; expected {kind} only, as every layer of {family.architecture} is alike"
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:
@@ -189,8 +190,48 @@ def _count(config: Mapping[str, Any], key: str) -> int:
 
 
 def _window(config: Mapping[str, Any], family: Family) -> int | None:
-    """Return the sliding window: null means no window, a missing key the family's default."""
-    return config.get("sliding_window", family.defaults.get("sliding_window")) if family.has_window else None
+    """Return the size of the sliding window: null means no window, a missing key the family's default."""
+    if "use_sliding_window" in family.window_keys and not config.get("use_sliding_window"):
+        return None
+    window: int | None = config.get("sliding_window", family.defaults.get("sliding_window"))
+    return window
+
+
+def _windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, tuple[int, ...] | None]:
+    """Return `sliding_window` and `window_layers`.
+
+    Raises:
+        CheckpointError: `layer_types` does not fit.
+    """
+    if family.windows is None:
+        return None, None
+    layers, window = _count(config, "num_hidden_layers"), _window(config, family)
+    kinds = config.get("layer_types") if "layer_types" in family.window_keys else None
+    if kinds is None:
+        windowed = tuple(family.windows(config, layers)) if window else ()
+    elif not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {_FULL, _SLIDING}:
+        raise CheckpointError(f"config.json: layer_types = {kinds!r}; expected {layers} of {_FULL} or {_SLIDING}")
+    else:
+        windowed = tuple(layer for layer, kind in enumerate(kinds) if kind == _SLIDING)
+    if windowed and window is None:
+        raise CheckpointError(f"config.json: layer_types has {_SLIDING}, but there is no sliding_window")
+    if not windowed:
+        return None, None
+    return window, None if len(windowed) == layers else windowed
+
+
+def _windows_json(model: ModelConfig, family: Family) -> Json:
+    if family.windows is None:
+        return {}
+    windows = [model.window(layer) for layer in range(model.num_layers)]
+    has_window = any(windows)
+    found: Json = {
+        "sliding_window": model.sliding_window,
+        "layer_types": [_SLIDING if window else _FULL for window in windows],
+        "use_sliding_window": has_window,
+        "max_window_layers": windows.index(model.sliding_window) if has_window else model.num_layers,
+    }
+    return {key: found[key] for key in ("sliding_window", *family.window_keys)}
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Json | None]:

@@ -86,7 +86,7 @@ def _describe_changes(a: Arguments, notes: Notes, *, is_gated: bool) -> None:
 def _family(a: Arguments, notes: Notes, fields: dict[str, Any], *, has_window: bool, own_head_dim: bool) -> str:
     """The first family that has these fields, a window if there is one, and a head size of its own if there is one."""
     for row in FAMILIES.values():
-        if row.fields == fields and row.has_window >= has_window and row.has_head_dim >= own_head_dim:
+        if row.fields == fields and (row.windows is not None) >= has_window and row.has_head_dim >= own_head_dim:
             return row.name
     wanted = [f"model.{key} = {str(value).lower()}" for key, value in fields.items()]
     wanted += ["a window"] * has_window + ["a head size other than hidden_size / num_heads"] * own_head_dim

@@ -113,12 +113,12 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ours = model_config_from_hf(sizes | {"architectures": [family.architecture]})
         theirs = transformers.AutoConfig.for_model(name, **sizes)
         assert ours["num_kv_heads"] == (theirs.num_key_value_heads or 16), name
-        if not name.startswith("qwen2") and family.has_head_dim:
+        if family.has_head_dim and theirs.head_dim:  # null of Ministral: transformers needs the key
             assert ours["head_dim"] == theirs.head_dim, name
         assert ours["norm_eps"] == getattr(theirs, family.norm_key), name
         assert ours["tie_embeddings"] == theirs.tie_word_embeddings, name
         assert ours["init_std"] == theirs.initializer_range, name
-        if family.has_window:
+        if family.windows and "use_sliding_window" not in family.window_keys:
             assert ours["sliding_window"] == theirs.sliding_window, name
 
 
@@ -213,12 +213,17 @@ SMALL = {
 }  # fmt: skip
 WINDOWS = {"mistral": {"sliding_window": 6}, "starcoder2": {"sliding_window": 6}, "qwen3": {"head_dim": 8}}
 FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWS |= {
+    "ministral": {"sliding_window": 6, "head_dim": 8, "layer_types": [FULL, SLIDING]},
+    "qwen2": {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
+}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GONE = object()
 MUTATIONS: list[tuple[str, Any]] = [
     *[("layer_types", kinds) for kinds in ([FULL, FULL], [SLIDING, SLIDING], [FULL, SLIDING], [SLIDING, FULL])],
     *[("sliding_window", size) for size in (3, 6, None, GONE)],
-    *[("use_sliding_window", True), ("max_window_layers", 1)],
+    *[("use_sliding_window", on) for on in (True, False, GONE)],
+    *[("max_window_layers", number) for number in (0, 1, 2, GONE)],
     *[("attention_dropout", 0.1), ("residual_dropout", 0.1), ("embedding_dropout", 0.1), ("hidden_dropout", 0.1)],
     *[("attention_bias", True), ("mlp_bias", True), ("use_bias", False), ("hidden_act", "gelu")],
     *[("bias", False), ("qkv_bias", False)],

@@ -64,7 +64,7 @@ def reference_model(preset: str, model: ModelConfig) -> transformers.PreTrainedM
         ]
     if "gemma" in model.family:
         fields |= {
-            "query_pre_attn_scalar": 16 if preset == "tiny-gemma2" else 32,
+            "query_pre_attn_scalar": 16 if preset == "tiny-gemma2" else 256,
             "attn_logit_softcapping": model.attention_softcap,
             "final_logit_softcapping": model.logits_softcap,
             "pad_token_id": None,  # whose embedding has no gradient there

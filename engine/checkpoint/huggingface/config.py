@@ -24,6 +24,7 @@ _OFF: Json = {
     "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "output_router_logits": False,
     "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False, "rope_interleaved": False,
+    "use_bidirectional_attention": False,
 }  # fmt: skip
 _READ = frozenset({
     "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",

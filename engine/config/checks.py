@@ -52,6 +52,8 @@ def _model(model: ModelConfig, data: DataConfig) -> Iterator[str]:
         lengths = {len(model.rope_scaling.short_factor), len(model.rope_scaling.long_factor or ())}
         if lengths != {model.rotary_dim // 2}:
             yield f"model.rope_scaling: short_factor and long_factor need {model.rotary_dim // 2} numbers each"
+    if model.zero_centered_norm and model.norm == "layer":
+        yield "model.zero_centered_norm = true applies only to model.norm = rms"
     if model.window_layers is not None and model.sliding_window is None:
         yield f"model.window_layers = {list(model.window_layers)} needs model.sliding_window, the size of their window"
     if beyond := [layer for layer in model.window_layers or () if layer >= model.num_layers]:

@@ -119,11 +119,34 @@ class ModelConfig(Section):
     max_position: PositiveInt = Field(description="maximum sequence length of the model")
     norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with a bias")
     norm_eps: PositiveFloat = Field(1e-5, description="added to the variance in norms")
-    activation: Literal["swiglu", "gelu"] = Field("swiglu", description="activation of the feed-forward layer")
+    norm_placement: Literal["pre", "post", "both"] = Field(
+        "pre", description="norms of a layer: of the inputs of attention and feed-forward, of their outputs, or of both"
+    )
+    zero_centered_norm: bool = Field(False, description="RMSNorm multiplies by 1 + weight, in fp32")
+    activation: Literal["swiglu", "geglu", "gelu"] = Field("swiglu", description="activation of the feed-forward layer")
     qkv_bias: bool = Field(False, description="biases on queries, keys and values")
     output_bias: bool = Field(False, description="a bias on the attention output")
     mlp_bias: bool | None = Field(None, description="biases on the feed-forward layers; null: as output_bias")
-    qk_norm: bool = Field(False, description="RMSNorm on each head of queries and keys")
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys")
+    qk_norm_span: Literal["head", "projection"] = Field(
+        "head", description="what qk_norm normalizes: each head, or all heads of a token together"
+    )
+    embedding_scale: PositiveFloat | Literal["sqrt_hidden"] = Field(
+        1.0, description="the embeddings are multiplied by this; sqrt_hidden: the root of hidden_size, as Gemma"
+    )
+    residual_scale: PositiveFloat = Field(
+        1.0, description="outputs of attention and feed-forward are multiplied by this before they are added"
+    )
+    attention_scale: PositiveFloat | None = Field(
+        None, description="attention scores are multiplied by this; null: 1 / the root of head_dim"
+    )
+    attention_softcap: PositiveFloat | None = Field(
+        None, description="limits attention scores to softcap · tanh(score / softcap)"
+    )
+    logits_scaling: PositiveFloat = Field(1.0, description="the logits are divided by this")
+    logits_softcap: PositiveFloat | None = Field(
+        None, description="limits the logits to softcap · tanh(logit / softcap)"
+    )
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
     rope_scaling: RopeScaling | None = Field(None, description="scaling of the rotary frequencies")
     rope_local_theta: PositiveFloat | None = Field(

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from engine.config.schema import ModelConfig
-from engine.model.attention import Attend
+from engine.model.attention import Attend, scores_of
 from engine.model.parameters import kv_share
 from engine.ops.attention import attention_with_cache
 from engine.parallel.layout import NO_TP, TensorParallel
@@ -41,6 +41,7 @@ class KeyValueCache:
         shape = (2, model.num_layers, sequences, capacity, kv_share(model, tp)[1], model.head_dim)
         self.slab = torch.zeros(shape, dtype=dtype, device=device)  # masked entries must be finite: 0 · NaN is NaN
         self.windows = [model.window(layer) for layer in range(model.num_layers)]
+        self.scores = scores_of(model)
         self.lengths = [0] * sequences
 
     def extend(self, rows: range, count: int) -> tuple[torch.Tensor, Attend]:
@@ -62,7 +63,7 @@ class KeyValueCache:
             padding = len(q) - places.numel()
             q, k, v = (x[: places.numel()].unflatten(0, places.shape) for x in (q, k, v))
             keys[row, places], values[row, places] = k, v
-            out = attention_with_cache(q, keys, values, tuple(ends), self.windows[layer])
+            out = attention_with_cache(q, keys, values, tuple(ends), self.windows[layer], self.scores)
             return functional.pad(out.flatten(0, 1), (0, 0, 0, 0, 0, padding))
 
         return places.flatten(), attend

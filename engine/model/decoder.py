@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine.config.schema import ModelConfig, OpsConfig, ParallelConfig
 from engine.model.attention import Attend, Attention, Stream, attend_within
-from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, ParallelLinear, Parameters
+from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, Output, ParallelLinear, Parameters
 from engine.model.parameters import whole_model
 from engine.ops.attention_choice import AttentionImpls
 from engine.ops.rope import RopeFrequencies, rope_frequencies, tables_at
@@ -24,7 +23,7 @@ from engine.parallel.recompute import checkpoint
 
 
 class FeedForward(nn.Module):
-    """Norm and feed-forward layer: SwiGLU with fused gate and up, or GELU.
+    """Norm and feed-forward layer: SwiGLU or GeGLU with fused gate and up, or GELU.
 
     With `selective_recompute` the outputs of norm and activation function are not kept for the backward pass.
     """
@@ -45,16 +44,17 @@ class FeedForward(nn.Module):
             parameters, f"{block}.mlp_norm", f"{path}.up", model, tp, ops, selective_recompute=selective_recompute
         )
         self.down = ActivationLinear(parameters, f"{path}.down", model, tp, selective_recompute=selective_recompute)
+        self.finish = Output(parameters, f"{block}.mlp_post_norm", model, ops)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> Stream:
         """Return (mlp(s), s) for s = x + residual; see `Stream`."""
         handover = self.down.grad_handover(self.up.linear, x)
         up, total = self.up(x, residual, handover)  # [t, 2f/tp] or [t, f/tp]
-        return self.down(up, handover), total
+        return self.finish(self.down(up, handover)), total
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream [t/tp, h] by the norm that follows."""
+    """Attention and feed-forward with their norms, each added to the residual stream [t/tp, h] by what follows."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[t, v/tp] for hidden states [t, h] that `forward` returned: this rank's share of the vocabulary."""
         assert self.head is not None, "only the part with the head has logits"
-        return F.linear(self.head.norm(hidden), self.head.weight)
+        return self.head.logits(hidden)
 
 
 def _sum(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -196,10 +196,12 @@ def _sum(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
 
 
 def _compile(block: Block, tp: TensorParallel) -> None:
-    """torch.compile a block, except its linear layers if they communicate (the compiler would bake their state in as
-    constants) and attention (it would recompile for every new `cu_seqlens`).
+    """torch.compile a block, except its linear layers and the norms of queries and keys if they communicate (the
+    compiler would bake their state in as constants) and attention (it would recompile for every new `cu_seqlens`).
     """
     block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[method-assign]
+    if tp.size > 1:
+        block.attention.normalize = torch.compiler.disable(block.attention.normalize)  # type: ignore[method-assign]
     for layer in block.modules():
         if tp.size > 1 and isinstance(layer, ParallelLinear):
             layer.forward = torch.compiler.disable(layer.forward)

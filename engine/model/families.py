@@ -112,6 +112,19 @@ def _from_max_window_layers(config: Mapping[str, Any], layers: int) -> Iterable[
     return range(config.get("max_window_layers", 28), layers) if config.get("use_sliding_window") else ()
 
 
+def _every_other(_: Mapping[str, Any], layers: int) -> Iterable[int]:
+    return range(0, layers, 2)
+
+
+def _all_but_every_sixth(config: Mapping[str, Any], layers: int) -> Iterable[int]:
+    return (layer for layer in range(layers) if (layer + 1) % config.get("sliding_window_pattern", 6))
+
+
+def _number(name: str, field: str, default: float) -> Key:
+    """A key that must be a number: null is its default."""
+    return Key(name, field, default, read=lambda value: default if value is None else value)
+
+
 _GATED = {"norm": "rms", "activation": "swiglu", "qk_norm": False}
 _LLAMA_FIELDS = _GATED | {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
 _ATTENTION_BIAS = (
@@ -121,6 +134,23 @@ _ATTENTION_BIAS = (
 _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
 _QWEN_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
 _QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
+_GEMMA_FIELDS = _LLAMA_FIELDS | {
+    "activation": "geglu", "norm_placement": "both", "zero_centered_norm": True, "embedding_scale": "sqrt_hidden",
+}  # fmt: skip
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+_ATTENTION_SCALAR = Key(
+    "query_pre_attn_scalar",
+    "attention_scale",
+    256,
+    read=lambda scalar: (256 if scalar is None else scalar) ** -0.5,
+    write=lambda scale: None if scale is None else round(scale**-2),
+)
+_GEMMA = {"norm_eps": 1e-6, "attention_scale": 256**-0.5, "tie_embeddings": True}
+_GEMMA2 = _GEMMA | {"attention_softcap": 50.0, "logits_softcap": 30.0}
+_GEMMA3 = _GEMMA | {"rope_theta": 1e6, "rope_local_theta": 1e4}
+_GRANITE3 = {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.0078125, "logits_scaling": 16.0}
 _TINY = _size(4, 64, 176, 4, 2, 257, 4096)  # 257: the byte tokenizer
 
 
@@ -245,6 +275,76 @@ _ROWS = (
         has_head_dim=False,
         up_names=("c_fc",),
         down_name="c_proj",
+    ),
+    Family(
+        name="olmo2",
+        architecture="Olmo2ForCausalLM",
+        fields=_LLAMA_FIELDS | {"norm_placement": "post", "qk_norm": True, "qk_norm_span": "projection"},
+        only={"hidden_act": "silu", "attention_bias": False},
+        sizes={
+            "olmo2-7b": _size(32, 4096, 11008, 32, 32, 100352, 4096, rope_theta=5e5, norm_eps=1e-6),
+            "tiny-olmo2": _TINY | {"norm_eps": 1e-6},
+        },
+        defaults={"rms_norm_eps": 1e-5},
+        has_head_dim=False,
+    ),
+    Family(
+        name="gemma2",
+        architecture="Gemma2ForCausalLM",
+        fields=_GEMMA_FIELDS,
+        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        sizes={
+            "gemma2-9b": _size(42, 3584, 14336, 16, 8, 256000, 8192, head_dim=256)
+            | _GEMMA2
+            | {"sliding_window": 4096, "window_layers": tuple(range(0, 42, 2))},
+            "tiny-gemma2": _TINY
+            | _GEMMA2
+            | {"head_dim": 32, "sliding_window": 32, "window_layers": (0, 2), "attention_scale": 0.25},
+        },
+        defaults=_GEMMA_DEFAULTS,
+        harmless=("hidden_act", "sliding_window_size", "cache_implementation"),  # which transformers does not read
+        keys=(
+            _ATTENTION_SCALAR,
+            Key("attn_logit_softcapping", "attention_softcap", 50.0),
+            Key("final_logit_softcapping", "logits_softcap", 30.0),
+        ),
+        windows=_every_other,
+        window_keys=("layer_types",),
+    ),
+    Family(
+        name="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        fields=_GEMMA_FIELDS | {"qk_norm": True},
+        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None},
+        sizes={
+            "gemma3-1b": _size(26, 1152, 6912, 4, 1, 262144, 32768, head_dim=256)
+            | _GEMMA3
+            | {"sliding_window": 512, "window_layers": tuple(i for i in range(26) if (i + 1) % 6)},
+            "tiny-gemma3": _TINY | _GEMMA3 | {"head_dim": 32, "sliding_window": 32, "window_layers": (0, 1, 2)},
+        },
+        defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6},
+        has_local_rope=True,
+        harmless=("hidden_act", "sliding_window_pattern", "cache_implementation"),  # the second: see `windows`
+        keys=(_ATTENTION_SCALAR, Key("final_logit_softcapping", "logits_softcap")),
+        windows=_all_but_every_sixth,
+        window_keys=("layer_types",),
+    ),
+    Family(
+        name="granite",
+        architecture="GraniteForCausalLM",
+        fields=_LLAMA_FIELDS,
+        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        sizes={
+            "granite3-8b": _size(40, 4096, 12800, 32, 8, 49155, 4096) | _GRANITE3 | {"tie_embeddings": True},
+            "tiny-granite": _TINY | _GRANITE3 | {"tie_embeddings": True},
+        },
+        keys=(
+            _number("embedding_multiplier", "embedding_scale", 1.0),
+            _number("residual_multiplier", "residual_scale", 1.0),
+            _number("attention_multiplier", "attention_scale", 1.0),
+            _number("logits_scaling", "logits_scaling", 1.0),
+        ),
+        has_head_dim=False,
     ),
 )
 

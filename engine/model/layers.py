@@ -25,7 +25,7 @@ from engine.ops.cross_entropy import WeightSink
 from engine.ops.linear import MATMUL_KINDS
 from engine.ops.norm import add_norm, layer_norm, norm_for_fp8, rms_norm
 from engine.ops.quantize import AmaxOutput, Fp8Output, GradHandover
-from engine.ops.swiglu import swiglu, swiglu_for_fp8, swiglu_hands_over
+from engine.ops.swiglu import geglu, swiglu, swiglu_for_fp8, swiglu_hands_over
 from engine.parallel.fp8 import Fp8Quantizer
 from engine.parallel.gradients import GradientSink, add_together
 from engine.parallel.layout import TensorParallel
@@ -98,19 +98,24 @@ class RowLinear(ParallelLinear):
 class Norm(nn.Module):
     """RMSNorm, or LayerNorm if the parameter table has a bias for it."""
 
-    def __init__(self, parameters: Parameters, path: str, eps: float, ops: OpsConfig) -> None:
+    def __init__(self, parameters: Parameters, path: str, model: ModelConfig, ops: OpsConfig) -> None:
         super().__init__()
         self.weight = parameters.tensors[f"{path}.weight"]
         self.bias = parameters.tensors.get(f"{path}.bias")
         names = (f"{path}.weight", f"{path}.bias")
         sinks = [parameters.sinks[name] for name in names if name in parameters.sinks]
         self.sink = partial(add_together, sinks) if sinks else None
-        self.eps, self.impl = eps, ops.norm
+        self.eps, self.impl, self.zero_centered = model.norm_eps, ops.norm, model.zero_centered_norm
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """What the normalized values are multiplied by: the weight, or 1 + weight in fp32."""
+        return 1 + self.weight.float() if self.zero_centered else self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize `x` [..., h] over its last dimension."""
         if self.bias is None:
-            return rms_norm(x, self.weight, self.eps, self.impl, self.sink)
+            return rms_norm(x, self.factor, self.eps, self.impl, self.sink)
         return layer_norm(x, self.weight, self.bias, self.eps, self.impl, self.sink)
 
     def fused(
@@ -123,12 +128,12 @@ class Norm(nn.Module):
             return norm_for_fp8(x, residual, self.weight, self.bias, self.eps, output, self.sink)
         if residual is None:
             return self(x), x
-        return add_norm(x, residual, self.weight, self.bias, self.eps, self.impl, self.sink)
+        return add_norm(x, residual, self.factor, self.bias, self.eps, self.impl, self.sink)
 
 
 class NormLinear(nn.Module):
     """A norm followed by a column-parallel linear layer, [t/tp, h] -> [t, out/tp], as LayerNormLinear in Transformer
-    Engine.
+    Engine; only the linear layer in a model that normalizes outputs instead.
 
     With `selective_recompute` the output of the norm is not kept for the backward pass.
     """
@@ -145,7 +150,7 @@ class NormLinear(nn.Module):
         selective_recompute: bool,
     ) -> None:
         super().__init__()
-        self.norm = Norm(parameters, norm_path, model.norm_eps, ops)
+        self.norm = Norm(parameters, norm_path, model, ops) if model.norm_placement != "post" else None
         self.linear = ColumnLinear(parameters, path, tp)
         self.selective_recompute = selective_recompute
 
@@ -155,18 +160,41 @@ class NormLinear(nn.Module):
         """Return (linear(norm(s)), s) for s = x + residual (the add is fused into the norm), or s = x without one.
         `handover`: of the gradient of linear(norm(s)).
         """
-        normed, total = self.norm.fused(x, residual, self._output(x))
-        with _discarded(normed, lambda: self.norm(total), self.selective_recompute):
+        norm = self.norm
+        if norm is None:
+            total = x if residual is None else x + residual
+            return self.linear(total, handover), total
+        normed, total = norm.fused(x, residual, self._output(x, norm))
+        with _discarded(normed, lambda: norm(total), self.selective_recompute):
             return self.linear(normed, handover), total
 
-    def _output(self, x: torch.Tensor) -> Fp8Output | AmaxOutput | None:
-        if self.linear.quantizer is None or self.selective_recompute or self.norm.impl not in ("auto", "triaxis"):
+    def _output(self, x: torch.Tensor, norm: Norm) -> Fp8Output | AmaxOutput | None:
+        """The FP8 output of the norm's kernel, which has no 1 + weight."""
+        if self.linear.quantizer is None or self.selective_recompute:
+            return None
+        if norm.zero_centered or norm.impl not in ("auto", "triaxis"):
             return None
         return self.linear.quantizer.input_spec(x, x.shape[-1])
 
 
+class Output(nn.Module):
+    """What some models do to the output of attention or feed-forward, [t/tp, h], before it is added to the stream: a
+    norm, a factor.
+    """
+
+    def __init__(self, parameters: Parameters, norm_path: str, model: ModelConfig, ops: OpsConfig) -> None:
+        super().__init__()
+        self.norm = Norm(parameters, norm_path, model, ops) if model.norm_placement != "pre" else None
+        self.scale = model.residual_scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.norm is None else self.norm(x)
+        return x if self.scale == 1 else x * self.scale
+
+
 class ActivationLinear(nn.Module):
-    """SwiGLU or GELU followed by a row-parallel linear layer: [t, 2f/tp] (gate, then up) or [t, f/tp] -> [t/tp, h].
+    """SwiGLU, GeGLU or GELU followed by a row-parallel linear layer: [t, 2f/tp] (gate, then up) or [t, f/tp] ->
+    [t/tp, h].
 
     With `selective_recompute` the output of the activation function is not kept for the backward pass.
     """
@@ -175,7 +203,7 @@ class ActivationLinear(nn.Module):
         self, parameters: Parameters, path: str, model: ModelConfig, tp: TensorParallel, *, selective_recompute: bool
     ) -> None:
         super().__init__()
-        self.gated = model.activation == "swiglu"
+        self.activation = model.activation
         self.linear = RowLinear(parameters, path, tp)
         self.selective_recompute = selective_recompute
 
@@ -189,36 +217,45 @@ class ActivationLinear(nn.Module):
 
     def grad_handover(self, up: ColumnLinear, x: torch.Tensor) -> GradHandover | None:
         """Of the gradient of this module's input, the output of `up`; None without one. `x`: as for `up`."""
-        return up.grad_handover(x, lambda output: swiglu_hands_over(output, up.weight.shape[0])) if self.gated else None
+        if self.activation != "swiglu":
+            return None
+        return up.grad_handover(x, lambda output: swiglu_hands_over(output, up.weight.shape[0]))
 
     def _activate(self, x: torch.Tensor, handover: GradHandover | None) -> torch.Tensor:
-        return swiglu(x, handover) if self.gated else F.gelu(x, approximate="tanh")
+        if self.activation == "swiglu":
+            return swiglu(x, handover)
+        return geglu(x) if self.activation == "geglu" else F.gelu(x, approximate="tanh")
 
     def _output(self, x: torch.Tensor) -> Fp8Output | AmaxOutput | None:
-        if self.linear.quantizer is None or self.selective_recompute or not self.gated:
+        if self.linear.quantizer is None or self.selective_recompute or self.activation != "swiglu":
             return None
         return self.linear.quantizer.input_spec(x, x.shape[1] // 2)
 
 
 class Embedding(nn.Module):
-    """Token embedding: [t] -> [t/tp, h]."""
+    """Token embedding, multiplied by the model's factor in the dtype of the weight: [t] -> [t/tp, h]."""
 
     def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel) -> None:
         super().__init__()
         self.weight = parameters.tensors["embedding.weight"]
         self.sink = parameters.sinks.get("embedding.weight")
         self.vocab_size, self.tp = model.vocab_size, tp
+        scale = model.embedding_scale
+        # Gemma rounds its factor to the dtype of the weight
+        rounded = torch.tensor(model.hidden_size**0.5, dtype=self.weight.dtype, device="cpu")
+        self.scale = rounded.item() if scale == "sqrt_hidden" else scale
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return vocab_parallel_embedding(tokens, self.weight, self.vocab_size, self.tp, self.sink)
+        x = vocab_parallel_embedding(tokens, self.weight, self.vocab_size, self.tp, self.sink)
+        return x if self.scale == 1 else x * self.scale
 
 
 class Head(nn.Module):
-    """Final norm, output projection and loss."""
+    """Final norm, output projection and loss. What divides the logits divides the hidden states before them."""
 
     def __init__(self, model: ModelConfig, parameters: Parameters, tp: TensorParallel, ops: OpsConfig) -> None:
         super().__init__()
-        self.norm = Norm(parameters, "norm", model.norm_eps, ops)
+        self.norm = Norm(parameters, "norm", model, ops)
         path = "embedding.weight" if model.tie_embeddings else "head.weight"
         self.weight = parameters.tensors[path]
         # a tied weight is complete when the gradient of the embedding has arrived
@@ -226,6 +263,15 @@ class Head(nn.Module):
         arrived = None if sink is None or model.tie_embeddings else sink.arrived
         self.sink = None if sink is None else WeightSink(sink.add_in_forward, arrived)
         self.vocab_size, self.tp, self.onednn = model.vocab_size, tp, parameters.onednn
+        self.scaling, self.softcap = model.logits_scaling, model.logits_softcap
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[t, v/tp] for hidden states [t, h] before the final norm."""
+        logits = F.linear(self._scaled(self.norm(hidden)), self.weight)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _scaled(self, normed: torch.Tensor) -> torch.Tensor:
+        return normed if self.scaling == 1 else normed / self.scaling
 
     def forward(
         self,
@@ -243,7 +289,7 @@ class Head(nn.Module):
         normed, _ = self.norm.fused(x, residual, None)
         assert isinstance(normed, torch.Tensor)
         return vocab_parallel_linear_cross_entropy(
-            normed,
+            self._scaled(normed),
             self.weight,
             labels,
             loss_mask,
@@ -254,6 +300,7 @@ class Head(nn.Module):
             scale,
             self.sink,
             self.onednn,
+            self.softcap,
         )
 
 

@@ -16,6 +16,18 @@ from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.table import LocalParameter, LogicalTensor, ParameterTable, Rectangle, Replicas
 
+# Hugging Face names of the norms of a layer, by `norm_placement`
+_NORM_NAMES = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+
 
 def whole_model(model: ModelConfig) -> Part:
     """All of a decoder as one part."""
@@ -106,7 +118,13 @@ class _Builder:
         kv_heads = Slice(model.num_kv_heads * head_dim, first * head_dim, count * head_dim)
         kv: Replicas | None = "kv" if kv_replicas(model, self.tp.size) > 1 else None
 
-        yield from self._norm(model.norm, f"{path}.attention_norm", f"{name}.input_layernorm", hidden)
+        norms = _NORM_NAMES[model.norm_placement]
+
+        def norm(kind: str) -> Iterator[LocalParameter]:
+            if kind in norms:
+                yield from self._norm(model.norm, f"{path}.{kind}", f"{name}.{norms[kind]}", hidden)
+
+        yield from norm("attention_norm")
         qkv = [
             (f"{attention}.q_proj", heads, None),
             (f"{attention}.k_proj", kv_heads, kv),
@@ -114,18 +132,25 @@ class _Builder:
         ]
         yield from self._column(f"{path}.attention.qkv", qkv, bias=model.qkv_bias)
         if model.qk_norm:
-            yield from self._norm("rms", f"{path}.attention.q_norm", f"{attention}.q_norm", head_dim)
-            yield from self._norm("rms", f"{path}.attention.k_norm", f"{attention}.k_norm", head_dim)
+            for part, share, replicas in (("q_norm", heads, None), ("k_norm", kv_heads, kv)):
+                norm_name = f"{attention}.{part}.weight"
+                if model.qk_norm_span == "head":
+                    weight = self._replicated(norm_name, _whole(head_dim), mean=self._norm_mean)
+                else:
+                    weight = self._tensor(norm_name, (share,), mean=self._norm_mean, replicas=replicas)
+                yield LocalParameter(f"{path}.attention.{part}.weight", (weight,))
         yield from self._row(
             f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std, bias=model.output_bias
         )
+        yield from norm("attention_post_norm")
 
-        yield from self._norm(model.norm, f"{path}.mlp_norm", f"{name}.post_attention_layernorm", hidden)
+        yield from norm("mlp_norm")
         ups = [(f"{mlp}.{up}", ffn, None) for up in family.up_names]
         yield from self._column(f"{path}.mlp.up", ups, bias=bool(model.mlp_bias))
         yield from self._row(
             f"{path}.mlp.down", f"{mlp}.{family.down_name}", ffn, residual_std, bias=bool(model.mlp_bias)
         )
+        yield from norm("mlp_post_norm")
 
     def _embedding(self, *, replicas: Replicas | None, owned: bool = True) -> LocalParameter:
         """Every token is multiplied by it where it is the head too."""
@@ -171,9 +196,15 @@ class _Builder:
             yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", hidden),))
 
     def _norm(self, kind: str, path: str, name: str, size: int) -> Iterator[LocalParameter]:
-        yield LocalParameter(f"{path}.weight", (self._replicated(f"{name}.weight", _whole(size), mean=1.0),))
+        weight = self._replicated(f"{name}.weight", _whole(size), mean=self._norm_mean)
+        yield LocalParameter(f"{path}.weight", (weight,))
         if kind == "layer":
             yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", _whole(size)),))
+
+    @property
+    def _norm_mean(self) -> float:
+        """Initial weight of a norm, which multiplies by 1."""
+        return 0.0 if self.model.zero_centered_norm else 1.0
 
     def _replicated(self, name: str, size: Slice, mean: float = 0.0) -> LogicalTensor:
         """A vector that every tensor-parallel rank holds."""

@@ -17,7 +17,7 @@ from engine.config.schema import AttentionImpl
 from engine.ops.attention import AttentionKind, attention, attention_kind, torch_impl
 from engine.ops.choice import installed, package_versions
 from engine.ops.measured import Key, fastest
-from engine.ops.varlen import why_not
+from engine.ops.varlen import STANDARD_SCORES, Scores, why_not
 
 IMPLS: tuple[AttentionImpl, ...] = get_args(AttentionImpl)
 _ROUNDS = 7
@@ -51,6 +51,7 @@ class AttentionProblem:
     head_dim: int
     cu_seqlens: tuple[int, ...]
     sliding_window: int | None
+    scores: Scores = STANDARD_SCORES
 
     @property
     def kind(self) -> AttentionKind:
@@ -66,14 +67,14 @@ def example_documents(tokens: int, document_tokens: float) -> tuple[int, ...]:
 
 def possible_impls(problem: AttentionProblem, capability: tuple[int, int]) -> list[AttentionImpl]:
     """List what is installed and supports `problem` on a GPU of this compute capability; PyTorch's own first."""
-    plain = problem.kind == "plain"
-    first = "sdpa" if plain else torch_impl(problem.dtype, problem.head_dim, capability)
+    plain, scores = problem.kind == "plain", problem.scores
+    first = "sdpa" if plain else torch_impl(problem.dtype, problem.head_dim, capability, scores)
     others = ("varlen", *_PACKAGES[:-1]) if plain else _PACKAGES  # cuDNN is in SDPA, too
     return [first] + [
         impl
         for impl in others
         if (impl == "varlen" or installed(impl))
-        and why_not(impl, problem.dtype, problem.head_dim, capability, deterministic=False) is None
+        and why_not(impl, problem.dtype, problem.head_dim, capability, deterministic=False, scores=scores) is None
     ]
 
 
@@ -89,6 +90,7 @@ def attention_key(problem: AttentionProblem) -> Key:
         "heads": f"{problem.heads}, {problem.kv_heads} of keys and values, of {problem.head_dim}",
         "cu_seqlens": str(problem.cu_seqlens),
         "sliding_window": problem.sliding_window or 0,
+        **({} if problem.scores == STANDARD_SCORES else {"scores": str(problem.scores)}),
     }
 
 
@@ -132,7 +134,7 @@ def _runner(problem: AttentionProblem) -> Callable[[AttentionImpl], tuple[Tensor
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def run(impl: AttentionImpl) -> tuple[Tensor, ...]:
-        out = attention(q, k, v, problem.cu_seqlens, problem.sliding_window, impl)
+        out = attention(q, k, v, problem.cu_seqlens, problem.sliding_window, impl, problem.scores)
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
     return run

@@ -13,7 +13,7 @@ import torch
 from engine.config.schema import ModelConfig, OpsConfig, PrecisionConfig, RunConfig
 from engine.errors import ConfigError
 from engine.ops import native
-from engine.ops.varlen import why_not
+from engine.ops.varlen import Scores, why_not
 
 # name in the config -> distribution, module that identifies it, what to install
 _PACKAGES = {
@@ -68,8 +68,22 @@ def require_attention(
     if device.type != "cuda":
         return  # see require_implementations
     capability, impl = torch.cuda.get_device_capability(device), ops.attention
-    if why := why_not(impl, dtype, model.head_dim, capability, deterministic=run.deterministic):
+    scores = Scores(model.attention_scale, model.attention_softcap)
+    if why := why_not(impl, dtype, model.head_dim, capability, deterministic=run.deterministic, scores=scores):
         raise ConfigError(f"ops.attention = {impl} {why}; use auto")
+
+
+def require_norm(model: ModelConfig, ops: OpsConfig) -> None:
+    """Check that the implementation of norms that is requested by name supports the model.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if model.zero_centered_norm and ops.norm not in ("auto", "torch"):
+        raise ConfigError(
+            f"ops.norm = {ops.norm} does not multiply by 1 + weight in fp32, which model.zero_centered_norm = true "
+            "needs; use auto"
+        )
 
 
 def require_fp8(precision: PrecisionConfig, ops: OpsConfig, device: torch.device) -> None:
@@ -100,12 +114,18 @@ def require_fp8(precision: PrecisionConfig, ops: OpsConfig, device: torch.device
         raise ConfigError(f"ops.fp8_matmul = {impl} is refused on a GPU: {why}")
 
 
-def describe_ops(ops: OpsConfig, device: torch.device) -> str:
+def describe_ops(model: ModelConfig, ops: OpsConfig, device: torch.device) -> str:
     """Describe the kernels in use and the implementations that `ops` requests, in one line."""
+    plain = {
+        "norms with 1 + weight": model.zero_centered_norm,
+        "GeGLU": model.activation == "geglu",
+        "logits with a softcap": model.logits_softcap is not None,
+    }
     if device.type != "cuda":
         kernels = "plain PyTorch (no GPU)"
     elif native.has_kernels():
-        kernels = "csrc kernels"
+        without = ", ".join(name for name, used in plain.items() if used)
+        kernels = f"csrc kernels, without one for {without}" if without else "csrc kernels"
     else:
         kernels = f"plain PyTorch ({native.why_no_kernels()})"
     wanted = ops.model_dump(exclude=_NOT_IMPLEMENTATIONS)

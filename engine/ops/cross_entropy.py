@@ -61,6 +61,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     sink: WeightSink | None = None,
     onednn: frozenset[str] = MATMUL_KINDS,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum over tokens of (z − logit of the label + z_loss · z²) · loss_mask · scale, with z the log-sum-exp of the
     logits hidden · weightᵀ; in fp32, and NaN stays NaN.
@@ -70,19 +71,28 @@ def linear_cross_entropy(
     vocabulary, and the gradient of `hidden` is the contribution of that part: the ranks exchange two numbers per token
     (their local z and the label's logit), never logits. `z_loss`: PaLM, arXiv 2204.02311. `onednn`:
     see `matmul_transposed`. With a `sink`, which gets the weight's gradient before a backward pass has said what the
-    loss is multiplied by, the gradient of the result is 1.
+    loss is multiplied by, the gradient of the result is 1. A `softcap` limits the logits to softcap · tanh(logit /
+    softcap), in plain PyTorch.
     """
-    options = _Options(z_loss, shard, scale, sink, onednn)
+    options = _Options(z_loss, shard, scale, sink, onednn, softcap)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, options)
     return _loss_and_gradients(hidden, weight, labels, loss_mask, options, False, False)[0]
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Reference of `linear_cross_entropy` for an unsharded vocabulary; materializes the logits [t, v]."""
     logits = (hidden @ weight.t()).to(_wide(hidden))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     z = torch.logsumexp(logits, -1)
     losses = z - logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] + z_loss * z.square()
     return (losses * loss_mask).sum()
@@ -101,6 +111,7 @@ class _Options:
     scale: float
     sink: WeightSink | None
     onednn: frozenset[str]
+    softcap: float | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -152,10 +163,11 @@ def _loss_and_gradients(
         part = slice(start, start + rows)
         x, factor = hidden[part], factors[part]
         logits = matmul_transposed(x, weight, options.onednn)
-        if by_kernel := native.runs(logits):
+        if by_kernel := options.softcap is None and native.runs(logits):
             chunk_loss, error = _loss_and_error_by_kernel(logits, labels[part], factor, options)
         else:
-            chunk_loss, error = _loss_and_error(logits.to(wide), labels[part, None], factor[:, None], options)
+            loss_and_error = _loss_and_error if options.softcap is None else _softcapped_loss_and_error
+            chunk_loss, error = loss_and_error(logits.to(wide), labels[part, None], factor[:, None], options)
             error = error.to(hidden.dtype)
         loss += chunk_loss
         if grad_hidden is not None:
@@ -220,6 +232,17 @@ def _loss_and_error_by_kernel(
         losses += options.z_loss * z.square()
     torch.ops.triaxis.cross_entropy_gradient_(logits, labels, z, factor, first, options.z_loss)
     return (losses * factor).sum(), logits
+
+
+def _softcapped_loss_and_error(
+    logits: Tensor, labels: Tensor, factor: Tensor, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """`_loss_and_error` of the limited logits, with the gradient of the logits before the limit."""
+    cap = options.softcap
+    assert cap is not None
+    slope = logits.div_(cap).tanh_().square().neg_().add_(1)  # of softcap · tanh(logit / softcap)
+    loss, error = _loss_and_error(logits.mul_(cap), labels, factor, options)
+    return loss, error.mul_(slope)
 
 
 def _loss_and_error(logits: Tensor, labels: Tensor, factor: Tensor, options: _Options) -> tuple[Tensor, Tensor]:

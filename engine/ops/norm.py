@@ -1,7 +1,8 @@
 """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) and LayerNorm over the last dimension, also with a residual add.
 
 Statistics are in fp32 (or wider) for any input dtype; eps is inside the square root; the result is rounded once, after
-multiplication by the weight.
+multiplication by the weight. Kernels and packages take weights of the input's dtype only; with others, like 1 + weight
+in fp32, a norm is plain PyTorch.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +28,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: NormImpl = "auto", sin
     """RMSNorm, x / sqrt(mean(x²) + eps) · weight, over the last dimension: `x` [..., h], `weight` [h]."""
     if _uses_kernel(x, weight, impl):
         return _KernelNorm.apply(x, None, weight, None, eps, sink)[0]
-    if impl in ("apex", "te"):
+    if impl in ("apex", "te") and x.dtype == weight.dtype:
         return _package_norm(impl, x, weight, None, eps)
-    if uses_fewer_passes(x):
-        return _RmsNorm.apply(x, weight, eps)
+    if uses_fewer_passes(x, weight):
+        return _RmsNorm.apply(x, weight, eps, None)
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     return rms_norm_reference(x, weight, eps)
@@ -92,6 +93,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
+def sharded_rms_norm(x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """RMSNorm of features that are sharded over ranks, in plain PyTorch: `x` [t, h/n], `weight` [h/n].
+
+    `mean` turns this rank's sums over its features, [t, 1], into means over all features.
+    """
+    return _RmsNorm.apply(x, weight, eps, mean)
+
+
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`layer_norm` in plain PyTorch, computed in fp32 or wider; `x` [..., h]."""
     wide = _widened(x)
@@ -129,9 +138,11 @@ def _te_norm(centered: bool, hidden_size: int, eps: float) -> Callable[..., Tens
     return call
 
 
-def uses_fewer_passes(x: Tensor) -> bool:
-    """Whether `_RmsNorm` is used: on a CPU, where PyTorch's makes five passes over memory; not under torch.compile."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def uses_fewer_passes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_RmsNorm` is used: on a CPU, where PyTorch's makes five passes over memory, and for a weight of another
+    dtype, which PyTorch's does not take; not under torch.compile.
+    """
+    return (x.device.type == "cpu" or x.dtype != weight.dtype) and not torch.compiler.is_compiling()
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -201,12 +212,16 @@ class _KernelNorm(torch.autograd.Function):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """RMSNorm with three passes over memory in the forward pass; saves the input and one value per row."""
+    """RMSNorm with three passes over memory in the forward pass; saves the input and one value per row. `mean`: see
+    `sharded_rms_norm`; None if the features are not sharded.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor] | None) -> Tensor:
+        size = x.shape[-1]
+        ctx.mean = mean or (lambda sums: sums.div_(size))
         wide = _widened(x)
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        mean_square = ctx.mean(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_())
         inverse = mean_square.add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).mul_(weight).to(x.dtype)
@@ -219,6 +234,6 @@ class _RmsNorm(torch.autograd.Function):
         normalized = x * inverse
         product = grad * normalized
         grad_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        mean = (product @ weight.to(product.dtype)).div_(-x.shape[-1])[..., None]
-        grad_x = (grad * weight).addcmul_(normalized, mean).mul_(inverse)
-        return grad_x.to(x.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None
+        mean = ctx.mean((product @ weight.to(product.dtype))[..., None])
+        grad_x = (grad * weight).addcmul_(normalized, mean, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), None if grad_weight is None else grad_weight.to(weight.dtype), None, None

@@ -1,5 +1,9 @@
-"""SwiGLU: silu(gate) · up (Shazeer, arXiv 2002.05202), with gate and up concatenated in one tensor."""
+"""SwiGLU: silu(gate) · up, and GeGLU: gelu(gate) · up (Shazeer, arXiv 2002.05202), with gate and up concatenated in one
+tensor. Only SwiGLU has kernels.
+"""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +31,15 @@ def swiglu(gate_up: Tensor, handover: GradHandover | None = None) -> Tensor:
         return _KernelSwiGlu.apply(gate_up, None, handover)
     assert handover is None
     if uses_recompute(gate_up):
-        return _SwiGlu.apply(gate_up)
+        return _Glu.apply(gate_up, F.silu, torch.ops.aten.silu_backward.grad_input)
     return swiglu_reference(gate_up)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """GeGLU of `gate_up` [..., 2f], gate first, with the tanh approximation of GELU: [..., f]."""
+    if uses_recompute(gate_up):
+        return _Glu.apply(gate_up, _gelu, partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"))
+    return geglu_reference(gate_up)
 
 
 def swiglu_for_fp8(
@@ -59,8 +70,14 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def geglu_reference(gate_up: Tensor) -> Tensor:
+    """gelu(gate) · up of `gate_up` [..., 2f] in plain PyTorch: [..., f]."""
+    gate, up = gate_up.chunk(2, -1)
+    return _gelu(gate) * up
+
+
 def uses_recompute(gate_up: Tensor) -> bool:
-    """Whether `_SwiGlu` is used without a kernel: always, except under torch.compile, which fuses the reference."""
+    """Whether `_Glu` is used without a kernel: always, except under torch.compile, which fuses the reference."""
     return not torch.compiler.is_compiling()
 
 
@@ -110,25 +127,34 @@ def _kernel_backward(grad: Tensor, gate_up: Tensor, handover: GradHandover | Non
     return handover.compute(ops.swiglu_backward_amax, ops.swiglu_backward_fp8, (grad, gate_up), gate_up.shape)
 
 
-class _SwiGlu(torch.autograd.Function):
-    """SwiGLU that saves only its input, and writes both gradients into one tensor."""
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+class _Glu(torch.autograd.Function):
+    """activation(gate) · up that saves only its input, and writes both gradients into one tensor. `backward`: of the
+    activation: (gradient, its input, grad_input=the result).
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, gate_up: Tensor, activation: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.activation, ctx.activation_backward = activation, backward
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return activation(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
         grad = grad_outputs[0]
         gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)
         grad_gate, grad_up = out.chunk(2, -1)
-        scratch = F.silu(gate)
+        scratch = ctx.activation(gate)
         torch.mul(grad, scratch, out=grad_up)
         torch.mul(grad, up, out=scratch)
-        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=grad_gate)
-        return (out,)
+        ctx.activation_backward(scratch, gate, grad_input=grad_gate)
+        return out, None, None

@@ -21,6 +21,23 @@ from engine.config.schema import AttentionImpl
 
 
 @dataclass(frozen=True)
+class Scores:
+    """How a model computes its attention scores from the products of queries and keys.
+
+    Attributes:
+        scale: factor of the products; None: 1 / √head size.
+        softcap: limits a score to softcap · tanh(score / softcap).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+
+
+STANDARD_SCORES = Scores()
+_SOFTCAP: tuple[AttentionImpl, ...] = ("auto", "sdpa", "flash_attn", "flash_attn_3", "flash_attn_4")
+
+
+@dataclass(frozen=True)
 class _Limits:
     """GPUs and sizes that an implementation supports, forward and backward. All need bf16 or fp16.
 
@@ -46,9 +63,17 @@ _CUDNN_WITH_EMPTY_DOCUMENTS = 92500  # NaN before: NVIDIA/cudnn-frontend#943
 
 
 def why_not(
-    impl: AttentionImpl, dtype: torch.dtype, head_dim: int, capability: tuple[int, int], *, deterministic: bool
+    impl: AttentionImpl,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    *,
+    deterministic: bool,
+    scores: Scores = STANDARD_SCORES,
 ) -> str | None:
     """Return why `impl` cannot train with these sizes on this GPU, as the rest of a sentence about it, or None."""
+    if scores.softcap is not None and impl not in _SOFTCAP:
+        return f"does not support model.attention_softcap = {scores.softcap}, which sdpa and flash_attn do"
     limits = _LIMITS.get(impl)
     if limits is None:
         return None
@@ -68,19 +93,27 @@ def why_not(
 
 
 def varlen_attention(
-    impl: AttentionImpl, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], sliding_window: int | None
+    impl: AttentionImpl,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[int, ...],
+    sliding_window: int | None,
+    scores: Scores = STANDARD_SCORES,
 ) -> Tensor:
     """`attention` (engine/ops/attention.py) by `impl`, one of `_LIMITS`; at least one token."""
     cu_seqlens = tuple(dict.fromkeys(cu_seqlens))  # without empty documents, on which some kernels fail
     longest = max(b - a for a, b in pairwise(cu_seqlens))
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
-    return _CALLS[impl](q, k, v, cu_seqlens, longest, window)
+    return _CALLS[impl](q, k, v, cu_seqlens, longest, window, scores)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest: int, window: int | None) -> Tensor:
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest: int, window: int | None, scores: Scores
+) -> Tensor:
     function, known = _varlen_attn()
     offsets = device_ints(cu_seqlens, q.device)
-    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scores.scale}
     if "enable_gqa" in known:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
@@ -97,13 +130,24 @@ def _varlen_attn() -> tuple[Callable[..., Any], frozenset[str]]:
 
 
 def _flash_attn(
-    module: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest: int, window: int | None
+    module: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[int, ...],
+    longest: int,
+    window: int | None,
+    scores: Scores,
 ) -> Tensor:
     """flash-attn 2, 3 or 4, which have the same argument names and infer grouped heads from the shapes."""
     package = import_module(module)
     options: dict[str, Any] = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
     if window is not None:
         options["window_size"] = (window - 1, 0)
+    if scores.scale is not None:
+        options["softmax_scale"] = scores.scale
+    if scores.softcap is not None:
+        options["softcap"] = scores.softcap
     if all(b - a == longest for a, b in pairwise(cu_seqlens)):
         out = package.flash_attn_func(*(x.unflatten(0, (-1, longest)) for x in (q, k, v)), **options)
     else:
@@ -113,7 +157,9 @@ def _flash_attn(
     return (out[0] if isinstance(out, tuple) else out).view_as(q)
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest: int, window: int | None) -> Tensor:
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest: int, window: int | None, scores: Scores
+) -> Tensor:
     """The ragged layout of cuDNN, by its Python frontend, which plans once for each number of documents and longest
     length. Both are rounded up to a power of two, so that plans are few; the number by empty documents behind the last.
     """
@@ -124,7 +170,8 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest
     offsets, longest = device_ints(cu_seqlens, q.device), power_of_two(longest)
     lengths = {"cu_seqlens_q": offsets, "cu_seqlens_kv": offsets, "max_seqlen_q": longest, "max_seqlen_kv": longest}
     reach = -1 if window is None else window  # with the token itself
-    out, _ = sdpa_torch(q, k, v, is_causal=True, window_left=reach, return_lse=True, **lengths)  # which gradients need
+    options = {"is_causal": True, "window_left": reach, "scale": scores.scale}
+    out, _ = sdpa_torch(q, k, v, return_lse=True, **options, **lengths)  # which gradients need
     return out
 
 
@@ -133,20 +180,27 @@ def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _te(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest: int, window: int | None) -> Tensor:
+def _te(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], longest: int, window: int | None, scores: Scores
+) -> Tensor:
     offsets = device_ints(cu_seqlens, q.device)
     lengths = {"cu_seqlens_q": offsets, "cu_seqlens_kv": offsets, "max_seqlen_q": longest, "max_seqlen_kv": longest}
-    attend = _te_attention(q.shape[1], k.shape[1], q.shape[2])
+    attend = _te_attention(q.shape[1], k.shape[1], q.shape[2], scores.scale)
     return attend(q, k, v, **lengths, window_size=None if window is None else (window - 1, 0)).view_as(q)
 
 
 @cache
-def _te_attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., Tensor]:
+def _te_attention(heads: int, kv_heads: int, head_dim: int, scale: float | None) -> Callable[..., Tensor]:
     """Transformer Engine's attention, which chooses between cuDNN and flash-attn."""
     import transformer_engine.pytorch as te
 
     attend: Callable[..., Tensor] = te.DotProductAttention(
-        heads, head_dim, num_gqa_groups=kv_heads, qkv_format="thd", attn_mask_type="padding_causal"
+        heads,
+        head_dim,
+        num_gqa_groups=kv_heads,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        softmax_scale=scale,
     )
     return attend
 

@@ -99,6 +99,7 @@ def vocab_parallel_linear_cross_entropy(
     scale: float = 1.0,
     sink: WeightSink | None = None,
     onednn: frozenset[str] = MATMUL_KINDS,
+    softcap: float | None = None,
 ) -> Tensor:
     """Vocab-parallel output projection fused with cross-entropy; see `linear_cross_entropy`.
 
@@ -108,7 +109,7 @@ def vocab_parallel_linear_cross_entropy(
         labels, loss_mask: [t].
         target_indices: int64 indices of the tokens with a nonzero `loss_mask`; if given, logits are computed only for
             these.
-        scale, sink: as for `linear_cross_entropy`.
+        scale, sink, softcap: as for `linear_cross_entropy`.
         onednn: as for `column_linear`.
 
     Returns:
@@ -121,7 +122,16 @@ def vocab_parallel_linear_cross_entropy(
     if target_indices is not None:
         hidden, labels, loss_mask = (x.index_select(0, target_indices) for x in (hidden, labels, loss_mask))
     return linear_cross_entropy(
-        hidden, weight, labels, loss_mask, z_loss=z_loss, shard=shard, scale=scale, sink=sink, onednn=onednn
+        hidden,
+        weight,
+        labels,
+        loss_mask,
+        z_loss=z_loss,
+        shard=shard,
+        scale=scale,
+        sink=sink,
+        onednn=onednn,
+        softcap=softcap,
     )
 
 

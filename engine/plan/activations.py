@@ -31,10 +31,13 @@ class ActivationSizes:
         kv: width of this rank's keys, and of its values.
         up: width of this rank's feed-forward layer before the activation function.
         ffn: width of this rank's feed-forward layer after the activation function.
+        norms: norms of a layer: of inputs ("pre"), of outputs ("post"), or of both.
         mask: elements per token of the [s, s] attention mask of a layer with a sliding window.
+        scores: attention scores per token that plain PyTorch computes for a softcap, in fp32.
         window_layers: layers with a sliding window.
         attended: elements per token of the attention outputs.
         vocabulary: vocabulary entries on this rank.
+        softcapped: whether the logits have a softcap.
         fp8_layers: layers whose matmuls are in FP8.
         fp8_itemsize: bytes per element of an activation in FP8, with its share of a scale.
     """
@@ -47,10 +50,13 @@ class ActivationSizes:
     kv: float
     up: float
     ffn: float
+    norms: str
     mask: float
+    scores: float
     window_layers: frozenset[int]
     attended: float
     vocabulary: int
+    softcapped: bool
     fp8_layers: range
     fp8_itemsize: float
 
@@ -73,12 +79,15 @@ class ActivationSizes:
             hidden=model.hidden_size,
             q=q,
             kv=kv_share(model, TensorParallel(0, tp))[1] * model.head_dim,
-            up=2 * ffn if model.activation == "swiglu" else ffn,
+            up=2 * ffn if model.activation != "gelu" else ffn,
             ffn=ffn,
+            norms=model.norm_placement,
             mask=_mask(model, batch, data),
+            scores=0 if model.attention_softcap is None else model.num_heads / tp * data.seq_length,
             window_layers=frozenset(layer for layer in range(model.num_layers) if model.window(layer)),
             attended=2 * q if data.document_mask else q,  # outputs of single documents, then concatenated
             vocabulary=-(-model.vocab_size // tp),
+            softcapped=model.logits_softcap is not None,
             fp8_layers=fp8_layers(precision, model.num_layers),
             fp8_itemsize=1 + 4 / BLOCK_SIZE if precision.recipe == "blockwise" else 1,
         )
@@ -90,16 +99,19 @@ class ActivationSizes:
         `full`: `selective` discards what bf16 matmuls would save of norms and of the activation function.
         """
         residual = self.hidden / self.tp  # the input of each norm; its output has the same size
+        norm_inputs = (4 if self.norms == "both" else 2) * residual
         qkv = self.q + 2 * self.kv
         copies = (2 * residual + self.q + self.ffn) * self.fp8_itemsize / self.itemsize
         if recompute == "full":
             return residual
         if recompute == "selective":
-            return 2 * residual + qkv + self.up + (copies if in_fp8 else self.q)
+            streams = 2 * residual if self.norms == "post" else 0  # which matmuls read, instead of outputs of norms
+            return norm_inputs + qkv + self.up + (copies if in_fp8 else self.q + streams)
         rotated = self.q + self.kv
         inputs = copies if in_fp8 else 2 * residual + self.ffn  # attention saves its output in either case
         mask = self.mask if has_window else 0
-        return 2 * residual + qkv + rotated + mask + self.attended + self.up + inputs
+        attended = self.attended if self.scores == 0 else 0 if in_fp8 else self.q  # a softcap's output is not kept
+        return norm_inputs + qkv + rotated + mask + attended + self.up + inputs
 
     def kept(self, part: Part, parallel: ParallelConfig) -> int:
         """Return the bytes that `part` saves for the microbatch between its forward and backward pass."""
@@ -128,8 +140,11 @@ class ActivationSizes:
 
 
 def _mask(model: ModelConfig, batch: BatchConfig, data: DataConfig) -> float:
-    """Elements per token of a layer's [s, s] mask, which is needed only for a sliding window shorter than s."""
-    if model.sliding_window is None or model.sliding_window >= data.seq_length:
+    """Elements per token of a layer's [s, s] mask, which is kept only for a sliding window shorter than s, and not with
+    a softcap.
+    """
+    window = model.sliding_window
+    if window is None or window >= data.seq_length or model.attention_softcap is not None:
         return 0
     return data.seq_length if data.document_mask else data.seq_length / batch.micro
 

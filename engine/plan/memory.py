@@ -135,26 +135,32 @@ def _workspace(sizes: ActivationSizes, recompute: str, parts: Sequence[Part], de
 
 def _layer_workspace(sizes: ActivationSizes, recompute: str, *, in_fp8: bool) -> int:
     """Recomputed activations, and the gradients at the feed-forward's activation function: of its input, and of its
-    output or, in FP8, the two copies of the first.
+    output or, in FP8, the two copies of the first. With a softcap also scores, probabilities and their gradients.
 
     Tensor parallelism gathers all tokens of a layer's input and of that input's gradient.
     """
     gathered = sizes.hidden if sizes.tp > 1 else 0
     recomputed = max(0, sizes.layer("none", in_fp8=in_fp8) - sizes.layer(recompute, in_fp8=in_fp8))
     second = 2 * sizes.up * sizes.fp8_itemsize / sizes.itemsize if in_fp8 else sizes.ffn
-    return int(sizes.tokens * (recomputed + sizes.up + max(second, 2 * gathered))) * sizes.itemsize
+    scores = int(sizes.tokens * sizes.scores) * 4 * 4
+    return int(sizes.tokens * (recomputed + sizes.up + max(second, 2 * gathered))) * sizes.itemsize + scores
 
 
 def _loss_workspace(sizes: ActivationSizes, device_type: str) -> int:
     """A chunk of logits and the loss's input; on a CPU also the head's gradient and that of a chunk.
 
-    On a GPU kernels overwrite the logits by their gradient; without them there is an fp32 copy.
+    On a GPU kernels overwrite the logits by their gradient; without them, as with a softcap, there is an fp32 copy, and
+    with a softcap its slope.
     """
     tokens, rows, hidden, itemsize = sizes.tokens, sizes.vocabulary, sizes.hidden, sizes.itemsize
     chunk = min(tokens, chunk_rows(rows, device_type))
-    if device_type == "cuda":
-        return (chunk * rows + tokens * hidden) * itemsize
     wide = 4 if itemsize == 4 else 4 + itemsize  # fp32, and the rounded matmul output or gradient
+    if sizes.softcapped:
+        wide += 4
+    elif device_type == "cuda":
+        wide = itemsize
+    if device_type == "cuda":
+        return chunk * rows * wide + tokens * hidden * itemsize
     gathered = hidden if sizes.tp > 1 else 0
     gradients = 4 * rows * hidden * min(2, -(-tokens // chunk))
     return chunk * rows * wide + gradients + tokens * gathered * itemsize

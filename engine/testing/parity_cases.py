@@ -15,6 +15,10 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "tiny-qwen2": {"batch.global": 12},
     "tiny-qwen3": {"batch.global": 8, "data.document_mask": False},
     "tiny-starcoder2": {"batch.global": 12, "train.z_loss": 1e-3, "model.sliding_window": 12},
+    "tiny-olmo2": {"batch.global": 8, "model.num_kv_heads": 1},
+    "tiny-gemma2": {"batch.global": 12, "train.z_loss": 1e-3, "model.sliding_window": 12},
+    "tiny-gemma3": {"batch.global": 8, "model.sliding_window": 12},
+    "tiny-granite": {"batch.global": 12},
 }
 # Microbatches per rank, by sequences per step and pipeline stages: multiples of the stages, and others. Fewer if data
 # parallelism leaves fewer sequences.
@@ -36,7 +40,7 @@ def grids(ranks: int) -> list[Grid]:
 def plan_cases(presets: Sequence[str], ranks: int) -> list[tuple[Problem, list[Case]]]:
     """List the cases of each problem: every grid with every schedule, sharded or not, and resumes in another layout.
 
-    Kinds of recomputation alternate, so that each combination runs with every kind in one of the four families.
+    Kinds of recomputation alternate, so that each combination runs with every kind in some of the families.
     """
     found: dict[tuple[str, int], list[Case]] = {}
     for family, preset in enumerate(presets):

@@ -25,7 +25,7 @@ from engine.data.tokenizers.probe import PLAIN_TEXTS
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model.parameters import parameter_table
-from engine.ops.choice import require_attention, require_fp8, require_implementations
+from engine.ops.choice import require_attention, require_fp8, require_implementations, require_norm
 from engine.parallel.layout import World
 from engine.parallel.table import ParameterTable
 
@@ -72,6 +72,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
     """
     require_fp8(config.precision, config.ops, world.device)
     require_implementations(config.ops, world.device)
+    require_norm(config.model, config.ops)
     dtype, table = model_dtype(config.precision.mode, world.device.type), parameter_table(config.model)
     require_attention(config.model, config.ops, dtype, config.run, world.device)
     require_expressible(config.model)  # before training a model that cannot be exported

@@ -12,6 +12,7 @@ import torch
 
 from engine.config.schema import Config
 from engine.formatting import counted
+from engine.model.attention import scores_of
 from engine.model.parameters import kv_share
 from engine.ops import linear
 from engine.ops.attention_choice import (
@@ -119,7 +120,8 @@ def attention_problems(
         batches.append(example_documents(tokens, document_tokens))
     heads = (model.num_heads // world.tp.size, kv_share(model, world.tp)[1], model.head_dim)
     windows = sorted({model.window(layer) for layer in range(model.num_layers)}, key=lambda window: window or 0)
-    return [AttentionProblem(world.device, dtype, *heads, batch, window) for window in windows for batch in batches]
+    found = [(window, batch) for window in windows for batch in batches]
+    return [AttentionProblem(world.device, dtype, *heads, batch, window, scores_of(model)) for window, batch in found]
 
 
 def _measures(config: Config) -> bool:

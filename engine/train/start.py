@@ -88,7 +88,7 @@ def describe_start(config: Config, world: World, inputs: Inputs, log: RunLog, re
         log.say(line)
     if world.links:
         log.say(f"links       {describe_links(world)}")
-    log.say(f"operators   {describe_ops(config.ops, world.device)}")
+    log.say(f"operators   {describe_ops(config.model, config.ops, world.device)}")
     peak = peak_tflops(world.device)
     log.say(f"peak        {f'{peak:.0f} TFLOP/s in bf16' if peak else 'not known for this device, so MFU is n/a'}")
     for data in inputs.train_data.datasets:

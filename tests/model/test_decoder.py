@@ -22,6 +22,10 @@ CONFIGS = {
     "tiny-qwen2": "Qwen2Config",
     "tiny-qwen3": "Qwen3Config",
     "tiny-starcoder2": "Starcoder2Config",
+    "tiny-olmo2": "Olmo2Config",
+    "tiny-gemma2": "Gemma2Config",
+    "tiny-gemma3": "Gemma3TextConfig",
+    "tiny-granite": "GraniteConfig",
 }
 
 
@@ -52,6 +56,26 @@ def reference_model(preset: str, model: ModelConfig) -> transformers.PreTrainedM
             "low_freq_factor": model.rope_scaling.low_freq_factor,
             "high_freq_factor": model.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": model.rope_scaling.original_max_position,
+        }
+    if model.window_layers is not None:
+        fields["layer_types"] = [
+            "sliding_attention" if layer in model.window_layers else "full_attention"
+            for layer in range(model.num_layers)
+        ]
+    if "gemma" in model.family:
+        fields |= {
+            "query_pre_attn_scalar": 16 if preset == "tiny-gemma2" else 256,
+            "attn_logit_softcapping": model.attention_softcap,
+            "final_logit_softcapping": model.logits_softcap,
+            "pad_token_id": None,  # whose embedding has no gradient there
+            "rope_local_base_freq": 1e6,
+        }
+    if model.family == "granite":
+        fields |= {
+            "embedding_multiplier": model.embedding_scale,
+            "residual_multiplier": model.residual_scale,
+            "attention_multiplier": model.attention_scale,
+            "logits_scaling": model.logits_scaling,
         }
     config = getattr(transformers, CONFIGS[preset])(**fields)
     return transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -15,6 +15,10 @@ PUBLISHED = {  # from the model cards and the safetensors metadata on the hub
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
     "starcoder2-7b": 7_173_923_840,
+    "olmo2-7b": 7_298_617_344,
+    "gemma2-9b": 9_241_705_984,
+    "gemma3-1b": 999_885_952,
+    "granite3-8b": 8_170_848_256,
 }
 
 
@@ -59,7 +63,7 @@ def test_fused_parameters_are_logical_tensors_one_after_another():
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_a_row_is_whole(family):
     """Its parameter names fit its activation, and a preset makes its name known to configurations."""
-    assert len(family.up_names) == {"swiglu": 2, "gelu": 1}[family.fields["activation"]]
+    assert len(family.up_names) == {"swiglu": 2, "geglu": 2, "gelu": 1}[family.fields["activation"]]
     assert family.sizes
     for preset in family.sizes:
         model = ModelConfig(**PRESETS[preset])

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from engine.ops.attention import attention, attention_kind, attention_reference, attention_with_cache, torch_impl
+from engine.ops.varlen import Scores
 from tests.ops.op_parity import assert_same, strided
 
 TOLERANCE = {"rtol": 5e-4, "atol": 5e-6}
@@ -25,6 +26,29 @@ def test_equals_one_masked_softmax(cu_seqlens, kv_heads, window):
         strided(tokens, 4, 16),
         **TOLERANCE,
     )
+
+
+@pytest.mark.parametrize("cu_seqlens", [(0, 48), (0, 16, 32, 48, 49, 50, 77)])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("scores", [Scores(0.7), Scores(None, 0.5), Scores(0.7, 0.5)])
+def test_scores_of_other_models(cu_seqlens, window, scores):
+    inputs = qkv(cu_seqlens[-1], kv_heads=2)
+    assert_same(
+        lambda *qkv: attention(*qkv, cu_seqlens, window, scores=scores),
+        lambda *qkv: attention_reference(*qkv, cu_seqlens, window, scores),
+        inputs,
+        strided(cu_seqlens[-1], 4, 16),
+        **TOLERANCE,
+    )
+    plain = attention(*inputs, cu_seqlens, window)
+    assert not torch.allclose(attention(*inputs, cu_seqlens, window, scores=scores), plain, atol=1e-3)
+
+
+def test_limited_scores_by_hand():
+    q, k, v = qkv(2, 1, 1, 2)
+    weights = torch.softmax(3 * torch.tanh(torch.stack([q[1, 0] @ k[0, 0], q[1, 0] @ k[1, 0]]) * 0.7 / 3), 0)
+    expected = weights[0] * v[0, 0] + weights[1] * v[1, 0]
+    torch.testing.assert_close(attention_reference(q, k, v, (0, 2), None, Scores(0.7, 3.0))[1, 0], expected)
 
 
 def test_reference_by_hand():
@@ -83,10 +107,11 @@ def test_no_tokens():
 @pytest.mark.parametrize("new", [1, 2, 13, 40])
 @pytest.mark.parametrize("window", [None, 1, 6, 100])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_new_tokens_with_a_cache_equal_the_whole(new, window, kv_heads):
+@pytest.mark.parametrize("scores", [Scores(), Scores(0.7, 0.5)])
+def test_new_tokens_with_a_cache_equal_the_whole(new, window, kv_heads, scores):
     q, k, v = qkv(40, kv_heads=kv_heads)
-    whole = attention_reference(q, k, v, (0, 40), window)
-    newest = attention_with_cache(q[None, 40 - new :], k[None], v[None], (40,), window)[0]
+    whole = attention_reference(q, k, v, (0, 40), window, scores)
+    newest = attention_with_cache(q[None, 40 - new :], k[None], v[None], (40,), window, scores)[0]
     torch.testing.assert_close(newest, whole[40 - new :], **TOLERANCE)
 
 
@@ -124,3 +149,5 @@ def test_plain_sequences():
 def test_documents_on_a_gpu_use_the_kernel_of_torch_where_it_can():
     assert torch_impl(torch.bfloat16, 128, (9, 0)) == "varlen"
     assert torch_impl(torch.float32, 128, (9, 0)) == torch_impl(torch.bfloat16, 264, (9, 0)) == "sdpa"
+    assert torch_impl(torch.bfloat16, 128, (9, 0), Scores(0.7)) == "varlen"
+    assert torch_impl(torch.bfloat16, 128, (9, 0), Scores(None, 50.0)) == "sdpa"

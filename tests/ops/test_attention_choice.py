@@ -68,11 +68,11 @@ def test_names_are_parsed():
 def attention_of(errors):
     """Attention that is right, raises, or is off, by the name of the implementation."""
 
-    def attend(q, k, v, cu_seqlens, window, impl):
+    def attend(q, k, v, cu_seqlens, window, impl, scores):
         error = errors.get(impl, 0.0)
         if isinstance(error, Exception):
             raise error
-        return attention_reference(q, k, v, cu_seqlens, window) * (1 + error)
+        return attention_reference(q, k, v, cu_seqlens, window, scores) * (1 + error)
 
     return attend
 
@@ -84,9 +84,7 @@ def timed(monkeypatch):
     def choose(seconds, errors=None):
         current = []
         attend = attention_of(errors or {})
-        monkeypatch.setattr(
-            attention_choice, "attention", lambda *given: (current.append(given[-1]), attend(*given))[1]
-        )
+        monkeypatch.setattr(attention_choice, "attention", lambda *given: (current.append(given[5]), attend(*given))[1])
 
         def time(call):
             call()
@@ -123,7 +121,7 @@ def test_what_fails_or_disagrees_is_left_out(timed, error, message):
 def test_a_model_uses_one_for_sequences_and_one_for_documents(monkeypatch):
     seen = []
 
-    def attend(q, k, v, cu_seqlens, window, impl):
+    def attend(q, k, v, cu_seqlens, window, impl, scores):
         seen.append(impl)
         return attention_reference(q, k, v, cu_seqlens, window)
 

@@ -31,10 +31,11 @@ def example(tokens: int, hidden: int = 24, vocab: int = 101) -> tuple[torch.Tens
     return torch.randn(tokens, hidden), torch.randn(vocab, hidden) / 3, labels, mask
 
 
-def both(labels: torch.Tensor, mask: torch.Tensor, z_loss: float = 0.0) -> tuple:
+def both(labels: torch.Tensor, mask: torch.Tensor, z_loss: float = 0.0, softcap: float | None = None) -> tuple:
+    options = {"z_loss": z_loss, "softcap": softcap}
     return (
-        lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, mask, z_loss=z_loss),
-        lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, labels, mask, z_loss=z_loss),
+        lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, mask, **options),
+        lambda hidden, weight: linear_cross_entropy_reference(hidden, weight, labels, mask, **options),
     )
 
 
@@ -79,12 +80,12 @@ def test_z_loss_is_the_square_of_the_log_of_the_sum():
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, mask, z_loss=0.25), expected)
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_gradients_in_double(z_loss):
+@pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, None), (0.1, None), (0.1, 0.7)])
+def test_gradients_in_double(z_loss, softcap):
     """gradcheck goes backwards many times, so it proves the reference, and the reference the fast path."""
     hidden, weight, labels, mask = example(70, 3, 5)
     inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    fast, reference = both(labels, mask, z_loss)
+    fast, reference = both(labels, mask, z_loss, softcap)
     assert torch.autograd.gradcheck(reference, inputs)
     assert_same(fast, reference, inputs, rtol=1e-10, atol=1e-12)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
+from engine.ops.norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference, sharded_rms_norm
 from tests.ops.op_parity import FP32, assert_same, strided
 
 SHAPES = [(1, 1), (7, 33), (64, 256), (0, 16), (3, 5, 8)]
@@ -74,6 +74,24 @@ def test_layer_norm_equals_its_reference(shape):
         strided(*shape),
         **FP32,
     )
+
+
+def test_a_norm_of_sharded_features_equals_that_of_all():
+    """Two ranks with 8 and 4 of 12 features; each adds the other's sums."""
+    torch.manual_seed(0)
+    x, weight, grad = (torch.randn(*shape).double() for shape in ((5, 12), (12,), (5, 12)))
+    whole = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = rms(*whole)
+    expected.backward(grad)
+    product = grad * weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
+    for part, rest in ((slice(0, 8), slice(8, 12)), (slice(8, 12), slice(0, 8))):
+        others = iter([x[:, rest].square().sum(-1, keepdim=True), product[:, rest].sum(-1, keepdim=True)])
+        own = [x[:, part].clone().requires_grad_(), weight[part].clone().requires_grad_()]
+        out = sharded_rms_norm(*own, 1e-5, lambda sums, others=others: (sums + next(others)) / 12)
+        out.backward(grad[:, part])
+        torch.testing.assert_close(out, expected[:, part])
+        torch.testing.assert_close(own[0].grad, whole[0].grad[:, part])
+        torch.testing.assert_close(own[1].grad, whole[1].grad[part])
 
 
 def test_nan_stays_nan():

@@ -9,7 +9,7 @@ import torch
 
 from engine.ops.attention import attention
 from engine.ops.choice import installed
-from engine.ops.varlen import power_of_two, why_not
+from engine.ops.varlen import STANDARD_SCORES, Scores, power_of_two, why_not
 from tools.signatures import read, standing_in
 
 BF16, HOPPER = torch.bfloat16, (9, 0)
@@ -55,7 +55,14 @@ def test_limits(impl, head_dim, capability, deterministic, why):
     assert found is None if why is None else why in found
 
 
-def calls_of(monkeypatch, title, module, name, cu_seqlens, window):
+@pytest.mark.parametrize("impl", ["varlen", "cudnn", "te"])
+def test_a_softcap_is_refused_where_there_is_none(impl):
+    scores = Scores(None, 50.0)
+    assert "attention_softcap = 50.0" in why_not(impl, BF16, 128, HOPPER, deterministic=False, scores=scores)
+    assert why_not("flash_attn", BF16, 128, HOPPER, deterministic=False, scores=scores) is None
+
+
+def calls_of(monkeypatch, title, module, name, cu_seqlens, window, scores=STANDARD_SCORES):
     """The arguments with which attention calls a function of a package that is not here."""
     given = []
     with standing_in(NEWEST[title]):
@@ -63,7 +70,7 @@ def calls_of(monkeypatch, title, module, name, cu_seqlens, window):
         monkeypatch.setattr(sys.modules[module], name, lambda *a, **k: (given.append((a, k)), function(*a, **k))[1])
         impl = {"flash-attn-4": "flash_attn_4", "nvidia-cudnn-frontend": "cudnn"}[title]
         q, k, v = (torch.randn(cu_seqlens[-1], n, 16) for n in (4, 2, 2))
-        assert attention(q, k, v, cu_seqlens, window, impl).shape == q.shape
+        assert attention(q, k, v, cu_seqlens, window, impl, scores).shape == q.shape
     ((args, kwargs),) = given
     return args, kwargs
 
@@ -72,6 +79,13 @@ def test_documents_of_one_length_are_a_batch_for_flash_attention(monkeypatch):
     args, kwargs = calls_of(monkeypatch, "flash-attn-4", "flash_attn.cute", "flash_attn_func", (0, 4, 8), 4)
     assert [x.shape for x in args] == [(2, 4, 4, 16), (2, 4, 2, 16), (2, 4, 2, 16)]
     assert kwargs == {"causal": True, "deterministic": False}  # a window as long as the sequences is none
+
+
+def test_scores_are_given_to_the_kernels(monkeypatch):
+    given = calls_of(monkeypatch, "flash-attn-4", "flash_attn.cute", "flash_attn_func", (0, 8), None, Scores(0.7, 50.0))
+    assert given[1] == {"causal": True, "deterministic": False, "softmax_scale": 0.7, "softcap": 50.0}
+    given = calls_of(monkeypatch, "nvidia-cudnn-frontend", "cudnn", "sdpa_torch", (0, 8), None, Scores(0.7))
+    assert given[1]["scale"] == 0.7
 
 
 def test_documents_and_a_window_for_flash_attention(monkeypatch):

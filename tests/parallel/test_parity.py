@@ -17,6 +17,9 @@ LLAMA = Problem("tiny", {"batch.global": 8, "train.z_loss": 1e-2})
 QWEN2 = Problem("tiny-qwen2", {"batch.global": 6})  # two data-parallel ranks have 3 microbatches each
 QWEN3 = Problem("tiny-qwen3", {"batch.global": 4, "data.document_mask": False, "model.num_kv_heads": 1})
 STARCODER2 = Problem("tiny-starcoder2", {"batch.global": 8, "train.z_loss": 1e-3, "model.sliding_window": 12})
+OLMO2 = Problem("tiny-olmo2", {"batch.global": 4, "model.num_kv_heads": 1})  # which ranks share, in norms as well
+GEMMA2 = Problem("tiny-gemma2", {"batch.global": 4, "model.sliding_window": 12})
+GRANITE = Problem("tiny-granite", {"batch.global": 4})
 
 TABLE = [
     (
@@ -62,6 +65,9 @@ TABLE = [
             Case(Parallel(pp=2, schedule="zero_bubble"), dp=2, micro=2, after=Case(Parallel(tp=2), micro=4)),
         ],
     ),
+    (OLMO2, [Case(Parallel(tp=2, pp=2, recompute="selective"), micro=2), Case(Parallel(tp=4), micro=4)]),
+    (GEMMA2, [Case(Parallel(tp=2), dp=2, micro=2), Case(Parallel(pp=2, recompute="selective"), micro=2)]),
+    (GRANITE, [Case(Parallel(tp=2, pp=2), micro=2)]),
 ]
 
 

@@ -121,7 +121,7 @@ def run(preset: str, recompute: str, layers: int | None = None, *, postpone: boo
     return kept, [bucket.grad for bucket in parameters.buckets]
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3", "tiny-starcoder2"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3", "tiny-starcoder2", "tiny-olmo2", "tiny-gemma2"])
 def test_recomputing_gives_bitwise_the_same_gradients_and_keeps_less(preset):
     most, expected = run(preset, "none")
     between = 0

@@ -26,6 +26,7 @@ _OFF: Json = {
     "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False, "rope_interleaved": False,
     "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,
+    "use_bidirectional_attention": False,
 }  # fmt: skip
 _READ = frozenset({
     "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",

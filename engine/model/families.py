@@ -284,7 +284,9 @@ _ROWS = (
         only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
         sizes={
             "granite3-8b": _size(40, 4096, 12800, 32, 8, 49155, 4096) | _GRANITE3 | {"tie_embeddings": True},
-            "tiny-granite": _TINY | _GRANITE3 | {"tie_embeddings": True},
+            "tiny-granite": _TINY
+            | {"embedding_scale": 3.0, "residual_scale": 0.5, "attention_scale": 0.2, "logits_scaling": 2.0}
+            | {"tie_embeddings": True},
         },
         keys=(
             _number("embedding_multiplier", "embedding_scale", 1.0),

@@ -6,7 +6,7 @@ Alternatives considered: argparse flags (two hundred of them and no structure) a
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -50,16 +51,53 @@ class RunConfig(Section):
 
 
 class RopeScaling(Section):
-    """Llama-3 RoPE scaling: low frequencies are divided by `factor`."""
+    """Scaling of the rotary frequencies, for texts longer than the model was first trained with."""
 
-    factor: PositiveFloat = Field(description="divisor of low frequencies")
+    rope_type: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = Field(
+        "llama3",
+        description="linear: all frequencies are divided by factor; llama3: the low ones; yarn: the low ones, and "
+        "attention is sharper (arXiv 2309.00071); longrope: divisors of each frequency, others for documents longer "
+        "than original_max_position (arXiv 2402.13753); dynamic: none up to max_position, beyond it at inference only",
+    )
+    factor: PositiveFloat | None = Field(
+        None, description="divisor of frequencies; longrope, of attention_factor only: null is max_position / original"
+    )
     low_freq_factor: PositiveFloat = Field(
-        1.0, description="frequencies of fewer periods than this in original_max_position are divided by factor"
+        1.0, description="llama3: frequencies of fewer periods than this in original_max_position are divided by factor"
     )
     high_freq_factor: PositiveFloat = Field(
-        4.0, description="frequencies of more periods than this stay as they are; between the two, interpolated"
+        4.0, description="llama3: frequencies of more periods than this stay as they are; between the two, interpolated"
+    )
+    beta_fast: PositiveFloat = Field(
+        32.0, description="yarn: frequencies of more periods than this in original_max_position stay as they are"
+    )
+    beta_slow: PositiveFloat = Field(
+        1.0, description="yarn: frequencies of fewer periods than this are divided by factor; between, interpolated"
+    )
+    truncate: bool = Field(True, description="yarn: the two limits are rounded to whole frequencies")
+    attention_factor: PositiveFloat | None = Field(
+        None, description="yarn, longrope: queries and keys are multiplied by it; null: from factor, as published"
+    )
+    short_factor: tuple[PositiveFloat, ...] | None = Field(
+        None, description="longrope: divisor of each frequency for documents up to original_max_position"
+    )
+    long_factor: tuple[PositiveFloat, ...] | None = Field(
+        None, description="longrope: divisor of each frequency for longer documents"
     )
     original_max_position: PositiveInt = Field(8192, description="sequence length of the model before the scaling")
+
+    @model_validator(mode="after")
+    def _has_its_fields(self) -> Self:
+        kind = self.rope_type
+        if self.factor is None and kind != "longrope":
+            raise PydanticCustomError("rope", f"rope_type {kind} needs factor")
+        if (kind == "longrope") != (self.short_factor is not None and self.long_factor is not None):
+            raise PydanticCustomError(
+                "rope", "short_factor and long_factor belong to rope_type longrope, which needs both"
+            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise PydanticCustomError("rope", "low_freq_factor must be less than high_freq_factor")
+        return self
 
 
 class ModelConfig(Section):
@@ -87,7 +125,8 @@ class ModelConfig(Section):
     zero_centered_norm: bool = Field(False, description="RMSNorm multiplies by 1 + weight, in fp32")
     activation: Literal["swiglu", "geglu", "gelu"] = Field("swiglu", description="activation of the feed-forward layer")
     qkv_bias: bool = Field(False, description="biases on queries, keys and values")
-    output_bias: bool = Field(False, description="biases on the attention output and the feed-forward layers")
+    output_bias: bool = Field(False, description="a bias on the attention output")
+    mlp_bias: bool | None = Field(None, description="biases on the feed-forward layers; null: as output_bias")
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys")
     qk_norm_span: Literal["head", "projection"] = Field(
         "head", description="what qk_norm normalizes: each head, or all heads of a token together"
@@ -109,7 +148,11 @@ class ModelConfig(Section):
         None, description="limits the logits to softcap · tanh(logit / softcap)"
     )
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(None, description="Llama-3 scaling of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="scaling of the rotary frequencies")
+    rope_local_theta: PositiveFloat | None = Field(
+        None, description="rope_theta of layers with a sliding window, without rope_scaling; null: as the other layers"
+    )
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="share of a head's features that is rotated")
     sliding_window: PositiveInt | None = Field(
         None, description="a token attends to this many, itself included; null: to all before it"
     )
@@ -118,6 +161,17 @@ class ModelConfig(Section):
     )
     tie_embeddings: bool = Field(False, description="the head uses the weights of the embedding")
     init_std: PositiveFloat = Field(0.02, description="standard deviation of initial weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_mlp_bias(cls, data: Any) -> Any:
+        filled = {"mlp_bias": data.get("output_bias", False)} if isinstance(data, dict) else {}
+        return data | filled if filled and data.get("mlp_bias") is None else data
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, in tokens; None if it attends to all tokens before."""

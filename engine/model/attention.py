@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.layer = layer
         kv_heads = kv_share(model, tp)[1]
         self.heads = (model.num_heads // tp.size, kv_heads, kv_heads)
-        self.head_dim = model.head_dim
+        self.head_dim, self.is_partial = model.head_dim, model.rotary_dim < model.head_dim
         self.selective_recompute = selective_recompute
         self.qkv = NormLinear(
             parameters,
@@ -116,8 +116,10 @@ class Attention(nn.Module):
         return sharded_rms_norm(flat, norm.factor, norm.eps, mean).view_as(x)
 
     def _grad_handover(self, x: torch.Tensor) -> GradHandover | None:
-        """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them."""
-        if self.q_norm is not None:
+        """Of the gradient of q, k and v, from rotary positions to the projection; None if norms lie between them or a
+        part of each head is not rotated.
+        """
+        if self.q_norm is not None or self.is_partial:
             return None
         return self.qkv.linear.grad_handover(x, lambda output: rope_hands_over(output, self.head_dim))
 

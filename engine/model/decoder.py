@@ -16,7 +16,7 @@ from engine.model.attention import Attend, Attention, Stream, attend_within
 from engine.model.layers import ActivationLinear, Embedding, Head, NormLinear, Output, ParallelLinear, Parameters
 from engine.model.parameters import whole_model
 from engine.ops.attention_choice import AttentionImpls
-from engine.ops.rope import rope_frequencies, tables_at
+from engine.ops.rope import RopeFrequencies, rope_frequencies, tables_at
 from engine.parallel.layout import NO_TP, TensorParallel
 from engine.parallel.pipeline.partition import Part
 from engine.parallel.recompute import checkpoint
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.num_fully_recomputed = 0 if selective else len(recomputed)
         self.head = Head(model, parameters, tp, ops) if part.has_head else None
-        self._rope: torch.Tensor | None = None  # frequencies
+        self._rope: list[RopeFrequencies] = []
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, noise: torch.Tensor | None = None
@@ -135,19 +135,27 @@ class Decoder(nn.Module):
 
     def _stream(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, noise: torch.Tensor | None) -> Stream:
         config = self.config
-        if self._rope is None or self._rope.device != positions.device:
-            self._rope = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, positions.device)
-        cos, sin = tables_at(positions, self._rope)
+        tables = [tables_at(positions, frequencies) for frequencies in self._rope_frequencies(positions.device)]
         if self.embedding is not None:
             x = self.embedding(x)
             x = x if noise is None else x + noise.to(x.dtype)
         residual = None
         for index, layer in enumerate(self.layers):
+            cos, sin = tables[-1] if config.window(layer.attention.layer) else tables[0]
             if index < self.num_fully_recomputed and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, _sum(x, residual), None, cos, sin, attend)  # which keeps one tensor
             else:
                 x, residual = layer(x, residual, cos, sin, attend)
         return x, residual
+
+    def _rope_frequencies(self, device: torch.device) -> list[RopeFrequencies]:
+        """Of layers that attend to all, and of those with a window, if they have others; kept for the next call."""
+        config, size = self.config, self.config.rotary_dim
+        if not self._rope or self._rope[0].values.device != device:
+            whole = rope_frequencies(size, config.rope_theta, config.rope_scaling, config.max_position, device)
+            local = config.rope_local_theta
+            self._rope = [whole] if local is None else [whole, rope_frequencies(size, local, None, 0, device)]
+        return self._rope
 
     def loss(
         self,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.config.schema import ModelConfig
 from engine.errors import ConfigError
 
 
@@ -53,8 +54,13 @@ class Family:
             number of layers; None if the family has no sliding windows.
         window_keys: keys that say which layers have the window, beyond `sliding_window`.
         has_head_dim: whether the head size may differ from hidden_size / num_heads.
+        rope_types: types of rotary scaling.
+        has_partial_rope: whether `partial_rotary_factor` applies.
+        has_local_rope: whether layers with a window have rotary frequencies of their own, `rope_local_base_freq`.
         up_names: names of the feed-forward projections from the hidden size, fused into one parameter in this order.
         down_name: name of the feed-forward projection back to the hidden size.
+        stacked: weights of a layer that its files hold as one tensor, by the name of that tensor: the rows of each, in
+            order.
     """
 
     name: str
@@ -70,8 +76,12 @@ class Family:
     windows: Callable[[Mapping[str, Any], int], Iterable[int]] | None = None
     window_keys: tuple[str, ...] = ()
     has_head_dim: bool = True
+    rope_types: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3", "longrope")
+    has_partial_rope: bool = False
+    has_local_rope: bool = False
     up_names: tuple[str, ...] = ("gate_proj", "up_proj")
     down_name: str = "down_proj"
+    stacked: Mapping[str, Callable[[ModelConfig], dict[str, int]]] = field(default_factory=dict)
 
     def with_derived(self, fields: dict[str, Any]) -> dict[str, Any]:
         """`fields` with those that follow from them."""
@@ -115,12 +125,18 @@ def _number(name: str, field: str, default: float) -> Key:
     return Key(name, field, default, read=lambda value: default if value is None else value)
 
 
-_LLAMA_FIELDS = {"norm": "rms", "activation": "swiglu", "qkv_bias": False, "output_bias": False, "qk_norm": False}
+_GATED = {"norm": "rms", "activation": "swiglu", "qk_norm": False}
+_LLAMA_FIELDS = _GATED | {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
+_ATTENTION_BIAS = (
+    Key("attention_bias", "qkv_bias", default=False, read=bool),
+    Key("attention_bias", "output_bias", default=False, read=bool),
+)
 _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
 _QWEN_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
 _QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
-_GEMMA_FIELDS = _LLAMA_FIELDS | {
+_GEMMA_FIELDS = _GATED | {
     "activation": "geglu", "norm_placement": "both", "zero_centered_norm": True, "embedding_scale": "sqrt_hidden",
+    "mlp_bias": False,
 }  # fmt: skip
 _GEMMA_DEFAULTS = {
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "tie_word_embeddings": True,
@@ -134,16 +150,26 @@ _ATTENTION_SCALAR = Key(
 )
 _GEMMA = {"norm_eps": 1e-6, "attention_scale": 256**-0.5, "tie_embeddings": True}
 _GEMMA2 = _GEMMA | {"attention_softcap": 50.0, "logits_softcap": 30.0}
-_GEMMA3 = _GEMMA | {"rope_theta": 1e6}
+_GEMMA3 = _GEMMA | {"rope_theta": 1e6, "rope_local_theta": 1e4}
 _GRANITE3 = {"embedding_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.0078125, "logits_scaling": 16.0}
 _TINY = _size(4, 64, 176, 4, 2, 257, 4096)  # 257: the byte tokenizer
+
+
+def _phi3_qkv(model: ModelConfig) -> dict[str, int]:
+    kv = model.num_kv_heads * model.head_dim
+    return {"self_attn.q_proj": model.num_heads * model.head_dim, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+
+
+def _phi3_gate_up(model: ModelConfig) -> dict[str, int]:
+    return {"mlp.gate_proj": model.intermediate_size, "mlp.up_proj": model.intermediate_size}
+
 
 _ROWS = (
     Family(
         name="llama",
         architecture="LlamaForCausalLM",
-        fields=_LLAMA_FIELDS,
-        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        fields=_GATED,
+        only={"hidden_act": "silu"},
         sizes={
             "llama2-7b": _size(32, 4096, 11008, 32, 32, 32000, 4096),
             "llama3-8b": _size(32, 4096, 14336, 32, 8, 128256, 8192, rope_theta=5e5),
@@ -152,6 +178,7 @@ _ROWS = (
             "tiny-llama3": _TINY | {"rope_scaling": _LLAMA31_ROPE | {"original_max_position": 256}},
         },
         harmless=("pretraining_tp", "max_sequence_length", "is_llama_config"),
+        keys=(*_ATTENTION_BIAS, Key("mlp_bias", "mlp_bias", default=False, read=bool)),
     ),
     Family(
         name="mistral",
@@ -176,6 +203,23 @@ _ROWS = (
         window_keys=("layer_types",),
     ),
     Family(
+        name="phi3",
+        architecture="Phi3ForCausalLM",
+        fields=_LLAMA_FIELDS,
+        only={"hidden_act": "silu"},
+        sizes={
+            "phi3-mini-4k": _size(32, 3072, 8192, 32, 32, 32064, 4096, sliding_window=2047),
+            "phi4": _size(40, 5120, 17920, 40, 10, 100352, 16384, rope_theta=250000.0),
+            "tiny-phi3": _TINY | {"partial_rotary_factor": 0.75, "sliding_window": 32},
+        },
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        windows=_every_layer,
+        has_head_dim=False,
+        rope_types=("longrope",),
+        has_partial_rope=True,
+        stacked={"self_attn.qkv_proj": _phi3_qkv, "mlp.gate_up_proj": _phi3_gate_up},
+    ),
+    Family(
         name="qwen2",
         architecture="Qwen2ForCausalLM",
         fields=_LLAMA_FIELDS | {"qkv_bias": True},
@@ -192,8 +236,9 @@ _ROWS = (
     Family(
         name="qwen3",
         architecture="Qwen3ForCausalLM",
-        fields=_LLAMA_FIELDS | {"qk_norm": True},
-        only={"hidden_act": "silu", "attention_bias": False},
+        fields=_GATED | {"qk_norm": True, "mlp_bias": False},
+        only={"hidden_act": "silu"},
+        keys=_ATTENTION_BIAS,
         sizes={
             "qwen3-8b": _size(36, 4096, 12288, 32, 8, 151936, 40960, head_dim=128) | _QWEN,
             "tiny-qwen3": _TINY | _QWEN | {"head_dim": 32},
@@ -205,7 +250,14 @@ _ROWS = (
     Family(
         name="starcoder2",
         architecture="Starcoder2ForCausalLM",
-        fields={"norm": "layer", "activation": "gelu", "qkv_bias": True, "output_bias": True, "qk_norm": False},
+        fields={
+            "norm": "layer",
+            "activation": "gelu",
+            "qkv_bias": True,
+            "output_bias": True,
+            "mlp_bias": True,
+            "qk_norm": False,
+        },
         only={"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "mlp_type": "default", "norm_type": "layer_norm"},
         sizes={
             "starcoder2-7b": _size(
@@ -228,20 +280,21 @@ _ROWS = (
     Family(
         name="olmo2",
         architecture="Olmo2ForCausalLM",
-        fields=_LLAMA_FIELDS | {"norm_placement": "post", "qk_norm": True, "qk_norm_span": "projection"},
-        only={"hidden_act": "silu", "attention_bias": False},
+        fields=_GATED | {"norm_placement": "post", "qk_norm": True, "qk_norm_span": "projection", "mlp_bias": False},
+        only={"hidden_act": "silu"},
         sizes={
             "olmo2-7b": _size(32, 4096, 11008, 32, 32, 100352, 4096, rope_theta=5e5, norm_eps=1e-6),
             "tiny-olmo2": _TINY | {"norm_eps": 1e-6},
         },
         defaults={"rms_norm_eps": 1e-5},
+        keys=_ATTENTION_BIAS,
         has_head_dim=False,
     ),
     Family(
         name="gemma2",
         architecture="Gemma2ForCausalLM",
         fields=_GEMMA_FIELDS,
-        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        only={"hidden_activation": "gelu_pytorch_tanh"},
         sizes={
             "gemma2-9b": _size(42, 3584, 14336, 16, 8, 256000, 8192, head_dim=256)
             | _GEMMA2
@@ -253,6 +306,7 @@ _ROWS = (
         defaults=_GEMMA_DEFAULTS,
         harmless=("hidden_act", "sliding_window_size", "cache_implementation"),  # which transformers does not read
         keys=(
+            *_ATTENTION_BIAS,
             _ATTENTION_SCALAR,
             Key("attn_logit_softcapping", "attention_softcap", 50.0),
             Key("final_logit_softcapping", "logits_softcap", 30.0),
@@ -264,24 +318,25 @@ _ROWS = (
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
         fields=_GEMMA_FIELDS | {"qk_norm": True},
-        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None},
+        only={"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None},
         sizes={
             "gemma3-1b": _size(26, 1152, 6912, 4, 1, 262144, 32768, head_dim=256)
             | _GEMMA3
             | {"sliding_window": 512, "window_layers": tuple(i for i in range(26) if (i + 1) % 6)},
             "tiny-gemma3": _TINY | _GEMMA3 | {"head_dim": 32, "sliding_window": 32, "window_layers": (0, 1, 2)},
         },
-        defaults=_GEMMA_DEFAULTS,
+        defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6},
         harmless=("hidden_act", "sliding_window_pattern", "cache_implementation"),  # the second: see `windows`
-        keys=(_ATTENTION_SCALAR, Key("final_logit_softcapping", "logits_softcap")),
+        keys=(*_ATTENTION_BIAS, _ATTENTION_SCALAR, Key("final_logit_softcapping", "logits_softcap")),
         windows=_all_but_every_sixth,
         window_keys=("layer_types",),
+        has_local_rope=True,
     ),
     Family(
         name="granite",
         architecture="GraniteForCausalLM",
-        fields=_LLAMA_FIELDS,
-        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        fields=_GATED,
+        only={"hidden_act": "silu"},
         sizes={
             "granite3-8b": _size(40, 4096, 12800, 32, 8, 49155, 4096) | _GRANITE3 | {"tie_embeddings": True},
             "tiny-granite": _TINY
@@ -289,6 +344,8 @@ _ROWS = (
             | {"tie_embeddings": True},
         },
         keys=(
+            *_ATTENTION_BIAS,
+            Key("mlp_bias", "mlp_bias", default=False, read=bool),
             _number("embedding_multiplier", "embedding_scale", 1.0),
             _number("residual_multiplier", "residual_scale", 1.0),
             _number("attention_multiplier", "attention_scale", 1.0),
@@ -304,6 +361,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     for row in _ROWS
     for name, size in row.sizes.items()
 }
+
+
+def stored_tensors(model: ModelConfig, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Return the tensors in a family's files: by name, its parts in order, each with its rows; a part may be all of it,
+    which has rows 0.
+
+    Args:
+        names: of the model's weights, in model order.
+    """
+    stored: dict[str, dict[str, int]] = {}
+    stacks = {name: rows_of(model) for name, rows_of in family_of(model.family).stacked.items()}
+    of_part = {part: (stack, rows) for stack, parts in stacks.items() for part, rows in parts.items()}
+    for name in names:
+        prefix, _, part = name.removesuffix(".weight").rpartition(".layers.")
+        number, _, path = part.partition(".")
+        stack, rows = of_part.get(path, (path, 0))
+        stored.setdefault(f"{prefix}.layers.{number}.{stack}.weight" if rows else name, {})[name] = rows
+    return stored
 
 
 def family_of(name: str) -> Family:

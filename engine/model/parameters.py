@@ -139,13 +139,17 @@ class _Builder:
                 else:
                     weight = self._tensor(norm_name, (share,), mean=self._norm_mean, replicas=replicas)
                 yield LocalParameter(f"{path}.attention.{part}.weight", (weight,))
-        yield from self._row(f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std)
+        yield from self._row(
+            f"{path}.attention.output", f"{attention}.o_proj", heads, residual_std, bias=model.output_bias
+        )
         yield from norm("attention_post_norm")
 
         yield from norm("mlp_norm")
         ups = [(f"{mlp}.{up}", ffn, None) for up in family.up_names]
-        yield from self._column(f"{path}.mlp.up", ups, bias=model.output_bias)
-        yield from self._row(f"{path}.mlp.down", f"{mlp}.{family.down_name}", ffn, residual_std)
+        yield from self._column(f"{path}.mlp.up", ups, bias=bool(model.mlp_bias))
+        yield from self._row(
+            f"{path}.mlp.down", f"{mlp}.{family.down_name}", ffn, residual_std, bias=bool(model.mlp_bias)
+        )
         yield from norm("mlp_post_norm")
 
     def _embedding(self, *, replicas: Replicas | None, owned: bool = True) -> LocalParameter:
@@ -185,10 +189,10 @@ class _Builder:
             biases = (self._tensor(f"{name}.bias", (rows,), replicas=replicas) for name, rows, replicas in pieces)
             yield LocalParameter(f"{path}.bias", tuple(biases))
 
-    def _row(self, path: str, name: str, inputs: Slice, std: float) -> Iterator[LocalParameter]:
+    def _row(self, path: str, name: str, inputs: Slice, std: float, *, bias: bool) -> Iterator[LocalParameter]:
         hidden = _whole(self.model.hidden_size)
         yield LocalParameter(f"{path}.weight", (self._tensor(f"{name}.weight", (hidden, inputs), std=std),))
-        if self.model.output_bias:
+        if bias:
             yield LocalParameter(f"{path}.bias", (self._replicated(f"{name}.bias", hidden),))
 
     def _norm(self, kind: str, path: str, name: str, size: int) -> Iterator[LocalParameter]:

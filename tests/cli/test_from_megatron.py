@@ -15,7 +15,7 @@ from engine.cli.megatron.arguments import DEFAULT_SPLIT, DEFAULTS, Arguments
 from engine.cli.megatron.translation import translate
 from engine.config.foreign import MEGATRON
 from engine.config.load import resolve
-from engine.config.schema import Config
+from engine.config.schema import Config, ModelConfig
 from engine.errors import ConfigError
 from engine.model.families import PRESETS
 from engine.optim.schedule import learning_rate
@@ -132,10 +132,7 @@ def test_models_are_those_of_our_presets(of_script, tmp_path, conf, preset, diff
         f'{PRESETS[preset]["vocab_size"]} --lr 1e-4 --train-iters 10 --global-batch-size 64"'
     )
     main_config, comments = of_script(script)
-    expected = PRESETS[preset] | differs
-    ours = {key: getattr(main_config.model, key) for key in expected}
-    ours["rope_scaling"] = ours.get("rope_scaling") and ours["rope_scaling"].model_dump()
-    assert ours == {"rope_scaling": None} | expected
+    assert main_config.model == ModelConfig(**PRESETS[preset] | differs)
     assert "--attention-dropout 0.1 (default of Megatron-LM), --hidden-dropout 0.1 (default of Megatron-LM)" in comments
 
 
@@ -167,9 +164,11 @@ def test_layer_norms_and_biases_are_starcoders():
 
 
 def test_a_family_that_does_not_exist_is_refused():
-    said = refusal("--squared-relu", LLAMA.replace("--disable-bias-linear", ""))
+    said = refusal(
+        "--squared-relu", LLAMA.replace("--normalization RMSNorm --disable-bias-linear", "--normalization LayerNorm")
+    )
     assert "--squared-relu: not implemented: squared ReLU" in said
-    assert "without --disable-bias-linear" in said and "no family of models has model.norm = rms" in said
+    assert "without --disable-bias-linear" in said and "no family of models has model.norm = layer" in said
     assert "a head size other than hidden_size / num_heads" in refusal("--kv-channels 64 --add-qkv-bias")
 
 

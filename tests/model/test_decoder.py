@@ -68,7 +68,7 @@ def reference_model(preset: str, model: ModelConfig) -> transformers.PreTrainedM
             "attn_logit_softcapping": model.attention_softcap,
             "final_logit_softcapping": model.logits_softcap,
             "pad_token_id": None,  # whose embedding has no gradient there
-            "rope_local_base_freq": 1e6,
+            "rope_local_base_freq": model.rope_local_theta,
         }
     if model.family == "granite":
         fields |= {

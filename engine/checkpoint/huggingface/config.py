@@ -7,13 +7,14 @@ format of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), which tr
 read.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from engine.checkpoint.huggingface.files import Json
-from engine.config.schema import SOURCES, ModelConfig, RopeScaling
+from engine.config.schema import SOURCES, ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import FAMILIES, Family, family_of
 
@@ -25,11 +26,13 @@ _OFF: Json = {
     "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False, "rope_interleaved": False,
     "use_bidirectional_attention": False,
+    "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,
 }  # fmt: skip
 _READ = frozenset({
     "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling",
-    "rope_parameters", "partial_rotary_factor", "layer_types", "tie_word_embeddings", "initializer_range",
+    "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "layer_types",
+    "tie_word_embeddings", "initializer_range",
 })  # fmt: skip
 # do not change the model: descriptions, token ids, outputs, and the settings of generation that transformers 4 wrote
 _HARMLESS = frozenset({
@@ -42,11 +45,19 @@ _HARMLESS = frozenset({
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "use_sdpa", "use_flash_attention", "gradient_checkpointing", "keys_to_ignore_at_inference",
+    "use_sdpa", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "flash_attn",
+    "gradient_checkpointing", "keys_to_ignore_at_inference",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor")
+_ROPE_KEYS = {  # by type
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
+}
+_ROPE_REQUIRED = _ROPE_KEYS | {"yarn": ("factor",), "longrope": ("short_factor", "long_factor")}
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -56,9 +67,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
     Raises:
         CheckpointError: an architecture or setting that is not implemented, or a missing field.
     """
-    if (
-        config.get("model_type") == "mistral" and config.get("layer_types") is not None
-    ):  # so does AutoModel of transformers
+    if config.get("model_type") == "mistral" and config.get("layer_types") is not None:  # as AutoModel
         config = dict(config) | {"model_type": "ministral", "architectures": ["MinistralForCausalLM"]}
     family = _family_of(config)
     if problems := list(_unsupported(config, family)):
@@ -69,7 +78,6 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
         return default if found is None else found
 
     hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
-    theta, scaling = _rope(config)
     window, window_layers = _windows(config, family)
     fields = {
         "family": family.name,
@@ -82,8 +90,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
         "vocab_size": _count(config, "vocab_size"),
         "max_position": _count(config, "max_position_embeddings"),
         "norm_eps": value(family.norm_key, 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        **_rope(config, family),
         "sliding_window": window,
         "window_layers": window_layers,
         "tie_embeddings": value("tie_word_embeddings", False),
@@ -91,6 +98,8 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
         **{key.field: key.read(config.get(key.name, key.default)) for key in family.keys},
         **family.fields,
     }
+    if window is None:
+        fields["rope_local_theta"] = None
     return family.with_derived(fields)
 
 
@@ -137,13 +146,11 @@ def _architecture(model: ModelConfig, family: Family) -> Json:
         "max_position_embeddings": model.max_position,
         "initializer_range": model.init_std,
         family.norm_key: model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": _scaling_json(model.rope_scaling),
         "tie_word_embeddings": model.tie_embeddings,
     }
     keys = {key.name: key.write(getattr(model, key.field)) for key in family.keys}
     head_dim = {"head_dim": model.head_dim} if family.has_head_dim else {}
-    return config | family.only | keys | head_dim | _windows_json(model, family)
+    return config | family.only | keys | head_dim | _rope_json(model, family) | _windows_json(model, family)
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:
@@ -159,9 +166,10 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
     """Yield what is wrong with each setting that is neither read nor known not to change the model."""
     known = _READ | _HARMLESS | {family.norm_key, *family.harmless, *(key.name for key in family.keys)}
     known |= {"sliding_window", *family.window_keys} if family.windows else set()
+    known |= {"rope_local_base_freq"} if family.has_local_rope else set()
     only = {"model_type": family.name, **family.only}
-    off = _OFF | {"seq_length": config.get("max_position_embeddings")}
-    if not family.fields["qkv_bias"]:
+    off = _OFF | {"seq_length": config.get("max_position_embeddings"), "rotary_emb_base": config.get("rope_theta")}
+    if not family.fields.get("qkv_bias"):
         off |= {"bias": False, "qkv_bias": False}
     for key, seen in config.items():
         if key in only:
@@ -235,8 +243,48 @@ def _windows_json(model: ModelConfig, family: Family) -> Json:
     return {key: found[key] for key in ("sliding_window", *family.window_keys)}
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, Json | None]:
-    """Return base and scaling from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+def _rope(config: Mapping[str, Any], family: Family) -> Json:
+    """Return the fields about rotary positions, from `rope_theta` and `rope_scaling` (transformers 4) or
+    `rope_parameters` (5), which may have an object for each kind of layer.
+    """
+    rope = _rope_parameters(config)
+    local = config.get("rope_local_base_freq", 10000.0) if family.has_local_rope else None
+    if family.has_local_rope and rope.keys() & {_FULL, _SLIDING}:
+        sliding = dict(rope.get(_SLIDING) or {})
+        local = sliding.pop("rope_theta", local)
+        if sliding.pop("rope_type", "default") != "default" or sliding or rope.keys() - {_FULL, _SLIDING}:
+            raise CheckpointError(f"config.json: rotary positions {rope!r} are not supported")
+        rope = dict(rope.get(_FULL) or {})
+    outer, inner = config.get("rope_theta"), rope.pop("rope_theta", None)
+    if outer and inner and outer != inner:
+        raise CheckpointError(f"config.json: rope_theta is {outer!r}, but {inner!r} among the rotary settings")
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if kind == "su" or (kind == "yarn" and family.rope_types == ("longrope",)):  # earlier names
+        kind = "longrope"
+    if kind not in ("default", *family.rope_types):
+        known = ", ".join(("default", *family.rope_types))
+        raise CheckpointError(
+            f"config.json: rotary positions of type {kind!r} are not supported; {family.architecture} has {known}"
+        )
+    unknown = sorted(map(str, rope.keys() - {*_ROPE_KEYS.get(kind, ()), "original_max_position_embeddings"}))
+    if partial != 1.0 and not family.has_partial_rope:
+        unknown.insert(0, f"partial_rotary_factor {partial}")
+    if unknown:
+        raise CheckpointError(
+            f"config.json: rotary positions of type {kind!r} with {', '.join(unknown)} are not supported"
+        )
+    return {
+        "rope_theta": inner or outer or family.defaults.get("rope_theta", 10000.0),
+        "rope_scaling": None if kind == "default" else _scaling(kind, rope, config, family),
+        "rope_local_theta": local,
+        "partial_rotary_factor": partial,
+    }
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `rope_scaling` or `rope_parameters`; if there are both, they must agree."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     for key, rope in {"rope_scaling": old, "rope_parameters": new}.items():
         if not isinstance(rope, dict):
@@ -244,40 +292,42 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, Json | None]:
     differing = {key for key in old.keys() | new.keys() if old and new and old.get(key) != new.get(key)}
     if differing - {"rope_theta"} or (differing and "rope_theta" in old.keys() & new.keys()):
         raise CheckpointError(f"config.json: rope_scaling = {old!r} and rope_parameters = {new!r} differ; remove one")
-    rope = {key: value for key, value in (old | new).items() if value is not None}
-    outer, inner = config.get("rope_theta"), rope.pop("rope_theta", None)
-    if outer and inner and outer != inner:
-        raise CheckpointError(f"config.json: rope_theta is {outer!r}, but {inner!r} among the rotary settings")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    unknown = rope.keys() - ({*_LLAMA3_ROPE, "original_max_position_embeddings"} if kind == "llama3" else set())
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(
-            f"config.json: rotary positions of type {kind!r} are not supported; known: default and llama3"
-        )
-    if partial != 1.0 or unknown:
-        others = [f"partial_rotary_factor {partial}"] * (partial != 1.0) + sorted(map(str, unknown))
-        raise CheckpointError(
-            f"config.json: rotary positions of type {kind!r} with {', '.join(others)} are not supported"
-        )
-    theta = inner or outer or 10000.0
-    if kind == "default":
-        return theta, None
-    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    try:
-        factors = {key: rope[key] for key in _LLAMA3_ROPE}
-    except KeyError as error:
-        raise CheckpointError(f"config.json: rotary positions of type llama3 without {error}") from None
-    return theta, factors | {"original_max_position": original}
+    return {key: value for key, value in (old | new).items() if value is not None}
 
 
-def _scaling_json(scaling: RopeScaling | None) -> Json | None:
+def _scaling(kind: str, rope: Json, config: Mapping[str, Any], family: Family) -> Json:
+    """Return the fields of `RopeScaling`. `original_max_position_embeddings` beside the rotary settings comes first, as
+    in transformers.
+    """
+    if missing := [key for key in _ROPE_REQUIRED[kind] if key not in rope]:
+        raise CheckpointError(f"config.json: rotary positions of type {kind} without {missing[0]!r}")
+    found = {key: rope[key] for key in _ROPE_KEYS[kind] if key in rope and not key.startswith("mscale")}
+    if kind in ("llama3", "yarn", "longrope"):
+        outer = config.get("original_max_position_embeddings", family.defaults.get("original_max_position_embeddings"))
+        inner = rope.get("original_max_position_embeddings")
+        found["original_max_position"] = outer or inner or config.get("max_position_embeddings")
+    scales = rope.get("mscale"), rope.get("mscale_all_dim")
+    if kind == "yarn" and all(scales) and "attention_factor" not in rope and rope["factor"] > 1:
+        over, under = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in scales)
+        found["attention_factor"] = over / under
+    return found | {"rope_type": kind}
+
+
+def _rope_json(model: ModelConfig, family: Family) -> Json:
+    """Return the keys about rotary positions, LongRoPE's as Phi-3 has them."""
+    scaling = model.rope_scaling
+    found: Json = {"rope_theta": model.rope_theta, "rope_scaling": None}
+    if family.has_partial_rope:
+        found["partial_rotary_factor"] = model.partial_rotary_factor
+    if family.has_local_rope:
+        found["rope_local_base_freq"] = model.rope_local_theta
     if scaling is None:
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-    }
+        return found
+    values = scaling.model_dump(mode="json")
+    keys = {key: values[key] for key in _ROPE_KEYS[scaling.rope_type] if values.get(key) is not None}
+    if scaling.rope_type == "longrope":
+        found["original_max_position_embeddings"] = scaling.original_max_position
+        return found | {"rope_scaling": {"type": "longrope", **keys}}
+    if scaling.rope_type in ("llama3", "yarn"):
+        keys["original_max_position_embeddings"] = scaling.original_max_position
+    return found | {"rope_scaling": {"rope_type": scaling.rope_type, **keys}}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from engine.checkpoint.huggingface.config import model_config_from_hf
 from engine.checkpoint.huggingface.files import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, read_json
 from engine.checkpoint.model_directory import require_shapes
-from engine.checkpoint.rectangles import Shape
+from engine.checkpoint.rectangles import Shape, whole
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
 from engine.config.schema import ModelConfig
 from engine.data.tokenizers.files import MODEL_FILES
 from engine.errors import CheckpointError
 from engine.formatting import counted
+from engine.model.families import family_of
 from engine.parallel.table import Rectangle
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,6 +52,7 @@ class HuggingFaceDirectory:
         self.ignored = [name for name in names if name.endswith(_PICKLES)]
         self._files = self._open_weights()
         self.model = self._model_config()
+        self._parts = self._stacked_parts()
         has_tokenizer = not set(MODEL_FILES).isdisjoint(names)
         self.tokenizer_files = [self._inside(name) for name in names if name in TOKENIZER_FILES and has_tokenizer]
 
@@ -60,7 +63,11 @@ class HuggingFaceDirectory:
 
     def tensors(self) -> dict[str, Shape]:
         """Return names and shapes of the parameters."""
-        return {name: file.shape(name) for name, file in self._files.items()}
+        stacks = {stack for stack, _, _ in self._parts.values()}
+        shapes = {name: file.shape(name) for name, file in self._files.items() if name not in stacks}
+        return shapes | {
+            name: (rows, *self._files[stack].shape(stack)[1:]) for name, (stack, _, rows) in self._parts.items()
+        }
 
     def read(self, name: str, rectangle: Rectangle | None = None) -> Tensor:
         """Read a rectangle (default: all) of a tensor, in the stored dtype; only its rows are read.
@@ -68,6 +75,8 @@ class HuggingFaceDirectory:
         Raises:
             CheckpointError: the file is damaged, or a value is not a finite number.
         """
+        if name in self._parts:
+            name, rectangle = self._in_stack(name, rectangle)
         tensor = self._files[name].tensor(name, rectangle)
         if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # as fast as memory; NaN is both extremes
             count = int((~torch.isfinite(tensor)).sum())
@@ -75,6 +84,27 @@ class HuggingFaceDirectory:
                 f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite"
             )
         return tensor
+
+    def _in_stack(self, name: str, rectangle: Rectangle | None) -> tuple[str, Rectangle]:
+        """Return the stored tensor that has the rows of `name`, and the rectangle in it."""
+        stack, first, rows = self._parts[name]
+        rectangle = rectangle or whole((rows, *self._files[stack].shape(stack)[1:]))
+        return stack, Rectangle((rectangle.start[0] + first, *rectangle.start[1:]), rectangle.extent)
+
+    def _stacked_parts(self) -> dict[str, tuple[str, int, int]]:
+        """Return by name (stored tensor, first row, rows) of each weight that is stored with others in one tensor."""
+        parts = {}
+        for stack, rows_of in family_of(self.model.family).stacked.items():
+            rows = rows_of(self.model)
+            for stored in self._files:
+                prefix = stored.removesuffix(f"{stack}.weight")
+                if prefix != stored and self._files[stored].shape(stored)[:1] == (sum(rows.values()),):
+                    firsts = accumulate(rows.values(), initial=0)
+                    parts |= {
+                        f"{prefix}{part}.weight": (stored, first, count)
+                        for (part, count), first in zip(rows.items(), firsts, strict=False)
+                    }
+        return parts
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
         """Check that the tensors are exactly those that config.json implies.

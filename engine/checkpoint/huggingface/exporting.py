@@ -3,7 +3,7 @@
 The directory is read back and verified before it is renamed to its final name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from engine.config.schema import SOURCES, ModelConfig
 from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError
+from engine.model.families import stored_tensors
 
 SHARD_BYTES = 5 * 1000**3
 
@@ -67,8 +68,9 @@ def export(
         write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
         if tokenizer and with_tokenizer:
             require_trained_ids(partial, tokenizer)
-        written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
-        _verify(partial, model, shapes, dtype, written)
+        stored = stored_tensors(model, shapes)
+        written = _write_weights(files, partial, checkpoint, shapes, stored, dtype, shard_bytes, progress)
+        _verify(partial, model, shapes, stored, dtype, written)
     return out
 
 
@@ -88,6 +90,7 @@ def _write_weights(
     partial: Path,
     checkpoint: Checkpoint,
     shapes: Mapping[str, Shape],
+    stored: Mapping[str, Iterable[str]],
     dtype: torch.dtype,
     shard_bytes: int,
     progress: OnTensor | None,
@@ -95,15 +98,19 @@ def _write_weights(
     read = with_progress(checkpoint, progress)
 
     def load(name: str) -> Tensor:
-        tensor = read(name)
+        tensor = _stack([read(part) for part in stored[name]])
         if dtype == torch.float16 and max(map(abs, tensor.aminmax())) > torch.finfo(dtype).max:
             raise CheckpointError(f"{name} has values beyond 65504, the largest of fp16; export with --dtype bf16")
         return tensor
 
-    def entry(name: str) -> Entry:
-        return Entry(name, shapes[name], dtype, lambda: load(name))
+    def shape(name: str) -> Shape:
+        parts = [shapes[part] for part in stored[name]]
+        return parts[0] if len(parts) == 1 else (sum(part[0] for part in parts), *parts[0][1:])
 
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    def entry(name: str) -> Entry:
+        return Entry(name, shape(name), dtype, lambda: load(name))
+
+    sizes = {name: torch.Size(shape(name)).numel() * dtype.itemsize for name in stored}
     shards = plan_shards(sizes, shard_bytes)
     written = {
         shard: files.write_safetensors(partial / shard, [entry(name) for name in names], {"format": "pt"})
@@ -115,10 +122,15 @@ def _write_weights(
     return written
 
 
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _verify(
     partial: Path,
     model: ModelConfig,
     shapes: Mapping[str, Shape],
+    stored: Mapping[str, Iterable[str]],
     dtype: torch.dtype,
     written: Mapping[str, Written],
 ) -> None:
@@ -132,7 +144,7 @@ def _verify(
     if found.model != model.model_copy(update=dict.fromkeys(SOURCES)):
         raise CheckpointError(f"{partial / CONFIG} does not read back as the model it was written for")
     hashes = {name: digest for file in written.values() for name, digest in file.hashes.items()}
-    for name in shapes:
-        tensor = found.read(name)
+    for name, parts in stored.items():
+        tensor = _stack([found.read(part) for part in parts])
         if tensor.dtype != dtype or tensor_hash(tensor) != hashes[name]:
             raise CheckpointError(f"{partial}: {name} does not read back as it was written")

@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from engine.checkpoint.huggingface.config import require_expressible
 from engine.cli.megatron.arguments import Arguments, flag
 from engine.cli.megatron.notes import Notes
 from engine.config.foreign import MEGATRON, explain
+from engine.config.schema import ModelConfig
 from engine.data.tokenizers.load import load_tokenizer
+from engine.errors import ConfigError
 from engine.model.families import FAMILIES
 
 _OTHER_FUNCTIONS = (  # switches and settings, each of which makes another function of the model
@@ -84,10 +89,17 @@ def _describe_changes(a: Arguments, notes: Notes, *, is_gated: bool) -> None:
 
 
 def _family(a: Arguments, notes: Notes, fields: dict[str, Any], *, has_window: bool, own_head_dim: bool) -> str:
-    """The first family that has these fields, a window if there is one, and a head size of its own if there is one."""
+    """The first family that can express these fields, a window and a head size of its own."""
+    sizes = {"num_layers": 1, "hidden_size": 4, "intermediate_size": 4, "num_heads": 1, "num_kv_heads": 1}
+    sizes |= {"head_dim": 2 if own_head_dim else 4, "vocab_size": 4, "max_position": 4}
     for row in FAMILIES.values():
-        if row.fields == fields and (row.windows is not None) >= has_window and row.has_head_dim >= own_head_dim:
-            return row.name
+        try:
+            require_expressible(
+                ModelConfig(family=row.name, **sizes, **fields, sliding_window=2 if has_window else None)
+            )
+        except (ConfigError, ValidationError):
+            continue
+        return row.name
     wanted = [f"model.{key} = {str(value).lower()}" for key, value in fields.items()]
     wanted += ["a window"] * has_window + ["a head size other than hidden_size / num_heads"] * own_head_dim
     given = ", ".join(a.shown(name) for name in _FAMILY_ARGUMENTS if name in a.given)

@@ -94,7 +94,9 @@ def test_transformers_reads_what_we_write(preset: str) -> None:
     model = ModelConfig(**PRESETS[preset])
     written = hf_config(model, dtype=torch.bfloat16, bos_id=None, eos_id=None)
     read = transformers.AutoConfig.for_model(**written)
-    assert type(read).__name__ + "" == FAMILIES[model.family].architecture.replace("ForCausalLM", "Config")
+    assert type(read).__name__ + "" == FAMILIES[model.family].architecture.replace(
+        "ForCausalLM", "TextConfig" if model.family == "gemma3_text" else "Config"
+    )
     assert (read.num_hidden_layers, read.num_key_value_heads) == (model.num_layers, model.num_kv_heads)
     assert read.rope_parameters["rope_theta"] == model.rope_theta
     assert read.rope_parameters["rope_type"] == ("llama3" if model.rope_scaling else "default")
@@ -134,11 +136,12 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ({"qkv_bias": True}, "qkv_bias = True is not supported; expected False"),
         ({"output_router_logits": True}, "output_router_logits"),
         ({"resid_pdrop": 0.1}, r"resid_pdrop = 0\.1 .*; set it to 0\.0"),
-        ({"attention_bias": True}, "attention_bias = True is not supported; expected False"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' are not supported; known"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+        (
+            {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            "type 'ntk' are not supported; LlamaForCausalLM has default",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "type linear without 'factor'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "without 'factor'"),
         ({"rope_scaling": "llama3"}, "expected an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -163,7 +166,7 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ),
         ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 is not supported; expected 0\.0; set it to 0\.0"),
         ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50\.0 is unknown and may change the model"),
-        ({"mlp_bias": True, "logits_scaling": 8.0}, "mlp_bias = True .*; logits_scaling = 8.0"),
+        ({"embd_pdrop": 0.1, "logits_scaling": 8.0}, "embd_pdrop = 0.1 .*; logits_scaling = 8.0"),
         ({"model_type": "mistral"}, "model_type = 'mistral' is not supported; expected 'llama'"),
     ],
 )
@@ -215,6 +218,7 @@ WINDOWS = {"mistral": {"sliding_window": 6}, "starcoder2": {"sliding_window": 6}
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS |= {
     "ministral": {"sliding_window": 6, "head_dim": 8, "layer_types": [FULL, SLIDING]},
+    "phi3": {"sliding_window": 6, "partial_rotary_factor": 0.5, "pad_token_id": None},
     "qwen2": {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

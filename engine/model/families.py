@@ -134,8 +134,9 @@ _ATTENTION_BIAS = (
 _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
 _QWEN_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
 _QWEN = {"norm_eps": 1e-6, "rope_theta": 1e6}
-_GEMMA_FIELDS = _LLAMA_FIELDS | {
+_GEMMA_FIELDS = _GATED | {
     "activation": "geglu", "norm_placement": "both", "zero_centered_norm": True, "embedding_scale": "sqrt_hidden",
+    "mlp_bias": False,
 }  # fmt: skip
 _GEMMA_DEFAULTS = {
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "tie_word_embeddings": True,
@@ -279,20 +280,21 @@ _ROWS = (
     Family(
         name="olmo2",
         architecture="Olmo2ForCausalLM",
-        fields=_LLAMA_FIELDS | {"norm_placement": "post", "qk_norm": True, "qk_norm_span": "projection"},
-        only={"hidden_act": "silu", "attention_bias": False},
+        fields=_GATED | {"norm_placement": "post", "qk_norm": True, "qk_norm_span": "projection", "mlp_bias": False},
+        only={"hidden_act": "silu"},
         sizes={
             "olmo2-7b": _size(32, 4096, 11008, 32, 32, 100352, 4096, rope_theta=5e5, norm_eps=1e-6),
             "tiny-olmo2": _TINY | {"norm_eps": 1e-6},
         },
         defaults={"rms_norm_eps": 1e-5},
+        keys=_ATTENTION_BIAS,
         has_head_dim=False,
     ),
     Family(
         name="gemma2",
         architecture="Gemma2ForCausalLM",
         fields=_GEMMA_FIELDS,
-        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+        only={"hidden_activation": "gelu_pytorch_tanh"},
         sizes={
             "gemma2-9b": _size(42, 3584, 14336, 16, 8, 256000, 8192, head_dim=256)
             | _GEMMA2
@@ -304,6 +306,7 @@ _ROWS = (
         defaults=_GEMMA_DEFAULTS,
         harmless=("hidden_act", "sliding_window_size", "cache_implementation"),  # which transformers does not read
         keys=(
+            *_ATTENTION_BIAS,
             _ATTENTION_SCALAR,
             Key("attn_logit_softcapping", "attention_softcap", 50.0),
             Key("final_logit_softcapping", "logits_softcap", 30.0),
@@ -315,7 +318,7 @@ _ROWS = (
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
         fields=_GEMMA_FIELDS | {"qk_norm": True},
-        only={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None},
+        only={"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None},
         sizes={
             "gemma3-1b": _size(26, 1152, 6912, 4, 1, 262144, 32768, head_dim=256)
             | _GEMMA3
@@ -325,20 +328,24 @@ _ROWS = (
         defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6},
         has_local_rope=True,
         harmless=("hidden_act", "sliding_window_pattern", "cache_implementation"),  # the second: see `windows`
-        keys=(_ATTENTION_SCALAR, Key("final_logit_softcapping", "logits_softcap")),
+        keys=(*_ATTENTION_BIAS, _ATTENTION_SCALAR, Key("final_logit_softcapping", "logits_softcap")),
         windows=_all_but_every_sixth,
         window_keys=("layer_types",),
     ),
     Family(
         name="granite",
         architecture="GraniteForCausalLM",
-        fields=_LLAMA_FIELDS,
-        only={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        fields=_GATED,
+        only={"hidden_act": "silu"},
         sizes={
             "granite3-8b": _size(40, 4096, 12800, 32, 8, 49155, 4096) | _GRANITE3 | {"tie_embeddings": True},
-            "tiny-granite": _TINY | _GRANITE3 | {"tie_embeddings": True},
+            "tiny-granite": _TINY
+            | {"embedding_scale": 3.0, "residual_scale": 0.5, "attention_scale": 0.2, "logits_scaling": 2.0}
+            | {"tie_embeddings": True},
         },
         keys=(
+            *_ATTENTION_BIAS,
+            Key("mlp_bias", "mlp_bias", default=False, read=bool),
             _number("embedding_multiplier", "embedding_scale", 1.0),
             _number("residual_multiplier", "residual_scale", 1.0),
             _number("attention_multiplier", "attention_scale", 1.0),

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint.huggingface.config import hf_config, model_config_from_hf
+from engine.checkpoint.huggingface.config import hf_config, ignored_settings, model_config_from_hf
 from engine.checkpoint.load import load_decoder
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import FAMILIES, PRESETS
 from tests.checkpoint.huggingface.directory_cases import write_word_tokenizer
 
-# What the published models' config.json say, as far as the architecture goes (StarCoder2: without its dropouts).
+# What the published models' config.json say, as far as the architecture goes.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama2-7b": {
         "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
@@ -58,6 +58,23 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 16384, "model_type": "starcoder2", "norm_epsilon": 1e-05,
         "norm_type": "layer_norm", "num_attention_heads": 36, "num_hidden_layers": 32, "num_key_value_heads": 4,
         "rope_theta": 1000000, "sliding_window": 4096, "use_bias": True, "vocab_size": 49152,
+        "attention_dropout": 0.1, "residual_dropout": 0.1, "embedding_dropout": 0.1, "use_cache": True,
+    },
+    "phi3-mini-4k": {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0,
+        "hidden_act": "silu", "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 8192,
+        "max_position_embeddings": 4096, "model_type": "phi3", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "original_max_position_embeddings": 4096, "pad_token_id": 32000,
+        "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+        "sliding_window": 2047, "tie_word_embeddings": False, "vocab_size": 32064,
+    },
+    "phi4": {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0,
+        "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17920,
+        "max_position_embeddings": 16384, "model_type": "phi3", "num_attention_heads": 40, "num_hidden_layers": 40,
+        "num_key_value_heads": 10, "original_max_position_embeddings": 16384, "pad_token_id": 100349,
+        "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 250000,
+        "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 100352,
     },
 }  # fmt: skip
 
@@ -134,7 +151,6 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         ({"seq_length": 2048}, "seq_length = 2048 is not supported; expected 4096"),
         ({"qkv_bias": True}, "qkv_bias = True is not supported; expected False"),
         ({"output_router_logits": True}, "output_router_logits"),
-        ({"resid_pdrop": 0.1}, r"resid_pdrop = 0\.1 .*; set it to 0\.0"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (
             {"rope_scaling": {"type": "ntk", "factor": 2.0}},
@@ -163,9 +179,8 @@ def test_missing_keys_mean_what_transformers_means() -> None:
             },
             "differ; remove one",
         ),
-        ({"attention_dropout": 0.1}, r"attention_dropout = 0\.1 is not supported; expected 0\.0; set it to 0\.0"),
         ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping = 50\.0 is unknown and may change the model"),
-        ({"embd_pdrop": 0.1, "logits_scaling": 8.0}, "embd_pdrop = 0.1 .*; logits_scaling = 8.0"),
+        ({"bias": True, "logits_scaling": 8.0}, "bias = True .*; logits_scaling = 8.0"),
         ({"model_type": "mistral"}, "model_type = 'mistral' is not supported; expected 'llama'"),
     ],
 )
@@ -207,6 +222,14 @@ def test_harmless_settings_are_accepted() -> None:
     }  # fmt: skip
     for key, value in harmless.items():
         assert model_config_from_hf(config | {key: value}) == model_config_from_hf(config), key
+
+
+def test_dropouts_are_said():
+    assert ignored_settings(PUBLISHED["starcoder2-7b"]) == [
+        "attention_dropout = 0.1, residual_dropout = 0.1, embedding_dropout = 0.1 in config.json (training here has no "
+        "dropout)"
+    ]
+    assert ignored_settings(PUBLISHED["phi4"]) == []
 
 
 SMALL = {

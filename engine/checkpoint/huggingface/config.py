@@ -196,6 +196,8 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
             yield f"{key} = {seen!r} names code, which is not run; remove it if transformers has {family.architecture}"
         elif seen != off[key]:
             yield f"{key} = {seen!r} is not supported; expected {off[key]!r}"
+    if (kinds := config.get("layer_types")) is not None and len(kinds) != config.get("num_hidden_layers"):
+        yield f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {config.get('num_hidden_layers')}"
     if family.windows is None or "layer_types" not in family.window_keys:
         kind = _FULL if family.windows is None or _window(config, family) is None else _SLIDING
         if set(config.get("layer_types") or ()) - {kind}:
@@ -273,7 +275,7 @@ def _rope(config: Mapping[str, Any], family: Family) -> Json:
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if kind == "su" or (kind == "yarn" and family.rope_types == ("longrope",)):  # earlier names
+    if kind in ("su", "yarn") and family.rope_types == ("longrope",):  # Phi-3's earlier names
         kind = "longrope"
     if kind not in ("default", *family.rope_types):
         known = ", ".join(("default", *family.rope_types))
@@ -318,9 +320,9 @@ def _scaling(kind: str, rope: Json, config: Mapping[str, Any], family: Family) -
         outer = config.get("original_max_position_embeddings", family.defaults.get("original_max_position_embeddings"))
         inner = rope.get("original_max_position_embeddings")
         found["original_max_position"] = outer or inner or config.get("max_position_embeddings")
-    scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    if kind == "yarn" and all(scales) and "attention_factor" not in rope and rope["factor"] > 1:
-        over, under = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in scales)
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if kind == "yarn" and mscale and all_dim and "attention_factor" not in rope and rope["factor"] > 1:
+        over, under = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in (mscale, all_dim))
         found["attention_factor"] = over / under
     return found | {"rope_type": kind}
 

@@ -93,7 +93,7 @@ class HuggingFaceDirectory:
 
     def _stacked_parts(self) -> dict[str, tuple[str, int, int]]:
         """Return by name (stored tensor, first row, rows) of each weight that is stored with others in one tensor."""
-        parts = {}
+        parts: dict[str, tuple[str, int, int]] = {}
         for stack, rows_of in family_of(self.model.family).stacked.items():
             rows = rows_of(self.model)
             for stored in self._files:
@@ -141,7 +141,8 @@ class HuggingFaceDirectory:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{self.path / CONFIG}: {place} = {first['input']!r}: {first['msg']}") from None
+            seen = f"{place} = {first['input']!r}: " if place else ""
+            raise CheckpointError(f"{self.path / CONFIG}: {seen}{first['msg']}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{self.path / error.args[0]}") from None
         if model.num_layers > len(self._files):  # before the names of up to a billion layers are generated

@@ -6,11 +6,12 @@ import transformers
 
 from engine.config.schema import ModelConfig, ParallelConfig
 from engine.generate.cache import KeyValueCache
+from engine.generate.decoding import Sampling, generate
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
 from engine.model.families import stored_tensors
 from engine.model.layers import Parameters
-from engine.model.parameters import parameter_table, whole_model
+from engine.model.parameters import kv_replicas, parameter_table, whole_model
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout
 from engine.testing.distributed import run_ranks, world_of
@@ -122,6 +123,21 @@ def test_logits_and_gradients_equal_those_of_transformers(preset):
         assert distance < 1e-4, (name, distance)
 
 
+@pytest.mark.parametrize("preset", ["tiny-olmo2", "tiny-gemma2", "tiny-gemma3", "tiny-granite"])
+def test_greedy_text_equals_that_of_transformers(preset):
+    """Beyond the sliding window."""
+    model = tiny_config(preset, init_std=0.2, tie_embeddings=False)
+    parameters = new_parameters(model)
+    reference = reference_model(preset, model)
+    reference.load_state_dict(logical_state(model, parameters), strict=False)
+    reference.tie_weights()
+    prompt = hidden_tokens(25, model.vocab_size)
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = reference.generate(prompt[None], **settings)[0, 25:].tolist()
+    assert list(generate(Decoder(model, Parameters(parameters)), prompt.tolist(), 20, Sampling())) == expected
+    assert len(set(expected)) > 1
+
+
 def test_documents_do_not_see_each_other():
     model = tiny_config()
     decoder = new_decoder(model)
@@ -168,11 +184,14 @@ def test_generation_with_a_cache_equals_the_whole_sequence(preset):
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
 
 
-def train_compiled(layout: Layout, parallel: ParallelConfig) -> tuple[list[float], list[torch.Tensor], int]:
+def train_compiled(
+    preset: str, layout: Layout, parallel: ParallelConfig
+) -> tuple[list[float], list[torch.Tensor], int]:
     """Losses of a few batches of different documents, the gradients, and how many graphs were compiled."""
     from torch._dynamo.utils import counters
 
-    world, model = world_of(layout), tiny_config(num_layers=3)
+    model = tiny_config(preset, num_layers=3)
+    world = world_of(layout, kv_replicas=kv_replicas(model, layout.tp))
     parameters = ShardedParameters(parameter_table(model, tp=world.tp), torch.float32, world, bucket_size=20_000)
     parameters.initialize(1)
     compile_quickly = torch.compile  # the compiler's front and its autograd, but no machine code, which takes long
@@ -191,11 +210,13 @@ def train_compiled(layout: Layout, parallel: ParallelConfig) -> tuple[list[float
     return losses, [bucket.grad for bucket in parameters.buckets], counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("tp", "recompute"), [(1, "selective"), (2, "full")])
-def test_compiled_layers_compute_the_same(tp, recompute):
-    arguments = (Layout(tp=tp), ParallelConfig(tp=tp, recompute=recompute))
-    plain = run_ranks(tp, train_compiled, *arguments)
-    compiled = run_ranks(tp, train_compiled, arguments[0], arguments[1].model_copy(update={"compile": True}))
+@pytest.mark.parametrize(
+    ("preset", "tp", "recompute"), [("tiny", 1, "selective"), ("tiny-gemma2", 1, "none"), ("tiny-olmo2", 2, "full")]
+)
+def test_compiled_layers_compute_the_same(preset, tp, recompute):
+    layout, parallel = Layout(tp=tp), ParallelConfig(tp=tp, recompute=recompute)
+    plain = run_ranks(tp, train_compiled, preset, layout, parallel)
+    compiled = run_ranks(tp, train_compiled, preset, layout, parallel.model_copy(update={"compile": True}))
     for (losses, gradients, graphs), (expected_losses, expected, no_graphs) in zip(compiled, plain, strict=True):
         assert losses == pytest.approx(expected_losses, rel=1e-6)
         for gradient, other in zip(gradients, expected, strict=True):

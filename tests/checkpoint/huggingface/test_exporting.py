@@ -48,6 +48,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "starcoder2": ("starcoder2", {"sliding_window": 16}),
+    "olmo2": ("olmo2", {"pad_token_id": None}),
+    "gemma2": ("gemma2", {"sliding_window": 16, "head_dim": 32, "query_pre_attn_scalar": 144, "pad_token_id": None}),
+    "gemma3": ("gemma3_text", {"sliding_window": 16, "head_dim": 32, "pad_token_id": None}),
+    "granite": ("granite", {"embedding_multiplier": 12, "residual_multiplier": 0.22, "logits_scaling": 3.0}),
 }
 
 

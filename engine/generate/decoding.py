@@ -100,7 +100,8 @@ def require_room(model: ModelConfig, prompt_tokens: int, max_new_tokens: int) ->
     """Check that a prompt can be continued.
 
     Raises:
-        ConfigError: it is empty, or prompt and new tokens exceed the model's `max_position`.
+        ConfigError: it is empty, or prompt and new tokens exceed the model's `max_position`, or they cross LongRoPE's
+            `original_max_position`.
     """
     if prompt_tokens == 0:
         raise ConfigError("the prompt is empty: it has no tokens to continue")
@@ -108,6 +109,14 @@ def require_room(model: ModelConfig, prompt_tokens: int, max_new_tokens: int) ->
         raise ConfigError(
             f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones are more than the model's "
             f"max_position = {model.max_position}; shorten the prompt or lower max_new_tokens"
+        )
+    scaling = model.rope_scaling
+    original = scaling.original_max_position if scaling and scaling.rope_type == "longrope" else 0
+    if prompt_tokens <= original < prompt_tokens + max_new_tokens:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones cross the model's "
+            f"rope_scaling.original_max_position = {original}, beyond which all positions of a text change; lower "
+            f"max_new_tokens to {original - prompt_tokens}"
         )
 
 

@@ -175,6 +175,13 @@ def test_a_family_that_does_not_exist_is_refused():
 def test_a_window_counts_the_token_itself():
     model = translated("--window-size 4095,0")[0].model
     assert (model.family, model.sliding_window) == ("mistral", 4096)
+    model = translated("--window-size 4095,0 --window-attn-skip-freq 2 --rotary-seq-len-interpolation-factor 4")[
+        0
+    ].model
+    assert (model.family, model.window_layers) == ("ministral", tuple(range(0, model.num_layers, 2)))
+    assert (model.rope_scaling.rope_type, model.rope_scaling.factor) == ("linear", 4.0)
+    assert "expected a number of layers" in refusal("--window-size 7,0 --window-attn-skip-freq [1,0]")
+    assert "expected a number of layers" in refusal("--window-attn-skip-freq 2")
     assert "expected N,0" in refusal("--window-size 10,10")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.generate.decoding import Sampling, generate, generate_batch, sample_next
+from engine.generate.decoding import Sampling, generate, generate_batch, require_room, sample_next
 from engine.model.attention import attend_within
 from engine.testing.models import new_decoder, tiny_config
 
@@ -111,3 +111,22 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn(temperature):
 def test_sampling_out_of_range(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         Sampling(**values)
+
+
+def test_a_text_does_not_cross_the_limit_of_longrope():
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position": 20,
+    }
+    model = tiny_config(rope_scaling=scaling)
+    with pytest.raises(ConfigError, match="lower max_new_tokens to 8"):
+        require_room(model, 12, 9)
+    require_room(model, 12, 8)
+    require_room(model, 21, 100)
+    decoder, ids = new_decoder(model), list(range(25))
+    for token in generate(decoder, ids.copy(), 5, Sampling()):
+        whole = decoder(torch.tensor(ids), torch.arange(len(ids)), decoder.attend_within((0, len(ids))))
+        assert token == int(decoder.logits(whole)[-1].argmax())
+        ids.append(token)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.config.schema import RopeScaling
-from engine.ops.rope import apply_rope, apply_rope_reference, rope_tables
+from engine.ops.rope import apply_rope, apply_rope_qkv, apply_rope_reference, rope_tables
 from tests.ops.op_parity import FP32, assert_same, strided
 
 LLAMA31 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
@@ -64,3 +64,24 @@ def test_llama3_scaling_slows_low_frequencies_alone():
 def test_never_waits_for_the_device():
     cos, sin = rope_tables(torch.arange(8, device="meta"), 16, 1e4, LLAMA31)
     assert apply_rope(torch.randn(8, 2, 16, device="meta"), cos, sin).shape == (8, 2, 16)
+
+
+def test_longrope_of_each_document_is_that_of_its_length():
+    scaling = RopeScaling(
+        rope_type="longrope", short_factor=(1.0, 2.0), long_factor=(3.0, 4.0), original_max_position=4, factor=4.0
+    )
+    together = rope_tables(torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0]), 4, 1e4, scaling)
+    for places, factors in ((slice(0, 3), (1.0, 2.0)), (slice(3, 8), (3.0, 4.0)), (slice(8, 9), (1.0, 2.0))):
+        angles = torch.arange(places.stop - places.start)[:, None] * torch.tensor([1.0, 0.01]) / torch.tensor(factors)
+        torch.testing.assert_close(together[0][places], angles.cos() * 2**0.5)
+        torch.testing.assert_close(together[1][places], angles.sin() * 2**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_each_head_is_not_rotated(dtype):
+    qkv = torch.randn(5, 4, 8).to(dtype)
+    cos, sin = rope_tables(torch.arange(5), 6, 1e4)
+    q, k, v = apply_rope_qkv(qkv, cos, sin, 1)
+    assert torch.equal(q, torch.cat((apply_rope(qkv[:, :2, :6], cos, sin), qkv[:, :2, 6:]), -1))
+    assert torch.equal(k, torch.cat((apply_rope(qkv[:, 2:3, :6], cos, sin), qkv[:, 2:3, 6:]), -1))
+    assert torch.equal(v, qkv[:, 3:])

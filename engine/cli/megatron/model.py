@@ -19,7 +19,7 @@ _OTHER_FUNCTIONS = (  # switches and settings, each of which makes another funct
     "quick_geglu", "qk_l2_norm", "qk_clip", "apply_residual_connection_post_layernorm", "attention_output_gate",
     "experimental_attention_variant", "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json",
     "enable_mhc_connections", "activation_func_clamp_value", "rotary_interleaved", "no_rope_freq", "spec",
-    "rotary_seq_len_interpolation_factor", "window_attn_skip_freq", "mtp_num_layers", "use_mup",
+    "mtp_num_layers", "use_mup",
     "apply_query_key_layer_scaling",
 )  # fmt: skip
 _OTHER_VALUES = {"rotary_percent": 1.0, "glu_linear_offset": 0.0, "softmax_type": "vanilla", "num_experts": 0}
@@ -43,11 +43,14 @@ def translate_model(arguments: Arguments, notes: Notes) -> dict[str, Any]:
         "qk_norm": a.switch("qk_layernorm"),
     }
     own_head_dim = head_dim is not None and head_dim * heads != hidden
-    scaling, factor = a.switch("use_rope_scaling"), a.real("rope_scaling_factor")
+    layers = a.required("num_layers", notes.refused)
+    window_layers = _window_layers(a, notes, layers)
     _describe_changes(a, notes, is_gated=is_gated)
     return {
-        "family": _family(a, notes, fields, has_window=window is not None, own_head_dim=own_head_dim),
-        "num_layers": a.required("num_layers", notes.refused),
+        "family": _family(
+            a, notes, fields, window is not None, some_windows=window_layers is not None, own_head_dim=own_head_dim
+        ),
+        "num_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": a.integer("ffn_hidden_size") or _default_ffn_size(hidden, is_gated=is_gated),
         "num_heads": heads,
@@ -58,8 +61,9 @@ def translate_model(arguments: Arguments, notes: Notes) -> dict[str, Any]:
         **fields,
         "norm_eps": a.real("norm_epsilon"),
         "rope_theta": float(a.integer("rotary_base")),
-        **({"rope_scaling": {"factor": factor}} if scaling else {}),
+        **_rope_scaling(a, notes),
         **({"sliding_window": window} if window else {}),
+        **({"window_layers": window_layers} if window_layers else {}),
         "tie_embeddings": is_tied,
         "init_std": a.real("init_method_std"),
     }
@@ -88,15 +92,22 @@ def _describe_changes(a: Arguments, notes: Notes, *, is_gated: bool) -> None:
         notes.changed.append(f"{a.shown('no_bias_gelu_fusion')}: GELU is exact then; here it is its tanh approximation")
 
 
-def _family(a: Arguments, notes: Notes, fields: dict[str, Any], *, has_window: bool, own_head_dim: bool) -> str:
+def _family(
+    a: Arguments, notes: Notes, fields: dict[str, Any], has_window: bool, *, some_windows: bool, own_head_dim: bool
+) -> str:
     """The first family that can express these fields, a window and a head size of its own."""
-    sizes = {"num_layers": 1, "hidden_size": 4, "intermediate_size": 4, "num_heads": 1, "num_kv_heads": 1}
+    sizes: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_heads": 1,
+        "num_kv_heads": 1,
+    }
     sizes |= {"head_dim": 2 if own_head_dim else 4, "vocab_size": 4, "max_position": 4}
+    sizes |= {"sliding_window": 2 if has_window else None, "window_layers": (0,) if some_windows else None}
     for row in FAMILIES.values():
         try:
-            require_expressible(
-                ModelConfig(family=row.name, **sizes, **fields, sliding_window=2 if has_window else None)
-            )
+            require_expressible(ModelConfig(family=row.name, **sizes, **fields))
         except (ConfigError, ValidationError):
             continue
         return row.name
@@ -124,6 +135,31 @@ def _window(a: Arguments, notes: Notes) -> int | None:
         return None if text is None else int(left) + 1
     notes.refused.append(f"{a.shown('window_size')}: expected N,0, which is a window over the N tokens before")
     return None
+
+
+def _window_layers(a: Arguments, notes: Notes, layers: int) -> tuple[int, ...] | None:
+    """Layers with the window if some have none: with N, every N-th has none."""
+    text = a.text("window_attn_skip_freq")
+    if text is None:
+        return None
+    if text.isdecimal() and 1 < int(text) <= layers and "window_size" in a.given:
+        return tuple(layer for layer in range(layers) if (layer + 1) % int(text))
+    notes.refused.append(
+        f"{a.shown('window_attn_skip_freq')}: expected a number of layers from 2 with --window-size; of other patterns "
+        "set model.window_layers"
+    )
+    return None
+
+
+def _rope_scaling(a: Arguments, notes: Notes) -> dict[str, Any]:
+    interpolation = a.real("rotary_seq_len_interpolation_factor")
+    if a.switch("use_rope_scaling"):
+        if interpolation:
+            notes.refused.append(
+                f"{a.shown('use_rope_scaling')}: {a.shown('rotary_seq_len_interpolation_factor')}, too"
+            )
+        return {"rope_scaling": {"factor": a.real("rope_scaling_factor")}}
+    return {"rope_scaling": {"rope_type": "linear", "factor": interpolation}} if interpolation else {}
 
 
 def _vocab_size(a: Arguments, notes: Notes) -> int:

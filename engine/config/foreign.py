@@ -128,7 +128,7 @@ MEGATRON: Mapping[str, str] = {
     "use_rotary_position_embeddings": _ALWAYS,
     "no_position_embedding": "rotary positions are the only ones",
     "rotary_base": "model.rope_theta",
-    "rotary_percent": "model.partial_rotary_factor, which Phi-3 alone has; not translated",
+    "rotary_percent": "not implemented but in Phi-3: rotary positions of a part of a head; it is 1.0",
     "use_rope_scaling": "model.rope_scaling = {factor: 8.0}",
     "rope_scaling_factor": "model.rope_scaling = {factor: 8.0}",
     "window_size": "model.sliding_window; one number that counts the token itself: 4095,0 is 4096",

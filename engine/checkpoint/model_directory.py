@@ -26,6 +26,10 @@ class ModelDirectory(Protocol):
         """The architecture."""
 
     @property
+    def ignored(self) -> list[str]:
+        """Descriptions of what is there and not used."""
+
+    @property
     def tokenizer_spec(self) -> str | None:
         """The argument for `load_tokenizer`; None if the model has no tokenizer."""
 

@@ -56,6 +56,11 @@ class Checkpoint:
                 self._check_hash(name, stored)
 
     @property
+    def ignored(self) -> list[str]:
+        """Nothing: all that a checkpoint has is used."""
+        return []
+
+    @property
     def state(self) -> State:
         return self.manifest.state
 

@@ -48,10 +48,6 @@ def _model(model: ModelConfig, data: DataConfig) -> Iterator[str]:
     if model.rotary_dim % 2 != 0:
         share = f" · model.partial_rotary_factor = {model.partial_rotary_factor}" * (model.partial_rotary_factor != 1)
         yield f"model.head_dim = {model.head_dim}{share} is odd; rotary positions need an even size"
-    if model.rope_scaling and model.rope_scaling.short_factor:
-        lengths = {len(model.rope_scaling.short_factor), len(model.rope_scaling.long_factor or ())}
-        if lengths != {model.rotary_dim // 2}:
-            yield f"model.rope_scaling: short_factor and long_factor need {model.rotary_dim // 2} numbers each"
     if model.zero_centered_norm and model.norm == "layer":
         yield "model.zero_centered_norm = true applies only to model.norm = rms"
     if model.window_layers is not None and model.sliding_window is None:

@@ -168,6 +168,16 @@ class ModelConfig(Section):
         filled = {"mlp_bias": data.get("output_bias", False)} if isinstance(data, dict) else {}
         return data | filled if filled and data.get("mlp_bias") is None else data
 
+    @model_validator(mode="after")
+    def _has_factors_of_its_size(self) -> Self:
+        scaling = self.rope_scaling
+        for factors in (scaling.short_factor, scaling.long_factor) if scaling else ():
+            if factors is not None and len(factors) != self.rotary_dim // 2:
+                raise PydanticCustomError(
+                    "rope", f"rope_scaling: short_factor and long_factor need {self.rotary_dim // 2} numbers each"
+                )
+        return self
+
     @property
     def rotary_dim(self) -> int:
         """Features of a head that are rotated, the first ones."""

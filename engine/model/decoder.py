@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         ]
         for block in blocks if parallel.compile else ():
             _compile(block, tp)
-        self.layers = nn.ModuleList(blocks)
+        self.layer_numbers, self.layers = part.layers, nn.ModuleList(blocks)
         self.num_fully_recomputed = 0 if selective else len(recomputed)
         self.head = Head(model, parameters, tp, ops) if part.has_head else None
         self._rope: list[RopeFrequencies] = []
@@ -140,8 +140,8 @@ class Decoder(nn.Module):
             x = self.embedding(x)
             x = x if noise is None else x + noise.to(x.dtype)
         residual = None
-        for index, layer in enumerate(self.layers):
-            cos, sin = tables[-1] if config.window(layer.attention.layer) else tables[0]
+        for index, (number, layer) in enumerate(zip(self.layer_numbers, self.layers, strict=True)):
+            cos, sin = tables[-1] if config.window(number) else tables[0]
             if index < self.num_fully_recomputed and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, _sum(x, residual), None, cos, sin, attend)  # which keeps one tensor
             else:

@@ -326,11 +326,11 @@ _ROWS = (
             "tiny-gemma3": _TINY | _GEMMA3 | {"head_dim": 32, "sliding_window": 32, "window_layers": (0, 1, 2)},
         },
         defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6},
+        has_local_rope=True,
         harmless=("hidden_act", "sliding_window_pattern", "cache_implementation"),  # the second: see `windows`
         keys=(*_ATTENTION_BIAS, _ATTENTION_SCALAR, Key("final_logit_softcapping", "logits_softcap")),
         windows=_all_but_every_sixth,
         window_keys=("layer_types",),
-        has_local_rope=True,
     ),
     Family(
         name="granite",

@@ -1,8 +1,10 @@
 """Logs of a run: stdout, `metrics.jsonl`, `events.jsonl`, and experiment trackers."""
 
 import fcntl
+import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -11,13 +13,15 @@ import orjson
 from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.heartbeat import Heartbeat
+from engine.train.sink import Sink
 
 
 class Tracker(Protocol):
-    """Experiment tracker: receives the records of `metrics.jsonl`, only on the main rank. `TensorBoard` is one.
+    """Experiment tracker: receives the records of `metrics.jsonl`, only on the main rank, in a thread of its own, where
+    it may fail and hang. `TensorBoard` is one.
 
-    To add Weights & Biases, write this class, and add `self.trackers.append(WeightsAndBiases(self.directory, last_step,
-    config))` to `RunLog.open_metrics`:
+    To add Weights & Biases, write this class, and add `self.track(WeightsAndBiases(self.directory, last_step, config))`
+    to `RunLog.open_metrics`:
 
         class WeightsAndBiases:
             def __init__(self, directory, last_step, config):
@@ -41,7 +45,10 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """The log of a run: messages on stdout, events, and metrics. A no-op on all but the main rank."""
+    """The log of a run: messages on stdout, events, and metrics. A no-op on all but the main rank.
+
+    Once it is open, training neither ends nor waits because a file or a tracker fails; see `Sink`.
+    """
 
     def __init__(self, directory: Path, *, active: bool, heartbeat: Heartbeat | None = None) -> None:
         """Lock the directory, if this rank is the one that writes.
@@ -55,7 +62,8 @@ class RunLog:
         self.directory = directory
         self.active = active
         self.heartbeat = heartbeat or Heartbeat("", active=False)
-        self.trackers: list[Tracker] = []
+        self._files = {name: Sink(name, self.say) for name in ("metrics.jsonl", "events.jsonl")}
+        self._trackers: list[tuple[Tracker, Sink]] = []
         if active:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(directory / "lock")
@@ -66,7 +74,14 @@ class RunLog:
             return
         _drop_steps_after(self.directory / "metrics.jsonl", last_step)
         if config.log.tensorboard:
-            self.trackers.append(TensorBoard(self.directory / "tensorboard", last_step))
+            try:
+                self.track(TensorBoard(self.directory / "tensorboard", last_step))
+            except (OSError, ImportError) as error:
+                self.say(f"warning     TensorBoard's files cannot be written ({error}); training goes on")
+
+    def track(self, tracker: Tracker, sink: Sink | None = None) -> None:
+        """Send the metrics to `tracker` too, through `sink` (default: one with its name)."""
+        self._trackers.append((tracker, sink or Sink(type(tracker).__name__, self.say)))
 
     def say(self, text: str) -> None:
         """Print a line on stdout."""
@@ -77,21 +92,27 @@ class RunLog:
         """Append to `metrics.jsonl` (NaN becomes null, as JSON has no NaN) and send to the trackers."""
         if not self.active:
             return
-        _append(self.directory / "metrics.jsonl", record)
-        for tracker in self.trackers:
-            tracker.record(group, record)
+        self._append("metrics.jsonl", record)
+        for tracker, sink in self._trackers:
+            sink.put(partial(tracker.record, group, record))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append a one-time event to `events.jsonl`."""
         if self.active:
-            _append(self.directory / "events.jsonl", {"event": kind, "time": time.time(), **fields})
+            self._append("events.jsonl", {"event": kind, "time": time.time(), **fields})
 
     def close(self) -> None:
-        """Close the trackers and release the lock on the run directory."""
-        for tracker in self.trackers:
-            tracker.close()
+        """Write what is left, close the trackers, and release the lock on the run directory."""
+        for tracker, sink in self._trackers:
+            sink.close(tracker.close)
+        for sink in self._files.values():
+            sink.close()
         if self.active:
             self._lock.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        line = orjson.dumps(record) + b"\n"
+        self._files[name].put(partial(_append, self.directory / name, line))
 
 
 class TensorBoard:
@@ -116,8 +137,12 @@ _PERFORMANCE = ("step_time_s", "tokens_per_s", "_per_device", "mfu", "memory_gib
 
 
 def _lock(path: Path) -> BinaryIO:
-    """Lock the run directory against other runs; the lock is released when the process ends."""
+    """Lock the run directory against other runs; the lock is released when the process ends.
+
+    A fork, such as a data worker, may outlive this process, and gives up its share of the lock at once.
+    """
     file = path.open("wb")
+    os.register_at_fork(after_in_child=file.close)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -127,9 +152,9 @@ def _lock(path: Path) -> BinaryIO:
     return file
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
+def _append(path: Path, line: bytes) -> None:
     with path.open("ab") as file:
-        file.write(orjson.dumps(record) + b"\n")
+        file.write(line)
 
 
 def _drop_steps_after(path: Path, last_step: int) -> None:

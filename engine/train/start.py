@@ -132,6 +132,8 @@ def _start_fresh(trainer: Trainer, weights: ModelDirectory | None, log: RunLog) 
         log.heartbeat.phase = "loading the initial weights"
         run_on_all_ranks(trainer.world, partial(restore_weights, optimizer, weights))
         optimizer.broadcast_params()
+        for what in weights.ignored:
+            log.say(f"not used    {what}")
     source = model.from_hf or model.from_checkpoint
     origin = "from scratch" if source is None else f"with the weights of {source}"
     log.say(f"start       {origin}: no checkpoint in {run.dir}")

@@ -268,6 +268,27 @@ def test_every_argument_is_accounted_for():
     assert notes["unknown"] == ["--my-own-flag 3"]
 
 
+@pytest.mark.parametrize(
+    ("given", "heading"),
+    [
+        ("--pipeline-model-parallel-layout Et*4|L", "todo"),
+        ("--finetune", "todo"),
+        ("--eod-mask-loss", "changed"),
+        ("--decoupled-lr 1e-3", "changed"),
+        ("--end-weight-decay 0.2", "changed"),
+        ("--weight-decay-incr-style constant", "implied"),
+    ],
+)
+def test_what_changes_training_is_not_said_to_be_harmless(given, heading):
+    _, notes = translated(given)
+    of_argument = {name for name, lines in notes.items() if any(given.split()[0][:7] in line for line in lines)}
+    assert of_argument == {heading}
+
+
+def test_a_decay_of_wsd_that_is_not_given_is_left_to_set():
+    assert any("lr_schedule.decay_steps" in line for line in translated("--lr-decay-style WSD")[1]["todo"])
+
+
 def test_unknown_arguments_are_a_warning_and_a_thing_to_do(capsys):
     main([f"{LLAMA} --tensor-model-paralel-size 2 --no-such-flag 3"])
     printed = capsys.readouterr()

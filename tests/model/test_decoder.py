@@ -9,17 +9,20 @@ from engine.generate.cache import KeyValueCache
 from engine.generate.decoding import Sampling, generate
 from engine.model.attention import attend_within
 from engine.model.decoder import Decoder
+from engine.model.families import stored_tensors
 from engine.model.layers import Parameters
 from engine.model.parameters import kv_replicas, parameter_table, whole_model
 from engine.parallel.data import ShardedParameters
 from engine.parallel.layout import Layout
 from engine.testing.distributed import run_ranks, world_of
-from engine.testing.models import logical_state, new_decoder, new_parameters, tiny_config
+from engine.testing.models import logical_gradients, logical_state, new_decoder, new_parameters, tiny_config
 
 CONFIGS = {
     "tiny": "LlamaConfig",
     "tiny-llama3": "LlamaConfig",
     "tiny-mistral": "MistralConfig",
+    "tiny-ministral": "MinistralConfig",
+    "tiny-phi3": "Phi3Config",
     "tiny-qwen2": "Qwen2Config",
     "tiny-qwen3": "Qwen3Config",
     "tiny-starcoder2": "Starcoder2Config",
@@ -78,6 +81,8 @@ def reference_model(preset: str, model: ModelConfig) -> transformers.PreTrainedM
             "attention_multiplier": model.attention_scale,
             "logits_scaling": model.logits_scaling,
         }
+    if model.family == "phi3":
+        fields |= {"partial_rotary_factor": 0.75, "pad_token_id": None}
     config = getattr(transformers, CONFIGS[preset])(**fields)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
@@ -92,7 +97,9 @@ def test_logits_and_gradients_equal_those_of_transformers(preset):
     parameters = new_parameters(model)
     state = logical_state(model, parameters)
     reference = reference_model(preset, model)
-    missing = reference.load_state_dict({k: v.clone() for k, v in state.items()}, strict=False)
+    stored = stored_tensors(model, state)
+    loaded = {name: torch.cat([state[part] for part in parts]) for name, parts in stored.items()}
+    missing = reference.load_state_dict(loaded, strict=False)
     assert not missing.unexpected_keys
     assert missing.missing_keys in ([], ["lm_head.weight"])
     reference.tie_weights()
@@ -109,12 +116,11 @@ def test_logits_and_gradients_equal_those_of_transformers(preset):
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
     loss.backward()
     expected_loss.backward()
-    theirs = dict(reference.named_parameters())
-    for parameter in parameter_table(model).parameters:
-        for tensor, grad in parameter.split(parameters[parameter.path].grad):
-            other = theirs[tensor.name].grad
-            distance = (grad - other).norm() / other.norm().clamp(min=1e-6)
-            assert distance < 1e-4, (tensor.name, distance)
+    theirs, ours = dict(reference.named_parameters()), logical_gradients(model, parameters)
+    for name, parts in stored.items():
+        grad, other = torch.cat([ours[part] for part in parts]), theirs[name].grad
+        distance = (grad - other).norm() / other.norm().clamp(min=1e-6)
+        assert distance < 1e-4, (name, distance)
 
 
 @pytest.mark.parametrize("preset", ["tiny-olmo2", "tiny-gemma2", "tiny-gemma3", "tiny-granite"])

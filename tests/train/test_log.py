@@ -1,10 +1,19 @@
 import math
+import multiprocessing
+import re
+import shutil
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from engine.errors import ConfigError
 from engine.testing.runs import read_records, run_config
 from engine.train.log import RunLog
+from engine.train.sink import Sink
 
 
 class Collecting:
@@ -22,13 +31,66 @@ class Collecting:
 def test_a_tracker_gets_what_metrics_jsonl_gets(tmp_path):
     log, tracker = RunLog(tmp_path, active=True), Collecting()
     log.open_metrics(0, run_config(tmp_path))
-    log.trackers.append(tracker)
+    log.track(tracker)
     log.metrics("train", {"step": 1, "loss": math.nan})
     log.metrics("eval", {"step": 1, "eval_loss": 2.0})
     log.close()
     assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}, {"step": 1, "eval_loss": 2.0}]
     assert [(group, record["step"]) for group, record in tracker.records] == [("train", 1), ("eval", 1)]
     assert tracker.closed
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), ValueError("no such project"), None])
+def test_a_tracker_that_fails_or_hangs_ends_nothing(tmp_path, capsys, failure):
+    """It is said once, with how much was lost; other destinations get everything."""
+    released = threading.Event()
+
+    class Bad(Collecting):
+        def record(self, group: str, record: Mapping[str, Any]) -> None:
+            if failure is None:
+                released.wait()
+            elif record["step"] > 1:
+                raise failure
+
+    log = RunLog(tmp_path, active=True)
+    log.open_metrics(0, run_config(tmp_path))
+    log.track(Bad(), Sink("Bad", log.say, queued=3, drain_s=0.1) if failure is None else None)
+    for step in range(1, 9):
+        log.metrics("train", {"step": step})
+    log.close()
+    released.set()
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+    said = capsys.readouterr().out.splitlines()
+    reason = "does not answer" if failure is None else f"cannot be written ({failure})"
+    assert len(said) == 2 and said[0].startswith(f"warning     Bad {reason}")
+    assert re.fullmatch(r"warning     Bad: [6-9] of 9 records lost", said[1])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_a_file_that_cannot_be_written_ends_nothing(tmp_path, capsys):
+    """As on a full disk, or after somebody has removed the directory."""
+    log = RunLog(tmp_path / "run", active=True)
+    log.open_metrics(0, run_config(tmp_path, "--log.tensorboard=true"))
+    shutil.rmtree(tmp_path / "run")
+    log.metrics("train", {"step": 1, "loss": 1.0})
+    log.event("save")
+    log.close()
+    said = capsys.readouterr().out
+    assert "metrics.jsonl cannot be written" in said and "events.jsonl: 1 of 1 records lost" in said
+
+
+def test_a_fork_does_not_hold_the_run_directory(tmp_path):
+    log = RunLog(tmp_path, active=True)
+    reader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    reader.start()
+    try:
+        with pytest.raises(ConfigError, match="another run is writing there"):
+            RunLog(tmp_path, active=True)
+        log.close()
+        RunLog(tmp_path, active=True).close()
+    finally:
+        reader.kill()
+        reader.join()
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -21,14 +21,19 @@ from engine.model.families import FAMILIES, Family, family_of
 # settings whose other values would change the model: the value that turns them off; null does so, too
 _OFF: Json = {
     "auto_map": None, "quantization_config": None, "attention_bias": False, "mlp_bias": False,
-    "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0, "hidden_dropout": 0.0,
-    "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "output_router_logits": False,
+    "output_router_logits": False,
     "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False, "rope_interleaved": False,
-    "use_bidirectional_attention": False,
     "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1,
+    "use_bidirectional_attention": False,
 }  # fmt: skip
+# of training alone; there is no dropout here, which an import says
+_DROPOUTS = (
+    "attention_dropout", "residual_dropout", "embedding_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop",
+    "embd_pdrop",
+)  # fmt: skip
 _READ = frozenset({
+    *_DROPOUTS,
     "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling",
     "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "layer_types",
@@ -101,6 +106,12 @@ def model_config_from_hf(config: Mapping[str, Any]) -> Json:
     if window is None:
         fields["rope_local_theta"] = None
     return family.with_derived(fields)
+
+
+def ignored_settings(config: Mapping[str, Any]) -> list[str]:
+    """Describe the settings of a `config.json` that change training, but not the model, and are not implemented."""
+    used = [f"{key} = {config[key]}" for key in _DROPOUTS if config.get(key)]
+    return [f"{', '.join(used)} in config.json (training here has no dropout)"] if used else []
 
 
 def require_expressible(model: ModelConfig) -> None:
@@ -181,9 +192,12 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
             yield f"{key} = {seen!r} is unknown and may change the model; remove it from config.json if it does not"
         elif key == "quantization_config":
             yield f"{key} = {seen!r} is not supported; dequantize in transformers and save in bf16"
+        elif key == "auto_map":
+            yield f"{key} = {seen!r} names code, which is not run; remove it if transformers has {family.architecture}"
         elif seen != off[key]:
-            advice = "; set it to 0.0 to train without" if key.endswith(("dropout", "_pdrop")) else ""
-            yield f"{key} = {seen!r} is not supported; expected {off[key]!r}{advice}"
+            yield f"{key} = {seen!r} is not supported; expected {off[key]!r}"
+    if (kinds := config.get("layer_types")) is not None and len(kinds) != config.get("num_hidden_layers"):
+        yield f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {config.get('num_hidden_layers')}"
     if family.windows is None or "layer_types" not in family.window_keys:
         kind = _FULL if family.windows is None or _window(config, family) is None else _SLIDING
         if set(config.get("layer_types") or ()) - {kind}:
@@ -261,7 +275,7 @@ def _rope(config: Mapping[str, Any], family: Family) -> Json:
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if kind == "su" or (kind == "yarn" and family.rope_types == ("longrope",)):  # earlier names
+    if kind in ("su", "yarn") and family.rope_types == ("longrope",):  # Phi-3's earlier names
         kind = "longrope"
     if kind not in ("default", *family.rope_types):
         known = ", ".join(("default", *family.rope_types))
@@ -306,9 +320,9 @@ def _scaling(kind: str, rope: Json, config: Mapping[str, Any], family: Family) -
         outer = config.get("original_max_position_embeddings", family.defaults.get("original_max_position_embeddings"))
         inner = rope.get("original_max_position_embeddings")
         found["original_max_position"] = outer or inner or config.get("max_position_embeddings")
-    scales = rope.get("mscale"), rope.get("mscale_all_dim")
-    if kind == "yarn" and all(scales) and "attention_factor" not in rope and rope["factor"] > 1:
-        over, under = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in scales)
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if kind == "yarn" and mscale and all_dim and "attention_factor" not in rope and rope["factor"] > 1:
+        over, under = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in (mscale, all_dim))
         found["attention_factor"] = over / under
     return found | {"rope_type": kind}
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine.checkpoint.huggingface.config import model_config_from_hf
+from engine.checkpoint.huggingface.config import ignored_settings, model_config_from_hf
 from engine.checkpoint.huggingface.files import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, read_json
 from engine.checkpoint.model_directory import require_shapes
 from engine.checkpoint.rectangles import Shape, whole
@@ -33,7 +33,7 @@ class HuggingFaceDirectory:
     Attributes:
         model: the architecture that config.json describes.
         tokenizer_files: empty if there is no tokenizer.
-        ignored: pickle files, which are not read, and tensors that are not parameters.
+        ignored: pickle files, which are not read, dropouts, and tensors that are not parameters.
 
     Raises:
         CheckpointError: with the rejected file and the reason.
@@ -49,7 +49,7 @@ class HuggingFaceDirectory:
         if code := [name for name in names if name.endswith(".py")]:
             raise CheckpointError(f"{self.path / code[0]}: directories with code are rejected")
         self.config = read_json(self._inside(CONFIG))
-        self.ignored = [name for name in names if name.endswith(_PICKLES)]
+        self.ignored = [name for name in names if name.endswith(_PICKLES)] + ignored_settings(self.config)
         self._files = self._open_weights()
         self.model = self._model_config()
         self._parts = self._stacked_parts()
@@ -93,7 +93,7 @@ class HuggingFaceDirectory:
 
     def _stacked_parts(self) -> dict[str, tuple[str, int, int]]:
         """Return by name (stored tensor, first row, rows) of each weight that is stored with others in one tensor."""
-        parts = {}
+        parts: dict[str, tuple[str, int, int]] = {}
         for stack, rows_of in family_of(self.model.family).stacked.items():
             rows = rows_of(self.model)
             for stored in self._files:
@@ -141,7 +141,8 @@ class HuggingFaceDirectory:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{self.path / CONFIG}: {place} = {first['input']!r}: {first['msg']}") from None
+            seen = f"{place} = {first['input']!r}: " if place else ""
+            raise CheckpointError(f"{self.path / CONFIG}: {seen}{first['msg']}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{self.path / error.args[0]}") from None
         if model.num_layers > len(self._files):  # before the names of up to a billion layers are generated

@@ -6,6 +6,12 @@ from engine.cli.megatron.arguments import Arguments, flag
 from engine.config.foreign import MEGATRON, explain
 from engine.formatting import counted, did_you_mean
 
+_LEFT_TO_SET = {"pipeline_model_parallel_layout", "finetune", "no_load_optim", "no_load_rng", "save_retain_interval"}
+_CHANGE_TRAINING = {
+    "eod_mask_loss", "fim_data", "decoupled_lr", "decoupled_min_lr", "start_weight_decay", "end_weight_decay",
+    "weight_decay_incr_style",
+}  # fmt: skip
+
 
 @dataclass
 class Notes:
@@ -29,7 +35,7 @@ class Notes:
 
     def add_rest(self, arguments: Arguments) -> None:
         """Add the arguments that no part of the translation has read, grouped by what is to be said about them."""
-        by_answer: dict[str | None, list[str]] = {}
+        by_answer: dict[tuple[str | None, str], list[str]] = {}
         for name in arguments.given:
             if name not in arguments.read:
                 answer = "the default, and so it is here" if arguments.is_default(name) else explain(name)
@@ -38,12 +44,20 @@ class Notes:
                     if answer is None
                     else ""
                 )
-                by_answer.setdefault(answer, []).append(arguments.shown(name) + similar)
-        for answer, shown in by_answer.items():
+                by_answer.setdefault((answer, _section(name, answer)), []).append(arguments.shown(name) + similar)
+        for (answer, section), shown in by_answer.items():
             if answer is None:
                 self.unknown += shown
                 self.todo.append(f"{counted(len(shown), 'argument')} not known to this command, listed below")
-            elif answer.startswith("not "):
-                self.left_out.append(f"{', '.join(shown)}: {answer}")
             else:
-                self.implied.append(f"{', '.join(shown)}: {answer.removeprefix('use ')}")
+                getattr(self, section).append(f"{', '.join(shown)}: {answer.removeprefix('use ')}")
+
+
+def _section(name: str, answer: str | None) -> str:
+    """The list of `Notes` for an argument that no part of the translation has read."""
+    is_default = answer is not None and answer.startswith("the default")
+    if name in _LEFT_TO_SET and not is_default:
+        return "todo"
+    if name in _CHANGE_TRAINING and not is_default:
+        return "changed"
+    return "left_out" if answer is not None and answer.startswith("not ") else "implied"

@@ -111,6 +111,10 @@ def _schedule(a: Arguments, notes: Notes, steps: int, batch: int) -> dict[str, A
         notes.changed.append(f"{shown}: the decay ends at step {decay} there, and here at train.steps = {steps}")
     if style == "WSD" and wsd_style != "linear":
         notes.changed.append(f"{a.shown('lr_wsd_decay_style')}: the decay of lr_schedule.kind = wsd is linear")
+    if style == "WSD" and not wsd_decay:
+        notes.todo.append(
+            f"no {flag('lr_wsd_decay_iters')}: set lr_schedule.decay_steps; by default a tenth of the run"
+        )
     if a.real("lr_warmup_init"):
         notes.changed.append(f"{a.shown('lr_warmup_init')}: warmup starts from 0 here")
     schedule = {"kind": _KINDS.get(style, "linear"), "min_lr": a.real("min_lr")}

@@ -28,12 +28,24 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+SOME_WINDOWS = ["full_attention", "sliding_attention"]
+LONGROPE = {
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1] * 6, "long_factor": [2] * 6},
+    "partial_rotary_factor": 0.75, "original_max_position_embeddings": 16, "pad_token_id": None,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama 3.1": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "mistral": ("mistral", {"sliding_window": 16}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
+    "ministral": ("ministral", {"layer_types": SOME_WINDOWS, "sliding_window": 16, "head_dim": 16}),
+    "phi3": ("phi3", {"sliding_window": 16, "pad_token_id": None}),
+    "phi3, longrope": ("phi3", LONGROPE),
     "qwen2": ("qwen2", {}),
+    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "starcoder2": ("starcoder2", {"sliding_window": 16}),
     "olmo2": ("olmo2", {"pad_token_id": None}),

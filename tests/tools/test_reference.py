@@ -6,7 +6,7 @@ import pytest
 
 from engine.cli import config
 from engine.cli.main import VERBS
-from engine.config.schema import Config
+from engine.config.schema import Config, RopeScaling
 from engine.errors import ConfigError
 from tools import reference
 from tools.reference import DOCS, command_line, description, kind, main, pages, plan_commands
@@ -25,9 +25,8 @@ def test_every_setting_is_there_with_type_default_and_meaning():
         for key, field in model.annotation.model_fields.items()
     }  # fmt: skip
     assert found == plain | {
-        "task", "data.train.path", "data.train.weight", "model.rope_scaling.factor",
-        "model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor",
-        "model.rope_scaling.original_max_position",
+        "task", "data.train.path", "data.train.weight",
+        *(f"model.rope_scaling.{name}" for name in RopeScaling.model_fields),
     }  # fmt: skip
     assert ("optimizer.lr", "number > 0", "default `0.0003`") in lines
     assert ("parallel.timeout_s", "integer ≥ 60 and ≤ 604,800", "default `1800`") in lines

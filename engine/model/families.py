@@ -19,7 +19,7 @@ def _same(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Key:
+class ConfigKey:
     """A key of `config.json` that some families have, and the `ModelConfig` field that it sets.
 
     Attributes:
@@ -71,7 +71,7 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
     norm_key: str = "rms_norm_eps"
-    keys: tuple[Key, ...] = ()
+    keys: tuple[ConfigKey, ...] = ()
     derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     windows: Callable[[Mapping[str, Any], int], Iterable[int]] | None = None
     window_keys: tuple[str, ...] = ()
@@ -120,16 +120,16 @@ def _all_but_every_sixth(config: Mapping[str, Any], layers: int) -> Iterable[int
     return (layer for layer in range(layers) if (layer + 1) % config.get("sliding_window_pattern", 6))
 
 
-def _number(name: str, field: str, default: float) -> Key:
+def _number(name: str, field: str, default: float) -> ConfigKey:
     """A key that must be a number: null is its default."""
-    return Key(name, field, default, read=lambda value: default if value is None else value)
+    return ConfigKey(name, field, default, read=lambda value: default if value is None else value)
 
 
 _GATED = {"norm": "rms", "activation": "swiglu", "qk_norm": False}
 _LLAMA_FIELDS = _GATED | {"qkv_bias": False, "output_bias": False, "mlp_bias": False}
 _ATTENTION_BIAS = (
-    Key("attention_bias", "qkv_bias", default=False, read=bool),
-    Key("attention_bias", "output_bias", default=False, read=bool),
+    ConfigKey("attention_bias", "qkv_bias", default=False, read=bool),
+    ConfigKey("attention_bias", "output_bias", default=False, read=bool),
 )
 _LLAMA31_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
 _QWEN_WINDOWS = ("layer_types", "use_sliding_window", "max_window_layers")
@@ -141,7 +141,7 @@ _GEMMA_FIELDS = _GATED | {
 _GEMMA_DEFAULTS = {
     "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
-_ATTENTION_SCALAR = Key(
+_ATTENTION_SCALAR = ConfigKey(
     "query_pre_attn_scalar",
     "attention_scale",
     256,
@@ -178,7 +178,7 @@ _ROWS = (
             "tiny-llama3": _TINY | {"rope_scaling": _LLAMA31_ROPE | {"original_max_position": 256}},
         },
         harmless=("pretraining_tp", "max_sequence_length", "is_llama_config"),
-        keys=(*_ATTENTION_BIAS, Key("mlp_bias", "mlp_bias", default=False, read=bool)),
+        keys=(*_ATTENTION_BIAS, ConfigKey("mlp_bias", "mlp_bias", default=False, read=bool)),
     ),
     Family(
         name="mistral",
@@ -308,8 +308,8 @@ _ROWS = (
         keys=(
             *_ATTENTION_BIAS,
             _ATTENTION_SCALAR,
-            Key("attn_logit_softcapping", "attention_softcap", 50.0),
-            Key("final_logit_softcapping", "logits_softcap", 30.0),
+            ConfigKey("attn_logit_softcapping", "attention_softcap", 50.0),
+            ConfigKey("final_logit_softcapping", "logits_softcap", 30.0),
         ),
         windows=_every_other,
         window_keys=("layer_types",),
@@ -328,7 +328,7 @@ _ROWS = (
         defaults=_GEMMA_DEFAULTS | {"rope_theta": 1e6},
         has_local_rope=True,
         harmless=("hidden_act", "sliding_window_pattern", "cache_implementation"),  # the second: see `windows`
-        keys=(*_ATTENTION_BIAS, _ATTENTION_SCALAR, Key("final_logit_softcapping", "logits_softcap")),
+        keys=(*_ATTENTION_BIAS, _ATTENTION_SCALAR, ConfigKey("final_logit_softcapping", "logits_softcap")),
         windows=_all_but_every_sixth,
         window_keys=("layer_types",),
     ),
@@ -345,7 +345,7 @@ _ROWS = (
         },
         keys=(
             *_ATTENTION_BIAS,
-            Key("mlp_bias", "mlp_bias", default=False, read=bool),
+            ConfigKey("mlp_bias", "mlp_bias", default=False, read=bool),
             _number("embedding_multiplier", "embedding_scale", 1.0),
             _number("residual_multiplier", "residual_scale", 1.0),
             _number("attention_multiplier", "attention_scale", 1.0),

@@ -107,7 +107,7 @@ HUGGING_FACE: Mapping[str, str] = {
     "max_position_embeddings": "model.max_position",
     "rms_norm_eps": "model.norm_eps",
     "layer_norm_eps": "model.norm_eps",
-    "hidden_act": "model.activation; swiglu or gelu",
+    "hidden_act": "model.activation; swiglu, geglu or gelu",
     "initializer_range": "model.init_std",
     "tie_word_embeddings": "model.tie_embeddings",
     "attention_bias": "model.qkv_bias; model.output_bias is that of the attention output and the feed-forward layers",

@@ -169,6 +169,11 @@ def _family_of(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES.values():
         if architectures == [family.architecture]:
             return family
+    if architectures == ["Gemma3ForConditionalGeneration"]:
+        raise CheckpointError(
+            f"config.json: architectures = {architectures!r} has images, which are not supported; save its text model "
+            "first, as docs/checkpoints.md shows"
+        )
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise CheckpointError(f"config.json: architectures = {architectures!r} is not supported; known: {known}")
 

@@ -89,7 +89,30 @@ def write_tiktoken(path, ranks):
 def hostile_texts(count, seed=0):
     """Code, characters of all scripts, whitespace of all kinds, contractions in odd letters, and runs."""
     choose, (assigned, code) = random.Random(seed), _characters_and_code()
-    words = ["don't", "WE'LL", "'ſ", "K's", "ǅ", "ßẞ", "①②", "½", "४५६", "12345678", "Ⅷ", "é", "ﬁ", "İi", "👩\u200d👩\u200d👧", "中文", "한국어", "العربية", "हिन्दी", "//", "====", "aaaaaaa"]
+    words = [
+        "don't",
+        "WE'LL",
+        "'ſ",
+        "K's",
+        "ǅ",
+        "ßẞ",
+        "①②",
+        "½",
+        "४५६",
+        "12345678",
+        "Ⅷ",
+        "é",
+        "ﬁ",
+        "İi",
+        "👩\u200d👩\u200d👧",
+        "中文",
+        "한국어",
+        "العربية",
+        "हिन्दी",
+        "//",
+        "====",
+        "aaaaaaa",
+    ]
     words += list(" \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2007\u200b\u2028\u202f\u3000\ufeff")
     for i in range(count):
         if i % 4 == 0:

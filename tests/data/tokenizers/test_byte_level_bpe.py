@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -55,7 +56,7 @@ def merged(piece, ids):
     """Merge the bytes of a word, pair of lowest rank first and from the left: the definition of tiktoken."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while True:
-        pairs = [(ids[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ids]
+        pairs = [(ids[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ids]
         if not pairs:
             return [ids[part] for part in parts]
         _, i = min(pairs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.checkpoint.huggingface.files import Json, read_json, write_json
 from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.byte import BYTES_END
-from engine.data.tokenizers.definition import added_token, tokenizer_json
+from engine.data.tokenizers.definition import added_token, bos_processor, tokenizer_json
 from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
 from engine.data.tokenizers.protocol import Tokenizer
@@ -46,6 +46,8 @@ def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, to
             files.copy(source, path)
     missing = {"tokenizer.json", TOKENIZER_CONFIG} - {source.name for source in sources}
     for name, content in _made_for_transformers(tokenizer).items() if missing else ():
+        if name == "tokenizer.json" and tokenizer.adds_bos:
+            content["post_processor"] = bos_processor(_text_ends(tokenizer)["bos_token"], tokenizer.bos_id or 0)
         if name in missing:
             write_json(files, target / name, content)
 

@@ -82,9 +82,9 @@ def definition(path: Path, content: bytes) -> Definition | None:
     if path.name == "vocab.json":
         return Definition(_vocabulary_and_merges(path), [path, path.with_name("merges.txt")])
     if TIKTOKEN_LINE.match(content):
-        return Definition(_tiktoken(path, content), [path])
+        return Definition(_tiktoken(path, content), [path], adds_bos=True)
     if path.name != "tokenizer.json" and b'"token_bytes"' in content[: 1 << 16]:
-        return Definition(_tekken(path), [path])
+        return Definition(_tekken(path), [path], adds_bos=True)
     return None
 
 

@@ -7,10 +7,15 @@ Json = dict[str, Any]
 
 
 class Definition(NamedTuple):
-    """A tokenizer as the content of a `tokenizer.json`, and the files that it was built from."""
+    """A tokenizer as the content of a `tokenizer.json`, and the files that it was built from.
+
+    Attributes:
+        adds_bos: whether its library starts a text with the beginning-of-text token, unless the files say otherwise.
+    """
 
     content: Json
     files: list[Path]
+    adds_bos: bool = False
 
 
 def tokenizer_json(
@@ -34,3 +39,15 @@ def added_token(i: int, content: str, *, special: bool) -> Json:
     """Return an entry of `added_tokens`: a token that is found in the text before it is normalized and split."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": i, "content": content, "special": special, **flags}
+
+
+def bos_processor(text: str, i: int) -> Json:
+    """Return the post-processor that starts every text with the token `text` of id `i`."""
+    token = {"SpecialToken": {"id": text, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, first],
+        "pair": [token, first, second],
+        "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]}},
+    }

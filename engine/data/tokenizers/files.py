@@ -125,6 +125,11 @@ def added_tokens(model_file: Path) -> dict[int, dict[str, Any]]:
         ) from None
 
 
+def adds_bos(model_file: Path, default: bool = False) -> bool:
+    """Whether a text starts with the beginning-of-text token, as `tokenizer_config.json` beside a model file says."""
+    return bool(read_tokenizer_json(model_file.with_name("tokenizer_config.json")).get("add_bos_token", default))
+
+
 def _token_text(value: Any) -> str | None:
     """Return the text of a token, which is written as a text or as an object with a `content`."""
     text = value.get("content") if isinstance(value, dict) else value

@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.tokenizers.definition import Definition, Json
-from engine.data.tokenizers.files import added_tokens, companions, content_hash, named_tokens, read_tokenizer_file
+from engine.data.tokenizers.files import (
+    added_tokens,
+    adds_bos,
+    companions,
+    content_hash,
+    named_tokens,
+    read_tokenizer_file,
+)
 from engine.data.tokenizers.protocol import Ids, Span
 from engine.errors import ConfigError
 
@@ -48,6 +55,7 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"{path} {expected}: {error}") from None
         self._backend.no_truncation()  # some training scripts save truncation, which would silently cut documents
         self._backend.no_padding()
+        first = self._backend.encode("a").ids[:1]
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # others trim spaces off the spans
         self._add_tokens(path)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -73,6 +81,10 @@ class HuggingFaceTokenizer:
             )
         self.eod_id = end
         self.bos_id = self._special_id(roles.get("bos_token"), BEGIN_NAMES)
+        if definition:
+            self.adds_bos = self.bos_id is not None and adds_bos(path, definition.adds_bos)
+        else:
+            self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         self.hash = content_hash(content)
         beside = companions(path)  # of another kind, the tokenizer.json may be of other ids
         self.files = [*model_files, *(file for file in beside if file.name != "tokenizer.json" or not definition)]

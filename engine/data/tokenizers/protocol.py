@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
     """The end-of-document token."""
     bos_id: int | None
     """The beginning-of-text token; None if the tokenizer has none."""
+    adds_bos: bool
+    """Whether `transformers` starts a plain text with `bos_id`, by the tokenizer's files; `encode` never does."""
     hash: str
     """The xxh3-64 hash of the model file; tokenizers with the same hash give the same ids."""
     files: list[Path]

@@ -232,3 +232,26 @@ def test_a_directory_with_a_tokenizer_json_beside_an_original_file(tmp_path, ran
     write_tiktoken(tmp_path / "tokenizer.model", ranks)
     unknown = load_tokenizer(tmp_path)
     assert unknown.note is not None and "not compared" in unknown.note
+
+
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": False}, {"add_bos_token": True}])
+@pytest.mark.parametrize("kind", ["tekken", "sentencepiece"])
+def test_an_export_starts_texts_as_the_original_does(tmp_path, ranks, sentencepiece_model, kind, config):
+    """With the beginning-of-text token in `transformers`, which `encode` never adds."""
+    transformers = pytest.importorskip("transformers")
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    if kind == "tekken":
+        write_tekken(source / "tekken.json", ranks)
+    else:
+        (source / "tokenizer.model").write_bytes(sentencepiece_model)
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.adds_bos == config.get("add_bos_token", kind == "tekken")
+    write_tokenizer(Storage(), target, source, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(target)
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    assert theirs.encode("a b") == begin + list(tokenizer.encode("a b"))
+    assert load_tokenizer(target).adds_bos == tokenizer.adds_bos
+    require_trained_ids(target, tokenizer)

@@ -118,7 +118,8 @@ def preprocessing_parser() -> argparse.ArgumentParser:
     add("--tokenizer-type", help="SentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or ByteTokenizer; "
         "by default inferred from the model")  # fmt: skip
     add("--tokenizer-model", "--tokenizer", metavar="PATH",
-        help="SentencePiece model, tokenizer.json, a directory that contains one, or `byte`")  # fmt: skip
+        help="SentencePiece model, tokenizer.json, tekken.json, vocab.json, tiktoken file, a directory that contains "
+        "one, or `byte`")  # fmt: skip
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
     add("--prepend-bos", action="store_true", help="start every document with the beginning-of-text id")
     add("--chat-template", metavar="TEMPLATE", help="sft: a built-in template (chatml, llama2, llama3, mistral) or a "

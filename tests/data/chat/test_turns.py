@@ -211,6 +211,6 @@ def test_another_end_in_the_middle_of_a_conversation(tokenizer):
     assert targets(template, conversation("u", "", "v", "<|im_end|>", "w", "b")) == [
         "<|im_end|>", "<|im_end|><|im_end|>", "b</s>"
     ]  # fmt: skip
+    dotted = encoder(tokenizer, source.replace("m.content }}", "m.content + ('' if loop.last else '.') }}")).template
     with pytest.raises(ConversationError, match="message 1: the template"):
-        targets(encoder(tokenizer, source.replace("m.content }}", "m.content + ('' if loop.last else '.') }}")).template,
-                conversation("u", "a", "v", "b"))  # fmt: skip
+        targets(dotted, conversation("u", "a", "v", "b"))

@@ -115,7 +115,10 @@ class ChatTemplate:
                 ) from None
         _, found, rest = text.rpartition(PROBE)
         if not found:
-            raise TemplateError(f"chat template {self.name}: does not write the content of the assistant message")
+            raise TemplateError(
+                f"chat template {self.name}: does not write the content, a text, of the assistant message; "
+                f"name another with --chat-template"
+            )
         following = [token for token in self.special if rest.lstrip().startswith(token)]
         if not following:
             seen = f"{rest[:40]!r}" if rest.strip() else "nothing"

@@ -18,6 +18,7 @@ from engine.data.chat.errors import ConversationError
 from engine.data.tokenizers.protocol import Span
 
 PLACEHOLDERS = ("\ufdd0", "\ufdd1")  # noncharacters, so no content starts with them
+OTHERWISE = "use a template that marks turns with {% generation %} blocks, or one of --chat-template"
 MAX_RENDERED_MESSAGES = 50_000  # for all turns of a conversation; one or two seconds of work
 CHARACTERS_PER_MESSAGE = 2000  # rendering this many takes as long as one message
 
@@ -129,7 +130,7 @@ class TurnFinder:
             if span and _squeezed(turn.text).endswith(_squeezed(self._text[slice(*span)])):
                 return span
         raise ConversationError(
-            f"message {k}: the template renders this assistant turn differently in a longer conversation"
+            f"message {k}: the template renders this assistant turn differently in a longer conversation; {OTHERWISE}"
         )
 
     def by_prefix(self, turn: _Turn) -> Span | None:
@@ -193,7 +194,9 @@ class TurnFinder:
         elif start < len(earlier) or not until.startswith(earlier):
             start = self._after_last_message(k, prompt, until[: _shared([until, *others])])
         if start < 0:
-            raise ConversationError(f"message {k}: the template does not show where this assistant turn begins")
+            raise ConversationError(
+                f"message {k}: the template does not show where this assistant turn begins; {OTHERWISE}"
+            )
         return start
 
     def _after_last_message(self, k: int, prompt: str, before: str) -> int:
@@ -220,7 +223,9 @@ class TurnFinder:
     def _cut(self, turn: str, k: int) -> str:
         ended = self._end.cut(turn)
         if ended is None:
-            raise ConversationError(f"message {k}: the template does not end this assistant turn with a special token")
+            raise ConversationError(
+                f"message {k}: the template does not end this assistant turn with a special token; {OTHERWISE}"
+            )
         return ended
 
     def _check_work(self, num_turns: int) -> None:

@@ -16,7 +16,7 @@ from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from engine.data.tokenizers.sentencepiece_json import sentencepiece_json
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 
 PLAIN_CLASS, TOKENIZER_CONFIG = "PreTrainedTokenizerFast", "tokenizer_config.json"
 
@@ -107,8 +107,15 @@ def bytes_tokenizer() -> tuple[Json, Json]:
 
 
 def sentencepiece_tokenizer(content: bytes, prefix_parts: bool | None = None) -> tuple[Json, Json]:
-    """Return `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model; see `sentencepiece_json`."""
-    tokenizer, special = sentencepiece_json(content, prefix_parts)
+    """Return `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model; see `sentencepiece_json`.
+
+    Raises:
+        CheckpointError: a model that Hugging Face's tokenizers cannot express.
+    """
+    try:
+        tokenizer, special = sentencepiece_json(content, prefix_parts)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     return tokenizer, tokenizer_config(special)
 
 

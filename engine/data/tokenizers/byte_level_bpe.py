@@ -19,11 +19,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.data.tokenizers.definition import Definition, Json, added_token, tokenizer_json
+from engine.data.tokenizers.definition import Definition, TokenizerJson, added_token, tokenizer_json
 from engine.data.tokenizers.files import CONVERSION, read_tokenizer_file, read_tokenizer_json
 from engine.errors import ConfigError
-
-Ranks = dict[bytes, int]
 
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -93,7 +91,7 @@ def is_sentencepiece(content: bytes) -> bool:
     return not content[:64].lstrip().startswith(b"{") and not TIKTOKEN_LINE.match(content)
 
 
-def _tekken(path: Path) -> Json:
+def _tekken(path: Path) -> TokenizerJson:
     """The order of ids is special tokens, then tokens by rank."""
     file = read_tokenizer_json(path)
     try:
@@ -113,7 +111,7 @@ def _tekken(path: Path) -> Json:
     return from_ranks({token: count + i for i, token in enumerate(tokens[: size - count])}, pattern, special)
 
 
-def _by_rank(entries: list[Json]) -> list[Json]:
+def _by_rank(entries: list[TokenizerJson]) -> list[TokenizerJson]:
     """Sort entries by rank.
 
     Raises:
@@ -125,7 +123,7 @@ def _by_rank(entries: list[Json]) -> list[Json]:
     return entries
 
 
-def _tiktoken(path: Path, content: bytes) -> Json:
+def _tiktoken(path: Path, content: bytes) -> TokenizerJson:
     known = TIKTOKEN_FILES.get(hashlib.sha256(content).hexdigest())
     if known is None:
         names = ", ".join(kind.name for kind in TIKTOKEN_FILES.values())
@@ -141,7 +139,7 @@ def _tiktoken(path: Path, content: bytes) -> Json:
     return from_ranks(ranks, known.pattern, known.special)
 
 
-def _vocabulary_and_merges(path: Path) -> Json:
+def _vocabulary_and_merges(path: Path) -> TokenizerJson:
     merges_file, config = path.with_name("merges.txt"), read_tokenizer_json(path.with_name("tokenizer_config.json"))
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
     if name not in CLASSES:
@@ -155,18 +153,18 @@ def _vocabulary_and_merges(path: Path) -> Json:
     return _content(read_tokenizer_json(path), merges, splits, {}, normalizer=normalizer, ignore_merges=False)
 
 
-def _gpt2(add_prefix_space: bool) -> tuple[Json | None, list[Json]]:
+def _gpt2(add_prefix_space: bool) -> tuple[TokenizerJson | None, list[TokenizerJson]]:
     return None, [_byte_level(add_prefix_space, use_regex=True)]
 
 
-def _qwen2(add_prefix_space: bool) -> tuple[Json | None, list[Json]]:
+def _qwen2(add_prefix_space: bool) -> tuple[TokenizerJson | None, list[TokenizerJson]]:
     return {"type": "NFC"}, [_split(QWEN2), _byte_level(add_prefix_space)]
 
 
 CLASSES = {"GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2}
 
 
-def from_ranks(ranks: Ranks, pattern: str, special: Mapping[int, str]) -> Json:
+def from_ranks(ranks: dict[bytes, int], pattern: str, special: Mapping[int, str]) -> TokenizerJson:
     """Return the `tokenizer.json` of a tiktoken encoding.
 
     tiktoken merges the pair of tokens whose concatenation has the lowest rank. So every pair that is a token is a
@@ -191,12 +189,12 @@ def from_ranks(ranks: Ranks, pattern: str, special: Mapping[int, str]) -> Json:
 def _content(
     vocab: Mapping[str, int],
     merges: list[Any],
-    splits: list[Json],
+    splits: list[TokenizerJson],
     special: Mapping[int, str],
     *,
-    normalizer: Json | None = None,
+    normalizer: TokenizerJson | None = None,
     ignore_merges: bool,
-) -> Json:
+) -> TokenizerJson:
     model = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": ignore_merges,
@@ -207,11 +205,11 @@ def _content(
     return tokenizer_json(model, added, normalizer, split, _byte_level())
 
 
-def _split(pattern: str) -> Json:
+def _split(pattern: str) -> TokenizerJson:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def _byte_level(add_prefix_space: bool = False, use_regex: bool = False) -> Json:
+def _byte_level(add_prefix_space: bool = False, use_regex: bool = False) -> TokenizerJson:
     return {
         "type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": False, "use_regex": use_regex
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Json = dict[str, Any]
+TokenizerJson = dict[str, Any]
 
 
 class Definition(NamedTuple):
@@ -13,14 +13,18 @@ class Definition(NamedTuple):
         adds_bos: whether its library starts a text with the beginning-of-text token, unless the files say otherwise.
     """
 
-    content: Json
+    content: TokenizerJson
     files: list[Path]
     adds_bos: bool = False
 
 
 def tokenizer_json(
-    model: Json, added: list[Json], normalizer: Json | None, split: Json | None, decoder: Json | None
-) -> Json:
+    model: TokenizerJson,
+    added: list[TokenizerJson],
+    normalizer: TokenizerJson | None,
+    split: TokenizerJson | None,
+    decoder: TokenizerJson | None,
+) -> TokenizerJson:
     """Return the content of a `tokenizer.json` without truncation, padding and post-processor."""
     return {
         "version": "1.0",
@@ -35,13 +39,13 @@ def tokenizer_json(
     }
 
 
-def added_token(i: int, content: str, *, special: bool) -> Json:
+def added_token(i: int, content: str, *, special: bool) -> TokenizerJson:
     """Return an entry of `added_tokens`: a token that is found in the text before it is normalized and split."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {"id": i, "content": content, "special": special, **flags}
 
 
-def bos_processor(text: str, i: int) -> Json:
+def bos_processor(text: str, i: int) -> TokenizerJson:
     """Return the post-processor that starts every text with the token `text` of id `i`."""
     token = {"SpecialToken": {"id": text, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))

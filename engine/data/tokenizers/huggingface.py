@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.tokenizers.definition import Definition, Json
+from engine.data.tokenizers.definition import Definition, TokenizerJson
 from engine.data.tokenizers.files import (
     added_tokens,
     adds_bos,
@@ -107,9 +107,9 @@ class HuggingFaceTokenizer:
                     f"added_tokens.json, but {found} in the vocabulary of {path}; correct one of them"
                 )
 
-    def to_json(self) -> Json:
+    def to_json(self) -> TokenizerJson:
         """Return the content of a `tokenizer.json` for this tokenizer."""
-        content: Json = json.loads(self._backend.to_str())
+        content: TokenizerJson = json.loads(self._backend.to_str())
         return content
 
     def _special_id(self, named: str | None, usual_names: Sequence[str]) -> int | None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.data.tokenizers.definition import Json, added_token, tokenizer_json
+from engine.data.tokenizers.definition import TokenizerJson, added_token, tokenizer_json
 from engine.data.tokenizers.sentencepiece_model import (
     BOS_ID,
     BPE,
@@ -41,7 +41,7 @@ MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35
 PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX = 2, 3
 
 
-def sentencepiece_json(content: bytes, prefix_parts: bool | None = None) -> tuple[Json, dict[str, str]]:
+def sentencepiece_json(content: bytes, prefix_parts: bool | None = None) -> tuple[TokenizerJson, dict[str, str]]:
     """Return the `tokenizer.json` of a SentencePiece model, and its special tokens by role, such as `eos_token`.
 
     Args:
@@ -62,7 +62,7 @@ def sentencepiece_json(content: bytes, prefix_parts: bool | None = None) -> tupl
         for i, piece in enumerate(pieces)
         if piece.type in (UNKNOWN, CONTROL)
     ]
-    decoders: list[Json] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    decoders: list[TokenizerJson] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if normalizer.get(ADD_DUMMY_PREFIX, 1):
         decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
@@ -82,7 +82,7 @@ def sentencepiece_json(content: bytes, prefix_parts: bool | None = None) -> tupl
     return tokenizer, {role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)}
 
 
-def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
+def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> TokenizerJson:
     byte_fallback, unknown = bool(trainer.get(BYTE_FALLBACK)), trainer.get(UNK_ID, 0)
     if trainer.get(MODEL_TYPE, UNIGRAM) == UNIGRAM:
         vocab = [[piece.text, piece.score] for piece in pieces]
@@ -98,7 +98,7 @@ def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
     }
 
 
-def _normalizers(spec: FieldsByNumber, prefix_parts: bool) -> Iterator[Json]:
+def _normalizers(spec: FieldsByNumber, prefix_parts: bool) -> Iterator[TokenizerJson]:
     """Yield SentencePiece's steps in their order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
     if spec.get(PRECOMPILED_CHARSMAP):
         yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
@@ -110,14 +110,14 @@ def _normalizers(spec: FieldsByNumber, prefix_parts: bool) -> Iterator[Json]:
     yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
-def _splits(spec: FieldsByNumber, prefix_parts: bool, symbols: list[str]) -> Json | None:
+def _splits(spec: FieldsByNumber, prefix_parts: bool, symbols: list[str]) -> TokenizerJson | None:
     """Return the pre-tokenizer: the dummy prefix of the whole text, if no normalizer adds it to each part, then the
     split at user-defined symbols, longest first, so that no merge crosses them.
 
     No space is left here. So the first `Metaspace` puts one in front of the text, and only there, even if the text
     begins with a space; the second turns it into `SPACE`.
     """
-    steps: list[Json] = []
+    steps: list[TokenizerJson] = []
     if spec.get(ADD_DUMMY_PREFIX, 1) and not prefix_parts:
         steps = [
             {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}

@@ -50,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
     if tokenizer.note:
         print(f"           {tokenizer.note}")
+    if not sft and tokenizer.adds_bos and not options.prepend_bos:
+        begin = _token_name(tokenizer, tokenizer.bos_id or 0)
+        print(
+            f"warning: transformers starts every text with {begin}, by the files of this tokenizer; "
+            f"documents start with it, too, with --prepend-bos",
+            file=sys.stderr,
+        )
     print(f"input      {counted(len(sources), 'file')}, {megabytes(sum(s.num_bytes for s in sources))}")
     if sft:
         _run_sft(options, sources, tokenizer)
@@ -70,6 +77,7 @@ def _run(options: argparse.Namespace, sources: list[Source], tokenizer: Tokenize
             options.output_prefix,
             keys=options.json_keys,
             append_eod=options.append_eod,
+            prepend_bos=options.prepend_bos,
             workers=options.workers,
             on_reject=_RejectReporter(options.on_bad_line == "fail"),
             on_progress=progress,

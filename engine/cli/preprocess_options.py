@@ -25,7 +25,7 @@ KINDS = {  # --tokenizer-type in lower case, and the kind of tokenizer
     "bytetokenizer": "byte",
 }
 OF_TASK = {  # flags that apply only to one task
-    "pretrain": ("--append-eod", "--json-keys", "--encoder"),
+    "pretrain": ("--append-eod", "--prepend-bos", "--json-keys", "--encoder"),
     "sft": ("--chat-template", "--train-on", "--max-length", "--on-too-long"),
 }
 DESCRIPTION = """Turn text into a token dataset: OUTPUT_PREFIX_KEY_document.bin, .idx and .json. With --task sft, turn
@@ -118,8 +118,10 @@ def preprocessing_parser() -> argparse.ArgumentParser:
     add("--tokenizer-type", help="SentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or ByteTokenizer; "
         "by default inferred from the model")  # fmt: skip
     add("--tokenizer-model", "--tokenizer", metavar="PATH",
-        help="SentencePiece model, tokenizer.json, a directory that contains one, or `byte`")  # fmt: skip
+        help="SentencePiece model, tokenizer.json, tekken.json, vocab.json, tiktoken file, a directory that contains "
+        "one, or `byte`")  # fmt: skip
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
+    add("--prepend-bos", action="store_true", help="start every document with the beginning-of-text id")
     add("--chat-template", metavar="TEMPLATE", help="sft: a built-in template (chatml, llama2, llama3, mistral) or a "
         "Jinja file (default: the tokenizer's)")  # fmt: skip
     add("--train-on", choices=get_args(TrainOn), help="sft: turns whose tokens are targets (default: assistant)")

@@ -20,6 +20,7 @@ from engine.config.schema import DatasetConfig
 from engine.data.samples.pretrain import PretrainDataset
 from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers import fast_sentencepiece
+from engine.data.tokenizers.definition import bos_processor
 from engine.data.tokenizers.load import load_tokenizer
 from engine.errors import ConfigError, DataError, StorageError
 from engine.testing.tokenizers import standard_library_texts, train_sentencepiece, write_chatml_tokenizer
@@ -405,3 +406,22 @@ def test_existing_conversations_are_not_replaced_unasked(chats, main):
     Path("out/x_sft.mask.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"x_sft\.mask\.bin exists; .* --overwrite"):
         main(*SFT, "--input", "chats.jsonl", "--tokenizer-model", "tok")
+
+
+def test_a_tokenizer_that_starts_texts_is_said_to(folder, main, capsys):
+    """By `transformers`, whose users would give the trained model other ids than it has learned."""
+    write_chatml_tokenizer(folder / "tokenizer")
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = orjson.loads(path.read_bytes())
+    names = b'{"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}'
+    (folder / "tokenizer" / "tokenizer_config.json").write_bytes(names)
+    arguments = ("--input", "a.jsonl", "--tokenizer-model", "tokenizer", "--append-eod", "--workers", 1)
+    main(*arguments, "--output-prefix", "plain")
+    assert "warning" not in capsys.readouterr().err
+    path.write_bytes(orjson.dumps({**content, "post_processor": bos_processor("<|im_start|>", 1)}))
+    main(*arguments, "--output-prefix", "without")
+    assert "starts every text with '<|im_start|>' (id 1)" in capsys.readouterr().err
+    main(*arguments, "--output-prefix", "with", "--prepend-bos")
+    assert "warning" not in capsys.readouterr().err
+    for prefix, first in (("plain", False), ("without", False), ("with", True)):
+        assert (IndexedDataset(folder / f"{prefix}_text_document").tokens(0, 1)[0] == 1) == first

@@ -1,51 +1,24 @@
 """Writes tokenizer files that `transformers` loads offline and that give the same ids.
 
-A SentencePiece model is converted to a `tokenizer.json`. Ids differ in two cases, both caused by the library that reads
-the file: Unigram models resolve near-ties in long texts in double precision, SentencePiece in single precision; and a
-few rare combining characters are normalized differently. Alternative considered: the class `LlamaTokenizer`, which
-supports neither the model's normalization nor Unigram, and gives different ids to a text that begins with a space.
+A tokenizer that is not a `tokenizer.json` is converted to one. Alternative considered: the files and the class of the
+original, which give other ids by rules of each class, and which `transformers` reads only with further packages.
 """
 
-import base64
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from engine.checkpoint.huggingface.files import Json, read_json, write_json
 from engine.checkpoint.storage import Storage
 from engine.data.tokenizers.byte import BYTES_END
+from engine.data.tokenizers.definition import added_token, bos_processor, tokenizer_json
 from engine.data.tokenizers.files import named_tokens
+from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from engine.data.tokenizers.sentencepiece_model import (
-    BOS_ID,
-    BPE,
-    CONTROL,
-    EOS_ID,
-    NORMAL,
-    PAD_ID,
-    REMOVE_EXTRA_WHITESPACES,
-    SPACE,
-    UNK_ID,
-    UNKNOWN,
-    USER_DEFINED,
-    Piece,
-    fields_of,
-    merges,
-    piece_of,
-    prefixes_parts,
-    submessage,
-)
-from engine.errors import CheckpointError
-
-FieldsByNumber = Mapping[int, Any]  # of a protocol buffer message, by number
+from engine.data.tokenizers.sentencepiece_json import sentencepiece_json
+from engine.errors import CheckpointError, ConfigError
 
 PLAIN_CLASS, TOKENIZER_CONFIG = "PreTrainedTokenizerFast", "tokenizer_config.json"
-UNIGRAM = 1
-# field numbers of sentencepiece_model.proto
-MODEL_TYPE, TREAT_WHITESPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35
-PRECOMPILED_CHARSMAP, ADD_DUMMY_PREFIX = 2, 3
 
 
 def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, tokenizer: Tokenizer) -> None:
@@ -58,6 +31,9 @@ def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, to
         CheckpointError: an unknown kind of tokenizer, or a model that Hugging Face's tokenizers cannot express.
     """
     sources = sorted(tokenizer_dir.iterdir()) if tokenizer_dir else []
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        converted = {"added_tokens.json", *(file.name for file in tokenizer.built_from)} if tokenizer.built_from else {}
+        sources = [source for source in sources if source.name not in converted]
     for source in sources:
         sentencepiece = tokenizer.kind == "sentencepiece" and source.name == tokenizer.files[0].name
         path = target / ("tokenizer.model" if sentencepiece else source.name)
@@ -70,6 +46,8 @@ def write_tokenizer(files: Storage, target: Path, tokenizer_dir: Path | None, to
             files.copy(source, path)
     missing = {"tokenizer.json", TOKENIZER_CONFIG} - {source.name for source in sources}
     for name, content in _made_for_transformers(tokenizer).items() if missing else ():
+        if name == "tokenizer.json" and tokenizer.adds_bos:
+            content["post_processor"] = bos_processor(_text_ends(tokenizer)["bos_token"], tokenizer.bos_id or 0)
         if name in missing:
             write_json(files, target / name, content)
 
@@ -104,7 +82,9 @@ def _made_for_transformers(tokenizer: Tokenizer) -> dict[str, Json]:
         CheckpointError: an unknown kind of tokenizer, or a model that Hugging Face's tokenizers cannot express.
     """
     if tokenizer.kind == "huggingface":
-        return {TOKENIZER_CONFIG: tokenizer_config(_text_ends(tokenizer))}
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        built = {"tokenizer.json": tokenizer.to_json()} if tokenizer.built_from else {}
+        return {TOKENIZER_CONFIG: tokenizer_config(_text_ends(tokenizer)), **built}
     if tokenizer.kind == "byte":
         pair = bytes_tokenizer()
     elif tokenizer.kind == "sentencepiece":
@@ -121,121 +101,24 @@ def bytes_tokenizer() -> tuple[Json, Json]:
     """Return `tokenizer.json` and `tokenizer_config.json` of the byte tokenizer: no merges, only byte fallback."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
     model: Json = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": None, "byte_fallback": True}
-    added = [_added_token(256, BYTES_END, special=True)]
+    added = [added_token(256, BYTES_END, special=True)]
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-    return _tokenizer(model, added, None, None, decoder), tokenizer_config({"eos_token": BYTES_END})
+    return tokenizer_json(model, added, None, None, decoder), tokenizer_config({"eos_token": BYTES_END})
 
 
 def sentencepiece_tokenizer(content: bytes, prefix_parts: bool | None = None) -> tuple[Json, Json]:
-    """Return `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model.
-
-    Args:
-        prefix_parts: as in `SentencePieceTokenizer`.
+    """Return `tokenizer.json` and `tokenizer_config.json` of a SentencePiece model; see `sentencepiece_json`.
 
     Raises:
         CheckpointError: a model that Hugging Face's tokenizers cannot express.
     """
-    fields = list(fields_of(content))
-    pieces = [piece_of(value) for number, value in fields if number == 1]
-    trainer, normalizer = submessage(fields, 2), submessage(fields, 3)
-    if prefix_parts is None:
-        prefix_parts = prefixes_parts(fields)
-    if trainer.get(MODEL_TYPE, UNIGRAM) not in (UNIGRAM, BPE) or trainer.get(TREAT_WHITESPACE_AS_SUFFIX):
-        raise CheckpointError("the tokenizer is neither a BPE nor a Unigram model with spaces in front of words")
-    added = [
-        _added_token(i, piece.text, special=piece.type == CONTROL)
-        for i, piece in enumerate(pieces)
-        if piece.type in (UNKNOWN, CONTROL)
-    ]
-    decoders: list[Json] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
-    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if normalizer.get(ADD_DUMMY_PREFIX, 1):
-        decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    tokenizer = _tokenizer(
-        _model(trainer, pieces),
-        added,
-        {"type": "Sequence", "normalizers": list(_normalizers(normalizer, prefix_parts))},
-        _splits(normalizer, prefix_parts, [piece.text for piece in pieces if piece.type == USER_DEFINED]),
-        {"type": "Sequence", "decoders": decoders},
-    )
-    ids = {
-        "unk_token": trainer.get(UNK_ID, 0),
-        "bos_token": trainer.get(BOS_ID, 1),
-        "eos_token": trainer.get(EOS_ID, 2),
-        "pad_token": trainer.get(PAD_ID, -1),
-    }
-    return tokenizer, tokenizer_config({role: pieces[i].text for role, i in ids.items() if 0 <= i < len(pieces)})
+    try:
+        tokenizer, special = sentencepiece_json(content, prefix_parts)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    return tokenizer, tokenizer_config(special)
 
 
 def tokenizer_config(special: Mapping[str, str]) -> Json:
     """Return a `tokenizer_config.json`; `special` maps variables such as `eos_token` to the texts of special tokens."""
     return {"tokenizer_class": PLAIN_CLASS, "clean_up_tokenization_spaces": False, **special}
-
-
-def _tokenizer(model: Json, added: list[Json], normalizer: Json | None, split: Json | None, decoder: Json) -> Json:
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": normalizer,
-        "pre_tokenizer": split,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": model,
-    }
-
-
-def _added_token(i: int, content: str, *, special: bool) -> Json:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": i, "content": content, "special": special, **flags}
-
-
-def _model(trainer: FieldsByNumber, pieces: Sequence[Piece]) -> Json:
-    byte_fallback, unknown = bool(trainer.get(BYTE_FALLBACK)), trainer.get(UNK_ID, 0)
-    if trainer.get(MODEL_TYPE, UNIGRAM) == UNIGRAM:
-        vocab = [[piece.text, piece.score] for piece in pieces]
-        return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": byte_fallback}
-    return {
-        "type": "BPE",
-        "vocab": {piece.text: i for i, piece in enumerate(pieces)},
-        "merges": merges({piece.text: piece.score for piece in pieces if piece.type == NORMAL}),
-        "unk_token": pieces[unknown].text,
-        "fuse_unk": True,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": True,  # after the split, user-defined symbols are separate words without merges
-    }
-
-
-def _normalizers(spec: FieldsByNumber, prefix_parts: bool) -> Iterator[Json]:
-    """Yield SentencePiece's steps in their order: character map, extra spaces, dummy prefix, spaces to `SPACE`."""
-    if spec.get(PRECOMPILED_CHARSMAP):
-        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec[PRECOMPILED_CHARSMAP]).decode()}
-    if spec.get(REMOVE_EXTRA_WHITESPACES, 1):
-        yield {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}
-        yield {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-    if spec.get(ADD_DUMMY_PREFIX, 1) and prefix_parts:
-        yield {"type": "Prepend", "prepend": SPACE}
-    yield {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-
-
-def _splits(spec: FieldsByNumber, prefix_parts: bool, symbols: list[str]) -> Json | None:
-    """Return the pre-tokenizer: the dummy prefix of the whole text, if no normalizer adds it to each part, then the
-    split at user-defined symbols, longest first, so that no merge crosses them.
-
-    No space is left here. So the first `Metaspace` puts one in front of the text, and only there, even if the text
-    begins with a space; the second turns it into `SPACE`.
-    """
-    steps: list[Json] = []
-    if spec.get(ADD_DUMMY_PREFIX, 1) and not prefix_parts:
-        steps = [
-            {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}
-            for replacement, scheme in ((" ", "first"), (SPACE, "never"))
-        ]
-    if symbols:
-        longest_first = sorted((symbol.replace(" ", SPACE) for symbol in symbols), key=len, reverse=True)
-        pattern = "|".join(re.escape(symbol) for symbol in longest_first)
-        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
-    if not steps:
-        return None
-    return {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]

@@ -98,6 +98,8 @@ def charge_filter(budget: Budget, name: str, value: Any, args: tuple[Any, ...], 
     elif name == "indent":
         width = argument_of(args, kwargs, 0, "width", 4)
         budget.charge_characters((len(str(value).splitlines()) + 1) * size_of(width))
+    elif name == "format":
+        charge_operator(budget, "%", str(value), kwargs or args)
     elif name == "replace":
         old, new = (str(argument_of(args, kwargs, i, key, "")) for i, key in enumerate(("old", "new")))
         budget.charge_characters(str(value).count(old) * len(new))

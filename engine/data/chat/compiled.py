@@ -22,7 +22,7 @@ from engine.data.tokenizers.protocol import Span
 Message = dict[str, Any]
 
 SOURCE_LIMIT = 1 << 16  # characters; the longest published templates use two fifths of it
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names in the data; templates read one of the first two
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names that data and templates have for thoughts
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # never part of text; two of them mark generation blocks
 
 
@@ -136,9 +136,9 @@ class _PlainData:
 
 
 def _with_thoughts(message: Message) -> Message:
-    """Add a message's thoughts under the names that templates read, if it has them under one of `THOUGHTS`."""
+    """Add a message's thoughts under all of `THOUGHTS`, if it has them under one: a template reads any of these."""
     thoughts = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), None)
-    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+    return message if thoughts is None else {**dict.fromkeys(THOUGHTS, thoughts), **message, THOUGHTS[0]: thoughts}
 
 
 def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:

@@ -48,7 +48,7 @@ def _words(text: str) -> frozenset[str]:
 
 _LIGHT_FILTERS = _words("count d default first last length")  # constant cost: they do not read their operand's items
 _FILTERS = _words("""
-    abs capitalize dictsort e escape float groupby indent int items join list lower map max min reject rejectattr
+    abs capitalize dictsort e escape float format groupby indent int items join list lower map max min reject rejectattr
     replace reverse round safe select selectattr sort string title trim unique upper wordcount
 """)
 _LIGHT_TESTS = _words("""

@@ -19,6 +19,10 @@ Tools = Sequence[Mapping[str, Any]]
 PROBE = "The answer of the assistant."  # no template alters this text
 _PROBE_CONVERSATION = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": PROBE}]
 
+_PROBE_PARAMETERS = {"type": "object", "properties": {"a": {"type": "string", "description": "A."}}, "required": ["a"]}
+_PROBE_FUNCTION = {"name": "probe", "description": "A function.", "parameters": _PROBE_PARAMETERS}
+_PROBE_TOOLS = [{"type": "function", "function": _PROBE_FUNCTION}]
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -103,10 +107,18 @@ class ChatTemplate:
         try:
             text = self._render(_PROBE_CONVERSATION)[0]
         except ConversationError as error:
-            raise TemplateError(f"chat template {self.name}: fails for a question and its answer: {error}") from None
+            try:  # some are for conversations with tools
+                text = self._render(_PROBE_CONVERSATION, _PROBE_TOOLS)[0]
+            except ConversationError:
+                raise TemplateError(
+                    f"chat template {self.name}: fails for a question and its answer: {error}"
+                ) from None
         _, found, rest = text.rpartition(PROBE)
         if not found:
-            raise TemplateError(f"chat template {self.name}: does not write the content of the assistant message")
+            raise TemplateError(
+                f"chat template {self.name}: does not write the content, a text, of the assistant message; "
+                f"name another with --chat-template"
+            )
         following = [token for token in self.special if rest.lstrip().startswith(token)]
         if not following:
             seen = f"{rest[:40]!r}" if rest.strip() else "nothing"

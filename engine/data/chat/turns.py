@@ -18,6 +18,7 @@ from engine.data.chat.errors import ConversationError
 from engine.data.tokenizers.protocol import Span
 
 PLACEHOLDERS = ("\ufdd0", "\ufdd1")  # noncharacters, so no content starts with them
+OTHERWISE = "use a template that marks turns with {% generation %} blocks, or one of --chat-template"
 MAX_RENDERED_MESSAGES = 50_000  # for all turns of a conversation; one or two seconds of work
 CHARACTERS_PER_MESSAGE = 2000  # rendering this many takes as long as one message
 
@@ -38,6 +39,10 @@ class EndOfTurn:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(r"\s*" + re.escape(self.token))
+
+    def at(self, text: str, offset: int) -> str | None:
+        """Return the special token at `offset` of `text`."""
+        return max((token for token in self.special if text.startswith(token, offset)), key=len, default=None)
 
     def extend(self, text: str, span: Span) -> Span:
         """Extend a span of `text` by the end of turn that follows it, unless it ends with one already."""
@@ -72,9 +77,10 @@ class _Turn:
 class TurnFinder:
     r"""Finds assistant turns in the text of a whole conversation, for a template without generation blocks.
 
-    Three strategies, tried in this order:
+    Four strategies, tried in this order:
 
     - by prefix: the whole text begins with the turn and everything before it, as rendered at the end of a conversation.
+    - by other end: as before, but another special token ends the turn.
     - after shortening: the text before the turn is the same, but the whole text has only the last part of the turn.
     - by placeholder: the text before the turn differs, too; rendering a placeholder instead of the turn's content
       shows its position.
@@ -117,18 +123,26 @@ class TurnFinder:
 
     def _find(self, k: int) -> Span:
         turn = self._at_the_end(k)
-        for strategy in (self.by_prefix, self.after_shortening, self.by_placeholder):
+        if span := self.by_prefix(turn) or self.by_other_end(turn):
+            return span
+        for strategy in (self.after_shortening, self.by_placeholder):
             span = strategy(turn)
             if span and _squeezed(turn.text).endswith(_squeezed(self._text[slice(*span)])):
                 return span
         raise ConversationError(
-            f"message {k}: the template renders this assistant turn differently in a longer conversation"
+            f"message {k}: the template renders this assistant turn differently in a longer conversation; {OTHERWISE}"
         )
 
     def by_prefix(self, turn: _Turn) -> Span | None:
         """Match the turn and everything before it at the beginning of the text."""
         start, end = len(turn.head), len(turn.head) + len(turn.text)
         return (start, end) if self._text.startswith(turn.head + turn.text) else None
+
+    def by_other_end(self, turn: _Turn) -> Span | None:
+        """Match the turn with another special token at its end, as gpt-oss has it in the middle of a conversation."""
+        body = turn.head + turn.text.removesuffix(self._end.token)
+        found = self._end.at(self._text, len(body)) if self._text.startswith(body) else None
+        return (len(turn.head), len(body) + len(found)) if found else None
 
     def after_shortening(self, turn: _Turn) -> Span | None:
         """Match everything before the turn; the text then has a shorter turn, up to the next end of turn."""
@@ -171,33 +185,47 @@ class TurnFinder:
         # no character of the content is lost.
         messages = self._messages[: k + 1]
         others = [self._render(self._with_content(messages, k, other), False) for other in PLACEHOLDERS]
+        if others[0] == others[1]:  # some templates write the calls of a message only
+            others = [self._render(self._with_call(messages, k, other), False) for other in PLACEHOLDERS]
         start = _shared([prompt, until, *others])
         earlier = "" if prompt == until else self._render(self._messages[:k], False)
-        if others[0] != others[1] and not until.startswith(earlier):
-            start = self._after_last_message(k, prompt, until[: _shared([until, *others])])
-        elif others[0] == others[1] or start < len(earlier):
+        if others[0] == others[1]:
             start = -1
+        elif start < len(earlier) or not until.startswith(earlier):
+            start = self._after_last_message(k, prompt, until[: _shared([until, *others])])
         if start < 0:
-            raise ConversationError(f"message {k}: the template does not show where this assistant turn begins")
+            raise ConversationError(
+                f"message {k}: the template does not show where this assistant turn begins; {OTHERWISE}"
+            )
         return start
 
     def _after_last_message(self, k: int, prompt: str, before: str) -> int:
         """Return the offset after the message before turn `k` in `before`, the text up to the content of the turn.
 
         For templates that write earlier messages differently once the turn is there: Mistral's has the system prompt
-        in the last message, if this is the user's. Searches for the prompt from the content of its last message on.
-        Returns -1 if it is not there.
+        in the last message, if this is the user's. Searches for the prompt from the content of its last message on,
+        then for the same with other whitespace behind the content. Returns -1 if it is not there.
         """
         said = self._messages[k - 1].get("content") if k else None
         at = prompt.rfind(said) if isinstance(said, str) and said.strip() else -1
-        tail = prompt[at:] if at >= 0 else ""
-        found = before.rfind(tail) if tail else -1
-        return found + len(tail) if found >= 0 else -1
+        if at < 0:
+            return -1
+        tail = prompt[at:]
+        if (found := before.rfind(tail)) >= 0:
+            return found + len(tail)
+        assert isinstance(said, str)
+        rest = tail[len(said) :]
+        pattern = re.escape(said) + "".join(r"\s*" + re.escape(character) for character in _squeezed(rest))
+        ends = [match.end() for match in re.finditer(pattern, before)]
+        space = rest[len(rest.rstrip()) :]
+        return ends[-1] + len(space) * before.startswith(space, ends[-1]) if ends else -1
 
     def _cut(self, turn: str, k: int) -> str:
         ended = self._end.cut(turn)
         if ended is None:
-            raise ConversationError(f"message {k}: the template does not end this assistant turn with a special token")
+            raise ConversationError(
+                f"message {k}: the template does not end this assistant turn with a special token; {OTHERWISE}"
+            )
         return ended
 
     def _check_work(self, num_turns: int) -> None:
@@ -236,6 +264,20 @@ class TurnFinder:
             raise ConversationError(
                 f"message {lost[0]}: the template drops this assistant turn in a longer conversation"
             )
+
+    @staticmethod
+    def _with_call(messages: Sequence[Message], k: int, name: str) -> list[Message]:
+        """Replace the names of the functions that message `k` calls."""
+        calls = messages[k].get("tool_calls")
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            return list(messages)
+        named = [
+            {**call, "function": {**call["function"], "name": name}}
+            if isinstance(call.get("function"), dict)
+            else {**call, "name": name}
+            for call in calls
+        ]
+        return [{**message, "tool_calls": named} if i == k else message for i, message in enumerate(messages)]
 
     @staticmethod
     def _with_content(messages: Sequence[Message], k: int, content: str) -> list[Message]:

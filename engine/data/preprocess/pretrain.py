@@ -24,12 +24,14 @@ class DocumentEncoder:
         tokenizer: the model's tokenizer.
         keys: keys of the JSON objects; one dataset each.
         append_eod: end each document with `tokenizer.eod_id`.
+        prepend_bos: start each document with `tokenizer.bos_id`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool, prepend_bos: bool = False) -> None:
         self._tokenizer = tokenizer
         self._keys = keys
         self._end = np.array([tokenizer.eod_id] if append_eod else [], np.int32)
+        self._begin = np.array([tokenizer.bos_id] if prepend_bos else [], np.int32)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, block: LineBlock) -> EncodedBlock:
@@ -45,12 +47,12 @@ class DocumentEncoder:
     def _add(self, encoded: EncodedBlock, documents: list[Ids]) -> None:
         whole = [ids for ids in documents if ids.size]  # normalization may remove all of a text
         encoded.empty += len(documents) - len(whole)
-        flat = np.concatenate([part for ids in whole for part in (ids, self._end)] or [self._end[:0]])
+        flat = np.concatenate([part for ids in whole for part in (self._begin, ids, self._end)] or [self._end[:0]])
         limit = self._tokenizer.vocab_size
         if flat.size and int(flat.max()) >= limit:
             raise DataError(f"the tokenizer gave id {flat.max()}, but its vocabulary has {limit} entries")
         encoded.ids.append(flat.astype(self._dtype))
-        encoded.lengths.append(np.array([ids.size + self._end.size for ids in whole], np.int32))
+        encoded.lengths.append(np.array([self._begin.size + ids.size + self._end.size for ids in whole], np.int32))
 
 
 def dataset_prefix(output_prefix: str, key: str) -> Path:
@@ -65,6 +67,7 @@ def preprocess(
     *,
     keys: Sequence[str],
     append_eod: bool,
+    prepend_bos: bool = False,
     workers: int,
     on_reject: Callable[[Reject], None] = lambda reject: None,
     on_progress: Callable[[Counts], None] = lambda counts: None,
@@ -75,21 +78,25 @@ def preprocess(
         sources: see `find_sources`.
         keys: keys of the JSON objects; a plain text file has only one text.
         append_eod: end each document with `tokenizer.eod_id`.
+        prepend_bos: start each document with `tokenizer.bos_id`.
         on_reject: called with each rejected line; may raise.
         on_progress: called with the counts after each block.
 
     Raises:
+        ConfigError: `prepend_bos` with a tokenizer without `bos_id`.
         DataError: no tokens, or the input begins with too many rejected lines; see `DatasetBuild.write_all`.
         EncoderMismatch: see `FastSentencePiece`.
         WorkerFailed: a worker process was killed.
     """
     if len(keys) > 1 and any(source.kind == "text" for source in sources):
         raise ConfigError(f"plain text files have one text each, but json_keys names {len(keys)}: {', '.join(keys)}")
+    if prepend_bos and tokenizer.bos_id is None:
+        raise ConfigError("--prepend-bos: the tokenizer has no beginning-of-text token; leave the option out")
     dtype = token_dtype(tokenizer.vocab_size)
     counts = Counts()
     writers = [IndexedDatasetWriter(dataset_prefix(output_prefix, key), dtype) for key in keys]
     with DatasetBuild(writers, output_prefix, counts) as build:
-        blocks = ordered_map(DocumentEncoder(tokenizer, keys, append_eod), read_blocks(sources), workers)
+        blocks = ordered_map(DocumentEncoder(tokenizer, keys, append_eod, prepend_bos), read_blocks(sources), workers)
         build.write_all(blocks, on_reject, on_progress, advice="see json_keys")
         for writer, key in zip(writers, keys, strict=True):
             if writer.num_tokens == 0:

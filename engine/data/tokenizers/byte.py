@@ -23,6 +23,7 @@ class ByteTokenizer:
     vocab_size = 257
     eod_id = 256
     bos_id: int | None = None
+    adds_bos = False
     hash = "byte"
     note: str | None = None
 

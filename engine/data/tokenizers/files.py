@@ -8,16 +8,20 @@ import xxhash
 
 from engine.errors import ConfigError
 
-MODEL_FILES = ("tokenizer.model", "spiece.model", "tokenizer.json")  # names to look for in a directory, in this order
-OTHER_FILES = ("tekken.json", "vocab.json", "vocab.txt")
+MODEL_FILES = (  # names to look for in a directory, in this order
+    "tokenizer.model", "spiece.model", "tokenizer.json", "tekken.json", "vocab.json"
+)  # fmt: skip
 CONVERSION = (
     "AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) in transformers writes a tokenizer.json, which is; "
     "many models on the Hub have one beside it"
 )
 CHAT_TEMPLATE = "chat_template.jinja"
 COMPANIONS = (  # files that transformers keeps next to the model file
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE, "generation_config.json"
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE,
+    "generation_config.json",
 )  # fmt: skip
+
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def find_model_file(path: Path) -> Path:
@@ -28,15 +32,15 @@ def find_model_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    found = [path / name for name in MODEL_FILES if (path / name).is_file()] or sorted(path.glob("*.model"))
-    others = [path / name for name in OTHER_FILES if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
-    if not found and others:
-        raise ConfigError(f"tokenizer {str(path)!r}: {others[0].name} is of a kind that is not read here; {CONVERSION}")
+    found = [path / name for name in MODEL_FILES if (path / name).is_file()]
+    found = found or sorted(path.glob("*.model")) or sorted(path.glob("*.tiktoken"))
     if not found:
         seen = "a directory without one" if path.is_dir() else "no such file"
+        if (path / "vocab.txt").is_file():
+            raise ConfigError(f"tokenizer {str(path)!r}: vocab.txt is of a kind that is not read here; {CONVERSION}")
         raise ConfigError(
-            f"tokenizer {str(path)!r}: {seen}; expected a SentencePiece model, a tokenizer.json, "
-            f"a directory that contains one, or `byte`"
+            f"tokenizer {str(path)!r}: {seen}; expected a SentencePiece model, a tokenizer.json, a tekken.json, "
+            f"a vocab.json with merges.txt, a tiktoken file, a directory that contains one, or `byte`"
         )
     if len(found) > 1 and found[0].name not in MODEL_FILES:
         raise ConfigError(f"tokenizer {str(path)!r}: holds {', '.join(file.name for file in found)}; name one of them")
@@ -93,6 +97,37 @@ def named_tokens(model_file: Path) -> tuple[dict[str, str], set[str]]:
     extra = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
     texts = [_token_text(value) for values in extra if isinstance(values, list) for value in values]
     return roles, {*roles.values(), *filter(None, texts)}
+
+
+def added_tokens(model_file: Path) -> dict[int, dict[str, Any]]:
+    """Return the tokens that the files beside a model file add to its vocabulary: `content` and flags, by id.
+
+    As in transformers: `added_tokens_decoder` of `tokenizer_config.json`, else `added_tokens.json`, which has no flags.
+
+    Raises:
+        ConfigError: one of the files is invalid.
+    """
+    config = model_file.with_name("tokenizer_config.json")
+    try:
+        if (decoder := read_tokenizer_json(config).get("added_tokens_decoder")) is not None:
+            return {
+                int(i): {flag: bool(token.get(flag)) for flag in TOKEN_FLAGS} | {"content": str(token["content"])}
+                for i, token in sorted(decoder.items(), key=lambda item: int(item[0]))
+            }
+        older, (_, named) = read_tokenizer_json(model_file.with_name("added_tokens.json")), named_tokens(model_file)
+        return {
+            int(i): {"content": text, "special": text in named, "normalized": text not in named}
+            for text, i in sorted(older.items(), key=lambda item: int(item[1]))
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the tokens that {config} or added_tokens.json adds are no ids with texts: {type(error).__name__}: {error}"
+        ) from None
+
+
+def adds_bos(model_file: Path, default: bool = False) -> bool:
+    """Whether a text starts with the beginning-of-text token, as `tokenizer_config.json` beside a model file says."""
+    return bool(read_tokenizer_json(model_file.with_name("tokenizer_config.json")).get("add_bos_token", default))
 
 
 def _token_text(value: Any) -> str | None:

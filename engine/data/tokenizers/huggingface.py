@@ -1,11 +1,20 @@
-"""Loads tokenizers from a Hugging Face `tokenizer.json`."""
+"""Loads tokenizers from a Hugging Face `tokenizer.json`, or from its content, built from files of other kinds."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from engine.data.tokenizers.files import companions, content_hash, named_tokens, read_tokenizer_file
+from engine.data.tokenizers.definition import Definition, TokenizerJson
+from engine.data.tokenizers.files import (
+    added_tokens,
+    adds_bos,
+    companions,
+    content_hash,
+    named_tokens,
+    read_tokenizer_file,
+)
 from engine.data.tokenizers.protocol import Ids, Span
 from engine.errors import ConfigError
 
@@ -17,25 +26,38 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`. Special tokens spelled out in a text become their ids, as in transformers.
 
     Tokens that `tokenizer_config.json` or `special_tokens_map.json` name are special, whatever `tokenizer.json` says.
+    Tokens that the former or `added_tokens.json` adds are part of the vocabulary.
+
+    Attributes:
+        built_from: the model files, if they are of another kind than `tokenizer.json`.
+
+    Args:
+        path: the model file.
+        definition: the content of a `tokenizer.json` that stands for the model file, if that is of another kind.
     """
 
     kind = "huggingface"
     encoder = "tokenizers"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, definition: Definition | None = None) -> None:
         try:
             from tokenizers import AddedToken, processors
             from tokenizers import Tokenizer as Backend
         except ImportError:
             raise ConfigError(f"{path} needs the package tokenizers: pip install 'triaxis[hf]'") from None
-        content = read_tokenizer_file(path)
+        self.built_from = definition.files if definition else []
+        model_files = self.built_from or [path]
+        content = b"".join(map(read_tokenizer_file, model_files))
         try:
-            self._backend = Backend.from_buffer(content)
+            self._backend = Backend.from_buffer(json.dumps(definition.content).encode() if definition else content)
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise ConfigError(f"{path} is not a tokenizer.json or damaged: {error}") from None
+            expected = "is damaged" if definition else "is not a tokenizer.json or damaged"
+            raise ConfigError(f"{path} {expected}: {error}") from None
         self._backend.no_truncation()  # some training scripts save truncation, which would silently cut documents
         self._backend.no_padding()
+        first = self._backend.encode("a").ids[:1]
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # others trim spaces off the spans
+        self._add_tokens(path)
         self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         roles, named = named_tokens(path)
         added = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
@@ -59,9 +81,36 @@ class HuggingFaceTokenizer:
             )
         self.eod_id = end
         self.bos_id = self._special_id(roles.get("bos_token"), BEGIN_NAMES)
+        if definition:
+            self.adds_bos = self.bos_id is not None and adds_bos(path, definition.adds_bos)
+        else:
+            self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         self.hash = content_hash(content)
-        self.files = [path, *companions(path)]
+        beside = companions(path)  # of another kind, the tokenizer.json may be of other ids
+        self.files = [*model_files, *(file for file in beside if file.name != "tokenizer.json" or not definition)]
         self.note: str | None = None
+
+    def _add_tokens(self, path: Path) -> None:
+        """Add the tokens that the files beside the model file name.
+
+        Raises:
+            ConfigError: a token does not get the id that is named for it.
+        """
+        from tokenizers import AddedToken
+
+        tokens = added_tokens(path)
+        self._backend.add_tokens([AddedToken(**token) for token in tokens.values()])
+        for i, token in tokens.items():
+            if (found := self._backend.token_to_id(token["content"])) != i:
+                raise ConfigError(
+                    f"{token['content']!r} has id {i} in the added tokens of tokenizer_config.json or "
+                    f"added_tokens.json, but {found} in the vocabulary of {path}; correct one of them"
+                )
+
+    def to_json(self) -> TokenizerJson:
+        """Return the content of a `tokenizer.json` for this tokenizer."""
+        content: TokenizerJson = json.loads(self._backend.to_str())
+        return content
 
     def _special_id(self, named: str | None, usual_names: Sequence[str]) -> int | None:
         """Return the id of the named token, else of the first usual name that is a special token."""

@@ -3,29 +3,38 @@
 The kind is detected from the file's content, because users rename these files.
 """
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from engine.data.tokenizers.byte import ByteTokenizer
-from engine.data.tokenizers.files import CHAT_TEMPLATE, CONVERSION, find_model_file, named_tokens, read_tokenizer_file
+from engine.data.tokenizers.byte_level_bpe import definition, is_sentencepiece
+from engine.data.tokenizers.definition import Definition
+from engine.data.tokenizers.files import (
+    CHAT_TEMPLATE,
+    CONVERSION,
+    added_tokens,
+    find_model_file,
+    named_tokens,
+    read_tokenizer_file,
+)
 from engine.data.tokenizers.huggingface import HuggingFaceTokenizer
 from engine.data.tokenizers.probe import probe_texts
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from engine.data.tokenizers.sentencepiece_json import sentencepiece_json
 from engine.errors import ConfigError
-
-TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")  # a token in base64 and its rank, as in Llama 3's original files
 
 
 def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
-    """Load the tokenizer `spec`: `byte`, a SentencePiece model, a `tokenizer.json`, or a directory with one of these.
+    """Load the tokenizer `spec`: `byte`, a model file, or a directory with one.
+
+    Model files are SentencePiece models, `tokenizer.json`, and the kinds of `byte_level_bpe`.
 
     Args:
         spec: the value of `data.tokenizer`.
         fast: for SentencePiece, use the fast encoder if possible.
 
-    A directory may have a SentencePiece model and a `tokenizer.json`. They are compared; see `note` of the result.
+    A directory may have a `tokenizer.json` beside another model file. They are compared; see `note` of the result.
 
     Raises:
         ConfigError: no tokenizer is found, or it is unusable.
@@ -34,18 +43,34 @@ def load_tokenizer(spec: str | Path, *, fast: bool = True) -> Tokenizer:
         return ByteTokenizer()
     if Path(spec).is_dir() and [path.name for path in Path(spec).iterdir()] == [CHAT_TEMPLATE]:
         return ByteTokenizer(Path(spec) / CHAT_TEMPLATE)  # in a checkpoint, the only file of this tokenizer
-    path = find_model_file(Path(spec))
-    beginning = read_tokenizer_file(path)[:64].lstrip()
-    if beginning.startswith(b"{"):
-        return HuggingFaceTokenizer(path)
-    if TIKTOKEN_LINE.match(beginning):
-        raise ConfigError(f"tokenizer {str(path)!r}: a tiktoken file, of a kind that is not read here; {CONVERSION}")
+    path, in_directory = find_model_file(Path(spec)), Path(spec).is_dir()
+    content, beside = read_tokenizer_file(path), path.with_name("tokenizer.json")
+    if path == beside or (in_directory and beside.is_file() and not is_sentencepiece(content)):
+        return _described(HuggingFaceTokenizer(beside), in_directory)
+    if not is_sentencepiece(content):
+        return HuggingFaceTokenizer(path, definition(path, content))
     tokenizer = SentencePieceTokenizer(path, fast=fast)
-    beside = path.with_name("tokenizer.json")
-    if not beside.is_file():
-        _require_named(tokenizer)
-        return tokenizer
-    return _choose(tokenizer, beside, Path(spec).is_dir())
+    if beside.is_file():
+        return _choose(tokenizer, beside, in_directory)
+    if any(tokenizer.symbols.get(token["content"]) != i for i, token in added_tokens(path).items()):
+        return HuggingFaceTokenizer(path, Definition(sentencepiece_json(content, tokenizer.prefix_parts)[0], [path]))
+    _require_named(tokenizer)
+    return tokenizer
+
+
+def _described(tokenizer: HuggingFaceTokenizer, in_directory: bool) -> HuggingFaceTokenizer:
+    """Compare a `tokenizer.json` with the Tekken or tiktoken file beside it, which other programs read."""
+    path = tokenizer.files[0]
+    for other in map(path.with_name, ("tekken.json", "tokenizer.model") if in_directory else ()):
+        if not other.is_file() or is_sentencepiece(content := read_tokenizer_file(other)):
+            continue
+        try:
+            difference = _difference(HuggingFaceTokenizer(other, definition(other, content)), tokenizer)
+        except ConfigError as error:
+            difference = f"they are not compared: {error}"
+        if difference:
+            tokenizer.note = f"{path} is read, as by transformers, not {other.name}: {difference}"
+    return tokenizer
 
 
 def _require_named(tokenizer: SentencePieceTokenizer) -> None:
@@ -55,7 +80,7 @@ def _require_named(tokenizer: SentencePieceTokenizer) -> None:
         if role in roles and roles[role] not in tokenizer.special_tokens:
             raise ConfigError(
                 f"tokenizer {str(tokenizer.files[0])!r} lacks {role} = {roles[role]!r}, which files beside it name, "
-                f"and a list of added tokens is not read here; {CONVERSION}"
+                f"and so does the list of added tokens; {CONVERSION}"
             )
 
 
@@ -84,11 +109,12 @@ def _choose(tokenizer: SentencePieceTokenizer, beside: Path, in_directory: bool)
     return tokenizer
 
 
-def _difference(model: SentencePieceTokenizer, other: HuggingFaceTokenizer) -> str | None:
+def _difference(model: SentencePieceTokenizer | HuggingFaceTokenizer, other: HuggingFaceTokenizer) -> str | None:
     """Return the first difference between the ids of two tokenizers, on `probe_texts`; None if there is none."""
     if other.vocab_size > model.vocab_size:
         return f"{other.vocab_size - model.vocab_size} more ids"
-    if only := {name: i for name, i in other.special_tokens.items() if model.symbols.get(name) != i}:
+    symbols = model.symbols if isinstance(model, SentencePieceTokenizer) else model.special_tokens
+    if only := {name: i for name, i in other.special_tokens.items() if symbols.get(name) != i}:
         return f"{next(iter(only))!r} is a special token in tokenizer.json only"
     if missing := model.special_tokens.keys() - other.special_tokens.keys():
         return f"{min(missing)!r} is a special token in {model.files[0].name} only"

@@ -1,10 +1,11 @@
 """The tokenizer interface, the only one that the engine uses.
 
-Each kind of tokenizer has a separate file in this package, and `load.py` chooses between them. A new kind also needs
-the name of its model file in `MODEL_FILES` of `files.py`, and its export in
+Each kind of tokenizer has a separate file in this package, and `load.py` chooses between them. A file format whose
+tokenizer a `tokenizer.json` can express is converted to one, as in `byte_level_bpe.py`. A new kind also needs the name
+of its model file in `MODEL_FILES` of `files.py`, and its export in
 `engine/checkpoint/huggingface/tokenizer_files.py`, which rejects unknown kinds. `encode` never adds a beginning or end
-token; the code that builds documents appends `eod_id`. Alternative considered: `transformers.AutoTokenizer`, which
-takes seconds to import and may run code that comes with a model.
+token; the code that builds documents does. Alternative considered: `transformers.AutoTokenizer`, which takes seconds to
+import and may run code that comes with a model.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ class Tokenizer(Protocol):
     """The end-of-document token."""
     bos_id: int | None
     """The beginning-of-text token; None if the tokenizer has none."""
+    adds_bos: bool
+    """Whether `transformers` starts a plain text with `bos_id`, by the tokenizer's files; `encode` never does."""
     hash: str
     """The xxh3-64 hash of the model file; tokenizers with the same hash give the same ids."""
     files: list[Path]

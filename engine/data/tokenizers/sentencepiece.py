@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from engine.data.tokenizers.fast_sentencepiece import FastSentencePiece, UnsupportedModel
 from engine.data.tokenizers.files import (
+    adds_bos,
     companions,
     content_hash,
     named_tokens,
@@ -77,6 +78,7 @@ class SentencePieceTokenizer:
             raise ConfigError(f"{path} has no end-of-sentence piece, which ends documents; train it with eos_id >= 0")
         begin = self.special_tokens.get(roles.get("bos_token", ""), self._processor.bos_id())
         self.bos_id: int | None = begin if begin >= 0 else None
+        self.adds_bos = begin >= 0 and adds_bos(path)
         legacy = read_tokenizer_json(path.with_name("tokenizer_config.json")).get("legacy") is not False
         self.prefix_parts = prefixes_parts(fields, legacy)
         self.note: str | None = None

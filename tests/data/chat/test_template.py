@@ -5,7 +5,7 @@ import re
 import pytest
 
 from engine.data.chat.builtin import BUILTIN
-from engine.data.chat.errors import TemplateError
+from engine.data.chat.errors import ConversationError, TemplateError
 from engine.data.chat.find import find_template
 from engine.data.chat.template import ChatTemplate
 from tests.data.chat.examples import CHATML, conversation, encoder, targets
@@ -122,9 +122,9 @@ def test_turns_of_weight_0_are_no_targets(tokenizer, name):
     assert [text.strip() for text in targets(messages)] == ["first" + end]
 
 
-@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking", "reasoning"])
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
-def test_thoughts_under_any_name_are_written_as_by_transformers(tokenizer, folder, key, read):
+def test_thoughts_under_any_name_are_written(tokenizer, folder, key, read):
     transformers = pytest.importorskip("transformers", minversion="5")
     source = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
     {%- if m.KEY %}{{ '<think>' + m.KEY + '</think>' }}{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}""".replace(
@@ -134,5 +134,20 @@ def test_thoughts_under_any_name_are_written_as_by_transformers(tokenizer, folde
     messages[1][key] = "counted the stones"
     text = encoder(tokenizer, source).template.render(messages, "all").text
     assert text.endswith("<think>counted the stones</think>nine miles<|im_end|>")
+    if read == "reasoning" != key:  # transformers gives thoughts this name only if they have it
+        messages[1]["reasoning"] = messages[1][key]
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert text == theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+
+
+def test_a_template_that_needs_tools(tokenizer):
+    """Its end of turn is found, and it renders conversations with tools."""
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    source = """{% for tool in tools %}{{ tool.function.name }}{% endfor %}
+    {%- for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}
+    {%- if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"""
+    template = encoder(tokenizer, source).template
+    rendered = template.render(conversation("u", "a"), tools=tools)
+    assert [rendered.text[start:end] for start, end in rendered.targets] == ["a<|im_end|>"]
+    with pytest.raises(ConversationError, match="not iterable"):
+        template.render(conversation("u", "a"))

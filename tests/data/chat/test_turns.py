@@ -171,3 +171,46 @@ def test_a_system_message_in_the_last_message_if_it_is_the_users(tokenizer, said
         return
     begin = "" if prompt else " "
     assert targets(template, messages) == [begin + "a</s>", begin + "b</s>"]
+
+
+CALLS = """{% for m in messages %}{% if m.tool_calls %}{{ '<|assistant|>' }}{% for c in m.tool_calls %}
+    {{- '[' + (c.function or c).name + ']' }}{% endfor %}{{ '<|end|>' }}
+{%- elif m.role == 'assistant' %}{{ '<|assistant|>' + m.content + '<|end|>' }}
+{%- elif m.role != 'system' %}{{ '<|user|>' }}
+    {%- if loop.last and messages[0].role == 'system' %}{{ messages[0].content + ' ' }}{% endif %}{{ m.content }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("call", [{"function": {"name": "mill"}}, {"name": "mill"}], ids=["function", "name"])
+def test_a_turn_of_calls_whose_content_is_not_written(tokenizer, call):
+    """And whose prompt has the system message, which moves to the last user message, as Mistral's templates have it."""
+    messages = [*conversation("u", "unwritten", "v", "b", system="s")]
+    messages[2]["tool_calls"] = [call, call]
+    assert targets(encoder(tokenizer, CALLS).template, messages) == ["[mill][mill]<|end|>", "b<|end|>"]
+
+
+def test_whitespace_that_follows_a_message_only_in_a_prompt(tokenizer):
+    """As behind the results of tools in the template of Hermes."""
+    source = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}
+    {%- if not loop.last %}{{ ' \n' }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
+    {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    template = encoder(tokenizer, source).template
+    said = ["a" * 3, "<|im_start|>assistant\nb"]
+    for question in ("u (v)", "<|im_start|>assistant\n", "a"):
+        found = targets(template, conversation(question, said[0], question, said[1]))
+        assert found == [f"{said[0]} \n<|im_end|>", f"{said[1]}<|im_end|>"]
+
+
+def test_another_end_in_the_middle_of_a_conversation(tokenizer):
+    """As in the template of gpt-oss."""
+    source = """{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content }}
+    {{- '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}
+    {%- if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"""
+    template = encoder(tokenizer, source).template
+    assert targets(template, conversation("u", "a", "v", "b")) == ["a<|im_end|>", "b</s>"]
+    assert targets(template, conversation("u", "", "v", "<|im_end|>", "w", "b")) == [
+        "<|im_end|>", "<|im_end|><|im_end|>", "b</s>"
+    ]  # fmt: skip
+    dotted = encoder(tokenizer, source.replace("m.content }}", "m.content + ('' if loop.last else '.') }}")).template
+    with pytest.raises(ConversationError, match="message 1: the template"):
+        targets(dotted, conversation("u", "a", "v", "b"))

@@ -74,6 +74,17 @@ def test_documents_in_order_each_with_its_end(tmp_path, corpus):
     assert counts == Counts(294, num_bytes + 294, num_bytes, position=size, rejected=2, empty=6)
 
 
+def test_documents_with_a_beginning(tmp_path, corpus):
+    folder, texts = corpus
+    tokenizer = ByteTokenizer()
+    with pytest.raises(ConfigError, match="--prepend-bos: the tokenizer has no beginning-of-text token"):
+        run(folder, tmp_path / "a", tokenizer, prepend_bos=True)
+    tokenizer.bos_id = 1
+    counts = run(folder, tmp_path / "a", tokenizer, prepend_bos=True)
+    assert stored(tmp_path / "a") == [[1, *text.encode(), 256] for text in texts if text]
+    assert counts.tokens == sum(len(text) + 2 for text in texts if text)
+
+
 def test_without_ends(tmp_path, corpus):
     folder, texts = corpus
     run(folder, tmp_path / "a", append_eod=False)

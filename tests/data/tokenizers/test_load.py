@@ -103,25 +103,24 @@ def test_text_behind_control_tokens_is_what_transformers_gives(tmp_path, symbols
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "reason"),
     [
-        ("tekken.json", b"{}"),
-        ("vocab.json", b"{}"),
-        ("qwen.tiktoken", b"IQ== 0\n"),
-        ("tokenizer.model", b"IQ== 0\nIg== 1\n" * 9),  # Llama 3's original files
+        ("vocab.txt", b"[PAD]\n", "of a kind that is not read here"),
+        ("qwen.tiktoken", b"IQ== 0\n", "is a tiktoken file, which has no pattern"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n" * 9, "known for Llama 3, cl100k_base, o200k_base only"),
+        ("vocab.json", b"{}", "GPT2Tokenizer or Qwen2Tokenizer, not None"),
     ],
 )
-def test_kinds_that_are_not_read_say_how_to_go_on(tmp_path, name, content):
+def test_kinds_that_are_not_read_say_how_to_go_on(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=r"of a kind that is not read here; AutoTokenizer.* writes a tokenizer\.json"):
+    with pytest.raises(ConfigError, match=rf"{reason}.*; AutoTokenizer.* writes a tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("role", ["eos_token", "bos_token"])
 def test_a_named_token_that_the_model_lacks_is_refused(tmp_path, sentencepiece_model, role):
-    """As chat models have it whose directory holds a model file and a list of added tokens."""
+    """As chat models have it whose directory holds a model file without the list of added tokens."""
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
-    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 500}')
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({role: "<|im_end|>"}))
     for spec in (tmp_path, tmp_path / "tokenizer.model"):
         with pytest.raises(ConfigError, match=rf"lacks {role} = '<\|im_end\|>'.*AutoTokenizer.*a tokenizer\.json"):

@@ -66,10 +66,17 @@ def export(
             write_tokenizer(files, partial, checkpoint.tokenizer_dir, tokenizer)
         write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
         if tokenizer and with_tokenizer:
-            require_trained_ids(partial, tokenizer)
+            _require_ids(partial, tokenizer)
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)
     return out
+
+
+def _require_ids(partial: Path, tokenizer: Tokenizer) -> None:
+    try:
+        require_trained_ids(partial, tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --without-tokenizer exports the weights alone") from None
 
 
 def _pad_id(tokenizer: Tokenizer | None, vocab_size: int) -> int | None:

@@ -38,7 +38,7 @@ def write_generation_config(files: Storage, path: Path, tokenizer: Tokenizer | N
     content = dict(before or {})
     if tokenizer is not None:
         ends = content.get("eos_token_id", tokenizer.eod_id)
-        ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *_end_of_turn(tokenizer)]))
+        ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), *end_of_turn_ids(tokenizer)]))
         content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         if tokenizer.bos_id is not None:
             content.setdefault("bos_token_id", tokenizer.bos_id)
@@ -47,8 +47,9 @@ def write_generation_config(files: Storage, path: Path, tokenizer: Tokenizer | N
         write_json(files, path, content)
 
 
-def _end_of_turn(tokenizer: Tokenizer) -> list[int]:
+def end_of_turn_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the id that ends a turn of the tokenizer's chat template; empty if there is none."""
     try:
-        return [ChatEncoder(tokenizer, find_template(tokenizer)).end_of_turn_id]
+        return frozenset({ChatEncoder(tokenizer, find_template(tokenizer)).end_of_turn_id})
     except ConfigError:  # no template, or one that does not end turns with a special token
-        return []
+        return frozenset()

@@ -151,7 +151,7 @@ def test_transformers_that_cannot_be_imported_says_how_to_go_on(
     run, tokenizer = run_with_tokenizer(tmp_path, "llama 2")
     broken = module_from_spec(ModuleSpec("transformers", None))  # without AutoTokenizer
     monkeypatch.setitem(sys.modules, "transformers", broken)
-    with pytest.raises(CheckpointError, match=r"cannot load the exported.*: cannot import .* --without-tokeni"):
+    with pytest.raises(CheckpointError, match=r"cannot load the tokenizer.*: cannot import .* --without-tokeni"):
         export(run, tokenizer, tmp_path / "out", logical_shapes(MODEL))
 
 

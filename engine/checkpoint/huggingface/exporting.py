@@ -1,4 +1,5 @@
-"""Exports a checkpoint to a Hugging Face directory: copies tensor by tensor and writes a `config.json`.
+"""Exports a checkpoint to a Hugging Face directory: copies tensor by tensor, and writes a `config.json`
+and a model card.
 
 The directory is read back and verified before it is renamed to its final name.
 """
@@ -22,6 +23,7 @@ from engine.checkpoint.huggingface.files import (
     write_json,
 )
 from engine.checkpoint.huggingface.generation_config import TOKEN_IDS, token_ids, write_generation_config
+from engine.checkpoint.huggingface.model_card import MODEL_CARD, model_card
 from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.reader import Checkpoint
@@ -75,6 +77,7 @@ def export(
         write_generation_config(files, partial / GENERATION_CONFIG, _generation_config(checkpoint), tokenizer, ids)
         if tokenizer and with_tokenizer:
             _require_ids(partial, tokenizer)
+        files.write(partial / MODEL_CARD, model_card(out.absolute().name, checkpoint, shapes, dtype).encode())
         written = _write_weights(files, partial, checkpoint, shapes, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, dtype, written)
     return out

@@ -55,14 +55,15 @@ def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> ComparedIds:
     if "transformers" not in readers():
         return ComparedIds(len(texts), 0, ("triaxis",))
     theirs, chats = _transformers_tokenizer(directory), list(_chats(tokenizer))
+    reader = f"transformers ({type(theirs).__name__})"
     for text in texts:
-        _compare("transformers", text, tokenizer.encode_special(text)[0], theirs.encode(text, add_special_tokens=False))
+        _compare(reader, text, tokenizer.encode_special(text)[0], theirs.encode(text, add_special_tokens=False))
     for messages, text in chats:
         try:
             found = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         except Exception as error:  # a template can raise anything
             raise CheckpointError(f"transformers cannot render the chat template: {error}") from None
-        _compare("transformers", f"the conversation {text}", tokenizer.encode_special(text)[0], list(found))
+        _compare(reader, f"the conversation {text}", tokenizer.encode_special(text)[0], list(found))
     return ComparedIds(len(texts), len(chats), ("triaxis", "transformers"))
 
 

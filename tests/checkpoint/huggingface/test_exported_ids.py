@@ -98,7 +98,7 @@ def other_template(files: Any, target: Path, directory: Path, tokenizer: Tokeniz
 
 
 exporting_write = exporting.write_tokenizer
-FAULTS = {other_class: "transformers", other_ids: "this package", other_template: "transformers"}
+FAULTS = {other_class: r"transformers \(\w+\)", other_ids: "this package", other_template: r"transformers \(\w+\)"}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

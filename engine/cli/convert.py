@@ -98,15 +98,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_checkpoint = best or source.name == "checkpoints" or source.name.startswith("step_")
     exports = is_checkpoint or (source / "manifest.json").exists() or (source / "checkpoints").exists()
     if not exports and not (source / "config.json").exists():
-        raise CheckpointError(
-            f"--from {source} is neither a Hugging Face directory (config.json), nor a run directory (checkpoints/), "
-            "nor a checkpoint (manifest.json)"
-        )
+        raise CheckpointError(f"--from {source} is {_not_convertible(source)}")
     if not (options.verify and target.is_dir() and any(target.iterdir())):
         _convert(options, exports)
     if options.verify:
         run, huggingface = (source, target) if exports else (target, source)
         verify_conversion(open_checkpoint(run), huggingface, target.with_name(f"{target.name}.verify.json"))
+
+
+def _not_convertible(source: Path) -> str:
+    if any(source.glob("*.distcp")) or any(source.glob("*/*.distcp")):
+        return (
+            "a checkpoint of torch.distributed, as Megatron-Core writes it; its index is a pickle, which may run code "
+            "when it is opened, and is not read. Megatron-Bridge (AutoBridge.export_ckpt) makes a Hugging Face "
+            "directory of it; convert that"
+        )
+    return (
+        "neither a Hugging Face directory (config.json), nor a run directory (checkpoints/), nor a checkpoint "
+        "(manifest.json)"
+    )
 
 
 def _convert(options: argparse.Namespace, exports: bool) -> None:

@@ -110,6 +110,11 @@ def test_what_cannot_be_converted(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a Hugging Face directory"):
         convert("--from", tmp_path / "empty", "--to", tmp_path / "out")
+    (tmp_path / "megatron/iter_0000010").mkdir(parents=True)
+    (tmp_path / "megatron/iter_0000010/__0_0.distcp").touch()
+    for name in ("megatron", "megatron/iter_0000010"):
+        with pytest.raises(CheckpointError, match=r"Megatron-Core writes it; its index is a pickle.*export_ckpt"):
+            convert("--from", tmp_path / name, "--to", tmp_path / "out")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         convert("--from", run_dir, "--to", run_dir)
     convert("--from", run_dir, "--to", tmp_path / "hf")

@@ -108,7 +108,8 @@ def _training(config: Config, state: State, losses: Mapping[str, tuple[int, floa
     decay = f"weight decay {optimizer.weight_decay:g}, gradients clipped at {optimizer.clip_grad:g}"
     yield "optimizer", f"AdamW, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, eps {optimizer.eps:g}, {decay}"
     warmup = counted(schedule.warmup_steps, "warmup step")
-    yield "learning rate", f"{optimizer.lr:g}, {schedule.kind} to {schedule.min_lr:g}, {warmup}"
+    end = f" to {schedule.min_lr:g}" * (schedule.kind != "constant")
+    yield "learning rate", f"{optimizer.lr:g}, {schedule.kind}{end}, {warmup}"
     details = {"fp8": f", {config.precision.recipe}", "auto": " (bf16 on a GPU, fp32 on a CPU)"}
     yield "precision", config.precision.mode + details.get(config.precision.mode, "")
     yield "layout", ", ".join(f"{axis} {size}" for axis, size in state.layout.items() if isinstance(size, int))

@@ -30,7 +30,7 @@ from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError
 from engine.formatting import counted
 
-PROBE_TOKENS = 256
+LOGITS_PROBE_TOKENS = 256
 TOLERANCE = 1e-4  # of logits in fp32, times the largest logit if that is above 1
 _MAX_NAMES = 5  # of tensors in a message
 
@@ -118,7 +118,9 @@ def _compare_logits(directory: HuggingFaceDirectory, shapes: Mapping[str, Shape]
         )
     model = directory.model
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocab_size, (min(PROBE_TOKENS, model.max_position),), generator=generator)  # [t]
+    tokens = torch.randint(
+        model.vocab_size, (min(LOGITS_PROBE_TOKENS, model.max_position),), generator=generator
+    )  # [t]
     ours, theirs = _our_logits(directory, tokens), _their_logits(directory.path, tokens)  # [t, v]
     difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     figures = f"largest difference {difference:.1e}, largest logit {largest:.3g}, {len(tokens)} tokens, fp32"

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import engine
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.huggingface.exported_ids import require_trained_ids
 from engine.checkpoint.huggingface.files import GENERATION_CONFIG, Json, read_json
@@ -212,5 +214,7 @@ def as_json(checkpoint: Checkpoint, path: Path, checks: list[Check]) -> Json:
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.state.step,
         "huggingface": str(path),
+        "versions": {"triaxis": engine.__version__}
+        | {name: version(name) for name in ("torch", "transformers") if find_spec(name)},
         "checks": {check.name: {"result": check.result, "detail": check.detail} for check in checks},
     }

@@ -42,7 +42,9 @@ def test_an_export_and_an_import_are_equal(exported: tuple[Checkpoint, Path], tm
     details = [check.detail for check in checks]
     assert details[0] == f"{len(logical_shapes(MODEL))} tensors, bitwise in bfloat16"
     assert "256 tokens, fp32" in details[1] and "3 conversations, read by triaxis and transformers" in details[2]
-    assert as_json(run, out, checks)["checks"]["tensors"] == {"result": "equal", "detail": details[0]}
+    report = as_json(run, out, checks)
+    assert report["checks"]["tensors"] == {"result": "equal", "detail": details[0]}
+    assert report["versions"].keys() == {"triaxis", "torch", "transformers"}
     # the source of the import names no end of generation
     assert results(run, tmp_path / "hf") == EQUAL | {"generation": "not compared"}
 
@@ -76,6 +78,13 @@ def test_what_differs_is_named(exported: tuple[Checkpoint, Path], fault: Callabl
     run, out = exported
     fault(out)
     assert results(run, out) == EQUAL | dict.fromkeys(names.split(", "), "different")
+
+
+def test_an_end_that_the_directory_does_not_have_is_a_difference(
+    exported: tuple[Checkpoint, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "stop_ids", lambda tokenizer: frozenset({tokenizer.eod_id, 3}))
+    assert results(*exported) == EQUAL | {"generation": "different"}
 
 
 @pytest.mark.parametrize("preset", ["tiny-mistral", "tiny-starcoder2"])

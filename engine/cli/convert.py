@@ -99,8 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exports = is_checkpoint or (source / "manifest.json").exists() or (source / "checkpoints").exists()
     if not exports and not (source / "config.json").exists():
         raise CheckpointError(f"--from {source} is {_not_convertible(source)}")
+    if exports:
+        source = open_checkpoint(source).path  # the newest one now, even if the run goes on
     if not (options.verify and target.is_dir() and any(target.iterdir())):
-        _convert(options, exports)
+        _convert(source, options, exports)
     if options.verify:
         run, huggingface = (source, target) if exports else (target, source)
         verify_conversion(open_checkpoint(run), huggingface, target.with_name(f"{target.name}.verify.json"))
@@ -119,10 +121,10 @@ def _not_convertible(source: Path) -> str:
     )
 
 
-def _convert(options: argparse.Namespace, exports: bool) -> None:
+def _convert(source: Path, options: argparse.Namespace, exports: bool) -> None:
     if exports:
         export_checkpoint(
-            options.source,
+            source,
             options.target,
             EXPORT_DTYPES[options.dtype or "bf16"],
             with_tokenizer=not options.without_tokenizer,
@@ -135,7 +137,7 @@ def _convert(options: argparse.Namespace, exports: bool) -> None:
         )
     if options.without_tokenizer or options.shard_gb is not None:
         raise ConfigError("--without-tokenizer and --shard-gb apply only to exports")
-    import_model(options.source, options.target)
+    import_model(source, options.target)
 
 
 def import_model(source: Path, target: Path) -> None:
@@ -250,10 +252,10 @@ def verify_conversion(checkpoint: Checkpoint, huggingface: Path, report: Path) -
         checks = verify(checkpoint, huggingface, shapes, progress)
     for check in checks:
         print(f"verify     {check.name:<11} {check.result}: {check.detail}")
-    files = Storage()
-    files.replace_text(
-        report, orjson.dumps(as_json(checkpoint, huggingface, checks), option=orjson.OPT_INDENT_2).decode()
+    content = orjson.dumps(
+        as_json(checkpoint, huggingface, checks), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
     )
+    Storage().replace_text(report, content.decode())
     if different := [check.name for check in checks if check.result == "different"]:
         raise CheckpointError(f"{huggingface} differs from {checkpoint.path} in {', '.join(different)}; see {report}")
     print(f"verified: {report}")

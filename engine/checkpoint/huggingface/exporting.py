@@ -1,7 +1,6 @@
-"""Exports a checkpoint to a Hugging Face directory: copies tensor by tensor, and writes a `config.json`
-and a model card.
+"""Exports a checkpoint to a Hugging Face directory: weights, `config.json`, tokenizer files and model card.
 
-The directory is read back and verified before it is renamed to its final name.
+Weights are copied tensor by tensor. The directory is read back and verified before it is renamed to its final name.
 """
 
 from collections.abc import Mapping

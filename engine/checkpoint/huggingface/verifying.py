@@ -22,10 +22,9 @@ from engine.checkpoint.huggingface.exported_ids import require_trained_ids
 from engine.checkpoint.huggingface.files import GENERATION_CONFIG, Json, read_json
 from engine.checkpoint.huggingface.generation_config import end_of_turn_ids, stop_ids
 from engine.checkpoint.load import build_decoder
-from engine.checkpoint.model_directory import OnTensor, with_progress
+from engine.checkpoint.model_directory import OnTensor
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
-from engine.checkpoint.storage import tensor_hash
 from engine.config.schema import SOURCES
 from engine.data.tokenizers.load import load_tokenizer
 from engine.data.tokenizers.protocol import Tokenizer
@@ -95,13 +94,15 @@ def _compare_tensors(
         raise CheckpointError(f"the configurations differ: {', '.join(differing)}")
     checkpoint.require(shapes)
     directory.require(shapes)
-    read, dtypes, different = with_progress(checkpoint, progress), set[str](), list[str]()
+    dtypes, different = set[str](), list[str]()
     for name in shapes:
-        master, stored = read(name), directory.read(name)
+        master, stored = checkpoint.read(name), directory.read(name)
         dtype = min(master.dtype, stored.dtype, key=lambda one: one.itemsize)
         dtypes.add(str(stored.dtype).removeprefix("torch."))
-        if tensor_hash(master.to(dtype)) != tensor_hash(stored.to(dtype)):
+        if not torch.equal(*(one.to(dtype).contiguous().view(torch.uint8) for one in (master, stored))):
             different.append(name)
+        if progress:
+            progress(name, master.numel())
     if different:
         names = ", ".join(different[:_MAX_NAMES]) + ", …" * (len(different) > _MAX_NAMES)
         raise CheckpointError(f"{len(different)} of {counted(len(shapes), 'tensor')}: {names}")

@@ -33,11 +33,18 @@ def load_decoder(
     if source.tokenizer_spec is None:
         raise CheckpointError(f"{path} holds a model but no tokenizer; put its tokenizer files next to it")
     tokenizer = load_tokenizer(source.tokenizer_spec)
-    return _build(source, dtype, device, tp), tokenizer
+    return build_decoder(source, dtype, device, tp), tokenizer
 
 
 @torch.no_grad()
-def _build(source: ModelDirectory, dtype: torch.dtype, device: torch.device, tp: TensorParallel) -> Decoder:
+def build_decoder(
+    source: ModelDirectory, dtype: torch.dtype, device: torch.device, tp: TensorParallel = NO_TP
+) -> Decoder:
+    """Create a decoder with the weights of `source`, which has exactly those of its model.
+
+    Raises:
+        ConfigError: the layers cannot be sharded over `tp.size` ranks.
+    """
     model = source.model
     _require_tp(model, tp.size)
     parameters = {}

@@ -8,6 +8,7 @@ releases load.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import field
 from typing import Literal
 
 import torch
@@ -68,6 +69,8 @@ class State:
         data_fingerprint: hash of the data and their order; empty for imported weights.
         layout: the layout that wrote the checkpoint; informational, loading ignores it.
         best: None if evaluations are not compared.
+        imported: of imported weights, the ids of special tokens in `config.json` and, without tokenizer files, the
+            object in `generation_config.json`, by name; an export uses them where no tokenizer says otherwise.
     """
 
     step: NonNegativeInt
@@ -76,6 +79,7 @@ class State:
     data_fingerprint: str
     layout: dict[str, JsonValue]
     best: Best | None = None
+    imported: dict[str, JsonValue] = field(default_factory=dict)
 
 
 class _Stored(BaseModel):

@@ -1,6 +1,8 @@
 """Convert a Hugging Face directory to a run directory, or a run or checkpoint to a Hugging Face directory.
 
 The direction is inferred from the input. Memory use is bounded by the largest tensor, not by the size of the model.
+With --verify, the two are compared: tensors, and, where transformers is installed, logits (for which the model must fit
+in memory in fp32), token ids and the ends of generated text.
 """
 
 import argparse
@@ -10,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import orjson
 import torch
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
@@ -17,8 +20,10 @@ from engine.checkpoint.huggingface.exported_ids import readers
 from engine.checkpoint.huggingface.exporting import SHARD_BYTES, export
 from engine.checkpoint.huggingface.files import TOKENIZER_FILES
 from engine.checkpoint.huggingface.importing import import_directory
+from engine.checkpoint.huggingface.verifying import as_json, verify
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import BEST, open_checkpoint
+from engine.checkpoint.storage import Storage
 from engine.cli.arguments import command_name, program_parser
 from engine.cli.progress import ProgressDisplay
 from engine.data.tokenizers.files import CHAT_TEMPLATE
@@ -33,6 +38,9 @@ examples:
   %(prog)s --from runs/llama2-7b --to llama2-7b-hf               # the newest checkpoint
   %(prog)s --from runs/llama2-7b-sft/best --to models/chat       # the checkpoint of the best evaluation
   %(prog)s --from models/Llama-2-7b-hf --to runs/imported        # a run directory with one checkpoint
+  %(prog)s --from runs/llama2-7b --to llama2-7b-hf --verify      # and compare; only that if --to exists
+
+Exit code 66: the conversion failed, or --verify found a difference.
 """
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -72,18 +80,49 @@ def parser() -> argparse.ArgumentParser:
         "--shard-gb", type=float, metavar="GB", help="maximum size of a weight file of an export (default: 5)"
     )
     parser.add_argument("--without-tokenizer", action="store_true", help="export weights and configuration alone")
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="compare --from and --to after the conversion, or as they are if --to exists; the report is printed, "
+        "and written to TO.verify.json",
+    )  # fmt: skip
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; see `--help`."""
     options = parser().parse_args(arguments)
-    source: Path = options.source
+    source, target = options.source, options.target
     best = source.name == BEST and source.parent.is_dir()
     if not source.is_dir() and not best:
         raise CheckpointError(f"no such directory: --from {source}")
     is_checkpoint = best or source.name == "checkpoints" or source.name.startswith("step_")
-    if is_checkpoint or (source / "manifest.json").exists() or (source / "checkpoints").exists():
+    exports = is_checkpoint or (source / "manifest.json").exists() or (source / "checkpoints").exists()
+    if not exports and not (source / "config.json").exists():
+        raise CheckpointError(f"--from {source} is {_not_convertible(source)}")
+    if exports:
+        source = open_checkpoint(source).path  # the newest one now, even if the run goes on
+    if not (options.verify and target.is_dir() and any(target.iterdir())):
+        _convert(source, options, exports)
+    if options.verify:
+        run, huggingface = (source, target) if exports else (target, source)
+        verify_conversion(open_checkpoint(run), huggingface, target.with_name(f"{target.name}.verify.json"))
+
+
+def _not_convertible(source: Path) -> str:
+    if any(source.glob("*.distcp")) or any(source.glob("*/*.distcp")):
+        return (
+            "a checkpoint of torch.distributed, as Megatron-Core writes it; its index is a pickle, which may run code "
+            "when it is opened, and is not read. Megatron-Bridge (AutoBridge.export_ckpt) makes a Hugging Face "
+            "directory of it; convert that"
+        )
+    return (
+        "neither a Hugging Face directory (config.json), nor a run directory (checkpoints/), nor a checkpoint "
+        "(manifest.json)"
+    )
+
+
+def _convert(source: Path, options: argparse.Namespace, exports: bool) -> None:
+    if exports:
         export_checkpoint(
             source,
             options.target,
@@ -91,19 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with_tokenizer=not options.without_tokenizer,
             shard_bytes=_shard_bytes(options.shard_gb),
         )
-    elif (source / "config.json").exists():
-        if options.dtype:
-            raise ConfigError(
-                f"--dtype {options.dtype} applies only to exports; an import always keeps fp32 master weights"
-            )
-        if options.without_tokenizer or options.shard_gb is not None:
-            raise ConfigError("--without-tokenizer and --shard-gb apply only to exports")
-        import_model(source, options.target)
-    else:
-        raise CheckpointError(
-            f"--from {source} is neither a Hugging Face directory (config.json), nor a run directory (checkpoints/), "
-            "nor a checkpoint (manifest.json)"
+        return
+    if options.dtype:
+        raise ConfigError(
+            f"--dtype {options.dtype} applies only to exports; an import always keeps fp32 master weights"
         )
+    if options.without_tokenizer or options.shard_gb is not None:
+        raise ConfigError("--without-tokenizer and --shard-gb apply only to exports")
+    import_model(source, options.target)
 
 
 def import_model(source: Path, target: Path) -> None:
@@ -205,3 +239,23 @@ def _tokenizer(checkpoint: Checkpoint, with_files: bool) -> Tokenizer | None:
     elif tokenizer.note:
         print(f"tokenizer: {tokenizer.note}")
     return tokenizer
+
+
+def verify_conversion(checkpoint: Checkpoint, huggingface: Path, report: Path) -> None:
+    """Compare a checkpoint with a Hugging Face directory; print the result and write it to the JSON file `report`.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    shapes = logical_shapes(checkpoint.model)
+    with closing(TensorProgress(shapes)) as progress:
+        checks = verify(checkpoint, huggingface, shapes, progress)
+    for check in checks:
+        print(f"verify     {check.name:<11} {check.result}: {check.detail}")
+    content = orjson.dumps(
+        as_json(checkpoint, huggingface, checks), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+    )
+    Storage().replace_text(report, content.decode())
+    if different := [check.name for check in checks if check.result == "different"]:
+        raise CheckpointError(f"{huggingface} differs from {checkpoint.path} in {', '.join(different)}; see {report}")
+    print(f"verified: {report}")

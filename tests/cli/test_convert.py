@@ -76,6 +76,24 @@ def test_a_checkpoint_directory_is_exported_as_bf16_unless_told(run_dir: Path, t
     assert (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+def test_a_conversion_is_verified_as_it_is_made_and_later(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf, run = tmp_path / "hf", tmp_path / "imported"
+    for source, target in ((run_dir, hf), (hf, run), (hf, run)):
+        convert("--from", source, "--to", target, "--verify")
+        said = capsys.readouterr().out
+        assert "verify     tensors     equal: 12 tensors, bitwise in bfloat16" in said
+        assert f"verified: {target}.verify.json" in said
+        report = json.loads(target.with_name(f"{target.name}.verify.json").read_text())
+        assert report["huggingface"] == str(hf) and report["checks"]["tensors"]["result"] == "equal"
+    assert "imported 12 tensors" not in said  # it was there
+    (hf / "config.json").write_text((hf / "config.json").read_text().replace("10000.0", "10001.0"))
+    with pytest.raises(CheckpointError, match=r"hf differs from .*step_00000005 in tensors; see .*hf\.verify\.json"):
+        convert("--from", run_dir, "--to", hf, "--verify")
+    assert "the configurations differ: rope_theta 10000.0 and 10001.0" in capsys.readouterr().out
+
+
 def test_progress_shows_speed_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     progress = TensorProgress({"a": (10,), "b": (30,)})
     progress._shown_at -= 10
@@ -92,6 +110,11 @@ def test_what_cannot_be_converted(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a Hugging Face directory"):
         convert("--from", tmp_path / "empty", "--to", tmp_path / "out")
+    (tmp_path / "megatron/iter_0000010").mkdir(parents=True)
+    (tmp_path / "megatron/iter_0000010/__0_0.distcp").touch()
+    for name in ("megatron", "megatron/iter_0000010"):
+        with pytest.raises(CheckpointError, match=r"Megatron-Core writes it; its index is a pickle.*export_ckpt"):
+            convert("--from", tmp_path / name, "--to", tmp_path / "out")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         convert("--from", run_dir, "--to", run_dir)
     convert("--from", run_dir, "--to", tmp_path / "hf")

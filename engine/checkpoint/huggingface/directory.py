@@ -10,7 +10,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from engine.checkpoint.huggingface.config import ignored_settings, model_config_from_hf
-from engine.checkpoint.huggingface.files import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, read_json
+from engine.checkpoint.huggingface.files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    SINGLE,
+    TOKENIZER_FILES,
+    Json,
+    read_json,
+)
 from engine.checkpoint.model_directory import require_shapes
 from engine.checkpoint.rectangles import Shape, whole
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
@@ -60,6 +68,10 @@ class HuggingFaceDirectory:
     def tokenizer_spec(self) -> str | None:
         """The argument for `load_tokenizer`; None if there are no tokenizer files."""
         return str(self.path) if self.tokenizer_files else None
+
+    def generation_config(self) -> Json:
+        """Return the object in generation_config.json; empty if there is none."""
+        return read_json(self._inside(GENERATION_CONFIG)) if (self.path / GENERATION_CONFIG).exists() else {}
 
     def tensors(self) -> dict[str, Shape]:
         """Return names and shapes of the parameters."""

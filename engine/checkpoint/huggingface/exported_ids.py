@@ -1,4 +1,4 @@
-"""Checks that an exported tokenizer gives the ids that the run was trained on.
+"""Checks that the tokenizer of a Hugging Face directory gives the ids that the run was trained on.
 
 The files are read back by this package and, where it is installed, by `transformers`, as users of the export will read
 them. Texts around special tokens and conversations are compared: an export whose weights are right and whose ids are
@@ -6,6 +6,7 @@ not is another model.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from engine.data.tokenizers.probe import probe_texts
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError, ConfigError
 
-WEIGHTS_ALONE = "--without-tokenizer exports the weights alone"
 _TURNS = [
     {"role": "user", "content": "How far is the mill?"},
     {"role": "assistant", "content": "Nine miles."},
@@ -27,35 +27,44 @@ _TURNS = [
 _CONVERSATIONS = (_TURNS, _TURNS[:1], [{"role": "system", "content": "Be brief."}, *_TURNS])
 
 
+@dataclass(frozen=True)
+class ComparedIds:
+    """What was compared, and who read the directory; nobody if no reader is installed."""
+
+    num_texts: int = 0
+    num_conversations: int = 0
+    readers: tuple[str, ...] = ()
+
+
 def readers() -> list[str]:
     """Return the readers by which exported ids are checked: this package and, if they are installed, others."""
     return ["triaxis", *(name for name in ("transformers",) if find_spec(name) and find_spec("tokenizers"))]
 
 
-def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> None:
+def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> ComparedIds:
     """Check that a directory's tokenizer files give the ids of the run's `tokenizer`.
 
     Raises:
         CheckpointError: names the text whose ids differ.
     """
     if find_spec("tokenizers") is None and tokenizer.kind != "sentencepiece":
-        return  # no reader is installed
-    ours = load_tokenizer(directory, fast=False)
-    for text in probe_texts(tokenizer.special_tokens):
+        return ComparedIds()
+    ours, texts = load_tokenizer(directory, fast=False), list(probe_texts(tokenizer.special_tokens))
+    for text in texts:
         _compare("this package", text, tokenizer.encode_special(text)[0], ours.encode_special(text)[0])
     if "transformers" not in readers():
-        return
-    theirs = _transformers_tokenizer(directory)
-    for text in probe_texts(tokenizer.special_tokens):
-        _compare("transformers", text, tokenizer.encode_special(text)[0], theirs.encode(text, add_special_tokens=False))
-    for messages, text in _chats(tokenizer):
+        return ComparedIds(len(texts), 0, ("triaxis",))
+    theirs, chats = _transformers_tokenizer(directory), list(_chats(tokenizer))
+    reader = f"transformers ({type(theirs).__name__})"
+    for text in texts:
+        _compare(reader, text, tokenizer.encode_special(text)[0], theirs.encode(text, add_special_tokens=False))
+    for messages, text in chats:
         try:
             found = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         except Exception as error:  # a template can raise anything
-            raise CheckpointError(
-                f"transformers cannot render the exported chat template: {error}; {WEIGHTS_ALONE}"
-            ) from None
-        _compare("transformers", f"the conversation {text}", tokenizer.encode_special(text)[0], list(found))
+            raise CheckpointError(f"transformers cannot render the chat template: {error}") from None
+        _compare(reader, f"the conversation {text}", tokenizer.encode_special(text)[0], list(found))
+    return ComparedIds(len(texts), len(chats), ("triaxis", "transformers"))
 
 
 def _chats(tokenizer: Tokenizer) -> Iterator[tuple[list[dict[str, str]], str]]:
@@ -77,7 +86,7 @@ def _transformers_tokenizer(directory: Path) -> Any:
 
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # by kind of file, anything; also an installation that cannot be imported
-        raise CheckpointError(f"transformers cannot load the exported tokenizer: {error}; {WEIGHTS_ALONE}") from None
+        raise CheckpointError(f"transformers cannot load the tokenizer: {error}") from None
 
 
 def _compare(reader: str, text: str, trained: list[int], found: list[int]) -> None:
@@ -85,6 +94,6 @@ def _compare(reader: str, text: str, trained: list[int], found: list[int]) -> No
         return
     first = next((i for i, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b), len(trained))
     raise CheckpointError(
-        f"the exported tokenizer, read by {reader}, gives other ids than the run's for {text!r}: {found[first:][:5]} "
-        f"instead of {trained[first:][:5]} from position {first} on; {WEIGHTS_ALONE}"
+        f"the tokenizer of the directory, read by {reader}, gives other ids than the run's for {text!r}: "
+        f"{found[first:][:5]} instead of {trained[first:][:5]} from position {first} on"
     )

@@ -1,6 +1,6 @@
-"""Exports a checkpoint to a Hugging Face directory: copies tensor by tensor and writes a `config.json`.
+"""Exports a checkpoint to a Hugging Face directory: weights, `config.json`, tokenizer files and model card.
 
-The directory is read back and verified before it is renamed to its final name.
+Weights are copied tensor by tensor. The directory is read back and verified before it is renamed to its final name.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,15 +12,23 @@ from torch import Tensor
 from engine.checkpoint.huggingface.config import hf_config
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
 from engine.checkpoint.huggingface.exported_ids import require_trained_ids
-from engine.checkpoint.huggingface.files import CONFIG, GENERATION_CONFIG, INDEX, plan_shards, write_json
-from engine.checkpoint.huggingface.generation_config import write_generation_config
+from engine.checkpoint.huggingface.files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    Json,
+    plan_shards,
+    read_json,
+    write_json,
+)
+from engine.checkpoint.huggingface.generation_config import TOKEN_IDS, token_ids, write_generation_config
+from engine.checkpoint.huggingface.model_card import MODEL_CARD, model_card
 from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
 from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
 from engine.config.schema import SOURCES, ModelConfig
-from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError
 from engine.model.families import stored_tensors
@@ -59,30 +67,37 @@ def export(
     """
     checkpoint.require(shapes)
     model, files, out = checkpoint.model, Storage(), Path(out_dir)
-    bos_id, eos_id = (tokenizer.bos_id, tokenizer.eod_id) if tokenizer else (None, None)
-    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=_pad_id(tokenizer, model.vocab_size))
+    ids = token_ids(tokenizer, checkpoint.state.imported, model.vocab_size)
+    bos_id, eos_id, pad_id = (ids[key] for key in TOKEN_IDS)
+    config = hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
     with new_directory(out) as partial:
         write_json(files, partial / CONFIG, config)
         if tokenizer and with_tokenizer:
             write_tokenizer(files, partial, checkpoint.tokenizer_dir, tokenizer)
-        write_generation_config(files, partial / GENERATION_CONFIG, tokenizer)
+        write_generation_config(files, partial / GENERATION_CONFIG, _generation_config(checkpoint), tokenizer, ids)
         if tokenizer and with_tokenizer:
-            require_trained_ids(partial, tokenizer)
+            _require_ids(partial, tokenizer)
+        files.write(partial / MODEL_CARD, model_card(out.absolute().name, checkpoint, shapes, dtype).encode())
         stored = stored_tensors(model, shapes)
         written = _write_weights(files, partial, checkpoint, shapes, stored, dtype, shard_bytes, progress)
         _verify(partial, model, shapes, stored, dtype, written)
     return out
 
 
-def _pad_id(tokenizer: Tokenizer | None, vocab_size: int) -> int | None:
-    """Return the id of the padding token that the tokenizer's files name, if any; training does not use it.
+def _require_ids(partial: Path, tokenizer: Tokenizer) -> None:
+    try:
+        require_trained_ids(partial, tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --without-tokenizer exports the weights alone") from None
 
-    None if the embedding has no row for it: transformers 4 would not load the model.
-    """
-    if tokenizer is None or not tokenizer.files:
-        return None
-    pad_id = tokenizer.special_tokens.get(named_tokens(tokenizer.files[0])[0].get("pad_token", ""))
-    return pad_id if pad_id is not None and pad_id < vocab_size else None
+
+def _generation_config(checkpoint: Checkpoint) -> Json:
+    """Return the settings of generation that came with the run's tokenizer or with imported weights."""
+    path = checkpoint.tokenizer_dir / GENERATION_CONFIG if checkpoint.tokenizer_dir else None
+    if path is not None and path.exists():
+        return read_json(path)
+    imported = checkpoint.state.imported.get("generation_config")
+    return dict(imported) if isinstance(imported, dict) else {}
 
 
 def _write_weights(

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
+from engine.checkpoint.huggingface.generation_config import imported_ids
 from engine.checkpoint.manifest import State
 from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.rectangles import Shape, whole
@@ -41,7 +42,10 @@ def import_directory(
         StateSlice("param", name, shape, whole(shape), partial(read, name), dtype=torch.float32)
         for name, shape in shapes.items()
     ]
-    state = State(0, 0, 0, "", {"imported": str(source.path)})
+    imported = imported_ids(source.config, source.model.vocab_size)
+    if not source.tokenizer_files and (generation := source.generation_config()):
+        imported["generation_config"] = generation
+    state = State(0, 0, 0, "", {"imported": str(source.path)}, imported=imported)
     with new_directory(Path(run_dir)) as target:
         try:
             checkpoint = save(

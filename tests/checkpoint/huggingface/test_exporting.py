@@ -87,7 +87,7 @@ def test_half_precision_export_of_a_trained_checkpoint(tmp_path: Path, dtype: to
     checkpoint = tiny_checkpoint(tmp_path / "run")
     seen: list[tuple[str, int]] = []
     out = export_(checkpoint, tmp_path / "out", dtype=dtype, progress=lambda name, count: seen.append((name, count)))
-    assert sorted(os.listdir(out)) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     loaded = safetensors.torch.load_file(out / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == logical_shapes(TINY)
     for name, tensor in loaded.items():

@@ -59,3 +59,48 @@ def test_a_generation_config_that_makes_no_sense(tmp_path, content):
     (directory / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         stop_ids(load_tokenizer(directory))
+
+
+IDS = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (IDS, None, IDS),
+        (IDS, {"temperature": 0.6, "do_sample": True}, IDS | {"temperature": 0.6, "do_sample": True}),
+        (IDS, {"eos_token_id": 5, "pad_token_id": None}, IDS | {"eos_token_id": 5}),
+        ({"pad_token_id": -1, "bos_token_id": 10**6, "eos_token_id": []}, {"eos_token_id": 3}, {"eos_token_id": 3}),
+        ({}, None, {}),
+    ],
+)
+def test_ids_of_an_import_without_a_tokenizer_are_those_of_its_export(
+    tmp_path: Path, config: Any, generation: Any, expected: Any
+) -> None:
+    hf = export(tiny_checkpoint(tmp_path / "run"), None, tmp_path / "hf", logical_shapes(TINY))
+    (hf / "config.json").write_text(json.dumps(json.loads((hf / "config.json").read_text()) | config))
+    (hf / "generation_config.json").unlink()
+    if generation is not None:
+        (hf / "generation_config.json").write_text(json.dumps(generation))
+    out = export(import_(hf, tmp_path / "imported"), None, tmp_path / "out", logical_shapes(TINY))
+    written = json.loads((out / "config.json").read_text())
+    assert {key: written[key] for key in IDS} == (IDS if config is IDS else dict.fromkeys(IDS))
+    assert json.loads((out / "generation_config.json").read_text()) == expected
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.generation_config.eos_token_id == expected.get("eos_token_id")
+
+
+def test_ids_that_the_tokenizer_does_not_have_come_from_the_imported_config(tmp_path: Path) -> None:
+    """Qwen's tokenizer has no beginning of text, but its config.json does."""
+    hf = write_word_tokenizer(export(tiny_checkpoint(tmp_path / "run"), None, tmp_path / "hf", logical_shapes(TINY)))
+    (hf / "config.json").write_text(json.dumps(json.loads((hf / "config.json").read_text()) | IDS))
+    imported = import_(hf, tmp_path / "imported")
+    assert imported.tokenizer_spec
+    tokenizer = load_tokenizer(imported.tokenizer_spec)
+    out = export(imported, tokenizer, tmp_path / "out", logical_shapes(TINY))
+    written = json.loads((out / "config.json").read_text())
+    assert {key: written[key] for key in IDS} == IDS | {"eos_token_id": tokenizer.eod_id}
+    weights = export(imported, tokenizer, tmp_path / "weights", logical_shapes(TINY), with_tokenizer=False)
+    for directory in (out, weights):
+        assert json.loads((directory / "generation_config.json").read_text()) == IDS | {"eos_token_id": 2}

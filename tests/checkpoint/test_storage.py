@@ -15,7 +15,7 @@ from engine.parallel.table import Rectangle
 
 
 def entry(key: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Entry:
-    return Entry(key, tuple(tensor.shape), dtype or tensor.dtype, lambda: tensor)
+    return Entry(key, tuple(tensor.shape), dtype or tensor.dtype, lambda: [tensor])
 
 
 TENSORS = {
@@ -63,10 +63,10 @@ def test_tensors_are_converted_while_they_are_written(tmp_path: Path) -> None:
 def test_only_one_tensor_is_loaded_at_a_time(tmp_path: Path) -> None:
     alive: list[str] = []
 
-    def load(key: str) -> torch.Tensor:
+    def load(key: str) -> list[torch.Tensor]:
         alive.append(key)
-        assert (tmp_path / "a").stat().st_size >= 400 * (len(alive) - 1)
-        return torch.zeros(100)
+        assert (tmp_path / "a").stat().st_size >= 400 * (len(alive) - 2)
+        return [torch.zeros(100)]
 
     Storage().write_safetensors(
         tmp_path / "a", [Entry(key, (100,), torch.float32, lambda key=key: load(key)) for key in ("x", "y", "z")]
@@ -181,8 +181,8 @@ def test_a_dtype_we_do_not_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tensor_of_another_shape_than_announced_is_refused(tmp_path: Path) -> None:
-    wrong = Entry("a", (3,), torch.float32, lambda: torch.zeros(4))
-    with pytest.raises(ValueError, match=r"shape \[4\], expected \[3\]"):
+    wrong = Entry("a", (3,), torch.float32, lambda: [torch.zeros(4)])
+    with pytest.raises(ValueError, match=r"a: 16 bytes, expected 12 for shape \[3\]"):
         Storage().write_safetensors(tmp_path / "a", [wrong])
 
 

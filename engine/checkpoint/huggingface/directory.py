@@ -1,7 +1,7 @@
 """Reads Hugging Face directories as untrusted input: no pickles, no code, no files outside of the directory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.checkpoint.huggingface.config import model_config_from_hf
 from engine.checkpoint.huggingface.files import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, read_json
-from engine.checkpoint.model_directory import require_shapes
-from engine.checkpoint.rectangles import Shape
+from engine.checkpoint.model_directory import BLOCK_BYTES, require_shapes
+from engine.checkpoint.rectangles import Shape, row_blocks
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
 from engine.config.schema import ModelConfig
 from engine.data.tokenizers.files import MODEL_FILES
@@ -75,6 +75,11 @@ class HuggingFaceDirectory:
                 f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite"
             )
         return tensor
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Read a whole tensor in blocks of rows, in order, as `read`."""
+        for block in row_blocks(self.tensors()[name], BLOCK_BYTES // torch.float32.itemsize):
+            yield self.read(name, block)
 
     def require(self, shapes: Mapping[str, Shape]) -> None:
         """Check that the tensors are exactly those that config.json implies.

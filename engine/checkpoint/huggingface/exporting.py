@@ -3,10 +3,11 @@
 The directory is read back and verified before it is renamed to its final name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from engine.checkpoint.huggingface.config import hf_config
@@ -18,7 +19,7 @@ from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
-from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
+from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_bytes
 from engine.config.schema import SOURCES, ModelConfig
 from engine.data.tokenizers.files import named_tokens
 from engine.data.tokenizers.protocol import Tokenizer
@@ -92,13 +93,13 @@ def _write_weights(
     shard_bytes: int,
     progress: OnTensor | None,
 ) -> dict[str, Written]:
-    read = with_progress(checkpoint, progress)
+    blocks = with_progress(checkpoint, progress)
 
-    def load(name: str) -> Tensor:
-        tensor = read(name)
-        if dtype == torch.float16 and max(map(abs, tensor.aminmax())) > torch.finfo(dtype).max:
-            raise CheckpointError(f"{name} has values beyond 65504, the largest of fp16; export with --dtype bf16")
-        return tensor
+    def load(name: str) -> Iterator[Tensor]:
+        for block in blocks(name):
+            if dtype == torch.float16 and max(map(abs, block.aminmax())) > torch.finfo(dtype).max:
+                raise CheckpointError(f"{name} has values beyond 65504, the largest of fp16; export with --dtype bf16")
+            yield block
 
     def entry(name: str) -> Entry:
         return Entry(name, shapes[name], dtype, lambda: load(name))
@@ -133,6 +134,8 @@ def _verify(
         raise CheckpointError(f"{partial / CONFIG} does not read back as the model it was written for")
     hashes = {name: digest for file in written.values() for name, digest in file.hashes.items()}
     for name in shapes:
-        tensor = found.read(name)
-        if tensor.dtype != dtype or tensor_hash(tensor) != hashes[name]:
+        digest = xxhash.xxh3_64()
+        for block in found.blocks(name):
+            digest.update(tensor_bytes(block))
+        if block.dtype != dtype or digest.hexdigest() != hashes[name]:
             raise CheckpointError(f"{partial}: {name} does not read back as it was written")

@@ -36,9 +36,9 @@ def import_directory(
         ConfigError: `run_dir` exists and is not empty.
     """
     source.require(shapes)
-    read = with_progress(source, progress)
+    blocks = with_progress(source, progress)
     slices = [
-        StateSlice("param", name, shape, whole(shape), partial(read, name), dtype=torch.float32)
+        StateSlice("param", name, shape, whole(shape), partial(blocks, name), dtype=torch.float32)
         for name, shape in shapes.items()
     ]
     state = State(0, 0, 0, "", {"imported": str(source.path)})

@@ -11,7 +11,7 @@ from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
 from engine.parallel.table import Rectangle
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 
 OnTensor = Callable[[str, int], None]
 """Called with the name and the number of elements of each weight after it is read."""

@@ -24,7 +24,7 @@ from engine.checkpoint.manifest import DTYPE_NAMES, StoredFile
 from engine.checkpoint.rectangles import Shape
 from engine.errors import ConfigError, StorageError
 
-CHUNK_BYTES = 4 << 20  # small enough to stay in the cache between hashing and writing
+CHUNK_BYTES = 2 << 20  # small enough to stay in a core's cache between hashing and writing
 
 OnOperation = Callable[[int, str, Path], None]
 

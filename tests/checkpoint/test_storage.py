@@ -1,5 +1,6 @@
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,23 @@ def test_tensors_are_converted_while_they_are_written(tmp_path: Path) -> None:
     assert (loaded.names, loaded.dtype("a"), loaded.shape("a")) == (["a"], "BF16", (100,))
     assert torch.equal(loaded.tensor("a"), tensor.bfloat16())
     assert written.hashes["a"] == tensor_hash(tensor.bfloat16())
+
+
+def test_a_slow_disk_writes_each_chunk_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread writes while the next chunks are converted."""
+    monkeypatch.setattr(storage_module, "CHUNK_BYTES", 16)
+    real_write = os.write
+
+    def slow_write(fd: int, content: memoryview) -> int:
+        time.sleep(0.001)
+        return real_write(fd, content)
+
+    monkeypatch.setattr(os, "write", slow_write)
+    tensor = torch.arange(200.0)
+    written = Storage().write_safetensors(tmp_path / "a", [entry("a", tensor, torch.bfloat16)])
+    loaded = safetensors.torch.load_file(tmp_path / "a")["a"]
+    assert torch.equal(loaded, tensor.bfloat16())
+    assert written.hashes["a"] == tensor_hash(loaded)
 
 
 def test_only_one_tensor_is_loaded_at_a_time(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The interface of directories with a model: checkpoints and Hugging Face directories."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +10,8 @@ from engine.checkpoint.rectangles import Shape
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
 from engine.parallel.table import Rectangle
+
+BLOCK_BYTES = 2 << 20
 
 OnTensor = Callable[[str, int], None]
 """Called with the name and the number of elements of each weight after it is read."""
@@ -43,17 +45,26 @@ class ModelDirectory(Protocol):
             CheckpointError: no such weight, or a damaged file.
         """
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Read a whole weight in blocks of rows, in order, each of about BLOCK_BYTES, whatever the size of the weight.
 
-def with_progress(source: ModelDirectory, progress: OnTensor | None) -> Callable[[str], Tensor]:
-    """Return a function that reads whole weights from `source` and calls `progress` after each."""
+        Raises:
+            CheckpointError: as `read`; a checkpoint's hash of the weight is compared after its last block.
+        """
 
-    def read(name: str) -> Tensor:
-        tensor = source.read(name)
+
+def with_progress(source: ModelDirectory, progress: OnTensor | None) -> Callable[[str], Iterator[Tensor]]:
+    """Return `source.blocks`, calling `progress` after the last block of each weight."""
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        elements = 0
+        for block in source.blocks(name):
+            elements += block.numel()
+            yield block
         if progress:
-            progress(name, tensor.numel())
-        return tensor
+            progress(name, elements)
 
-    return read
+    return blocks
 
 
 def require_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], title: str) -> None:

@@ -4,11 +4,12 @@ Opening a checkpoint validates the manifest and the size of every file. Tensors 
 rank verifies only what it loads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 import yaml
 from pydantic import ValidationError
 from torch import Tensor
@@ -21,12 +22,22 @@ from engine.checkpoint.manifest import (
     State,
     StoredFile,
     StoredRectangle,
+    StoredTensor,
     decode_manifest,
 )
-from engine.checkpoint.model_directory import require_shapes
-from engine.checkpoint.rectangles import Shape, intersect, is_inside, slice_notation, whole
+from engine.checkpoint.model_directory import BLOCK_BYTES, require_shapes
+from engine.checkpoint.rectangles import (
+    Shape,
+    intersect,
+    is_inside,
+    relative,
+    row_blocks,
+    slice_notation,
+    stop_of,
+    whole,
+)
 from engine.checkpoint.safetensors_file import SafetensorsFile, file_hash, read_file, require_file
-from engine.checkpoint.storage import tensor_hash
+from engine.checkpoint.storage import tensor_bytes, tensor_hash
 from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.families import family_of
@@ -124,9 +135,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, or a damaged file; the message names it.
         """
-        tensor = self.manifest.tensors.get(kind, {}).get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.path} has no {kind} of {name}")
+        tensor = self._tensor(name, kind)
         wanted = rectangle or whole(tensor.shape)
         if not is_inside(tensor.shape, wanted):
             raise CheckpointError(
@@ -140,6 +149,29 @@ class Checkpoint:
                 out[_slices(shared, wanted)].copy_(self._recent(stored)[_slices(shared, stored.rectangle)])
         return out
 
+    def blocks(self, name: str, *, kind: str = "param") -> Iterator[Tensor]:
+        """Read a whole tensor in blocks of rows, in order; each stored rectangle is read once, a few rows at a time.
+
+        Raises:
+            CheckpointError: as `read`; the checksums are compared after the last block.
+        """
+        tensor = self._tensor(name, kind)
+        dtype = DTYPES[tensor.dtype]
+        digests = [xxhash.xxh3_64() for _ in tensor.rectangles]
+        for block in row_blocks(tensor.shape, BLOCK_BYTES // dtype.itemsize):
+            out = torch.empty(block.extent, dtype=dtype)
+            for stored, digest in zip(tensor.rectangles, digests, strict=True):
+                if shared := intersect(stored.rectangle, block):
+                    rows = self._open(stored.file).tensor(stored.key, relative(shared, stored.rectangle))
+                    digest.update(tensor_bytes(rows))  # whole rows of the rectangle, in the order in which it is stored
+                    if shared == block:
+                        out = rows
+                    else:
+                        out[_slices(shared, block)].copy_(rows)
+            yield out
+        for stored, digest in zip(tensor.rectangles, digests, strict=True):
+            self._require_hash(stored, digest.hexdigest())
+
     def verify(self, progress: Callable[[str, int], None] | None = None) -> None:
         """Hash every file and compare with the manifest. `progress` is called with each file and its size in bytes."""
         for name, stored in self.manifest.files.items():
@@ -151,6 +183,12 @@ class Checkpoint:
         if file_hash(self.path / name) != stored.xxh3_64:
             raise CheckpointError(f"{self.path / name} is damaged: its checksum does not match the manifest")
 
+    def _tensor(self, name: str, kind: str) -> StoredTensor:
+        tensor = self.manifest.tensors.get(kind, {}).get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.path} has no {kind} of {name}")
+        return tensor
+
     def _recent(self, stored: StoredRectangle) -> Tensor:
         """Load a stored rectangle and cache it, because the next request is often for another part of it."""
         if self._last is None or self._last[0] != stored:
@@ -160,9 +198,12 @@ class Checkpoint:
 
     def _load(self, stored: StoredRectangle) -> Tensor:
         tensor = self._open(stored.file).tensor(stored.key)
-        if tensor_hash(tensor) != stored.xxh3_64:
-            raise CheckpointError(f"{self.path / stored.file} is damaged: {stored.key} does not match its checksum")
+        self._require_hash(stored, tensor_hash(tensor))
         return tensor
+
+    def _require_hash(self, stored: StoredRectangle, found: str) -> None:
+        if found != stored.xxh3_64:
+            raise CheckpointError(f"{self.path / stored.file} is damaged: {stored.key} does not match its checksum")
 
     def _open(self, name: str) -> SafetensorsFile:
         if name not in self._opened:
@@ -187,5 +228,5 @@ class Checkpoint:
 
 def _slices(part: Rectangle, box: Rectangle) -> tuple[slice, ...]:
     """Return the index of `part` in a tensor with the contents of `box`."""
-    starts = [first - origin for first, origin in zip(part.start, box.start, strict=True)]
-    return tuple(slice(first, first + count) for first, count in zip(starts, part.extent, strict=True))
+    inside = relative(part, box)
+    return tuple(slice(first, stop) for first, stop in zip(inside.start, stop_of(inside), strict=True))

@@ -6,7 +6,7 @@ considered: one entry per rank and parameter, which only the same layout can rea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from engine.parallel.table import Rectangle
 
@@ -16,6 +16,17 @@ Shape = tuple[int, ...]
 def whole(shape: Shape) -> Rectangle:
     """Return the rectangle of a whole tensor of `shape`."""
     return Rectangle((0,) * len(shape), shape)
+
+
+def row_blocks(shape: Shape, max_elements: int) -> Iterator[Rectangle]:
+    """Split a tensor of `shape` into blocks of whole rows with up to `max_elements`, or one row, in order."""
+    if not shape:
+        yield whole(shape)
+        return
+    rows = max(1, max_elements // math.prod(shape[1:]))
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first)
+        yield Rectangle((first, *(0 for _ in shape[1:])), (count, *shape[1:]))
 
 
 def flat_slice(rectangle: Rectangle, begin: int, end: int) -> list[Rectangle]:
@@ -49,6 +60,11 @@ def intersect(a: Rectangle, b: Rectangle) -> Rectangle | None:
     if any(low >= high for low, high in zip(start, stop, strict=True)):
         return None
     return Rectangle(start, tuple(high - low for low, high in zip(start, stop, strict=True)))
+
+
+def relative(part: Rectangle, box: Rectangle) -> Rectangle:
+    """Return `part` in coordinates that begin at the start of `box`."""
+    return Rectangle(tuple(a - b for a, b in zip(part.start, box.start, strict=True)), part.extent)
 
 
 def stop_of(rectangle: Rectangle) -> Shape:

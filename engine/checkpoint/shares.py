@@ -1,6 +1,6 @@
 """The first phase of a save: every rank writes its slices to a separate shard file, and rank 0 gathers the lists."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,8 @@ class StateSlice:
         name: the Hugging Face name.
         shape: global shape of the tensor.
         rectangle: its position in the tensor.
-        tensor: the rectangle's elements, on any device; or a function that returns them, called just before the write.
+        tensor: the rectangle's elements, on any device; or a function that returns them in blocks, in order, called
+            just before the write.
         dtype: dtype of the stored elements; None: the tensor's dtype. Required with a function.
     """
 
@@ -41,7 +42,7 @@ class StateSlice:
     name: str
     shape: Shape
     rectangle: Rectangle
-    tensor: Tensor | Callable[[], Tensor]
+    tensor: Tensor | Callable[[], Iterable[Tensor]]
     dtype: torch.dtype | None = None
 
 
@@ -81,7 +82,9 @@ def _entry(part: StateSlice) -> Entry:
     key = entry_key(part.kind, part.name, part.rectangle)
     tensor = part.tensor
     if isinstance(tensor, Tensor):
-        return Entry(key, part.rectangle.extent, part.dtype or tensor.dtype, lambda: tensor)
+        if tuple(tensor.shape) != part.rectangle.extent:
+            raise ValueError(f"{key}: shape {list(tensor.shape)}, expected {list(part.rectangle.extent)}")
+        return Entry(key, part.rectangle.extent, part.dtype or tensor.dtype, lambda: [tensor])
     if part.dtype is None:
         raise ValueError(f"{key}: a tensor that is read later needs a dtype")
     return Entry(key, part.rectangle.extent, part.dtype, tensor)

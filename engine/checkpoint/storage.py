@@ -9,9 +9,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, cycle
 from pathlib import Path
 
 import torch
@@ -22,19 +24,21 @@ from engine.checkpoint.manifest import DTYPE_NAMES, StoredFile
 from engine.checkpoint.rectangles import Shape
 from engine.errors import ConfigError, StorageError
 
-CHUNK_BYTES = 1 << 20  # small enough to stay in a core's cache between hashing and writing
+CHUNK_BYTES = 2 << 20  # small enough to stay in a core's cache between hashing and writing
 
 OnOperation = Callable[[int, str, Path], None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write. `load` is called just before the write, so that one tensor at a time is in memory."""
+    """A tensor to write. `load` is called just before the write and returns its elements in order, in one tensor or in
+    several, one of which at a time is in memory.
+    """
 
     key: str
     shape: Shape
     dtype: torch.dtype  # of the file; converted chunk by chunk if `load` returns another
-    load: Callable[[], Tensor]
+    load: Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -88,20 +92,26 @@ class Storage:
     def write_safetensors(
         self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
     ) -> Written:
-        """Write tensors to a new safetensors file, hashing the bytes of each on the way."""
+        """Write tensors to a new safetensors file, hashing the bytes of each on the way.
+
+        A thread writes a chunk while the next is read, converted and hashed.
+        """
         ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # keeps every tensor aligned
         hashes = {}
-        with self._create(path) as out:
-            out.write(memoryview(_header(ordered, metadata)))
+        buffers = cycle(torch.empty(2, CHUNK_BYTES, dtype=torch.uint8))
+        with self._create(path) as out, ThreadPoolExecutor(1) as thread:
+            writing = thread.submit(out.write, memoryview(_header(ordered, metadata)))
             for entry in ordered:
-                digest = xxhash.xxh3_64()
-                tensor = entry.load()
-                if tuple(tensor.shape) != entry.shape:
-                    raise ValueError(f"{entry.key}: shape {list(tensor.shape)}, expected {list(entry.shape)}")
-                for chunk in byte_chunks(tensor, entry.dtype):
+                digest, size = xxhash.xxh3_64(), 0
+                for chunk in chain.from_iterable(byte_chunks(part, entry.dtype, buffers) for part in entry.load()):
                     digest.update(chunk)
-                    out.write(chunk)
+                    size += len(chunk)
+                    writing.result()
+                    writing = thread.submit(out.write, chunk)
+                if size != (expected := math.prod(entry.shape) * entry.dtype.itemsize):
+                    raise ValueError(f"{entry.key}: {size} bytes, expected {expected} for shape {list(entry.shape)}")
                 hashes[entry.key] = digest.hexdigest()
+            writing.result()
         return Written(out.stored(), hashes)
 
     def rename(self, source: Path, target: Path) -> None:
@@ -217,18 +227,22 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def byte_chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """Yield the bytes of a contiguous tensor, converted to `dtype` on the host, 1 MiB at a time."""
+def byte_chunks(tensor: Tensor, dtype: torch.dtype, buffers: Iterator[Tensor]) -> Iterator[memoryview]:
+    """Yield the bytes of a contiguous tensor, converted to `dtype` on the host in the next of `buffers`, in chunks."""
     flat = tensor.detach().reshape(-1)
     count = CHUNK_BYTES // dtype.itemsize
     for begin in range(0, flat.numel(), count):
-        chunk = flat[begin : begin + count].to(device="cpu", dtype=dtype)
-        yield chunk.view(torch.uint8).numpy().data
+        chunk = flat[begin : begin + count]
+        if chunk.dtype != dtype or chunk.device.type != "cpu":
+            chunk = next(buffers).view(dtype)[: chunk.numel()].copy_(chunk)
+        yield tensor_bytes(chunk)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the host."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """Return the xxh3-64 hash of a tensor's bytes."""
-    digest = xxhash.xxh3_64()
-    for chunk in byte_chunks(tensor, tensor.dtype):
-        digest.update(chunk)
-    return digest.hexdigest()
+    """Return the xxh3-64 hash of the bytes of a tensor on the host."""
+    return xxhash.xxh3_64_hexdigest(tensor_bytes(tensor))

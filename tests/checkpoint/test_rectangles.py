@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.checkpoint.rectangles import covers_exactly, flat_slice, intersect, stop_of
+from engine.checkpoint.rectangles import covers_exactly, flat_slice, intersect, relative, row_blocks, stop_of
 from engine.parallel.table import Rectangle
 
 
@@ -99,3 +99,17 @@ def test_covers_exactly_refuses_other_dimensions_and_what_reaches_outside() -> N
 def test_many_rectangles_are_checked_quickly() -> None:
     columns = [Rectangle((0, column), (50_000, 1)) for column in range(20_000)]
     assert covers_exactly((50_000, 20_000), columns) is None
+
+
+@given(shapes, st.integers(1, 200))
+def test_row_blocks_are_the_rows_in_order(shape: tuple[int, ...], max_elements: int) -> None:
+    blocks = list(row_blocks(shape, max_elements))
+    row = math.prod(shape[1:])
+    assert all(block.size <= max(max_elements, row) for block in blocks)
+    assert all(block.size + row > max_elements for block in blocks[:-1])
+    tensor = torch.arange(math.prod(shape)).reshape(shape)
+    assert torch.equal(torch.cat([elements(tensor, block).reshape(-1) for block in blocks]), tensor.reshape(-1))
+
+
+def test_relative_coordinates() -> None:
+    assert relative(Rectangle((5, 3), (2, 1)), Rectangle((4, 3), (9, 9))) == Rectangle((1, 0), (2, 1))

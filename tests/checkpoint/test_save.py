@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.checkpoint import reader
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import candidates, find, open_checkpoint
 from engine.checkpoint.save import save
@@ -65,9 +66,38 @@ def test_any_rectangle_can_be_read_from_any_cut(tmp_path: Path) -> None:
             assert torch.equal(checkpoint.read("embed.weight", wanted), whole[first : first + count, 2:7])
 
 
-def test_neighbors_in_a_stored_rectangle_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.checkpoint import reader
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("block_bytes", [1, 40, 100, 1 << 20])
+def test_blocks_of_rows_from_any_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, block_bytes: int
+) -> None:
+    monkeypatch.setattr(reader, "BLOCK_BYTES", block_bytes)
+    save_step(tmp_path, 1, world_size=world_size)
+    checkpoint = open_checkpoint(tmp_path)
+    for (kind, name), whole in tensors(1).items():
+        blocks = list(checkpoint.blocks(name, kind=kind))
+        assert torch.equal(torch.cat(blocks) if whole.dim() else blocks[0], whole)
+        row = whole[0].numel() if whole.dim() else 1
+        assert all(block.numel() * whole.itemsize <= max(block_bytes, row * whole.itemsize) for block in blocks)
 
+
+def test_a_changed_bit_is_found_after_the_last_block(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    checkpoint = open_checkpoint(tmp_path)
+    shard = checkpoint.path / "state-00000-of-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    problems = []
+    for kind, name in tensors(1):
+        try:
+            list(checkpoint.blocks(name, kind=kind))
+        except CheckpointError as error:
+            problems.append(str(error))
+    assert len(problems) == 1 and "does not match its checksum" in problems[0]
+
+
+def test_neighbors_in_a_stored_rectangle_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_step(tmp_path, 1)
     hashed: list[int] = []
     real = reader.tensor_hash

@@ -1,5 +1,6 @@
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from engine.parallel.table import Rectangle
 
 
 def entry(key: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Entry:
-    return Entry(key, tuple(tensor.shape), dtype or tensor.dtype, lambda: tensor)
+    return Entry(key, tuple(tensor.shape), dtype or tensor.dtype, lambda: [tensor])
 
 
 TENSORS = {
@@ -60,13 +61,30 @@ def test_tensors_are_converted_while_they_are_written(tmp_path: Path) -> None:
     assert written.hashes["a"] == tensor_hash(tensor.bfloat16())
 
 
+def test_a_slow_disk_writes_each_chunk_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread writes while the next chunks are converted."""
+    monkeypatch.setattr(storage_module, "CHUNK_BYTES", 16)
+    real_write = os.write
+
+    def slow_write(fd: int, content: memoryview) -> int:
+        time.sleep(0.001)
+        return real_write(fd, content)
+
+    monkeypatch.setattr(os, "write", slow_write)
+    tensor = torch.arange(200.0)
+    written = Storage().write_safetensors(tmp_path / "a", [entry("a", tensor, torch.bfloat16)])
+    loaded = safetensors.torch.load_file(tmp_path / "a")["a"]
+    assert torch.equal(loaded, tensor.bfloat16())
+    assert written.hashes["a"] == tensor_hash(loaded)
+
+
 def test_only_one_tensor_is_loaded_at_a_time(tmp_path: Path) -> None:
     alive: list[str] = []
 
-    def load(key: str) -> torch.Tensor:
+    def load(key: str) -> list[torch.Tensor]:
         alive.append(key)
-        assert (tmp_path / "a").stat().st_size >= 400 * (len(alive) - 1)
-        return torch.zeros(100)
+        assert (tmp_path / "a").stat().st_size >= 400 * (len(alive) - 2)
+        return [torch.zeros(100)]
 
     Storage().write_safetensors(
         tmp_path / "a", [Entry(key, (100,), torch.float32, lambda key=key: load(key)) for key in ("x", "y", "z")]
@@ -181,8 +199,8 @@ def test_a_dtype_we_do_not_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tensor_of_another_shape_than_announced_is_refused(tmp_path: Path) -> None:
-    wrong = Entry("a", (3,), torch.float32, lambda: torch.zeros(4))
-    with pytest.raises(ValueError, match=r"shape \[4\], expected \[3\]"):
+    wrong = Entry("a", (3,), torch.float32, lambda: [torch.zeros(4)])
+    with pytest.raises(ValueError, match=r"a: 16 bytes, expected 12 for shape \[3\]"):
         Storage().write_safetensors(tmp_path / "a", [wrong])
 
 

@@ -1,7 +1,7 @@
 """Reads Hugging Face directories as untrusted input: no pickles, no code, no files outside of the directory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from engine.checkpoint.huggingface.files import (
     Json,
     read_json,
 )
-from engine.checkpoint.model_directory import require_shapes
-from engine.checkpoint.rectangles import Shape, whole
+from engine.checkpoint.model_directory import BLOCK_BYTES, require_shapes
+from engine.checkpoint.rectangles import Shape, row_blocks, whole
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
 from engine.config.schema import ModelConfig
 from engine.data.tokenizers.files import MODEL_FILES
@@ -96,6 +96,11 @@ class HuggingFaceDirectory:
                 f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite"
             )
         return tensor
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Read a whole tensor in blocks of rows, in order, as `read`."""
+        for block in row_blocks(self.tensors()[name], BLOCK_BYTES // torch.float32.itemsize):
+            yield self.read(name, block)
 
     def _in_stack(self, name: str, rectangle: Rectangle | None) -> tuple[str, Rectangle]:
         """Return the stored tensor that has the rows of `name`, and the rectangle in it."""

@@ -3,10 +3,12 @@
 Weights are copied tensor by tensor. The directory is read back and verified before it is renamed to its final name.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from engine.checkpoint.huggingface.config import hf_config
@@ -27,7 +29,7 @@ from engine.checkpoint.huggingface.tokenizer_files import write_tokenizer
 from engine.checkpoint.model_directory import OnTensor, with_progress
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.rectangles import Shape
-from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_hash
+from engine.checkpoint.storage import Entry, Storage, Written, new_directory, tensor_bytes
 from engine.config.schema import SOURCES, ModelConfig
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import CheckpointError
@@ -110,13 +112,13 @@ def _write_weights(
     shard_bytes: int,
     progress: OnTensor | None,
 ) -> dict[str, Written]:
-    read = with_progress(checkpoint, progress)
+    blocks = with_progress(checkpoint, progress)
 
-    def load(name: str) -> Tensor:
-        tensor = _stack([read(part) for part in stored[name]])
-        if dtype == torch.float16 and max(map(abs, tensor.aminmax())) > torch.finfo(dtype).max:
-            raise CheckpointError(f"{name} has values beyond 65504, the largest of fp16; export with --dtype bf16")
-        return tensor
+    def load(name: str) -> Iterator[Tensor]:
+        for block in chain.from_iterable(map(blocks, stored[name])):
+            if dtype == torch.float16 and max(map(abs, block.aminmax())) > torch.finfo(dtype).max:
+                raise CheckpointError(f"{name} has values beyond 65504, the largest of fp16; export with --dtype bf16")
+            yield block
 
     def shape(name: str) -> Shape:
         parts = [shapes[part] for part in stored[name]]
@@ -135,10 +137,6 @@ def _write_weights(
         weight_map = {name: shard for shard, names in shards.items() for name in names}
         write_json(files, partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     return written
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _verify(
@@ -160,6 +158,8 @@ def _verify(
         raise CheckpointError(f"{partial / CONFIG} does not read back as the model it was written for")
     hashes = {name: digest for file in written.values() for name, digest in file.hashes.items()}
     for name, parts in stored.items():
-        tensor = _stack([found.read(part) for part in parts])
-        if tensor.dtype != dtype or tensor_hash(tensor) != hashes[name]:
+        digest = xxhash.xxh3_64()
+        for block in chain.from_iterable(map(found.blocks, parts)):
+            digest.update(tensor_bytes(block))
+        if block.dtype != dtype or digest.hexdigest() != hashes[name]:
             raise CheckpointError(f"{partial}: {name} does not read back as it was written")

@@ -37,9 +37,9 @@ def import_directory(
         ConfigError: `run_dir` exists and is not empty.
     """
     source.require(shapes)
-    read = with_progress(source, progress)
+    blocks = with_progress(source, progress)
     slices = [
-        StateSlice("param", name, shape, whole(shape), partial(read, name), dtype=torch.float32)
+        StateSlice("param", name, shape, whole(shape), partial(blocks, name), dtype=torch.float32)
         for name, shape in shapes.items()
     ]
     imported = imported_ids(source.config, source.model.vocab_size)

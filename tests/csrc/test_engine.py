@@ -46,7 +46,7 @@ def train(tmp_path, preset: str, *overrides: str, steps: int = 3, layout: Layout
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3", "tiny-starcoder2"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3", "tiny-starcoder2", "tiny-olmo2", "tiny-gemma2"])
 def test_training(kernels, tmp_path, preset, recompute):
     overrides = ("--parallel.recompute", recompute, "--train.z_loss", "1e-3")
     expected, parameters = train(tmp_path, preset, *overrides)

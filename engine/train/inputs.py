@@ -259,7 +259,7 @@ def _require_same_architecture(checkpoint: Checkpoint, model: ModelConfig) -> No
     affect trained weights may differ, and those that users change to extend the context.
     """
     stored, wanted = checkpoint.model.model_dump(), model.model_dump()
-    may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window"}
+    may_differ = {*SOURCES, "init_std", "max_position", "rope_theta", "rope_scaling", "sliding_window", "window_layers"}
     different = [
         f"model.{key}: {value} in the checkpoint, {wanted[key]} here"
         for key, value in stored.items()

@@ -33,6 +33,16 @@ def test_presets_are_valid_and_have_their_published_size(preset):
     assert len(set(paths)) == len(paths)
 
 
+def test_fields_that_an_older_checkpoint_lacks_mean_what_it_was():
+    new = {"mlp_bias", "window_layers", "rope_local_theta", "partial_rotary_factor"}
+    for preset in ("tiny", "tiny-llama3", "tiny-mistral", "tiny-starcoder2"):
+        model = ModelConfig(**PRESETS[preset])
+        stored = model.model_dump(exclude=new)
+        (stored["rope_scaling"] or {}).pop("rope_type", None)
+        assert ModelConfig(**stored) == model
+    assert ModelConfig(**PRESETS["tiny"] | {"output_bias": True}).mlp_bias
+
+
 def test_matrices_decay_and_vectors_do_not():
     for preset in PRESETS:
         for tensor in parameter_table(ModelConfig(**PRESETS[preset])).logical():

@@ -70,8 +70,8 @@ def test_longrope_of_each_document_is_that_of_its_length():
     scaling = RopeScaling(
         rope_type="longrope", short_factor=(1.0, 2.0), long_factor=(3.0, 4.0), original_max_position=4, factor=4.0
     )
-    together = rope_tables(torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 0]), 4, 1e4, scaling)
-    for places, factors in ((slice(0, 3), (1.0, 2.0)), (slice(3, 8), (3.0, 4.0)), (slice(8, 9), (1.0, 2.0))):
+    together = rope_tables(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 0]), 4, 1e4, scaling)
+    for places, factors in ((slice(0, 4), (1.0, 2.0)), (slice(4, 9), (3.0, 4.0)), (slice(9, 10), (1.0, 2.0))):
         angles = torch.arange(places.stop - places.start)[:, None] * torch.tensor([1.0, 0.01]) / torch.tensor(factors)
         torch.testing.assert_close(together[0][places], angles.cos() * 2**0.5)
         torch.testing.assert_close(together[1][places], angles.sin() * 2**0.5)

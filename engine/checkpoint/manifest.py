@@ -8,6 +8,7 @@ releases load.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import field
 from typing import Literal
 
 import torch
@@ -66,6 +67,7 @@ class State:
         consumed_samples: consumed samples; also the number of the next one.
         consumed_tokens: consumed tokens.
         data_fingerprint: hash of the data and their order; empty for imported weights.
+        data_contents: hashes of the contents of each dataset, by name; empty for imported weights.
         layout: the layout that wrote the checkpoint; informational, loading ignores it.
         best: None if evaluations are not compared.
     """
@@ -76,6 +78,7 @@ class State:
     data_fingerprint: str
     layout: dict[str, JsonValue]
     best: Best | None = None
+    data_contents: dict[str, list[str]] = field(default_factory=dict)
 
 
 class _Stored(BaseModel):

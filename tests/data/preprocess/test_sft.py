@@ -357,7 +357,7 @@ def test_workers_do_not_change_a_byte(run, tmp_path, monkeypatch, workers):
     counts = [run(records, output="1/x", **rules), run(records, output="2/x", workers=workers, **rules)]
     assert counts[0] == counts[1]
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert names == ["x.rejects.jsonl", *(f"x_sft.{kind}" for kind in ("bin", "idx", "json", "mask.bin"))]
+    assert names == ["x.rejects.jsonl", *(f"x_sft.{kind}" for kind in ("bin", "checksums", "idx", "json", "mask.bin"))]
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 

@@ -1,0 +1,109 @@
+"""One owner per output: refusal, leftovers, and two programs at once."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.data.storage.output import OutputOwner
+from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.writer import IndexedDatasetWriter, seal
+from engine.errors import ConfigError
+from tests.data.storage.raw import some
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_second_writer_is_refused_and_the_first_undisturbed(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as first:
+        first.add_document([1, 2])
+        message = rf"^process {os.getpid()} on .* is writing .*set; wait until it ends, or choose another output prefix$"
+        with pytest.raises(ConfigError, match=message), IndexedDatasetWriter(tmp_path / "set", np.uint16):
+            raise AssertionError("there is an owner")
+        with IndexedDatasetWriter(tmp_path / "set.v2", np.uint16) as other:  # another prefix, although a similar one
+            other.add_document([9])
+        first.add_document([3])
+    assert IndexedDataset(tmp_path / "set").tokens(0, 3).tolist() == [1, 2, 3]
+    assert names(tmp_path) == [f"set.{kind}" for kind in ("bin", "checksums", "idx", "v2.bin", "v2.checksums", "v2.idx")]
+
+
+def test_a_dataset_is_not_sealed_while_it_is_written(tmp_path):
+    prefix = some(tmp_path)
+    with pytest.raises(RuntimeError), IndexedDatasetWriter(prefix, np.uint16):
+        with pytest.raises(ConfigError, match="is writing"):
+            seal(prefix)
+        raise RuntimeError
+    seal(prefix)
+
+
+def test_what_a_killed_owner_left_goes_with_the_next_one(tmp_path):
+    for name in ("set.bin.0123abcd.partial", "set.lock", "set.v2.bin.0123abcd.partial", "set.bin.partial.txt"):
+        (tmp_path / name).write_bytes(b"left")
+    with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
+        writer.add_document([1])
+    kept = ["set.bin", "set.bin.partial.txt", "set.checksums", "set.idx", "set.v2.bin.0123abcd.partial"]
+    assert names(tmp_path) == kept
+
+
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
+    owner = OutputOwner(tmp_path / "lock", [])
+    owner.acquire()
+    forked = os.fork()
+    if forked == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        owner.release()
+        again = OutputOwner(tmp_path / "lock", [])
+        again.acquire()
+        again.release()
+    finally:
+        os.kill(forked, 9)
+        os.waitpid(forked, 0)
+
+
+WRITER = """
+import sys
+import numpy as np
+from engine.data.storage.writer import IndexedDatasetWriter
+from engine.errors import run_program
+
+def main():
+    first = int(sys.argv[2])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with IndexedDatasetWriter(sys.argv[1], np.uint16) as writer:
+        for i in range(200):
+            writer.add_document([first, i, i])
+
+run_program(main)
+"""
+
+
+def test_of_writers_that_start_together_each_writes_all_or_is_refused(tmp_path):
+    contents = {
+        hashlib.sha256(b"".join(np.array([k, i, i], "<u2").tobytes() for i in range(200))).digest() for k in range(4)
+    }
+    for attempt in range(5):
+        prefix = tmp_path / str(attempt) / "set"
+        command = [sys.executable, "-c", WRITER, str(prefix)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        writers = [subprocess.Popen([*command, str(k)], **pipes, text=True) for k in range(4)]
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        codes = [(writer.communicate(timeout=60)[1], writer.returncode) for writer in writers]
+        assert {code for _, code in codes} <= {0, 64} and any(code == 0 for _, code in codes), codes
+        data = IndexedDataset(prefix)
+        data.verify(None)
+        assert hashlib.sha256(prefix.with_suffix(".bin").read_bytes()).digest() in contents
+        assert names(prefix.parent) == ["set.bin", "set.checksums", "set.idx"]

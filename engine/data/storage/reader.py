@@ -200,6 +200,8 @@ class IndexedDataset:
             if on_progress is not None:
                 on_progress(done, self.num_bytes)
 
+        if self.checksums is not None:
+            self.checksums.check_sizes()
         self._check_tables(advance)
         found = {}
         with ThreadPoolExecutor(READERS) as pool:
@@ -224,7 +226,7 @@ class IndexedDataset:
         """
         if self.checksums is None:
             return
-        ranges = [("json", 0, 1)]
+        ranges = [] if self.info is None else [("json", 0, 1)]
         for start, count in spans:
             size = self.dtype.itemsize
             ranges += [("bin", start * size, (start + count) * size), ("mask.bin", start, start + count)]

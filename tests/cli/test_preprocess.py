@@ -404,3 +404,46 @@ def test_existing_conversations_are_not_replaced_unasked(chats, main):
     Path("out/x_sft.mask.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"x_sft\.mask\.bin exists; .* --overwrite"):
         main(*SFT, "--input", "chats.jsonl", "--tokenizer-model", "tok")
+
+
+def test_a_second_run_on_the_same_prefix_is_refused_and_the_first_unharmed(folder):
+    """In the middle of the first one's work, also with --overwrite."""
+    os.mkfifo("pipe.jsonl")
+    arguments = ("--output-prefix", "out/x", *BYTE, "--workers", 1)
+    first = start("--input", "pipe.jsonl", *arguments)
+    with open("pipe.jsonl", "wb") as pipe:
+        pipe.write(b'{"text": "from the pipe"}\n')
+        pipe.flush()
+        end = time.monotonic() + 60
+        while not Path("out/x_text_document.lock").exists():
+            assert time.monotonic() < end and first.poll() is None
+            time.sleep(0.01)
+        for overwrite in ((), ("--overwrite",)):
+            code, _, err = finish("--input", "a.jsonl", *arguments, *overwrite)
+            assert code == 64 and f"process {first.pid} on" in err and "out/x" in err
+    out, err = first.communicate(timeout=60)
+    assert (first.returncode, err) == (0, "") and "1 document" in out
+    data = IndexedDataset("out/x_text_document")
+    data.verify(257)
+    assert bytes(data.tokens(0, 13).astype("uint8")) == b"from the pipe"
+    assert files(folder / "out") == [f"x_text_document.{kind}" for kind in ("bin", "checksums", "idx", "json")]
+
+
+def test_standard_input(folder):
+    arguments = ("--input", "-", "a.jsonl", "--output-prefix", "out/x", *BYTE, "--workers", 2)
+    process = start(*arguments, stdin=subprocess.PIPE)
+    out, err = process.communicate('{"text": "piped"}\n' * 2, timeout=60)
+    assert process.returncode == 0, err
+    data = IndexedDataset("out/x_text_document")
+    assert data.num_documents == 5 and bytes(data.tokens(0, 10).astype("uint8")) == b"pipedpiped"
+    assert [source.path for source in data.info.sources] == ["-", "a.jsonl"]
+
+
+def test_files_that_are_not_read_are_told(folder, main, capsys):
+    Path("corpus/.ipynb_checkpoints").mkdir(parents=True)
+    for name in ("b.jsonl", "c.md", ".ipynb_checkpoints/b-checkpoint.jsonl"):
+        write_lines(Path("corpus", name), ["text"])
+    main("--input", "corpus", "--output-prefix", "x", *BYTE, "--append-eod", "--workers", 1)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: corpus: 2 files of 3 not read (1 hidden, 1 .md); of a directory, .jsonl, ")
+    assert IndexedDataset("x_text_document").num_documents == 1

@@ -422,7 +422,7 @@ def test_a_second_run_on_the_same_prefix_is_refused_and_the_first_unharmed(folde
             code, _, err = finish("--input", "a.jsonl", *arguments, *overwrite)
             assert code == 64 and f"process {first.pid} on" in err and "out/x" in err
     out, err = first.communicate(timeout=60)
-    assert (first.returncode, err) == (0, "") and "1 document" in out
+    assert first.returncode == 0 and "1 document" in out, err
     data = IndexedDataset("out/x_text_document")
     data.verify(257)
     assert bytes(data.tokens(0, 13).astype("uint8")) == b"from the pipe"
@@ -432,7 +432,7 @@ def test_a_second_run_on_the_same_prefix_is_refused_and_the_first_unharmed(folde
 def test_standard_input(folder):
     arguments = ("--input", "-", "a.jsonl", "--output-prefix", "out/x", *BYTE, "--workers", 2)
     process = start(*arguments, stdin=subprocess.PIPE)
-    out, err = process.communicate('{"text": "piped"}\n' * 2, timeout=60)
+    _, err = process.communicate('{"text": "piped"}\n' * 2, timeout=60)
     assert process.returncode == 0, err
     data = IndexedDataset("out/x_text_document")
     assert data.num_documents == 5 and bytes(data.tokens(0, 10).astype("uint8")) == b"pipedpiped"

@@ -13,9 +13,9 @@ from typing import Any
 import orjson
 
 from engine.data.preprocess.decompress import Unreadable
+from engine.data.preprocess.json_lines import INVALID
 from engine.errors import ConfigError
 
-INVALID = b"\xff"  # replaces a row that is not text; rejected because it is not valid UTF-8
 MAX_ROWS = 1000  # read at a time, regardless of the size in the metadata
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 Lines = Iterator[tuple[list[bytes], float]]

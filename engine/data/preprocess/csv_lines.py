@@ -12,8 +12,7 @@ from pathlib import Path
 import orjson
 
 from engine.data.preprocess.decompress import Unreadable
-
-INVALID = b"\xff\n"  # replaces a row that is not UTF-8; rejected as such
+from engine.data.preprocess.json_lines import INVALID
 
 
 def csv_lines(path: str, chunks: Iterator[bytes], max_bytes: int) -> Iterator[bytes]:
@@ -49,7 +48,7 @@ def _as_line(names: list[str], row: list[str]) -> bytes:
     try:
         return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except orjson.JSONEncodeError:
-        return INVALID
+        return INVALID + b"\n"
 
 
 class _ChunkReader(io.RawIOBase):

@@ -24,11 +24,9 @@ from engine.config.schema import DatasetConfig
 from engine.data.samples.mixture import SAMPLES_PER_BLOCK, Mixture
 from engine.data.samples.permutation import Permutation, keyed_below
 from engine.data.samples.sample import Location, Sample, Split, part_documents
-from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.reader import IDENTITY_TOKENS, IndexedDataset
 from engine.errors import DataError
 from engine.formatting import counted
-
-IDENTITY_TOKENS = 4096  # hashed at each end of a dataset for its fingerprint
 
 
 class PretrainDataset:

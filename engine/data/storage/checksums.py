@@ -10,7 +10,8 @@ one hash per file, as `sha256sum` gives; checking a block of a terabyte would th
 import os
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from engine.data.storage.files import CheckedFile, format_error
 from engine.data.storage.format import dataset_file
 from engine.errors import DataFormatError
 
-BLOCK_BYTES = 4 << 20
-KINDS = ("idx", "bin", "mask.bin", "json")
+SEALED_BLOCK = 4 << 20  # bytes
+READERS = 8  # threads; a solid-state disk needs several requests at a time
+QUEUED = 1024  # blocks
+SEALED_KINDS = ("idx", "bin", "mask.bin", "json")
 _MAGIC, _VERSION = b"TRXSUMS\x00", 1
 _HEADER = struct.Struct("<8sQ4Q")
 _ABSENT = (1 << 64) - 1
@@ -59,17 +62,17 @@ class Checksums:
         """
         stored = int(self.files[kind].hashes[block])
         if stored != actual:
-            start = block * BLOCK_BYTES
-            stop = min(start + BLOCK_BYTES, self.files[kind].size)
+            start = block * SEALED_BLOCK
+            stop = min(start + SEALED_BLOCK, self.files[kind].size)
             raise self._changed(kind, f"xxh3-64 of bytes {start} .. {stop - 1}", f"{actual:016x}", f"{stored:016x}")
 
     def check_sizes(self, *, may_lack: tuple[str, ...] = ()) -> None:
-        """Check that the dataset consists of the listed files, in their sizes; those of kinds `may_lack` may be missing.
+        """Check that the dataset consists of the listed files, in their sizes; those of `may_lack` may be missing.
 
         Raises:
             DataFormatError: it does not.
         """
-        for kind in KINDS:
+        for kind in SEALED_KINDS:
             actual, listed = file_size(dataset_file(self.prefix, kind)), self.files.get(kind)
             if actual != (None if listed is None else listed.size) and not (actual is None and kind in may_lack):
                 expected = "no such file" if listed is None else f"{listed.size} bytes"
@@ -77,14 +80,16 @@ class Checksums:
 
     def encode(self) -> bytes:
         """Return the content of the file."""
-        sizes = [self.files[kind].size if kind in self.files else _ABSENT for kind in KINDS]
-        hashes = [self.files[kind].hashes.astype("<u8").tobytes() for kind in KINDS if kind in self.files]
+        sizes = [self.files[kind].size if kind in self.files else _ABSENT for kind in SEALED_KINDS]
+        hashes = [self.files[kind].hashes.astype("<u8").tobytes() for kind in SEALED_KINDS if kind in self.files]
         body = b"".join([_HEADER.pack(_MAGIC, _VERSION, *sizes), *hashes])
         return body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
 
     def _changed(self, kind: str, field: str, value: str, expected: str) -> DataFormatError:
         path = dataset_file(self.prefix, "checksums")
-        advice = f"as {path} says; restore the file, or, if the change is meant, run triaxis inspect {self.prefix} --seal"
+        advice = (
+            f"as {path} says; restore the file, or, if the change is meant, run triaxis inspect {self.prefix} --seal"
+        )
         return format_error(dataset_file(self.prefix, kind), field, value, f"{expected}, {advice}")
 
 
@@ -99,16 +104,16 @@ class BlockHasher:
         rest = memoryview(content)
         rest = rest.cast("B") if rest.nbytes else memoryview(b"")
         while rest:
-            part = rest[: BLOCK_BYTES - self._size % BLOCK_BYTES]
+            part = rest[: SEALED_BLOCK - self._size % SEALED_BLOCK]
             self._block.update(part)
             self._size += len(part)
             rest = rest[len(part) :]
-            if self._size % BLOCK_BYTES == 0:
+            if self._size % SEALED_BLOCK == 0:
                 self._end_block()
 
     def finish(self) -> FileChecksums:
         """Return the checksums of the complete file."""
-        if self._size % BLOCK_BYTES:
+        if self._size % SEALED_BLOCK:
             self._end_block()
         return FileChecksums(self._size, np.array(self._hashes, np.uint64))
 
@@ -139,15 +144,36 @@ def read_checksums(prefix: Path) -> Checksums | None:
     stored, actual = int.from_bytes(body[-8:], "little"), xxhash.xxh3_64_intdigest(body[:-8])
     file.expect(stored == actual, "xxh3-64 of the content", f"{actual:016x}", f"{stored:016x}, as its end says")
     parts = np.split(np.frombuffer(body, "<u8", offset=_HEADER.size, count=sum(counts)), np.cumsum(counts)[:-1])
-    listed = zip(KINDS, sizes, parts, strict=True)
+    listed = zip(SEALED_KINDS, sizes, parts, strict=True)
     checksums = Checksums(prefix, {kind: FileChecksums(size, part) for kind, size, part in listed if size != _ABSENT})
     checksums.check_sizes(may_lack=("json",))  # reading works without it
     return checksums
 
 
+def hash_blocks(
+    file: CheckedFile, blocks: Sequence[int], check: Callable[[int, bytes, int], None]
+) -> Iterator[tuple[int, int]]:
+    """Read blocks of a file in several threads, and yield the size and the hash of each, in order.
+
+    Args:
+        check: called in a thread with the number, the content and the hash of each block; may raise.
+    """
+
+    def read(block: int) -> tuple[int, int]:
+        start = block * SEALED_BLOCK
+        content = file.read(start, min(SEALED_BLOCK, file.size - start))
+        hashed = xxhash.xxh3_64_intdigest(content)
+        check(block, content, hashed)
+        return len(content), hashed
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(blocks), QUEUED):
+            yield from pool.map(read, blocks[start : start + QUEUED])
+
+
 def num_blocks(size: int) -> int:
     """Return the number of blocks of a file of `size` bytes."""
-    return -(-size // BLOCK_BYTES)
+    return -(-size // SEALED_BLOCK)
 
 
 def file_size(path: Path) -> int | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from engine.errors import ConfigError
 
-PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 
 
 class OutputOwner:
@@ -73,7 +73,7 @@ class OutputOwner:
 
     def partial(self, path: Path) -> Path:
         """Return the temporary name of one of the files."""
-        return path.with_name(f"{path.name}.{self._name}{PARTIAL}")
+        return path.with_name(f"{path.name}.{self._name}{PARTIAL_SUFFIX}")
 
     def _is_current(self, descriptor: int) -> bool:
         """Whether the locked file is still the one at the path; the owner before removes it."""
@@ -83,7 +83,7 @@ class OutputOwner:
             return False
 
     def _remove_leftovers(self, path: Path) -> None:
-        pattern = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+        pattern = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}")
         for name in os.listdir(path.parent):
             if pattern.fullmatch(name):
                 (path.parent / name).unlink(missing_ok=True)

@@ -12,21 +12,24 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from engine.data.storage.checksums import BLOCK_BYTES, Checksums, FileChecksums, num_blocks, read_checksums
+from engine.data.storage.checksums import (
+    SEALED_BLOCK,
+    Checksums,
+    FileChecksums,
+    hash_blocks,
+    num_blocks,
+    read_checksums,
+)
 from engine.data.storage.files import Array, CheckedFile, Ints, Table
 from engine.data.storage.format import HEADER, chunks, dataset_file, read_header
 from engine.data.storage.info import read_info
 
 CHECKED_AT_OPENING = 1 << 20  # entries; tables up to this size are completely checked at opening
 IDENTITY_TOKENS = 4096  # hashed at each end of a dataset
-READERS = 8  # threads that read blocks; a solid-state disk needs several requests at a time
-BLOCKS_QUEUED = 1024
 _FOLLOWS = "the end of the sequence before"
 OnVerified = Callable[[int, int], None]  # (bytes verified, total bytes)
 
@@ -204,16 +207,12 @@ class IndexedDataset:
             self.checksums.check_sizes()
         self._check_tables(advance)
         found = {}
-        with ThreadPoolExecutor(READERS) as pool:
-            for kind, file in self._files().items():
-                count, hashes = num_blocks(file.size), array("Q")
-                for start in range(0, count, BLOCKS_QUEUED):
-                    blocks = range(start, min(start + BLOCKS_QUEUED, count))
-                    for block, hashed in zip(blocks, pool.map(self._block_check(kind, vocab_size), blocks), strict=True):
-                        hashes.append(hashed)
-                        if kind in ("bin", "mask.bin"):
-                            advance(_block_size(file, block))
-                found[kind] = FileChecksums(file.size, np.array(hashes, np.uint64))
+        for kind, file in self._files().items():
+            hashes = array("Q")
+            for size, hashed in hash_blocks(file, range(num_blocks(file.size)), self._block_check(kind, vocab_size)):
+                hashes.append(hashed)
+                advance(size if kind in ("bin", "mask.bin") else 0)
+            found[kind] = FileChecksums(file.size, np.array(hashes, np.uint64))
         advance(self.num_bytes - done)
         return Checksums(self.prefix, found)
 
@@ -226,7 +225,7 @@ class IndexedDataset:
         """
         if self.checksums is None:
             return
-        ranges = [] if self.info is None else [("json", 0, 1)]
+        ranges = [("json", 0, 1)]
         for start, count in spans:
             size = self.dtype.itemsize
             ranges += [("bin", start * size, (start + count) * size), ("mask.bin", start, start + count)]
@@ -234,14 +233,11 @@ class IndexedDataset:
             sequences = self._documents[first], min(self._documents[last], self.num_sequences - 1)
             tables = (self._documents, first, last), (self._pointers, *sequences), (self._lengths, *sequences)
             ranges += [("idx", *table.byte_range(begin, end + 1)) for table, begin, end in tables]
-        blocks = {
-            (kind, block)
-            for kind, begin, end in ranges
-            if kind in self.checksums.files
-            for block in range(begin // BLOCK_BYTES, num_blocks(end))
-        }
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(lambda at: self._block_check(at[0], None)(at[1]), sorted(blocks)))
+        for kind, file in self._files().items():
+            touched = ((begin, end) for of, begin, end in ranges if of == kind)
+            blocks = {block for begin, end in touched for block in range(begin // SEALED_BLOCK, num_blocks(end))}
+            for _ in hash_blocks(file, sorted(blocks), self._block_check(kind, None)):
+                pass
 
     def _files(self) -> dict[str, CheckedFile]:
         """Return the open files by kind."""
@@ -252,22 +248,18 @@ class IndexedDataset:
             files["json"] = CheckedFile(dataset_file(self.prefix, "json"))
         return files
 
-    def _block_check(self, kind: str, vocab_size: int | None) -> Callable[[int], int]:
-        """Return a function that reads, checks and hashes a block of a file; for threads."""
-        file = self._files()[kind]
+    def _block_check(self, kind: str, vocab_size: int | None) -> Callable[[int, bytes, int], None]:
+        """Return a function that checks number, content and hash of a block of a file."""
 
-        def check(block: int) -> int:
-            start = block * BLOCK_BYTES
-            content = file.read(start, _block_size(file, block))
+        def check(block: int, content: bytes, hashed: int) -> None:
+            start = block * SEALED_BLOCK
             if kind == "bin":
                 self.check_ids(start // self.dtype.itemsize, np.frombuffer(content, self.dtype), vocab_size)
             if self._mask is not None and kind == "mask.bin":
                 values = np.frombuffer(content, np.uint8)
                 self._mask.expect_all(values <= 1, start, values, "0 or 1")
-            hashed = xxhash.xxh3_64_intdigest(content)
             if self.checksums is not None:
                 self.checksums.check(kind, block, hashed)
-            return hashed
 
         return check
 
@@ -315,7 +307,3 @@ class IndexedDataset:
             before = int(indices[-1])
             advance(8 * (stop - start))
         self._tables_checked = True
-
-
-def _block_size(file: CheckedFile, block: int) -> int:
-    return min(BLOCK_BYTES, file.size - block * BLOCK_BYTES)

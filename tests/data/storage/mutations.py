@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.storage.checksums import KINDS
+from engine.data.storage.checksums import SEALED_KINDS
 from engine.data.storage.format import dataset_file
 from engine.data.storage.reader import IndexedDataset
 from engine.data.storage.writer import IndexedDatasetWriter
@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, documents, kinds, count in (
-            ("small", 2000, (*KINDS, "checksums"), options.count // 5),
+            ("small", 2000, (*SEALED_KINDS, "checksums"), options.count // 5),
             ("index", 2000, ("idx",), options.count),
             ("large", 1_200_000, ("idx",), options.large),
         ):

@@ -8,7 +8,7 @@ import pytest
 import xxhash
 
 from engine.data.storage import reader
-from engine.data.storage.checksums import BLOCK_BYTES, BlockHasher, read_checksums
+from engine.data.storage.checksums import SEALED_BLOCK, BlockHasher, read_checksums
 from engine.data.storage.format import dataset_file
 from engine.data.storage.reader import IndexedDataset
 from engine.data.storage.writer import IndexedDatasetWriter, seal
@@ -16,7 +16,7 @@ from engine.errors import DataFormatError
 from tests.data.storage.mutations import campaign, write_dataset
 from tests.data.storage.raw import INFO, some
 
-LARGE = 2 * BLOCK_BYTES // 2 + 1000  # tokens of two bytes in three blocks
+LARGE = 2 * SEALED_BLOCK // 2 + 1000  # tokens of two bytes in three blocks
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def change(prefix, kind, position, content=b"\x01\x00"):
 def test_the_file_is_what_its_description_says(large):
     sizes = [os.path.getsize(dataset_file(large, kind)) for kind in ("idx", "bin", "json")]
     content = dataset_file(large, "bin").read_bytes()
-    blocks = [content[i : i + BLOCK_BYTES] for i in range(0, len(content), BLOCK_BYTES)]
+    blocks = [content[i : i + SEALED_BLOCK] for i in range(0, len(content), SEALED_BLOCK)]
     parts = [dataset_file(large, "idx").read_bytes(), *blocks, dataset_file(large, "json").read_bytes()]
     header = struct.pack("<8s5Q", b"TRXSUMS\0", 1, sizes[0], sizes[1], 2**64 - 1, sizes[2])
     body = header + b"".join(struct.pack("<Q", xxhash.xxh3_64_intdigest(part)) for part in parts)
@@ -50,7 +50,7 @@ def test_the_file_is_what_its_description_says(large):
     assert IndexedDataset(large).verify(300).encode() == expected
 
 
-@pytest.mark.parametrize("sizes", [[], [0, 5], [BLOCK_BYTES], [BLOCK_BYTES - 1, 2], [3, 2 * BLOCK_BYTES, 1]])
+@pytest.mark.parametrize("sizes", [[], [0, 5], [SEALED_BLOCK], [SEALED_BLOCK - 1, 2], [3, 2 * SEALED_BLOCK, 1]])
 def test_a_file_is_hashed_as_it_is_written(sizes):
     content, hasher = os.urandom(sum(sizes)), BlockHasher()
     start = 0
@@ -58,26 +58,26 @@ def test_a_file_is_hashed_as_it_is_written(sizes):
         hasher.update(content[start : start + size])
         start += size
     found = hasher.finish()
-    blocks = [content[i : i + BLOCK_BYTES] for i in range(0, len(content), BLOCK_BYTES)]
+    blocks = [content[i : i + SEALED_BLOCK] for i in range(0, len(content), SEALED_BLOCK)]
     assert (found.size, found.hashes.tolist()) == (len(content), [xxhash.xxh3_64_intdigest(block) for block in blocks])
 
 
 def test_verify_finds_a_valid_token_that_has_changed(large):
-    change(large, "bin", BLOCK_BYTES + 10, b"\x07\x00")
-    with pytest.raises(DataFormatError, match=rf"set\.bin: xxh3-64 of bytes {BLOCK_BYTES} \.\. .*--seal"):
+    change(large, "bin", SEALED_BLOCK + 10, b"\x07\x00")
+    with pytest.raises(DataFormatError, match=rf"set\.bin: xxh3-64 of bytes {SEALED_BLOCK} \.\. .*--seal"):
         IndexedDataset(large).verify(300)
     assert IndexedDataset(large).tokens(0, 5).tolist() == [0, 1, 2, 3, 4]  # opening does not read everything
 
 
 def test_a_span_is_verified_with_the_borders_of_its_documents(large):
-    place = BLOCK_BYTES // 2 + 7  # in the second of three blocks
-    change(large, "bin", BLOCK_BYTES + 10, b"\x07\x00")
+    place = SEALED_BLOCK // 2 + 7  # in the second of three blocks
+    change(large, "bin", SEALED_BLOCK + 10, b"\x07\x00")
     data = IndexedDataset(large)
     data.verify_spans([(0, 1000), (LARGE - 5, 5)])
-    for spans in ([(place, 1)], [(0, 1), (BLOCK_BYTES // 2 - 1, 2)]):
+    for spans in ([(place, 1)], [(0, 1), (SEALED_BLOCK // 2 - 1, 2)]):
         with pytest.raises(DataFormatError, match=r"set\.bin: xxh3-64"):
             data.verify_spans(spans)
-    change(large, "bin", BLOCK_BYTES + 10, struct.pack("<H", (BLOCK_BYTES // 2 + 5) % 300))
+    change(large, "bin", SEALED_BLOCK + 10, struct.pack("<H", (SEALED_BLOCK // 2 + 5) % 300))
     data.verify_spans([(place, 1)])
     change(large, "idx", 34, b"\x06")
     with pytest.raises(DataFormatError, match=r"set\.idx: xxh3-64"):

@@ -22,14 +22,18 @@ def names(folder: Path) -> list[str]:
 def test_a_second_writer_is_refused_and_the_first_undisturbed(tmp_path):
     with IndexedDatasetWriter(tmp_path / "set", np.uint16) as first:
         first.add_document([1, 2])
-        message = rf"^process {os.getpid()} on .* is writing .*set; wait until it ends, or choose another output prefix$"
+        message = (
+            rf"^process {os.getpid()} on .* is writing .*set; wait until it ends, or choose another output prefix$"
+        )
         with pytest.raises(ConfigError, match=message), IndexedDatasetWriter(tmp_path / "set", np.uint16):
             raise AssertionError("there is an owner")
         with IndexedDatasetWriter(tmp_path / "set.v2", np.uint16) as other:  # another prefix, although a similar one
             other.add_document([9])
         first.add_document([3])
     assert IndexedDataset(tmp_path / "set").tokens(0, 3).tolist() == [1, 2, 3]
-    assert names(tmp_path) == [f"set.{kind}" for kind in ("bin", "checksums", "idx", "v2.bin", "v2.checksums", "v2.idx")]
+    assert names(tmp_path) == [
+        f"set.{kind}" for kind in ("bin", "checksums", "idx", "v2.bin", "v2.checksums", "v2.idx")
+    ]
 
 
 def test_a_dataset_is_not_sealed_while_it_is_written(tmp_path):

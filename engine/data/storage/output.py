@@ -13,6 +13,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from engine.errors import ConfigError
 
@@ -31,7 +32,7 @@ class OutputOwner:
 
     def __init__(self, lock: Path, paths: Sequence[Path]) -> None:
         self._lock, self._paths = lock, paths
-        self._descriptor: int | None = None
+        self._file: BinaryIO | None = None
         self._name = secrets.token_hex(4)
 
     def acquire(self) -> None:
@@ -42,43 +43,43 @@ class OutputOwner:
             OSError: the directory cannot be written.
         """
         self._lock.parent.mkdir(parents=True, exist_ok=True)
-        while self._descriptor is None:
-            descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        while self._file is None:
+            file = self._lock.open("ab+", buffering=0)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_current(descriptor):
-                    self._descriptor = descriptor
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current(file):
+                    self._file = file
             except BlockingIOError:
-                raise ConfigError(_owned(self._lock, descriptor)) from None
+                raise ConfigError(_owned(self._lock, file)) from None
             finally:
-                if self._descriptor is None:
-                    os.close(descriptor)
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                if self._file is None:
+                    file.close()
+        os.register_at_fork(after_in_child=file.close)  # or a worker would hold the lock of a killed parent
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         for path in self._paths:
             self._remove_leftovers(path)
 
     def release(self) -> None:
         """Remove this owner's temporary files and give up the lock; also after a failed `acquire`."""
-        if self._descriptor is None:
+        if self._file is None:
             return
         for path in self._paths:
             with suppress(OSError):
                 self.partial(path).unlink(missing_ok=True)
         with suppress(OSError):
             self._lock.unlink()
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing would not unlock while forked workers have it open
-        os.close(self._descriptor)
-        self._descriptor = None
+        self._file.close()
+        self._file = None
 
     def partial(self, path: Path) -> Path:
         """Return the temporary name of one of the files."""
         return path.with_name(f"{path.name}.{self._name}{PARTIAL_SUFFIX}")
 
-    def _is_current(self, descriptor: int) -> bool:
+    def _is_current(self, file: BinaryIO) -> bool:
         """Whether the locked file is still the one at the path; the owner before removes it."""
         try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._lock))
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._lock))
         except FileNotFoundError:
             return False
 
@@ -89,7 +90,8 @@ class OutputOwner:
                 (path.parent / name).unlink(missing_ok=True)
 
 
-def _owned(lock: Path, descriptor: int) -> str:
-    owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+def _owned(lock: Path, file: BinaryIO) -> str:
+    file.seek(0)
+    owner = ascii(file.read(200).decode(errors="replace")).strip("'") or "another process"
     prefix = lock.with_suffix("")
     return f"{owner} is writing {prefix}; wait until it ends, or choose another output prefix"

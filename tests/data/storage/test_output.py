@@ -55,20 +55,25 @@ def test_what_a_killed_owner_left_goes_with_the_next_one(tmp_path):
 
 
 def test_a_forked_process_does_not_hold_the_lock(tmp_path):
-    owner = OutputOwner(tmp_path / "lock", [])
-    owner.acquire()
-    forked = os.fork()
-    if forked == 0:
+    """A worker may still be busy when its parent has been killed and the user starts again."""
+    ready, written = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        OutputOwner(tmp_path / "lock", []).acquire()
+        worker = os.fork()
+        if worker:
+            os.write(written, worker.to_bytes(8, "little"))
         time.sleep(60)
         os._exit(0)
+    worker = int.from_bytes(os.read(ready, 8), "little")
+    os.kill(owner, 9)
+    os.waitpid(owner, 0)
     try:
-        owner.release()
         again = OutputOwner(tmp_path / "lock", [])
         again.acquire()
         again.release()
     finally:
-        os.kill(forked, 9)
-        os.waitpid(forked, 0)
+        os.kill(worker, 9)
 
 
 def write(prefix, number, barrier, outcomes):

@@ -1,5 +1,6 @@
 """One owner per output: refusal, leftovers, and two programs at once."""
 
+import fcntl
 import multiprocessing
 import os
 import time
@@ -59,7 +60,8 @@ def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     ready, written = os.pipe()
     owner = os.fork()
     if owner == 0:
-        OutputOwner(tmp_path / "lock", []).acquire()
+        held = OutputOwner(tmp_path / "lock", [])
+        held.acquire()
         worker = os.fork()
         if worker:
             os.write(written, worker.to_bytes(8, "little"))
@@ -74,6 +76,24 @@ def test_a_forked_process_does_not_hold_the_lock(tmp_path):
         again.release()
     finally:
         os.kill(worker, 9)
+
+
+def test_a_lock_that_its_owner_removes_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """Between opening and locking it; others would lock the next file of this name."""
+    flock = fcntl.flock
+
+    def removed(file, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / "lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    owner = OutputOwner(tmp_path / "lock", [])
+    owner.acquire()
+    with pytest.raises(ConfigError, match="is writing"):
+        OutputOwner(tmp_path / "lock", []).acquire()
+    owner.release()
+    assert names(tmp_path) == []
 
 
 def write(prefix, number, barrier, outcomes):

@@ -67,6 +67,7 @@ class State:
         consumed_samples: consumed samples; also the number of the next one.
         consumed_tokens: consumed tokens.
         data_fingerprint: hash of the data and their order; empty for imported weights.
+        data_contents: hashes of the contents of each dataset, by name; empty for imported weights.
         layout: the layout that wrote the checkpoint; informational, loading ignores it.
         best: None if evaluations are not compared.
         imported: of imported weights, the ids of special tokens in `config.json` and, without tokenizer files, the
@@ -80,6 +81,7 @@ class State:
     layout: dict[str, JsonValue]
     best: Best | None = None
     imported: dict[str, JsonValue] = field(default_factory=dict)
+    data_contents: dict[str, list[str]] = field(default_factory=dict)
 
 
 class _Stored(BaseModel):

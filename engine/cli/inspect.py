@@ -10,7 +10,7 @@ import orjson
 from rich.console import Console
 from rich.text import Text
 
-from engine.cli.arguments import program_parser, require_at_least
+from engine.cli.arguments import command_name, program_parser, require_at_least
 from engine.cli.progress import ProgressDisplay
 from engine.config.schema import DatasetConfig
 from engine.data import inspection
@@ -18,6 +18,7 @@ from engine.data.inspection import ConversationExcerpt, DocumentExcerpt, documen
 from engine.data.samples.pretrain import PretrainDataset
 from engine.data.samples.sample import SPLITS
 from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.writer import seal
 from engine.data.tokenizers.protocol import Tokenizer
 from engine.errors import ConfigError
 from engine.formatting import counted
@@ -26,6 +27,7 @@ EXAMPLES = """
 examples:
   %(prog)s data/corpus_text_document
   %(prog)s data/corpus_text_document --verify
+  %(prog)s megatron/web_text_document --seal
   %(prog)s data/corpus_text_document --tokenizer tok.model --sample 7 --seq-length 512
   %(prog)s data/chats_sft --tokenizer models/base --sample 7
 
@@ -49,9 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _examine(options: argparse.Namespace) -> dict[str, Any]:
-    data = IndexedDataset(options.prefix)
+    data = IndexedDataset(options.prefix, sealed=not options.seal)
     tokenizer = inspection.find_tokenizer(data, options.tokenizer)
     report: dict[str, Any] = {}
+    if options.seal:
+        with closing(VerifyProgress(data.num_bytes)) as progress:
+            seal(data.prefix, options.vocab_size or _vocab_size(data, tokenizer), progress)
+        data = IndexedDataset(options.prefix)
     if options.verify:
         vocab_size = options.vocab_size or _vocab_size(data, tokenizer)
         with closing(VerifyProgress(data.num_bytes)) as progress:
@@ -134,13 +140,15 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("skipped", counted(info["skipped"], "line")))
     else:
         rows.append(("tokenizer", "not recorded (no .json next to the dataset)"))
+    rows.append(("checksums", report["checksums"] or f"none; {command_name('inspect')} PREFIX --seal writes them"))
     if (verified := report.get("verified")) is not None:
         size = verified["vocab_size"]
         against = (
             f"below {size:,}" if size else "not negative; give --vocab-size or --tokenizer to check an upper bound"
         )
         mask = "; the mask has a 0 or 1 for each" if targets is not None else ""
-        rows.append(("verified", f"every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
+        blocks = "every checksum; " if report["checksums"] else ""
+        rows.append(("verified", f"{blocks}every pointer; all {verified['tokens']:,} token ids are {against}{mask}"))
     return rows
 
 
@@ -191,7 +199,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prefix", type=Path, help="the dataset, without .bin or .idx")
     add("--tokenizer", metavar="SPEC", help="decode to text with a .model, a tokenizer.json, a directory, or `byte`")
-    add("--verify", action="store_true", help="check every pointer and every token id")
+    add("--verify", action="store_true", help="check every block's checksum, every pointer and every token id")
+    add("--seal", action="store_true", help="verify a dataset without checksums, or a changed one, and write them")
     add("--vocab-size", type=int, metavar="V", help="upper bound of ids (default: from the tokenizer, or as recorded)")
     add("--head", type=int, default=0, metavar="N", help="show the start of the first N documents")
     add("--document", type=int, metavar="J", help="show document (or conversation) J, counted from 0")

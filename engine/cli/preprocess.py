@@ -5,8 +5,9 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NoReturn
 
 from engine.cli.arguments import command_name
@@ -20,7 +21,7 @@ from engine.data.preprocess.pretrain import dataset_prefix, preprocess
 from engine.data.preprocess.record_encoder import Rules
 from engine.data.preprocess.rejects import Reject, rejects_path
 from engine.data.preprocess.sft import SftCounts, describe_outcomes, preprocess_sft, sft_prefix
-from engine.data.preprocess.sources import RECORDS, TEXTS, Source, find_sources
+from engine.data.preprocess.sources import RECORDS, STDIN, TEXTS, Source, find_sources
 from engine.data.storage.reader import IndexedDataset
 from engine.data.tokenizers.fast_sentencepiece import EncoderMismatch
 from engine.data.tokenizers.load import load_tokenizer
@@ -42,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     signal.signal(signal.SIGTERM, _end)
     sft = options.task == "sft"
-    sources = find_sources(options.input, RECORDS if sft else TEXTS)
+    unread: Callable[[str], None] = partial(print, "warning:", file=sys.stderr)
+    sources = find_sources(options.input, RECORDS if sft else TEXTS, unread)
     if not sft and not options.append_eod:
         print("warning: without --append-eod the model never learns where a document ends", file=sys.stderr)
-    fast = not sft and options.encoder != "sentencepiece"
+    fast = not sft and options.encoder != "sentencepiece" and STDIN not in options.input  # which is read only once
     tokenizer = _tokenizer(options.tokenizer_type, options.tokenizer_model, fast=fast)
     print(f"tokenizer  {tokenizer.kind}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
     if tokenizer.note:

@@ -33,13 +33,14 @@ conversations into a fine-tuning dataset: OUTPUT_PREFIX_sft.bin, .idx, .mask.bin
 
 Flags that Megatron also has keep their names."""
 EXAMPLES = """
-inputs: .jsonl and .json (one object per line); .txt, .md, .rst and .py (one document per file); all also as .gz and
-.zst; and .parquet (one document per row). Directories are searched for .jsonl, .txt and .parquet; name other files, or
-match them by a pattern.
+inputs: .jsonl (one object per line), .json (objects or one array), .csv and .tsv (the first row has the keys);
+.txt, .md, .rst and .py (one document per file); all also as .gz, .zst, .bz2 and .xz; .parquet and .arrow (one document
+per row), also in folders of datasets.save_to_disk; - is standard input, as .jsonl. Directories are searched for .jsonl,
+.txt, .parquet and .arrow, except in hidden directories; name other files, or match them by a pattern.
 
-with --task sft: .jsonl, .json (objects or one array) and .parquet, of records in any of these formats, recognized by
-their keys: messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, text, or
-input_ids with labels or a mask. Directories are searched for all three.
+with --task sft: .jsonl, .json, .parquet and .arrow, of records in any of these formats, recognized by their keys:
+messages, conversations (ShareGPT), instruction/input/output (Alpaca), prompt/completion, text, or input_ids with labels
+or a mask. Directories are searched for all four.
 
 examples:
   %(prog)s --input corpus/ --output-prefix data/corpus --tokenizer-model tokenizer.model --append-eod

@@ -305,6 +305,9 @@ class DataConfig(Section):
         True, description="sft: pack several conversations per sequence; they do not attend to each other"
     )
     document_mask: bool = Field(True, description="tokens do not attend across documents")
+    on_change: Literal["refuse", "warn"] = Field(
+        "refuse", description="resuming when the tokens of a dataset are not those that the checkpoint was trained with"
+    )
     num_workers: int = Field(1, ge=0, description="data-loading processes per rank")
 
 

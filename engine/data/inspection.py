@@ -62,6 +62,7 @@ def summary(data: IndexedDataset) -> dict[str, Any]:
         "tokens": data.num_tokens,
         "dtype": data.dtype.name,
         "bytes": data.num_bytes,
+        "checksums": None if data.checksums is None else data.checksums.identity(),
         "document_tokens": length_statistics(data),
         "description": None if data.info is None else data.info.model_dump(),
     }

@@ -2,7 +2,7 @@
 allocated.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from engine.checkpoint.model_directory import ModelDirectory
 from engine.checkpoint.opening import initial_weights
 from engine.checkpoint.reader import Checkpoint
 from engine.checkpoint.run_directory import candidates, open_checkpoint
-from engine.config.schema import SOURCES, Config, ModelConfig, RunConfig
+from engine.config.schema import SOURCES, Config, DataConfig, ModelConfig, RunConfig
 from engine.data.chat.find import find_template
+from engine.data.samples.contents import changed, contents, verify_first
 from engine.data.samples.dataset import SampleDataset
 from engine.data.samples.pretrain import PretrainDataset, part_tokens
 from engine.data.samples.sample import SPLITS, Split
@@ -32,6 +33,7 @@ from engine.parallel.table import ParameterTable
 # The most passes over the data of which a source reports a gain, by task: up to 4, repeated tokens are worth about as
 # much as new ones (Muennighoff et al. 2023); a fine-tuning of 16 epochs (Ouyang et al. 2022).
 _MAX_PASSES = {"pretrain": (4, "arXiv 2305.16264"), "sft": (16, "arXiv 2203.02155")}
+VERIFIED_SAMPLES = 8  # at the start of each rank; a sample needs a few blocks of 4 MiB
 _MAX_EXCESS = 0.1  # of all tokens, by which a part may exceed its share; whole documents never divide exactly
 
 
@@ -66,7 +68,7 @@ def open_inputs(config: Config, world: World) -> Inputs:
 
     Raises:
         ConfigError: a setting is not supported by the device, the tokenizer or an export; the run directory is in use.
-        DataError: a dataset is damaged, too small, or written with another tokenizer.
+        DataError: a dataset is damaged, too small, changed, or written with another tokenizer.
         CheckpointError: a checkpoint or the initial weights belong to another model, or a checkpoint
             has another tokenizer.
     """
@@ -82,8 +84,11 @@ def open_inputs(config: Config, world: World) -> Inputs:
     shapes = {tensor.name: tensor.shape for tensor in table.logical()}
     report: Callable[[str], None] = print if world.is_main else lambda _: None
     checkpoints = _choose_checkpoints(config.run, report)
-    for checkpoint in checkpoints[:1]:  # older ones of run.dir have the tokenizer of the newest
+    for checkpoint in checkpoints[:1]:  # older ones of run.dir have the tokenizer and the data of the newest
         _require_same_tokenizer(checkpoint, config.data.tokenizer, tokenizer)
+        _require_same_data(checkpoint, train_data, config.data, report)
+    if world.is_model_parallel_leader:
+        verify_first(train_data, _first_samples(config, world, checkpoints))
     for checkpoint in checkpoints:
         _require_same_architecture(checkpoint, config.model)  # first: it names settings
         checkpoint.require(shapes)
@@ -122,10 +127,19 @@ def open_data(config: Config, part: Split, tokenizer: Tokenizer) -> SampleDatase
     if config.task == "sft":
         epochs = 1 if part == "valid" or datasets is wanted.valid else config.train.epochs or None
         data: SampleDataset = SftDataset(
-            datasets, split, part, wanted.seq_length, config.run.seed, packed=wanted.packing, epochs=epochs
+            datasets,
+            split,
+            part,
+            wanted.seq_length,
+            config.run.seed,
+            packed=wanted.packing,
+            epochs=epochs,
+            vocab_size=config.model.vocab_size,
         )
     else:
-        data = PretrainDataset(datasets, split, part, wanted.seq_length, config.run.seed)
+        data = PretrainDataset(
+            datasets, split, part, wanted.seq_length, config.run.seed, vocab_size=config.model.vocab_size
+        )
     for dataset in data.datasets:
         check_tokenizer(dataset, tokenizer.hash)
         check_vocabulary(dataset, config.model.vocab_size)
@@ -136,6 +150,12 @@ def describe_data(
     config: Config, train: SampleDataset, valid: SampleDataset | None, tokenizer: Tokenizer
 ) -> Iterator[str]:
     """Yield log lines on the size of each part, and on what is unusual about the data."""
+    for dataset in train.datasets:
+        if dataset.checksums is None:
+            yield (
+                f"data        {dataset.prefix} has no checksums, so that changed tokens would not be noticed; "
+                f"triaxis inspect {dataset.prefix} --seal writes them"
+            )
     parts: list[tuple[Split, SampleDataset | None]] = [("train", train), ("valid", valid)]
     for part, data in parts:
         if data is not None:
@@ -229,6 +249,28 @@ def chat_template(data: SampleDataset) -> str | None:
             "preprocess them with the same chat template"
         )
     return next(iter(used), None)
+
+
+def _first_samples(config: Config, world: World, checkpoints: Sequence[Checkpoint]) -> range:
+    """Return the samples with which this rank begins, at most `VERIFIED_SAMPLES`."""
+    share = config.batch.global_ // world.layout.dp
+    consumed = checkpoints[0].state.consumed_samples if checkpoints else 0
+    first = consumed + world.coords.dp * share
+    return range(first, first + min(share, VERIFIED_SAMPLES))
+
+
+def _require_same_data(
+    checkpoint: Checkpoint, data: SampleDataset, settings: DataConfig, report: Callable[[str], None]
+) -> None:
+    """Reject, or with `data.on_change` = warn report, datasets that have changed since the checkpoint.
+
+    Datasets that were added, left out or weighted otherwise are changes of the settings, which the log lists.
+    """
+    if names := changed(checkpoint.state.data_contents, contents(data.datasets)):
+        problem = f"{', '.join(names)} in data.train: the tokens are not those with which {checkpoint.path} was trained"
+        if settings.on_change == "refuse":
+            raise DataError(f"{problem}; restore the data, or accept the change with data.on_change = warn")
+        report(f"warning     {problem}")
 
 
 def _require_same_tokenizer(checkpoint: Checkpoint, path: str, tokenizer: Tokenizer) -> None:

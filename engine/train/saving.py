@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.checkpoint.manifest import State
 from engine.checkpoint.save import save
+from engine.data.samples.contents import contents
 from engine.data.tokenizers.files import CHAT_TEMPLATE
 from engine.errors import StorageError
 from engine.parallel.agreement import first_problem, on_all_ranks
@@ -76,6 +77,7 @@ class Saving(Hook):
             consumed_samples=progress.samples,
             consumed_tokens=progress.tokens,
             data_fingerprint=self.inputs.train_data.fingerprint(),
+            data_contents=contents(self.inputs.train_data.datasets),
             layout=asdict(trainer.world.layout),
             best=trainer.best,
         )

@@ -62,7 +62,7 @@ def test_text_is_shown_and_cannot_command_the_terminal(prefix, capsys):
 
 def test_without_a_tokenizer_ids_are_shown(prefix, capsys):
     prefix.with_suffix(".json").unlink()
-    main(prefix, "--document", 1, "--verify")
+    main(prefix, "--document", 1, "--seal", "--verify")
     out, _ = capsys.readouterr()
     assert f"document 1: 7 tokens\n{' '.join(map(str, [*TEXTS[1].encode(), 256]))}\n" in out
     assert "not recorded" in out
@@ -116,6 +116,7 @@ def test_bad_input(prefix, arguments, error, message):
 def test_the_tokenizer_of_other_data_is_refused(prefix):
     text = prefix.with_suffix(".json").read_text()
     prefix.with_suffix(".json").write_text(text.replace(load_tokenizer("byte").hash, "another"))
+    main(prefix, "--seal")
     with pytest.raises(DataError, match=r"hash another; tokenizer byte has"):
         main(prefix, "--tokenizer", "byte")
 
@@ -180,6 +181,7 @@ def test_a_sparse_file_is_counted_without_reading_it(tmp_path, capsys):
     index[34:38] = struct.pack("<i", length)
     (tmp_path / "set.idx").write_bytes(index)
     os.truncate(tmp_path / "set.bin", 2 * length)
+    (tmp_path / "set.checksums").unlink()
     main(tmp_path / "set")
     assert f"{length:,} as uint16" in capsys.readouterr().out
 

@@ -241,9 +241,8 @@ def test_stopped_by_a_signal(folder, sent, code, workers):
         for _ in range(20):
             pipe.write(orjson.dumps({"text": "text " * 200_000}) + b"\n")
         pipe.flush()
-        partial = Path("out/x_text_document.bin.partial")
         end = time.monotonic() + 30
-        while not partial.exists() or partial.stat().st_size == 0:
+        while not any(partial.stat().st_size for partial in Path("out").glob("x_text_document.bin.*.partial")):
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.02)
         time.sleep(0.3)  # until it waits; between two reads of a pipe, Python would notice only after the second
@@ -306,7 +305,7 @@ def test_conversations_from_a_clean_process(chats):
     assert code == 0
     assert files(chats / "out") == [
         "x.rejects.jsonl",
-        *(f"x_sft.{kind}" for kind in ("bin", "idx", "json", "mask.bin")),
+        *(f"x_sft.{kind}" for kind in ("bin", "checksums", "idx", "json", "mask.bin")),
     ]
     data = IndexedDataset("out/x_sft")
     targets = int(data.mask(0, data.num_tokens).sum())
@@ -425,3 +424,46 @@ def test_a_tokenizer_that_starts_texts_is_said_to(folder, main, capsys):
     assert "warning" not in capsys.readouterr().err
     for prefix, first in (("plain", False), ("without", False), ("with", True)):
         assert (IndexedDataset(folder / f"{prefix}_text_document").tokens(0, 1)[0] == 1) == first
+
+
+def test_a_second_run_on_the_same_prefix_is_refused_and_the_first_unharmed(folder):
+    """In the middle of the first one's work, also with --overwrite."""
+    os.mkfifo("pipe.jsonl")
+    arguments = ("--output-prefix", "out/x", *BYTE, "--workers", 1)
+    first = start("--input", "pipe.jsonl", *arguments)
+    with open("pipe.jsonl", "wb") as pipe:
+        pipe.write(b'{"text": "from the pipe"}\n')
+        pipe.flush()
+        end = time.monotonic() + 60
+        while not Path("out/x_text_document.lock").exists():
+            assert time.monotonic() < end and first.poll() is None
+            time.sleep(0.01)
+        for overwrite in ((), ("--overwrite",)):
+            code, _, err = finish("--input", "a.jsonl", *arguments, *overwrite)
+            assert code == 64 and f"process {first.pid} on" in err and "out/x" in err
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 0 and "1 document" in out, err
+    data = IndexedDataset("out/x_text_document")
+    data.verify(257)
+    assert bytes(data.tokens(0, 13).astype("uint8")) == b"from the pipe"
+    assert files(folder / "out") == [f"x_text_document.{kind}" for kind in ("bin", "checksums", "idx", "json")]
+
+
+def test_standard_input(folder):
+    arguments = ("--input", "-", "a.jsonl", "--output-prefix", "out/x", *BYTE, "--workers", 2)
+    process = start(*arguments, stdin=subprocess.PIPE)
+    _, err = process.communicate('{"text": "piped"}\n' * 2, timeout=60)
+    assert process.returncode == 0, err
+    data = IndexedDataset("out/x_text_document")
+    assert data.num_documents == 5 and bytes(data.tokens(0, 10).astype("uint8")) == b"pipedpiped"
+    assert [source.path for source in data.info.sources] == ["-", "a.jsonl"]
+
+
+def test_files_that_are_not_read_are_told(folder, main, capsys):
+    Path("corpus/.ipynb_checkpoints").mkdir(parents=True)
+    for name in ("b.jsonl", "c.md", ".ipynb_checkpoints/b-checkpoint.jsonl"):
+        write_lines(Path("corpus", name), ["text"])
+    main("--input", "corpus", "--output-prefix", "x", *BYTE, "--append-eod", "--workers", 1)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: corpus: 2 files of 3 not read (1 hidden, 1 .md); of a directory, .jsonl, ")
+    assert IndexedDataset("x_text_document").num_documents == 1

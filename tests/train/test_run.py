@@ -13,6 +13,7 @@ import torch
 
 from engine.checkpoint.run_directory import open_checkpoint
 from engine.config.schema import Config
+from engine.data.storage.writer import seal
 from engine.errors import (
     CheckpointError,
     ConfigError,
@@ -211,7 +212,41 @@ def test_a_token_beyond_the_vocabulary(workspace):
     data = np.fromfile(workspace / "corpus.bin", dtype=np.uint16)
     data[7] = 300
     data.tofile(workspace / "corpus.bin")
-    refused(workspace, DataError, "token 7 has id 300")
+    refused(workspace, DataError, r"tokens\[7\] = 300; .*it is token 7 of document 0")
+    data[7], data[5003] = data[8], 300  # between the places that are checked at the start
+    data.tofile(workspace / "corpus.bin")
+    with patch("engine.data.samples.vocabulary.PROBES", 1), patch("engine.data.samples.vocabulary.PROBE_TOKENS", 8):
+        seal(workspace / "corpus")
+        batch = ("--batch.global", "32", "--batch.micro", "32")  # all of the data in 14 steps
+        with pytest.raises(DataError, match=r"corpus\.bin: tokens\[5003\] = 300; .* of document"):
+            train(run_config(workspace, *batch, steps=14))
+
+
+def test_changed_data_are_refused_on_resume_and_at_the_start(workspace, capfd):
+    train(run_config(workspace, steps=2))
+    path = workspace / "corpus.bin"
+    data = np.fromfile(path, dtype=np.uint16)
+    data[7000] ^= 1
+    data.tofile(path)
+    refused(workspace, DataError, r"corpus\.bin: xxh3-64 of bytes 0 \.\. .*triaxis inspect .*corpus --seal", steps=4)
+    seal(workspace / "corpus")
+    newest = workspace / "run/checkpoints/step_00000002"
+    message = f"^corpus in data.train: the tokens are not those with which {newest} .*data.on_change = warn"
+    refused(workspace, DataError, message, steps=4)
+    capfd.readouterr()
+    train(run_config(workspace, "--data.on_change", "warn", steps=4))
+    assert "warning     corpus in data.train: the tokens are not" in capfd.readouterr().out
+    train(run_config(workspace, "--data.seq_length", "24", steps=5))  # a changed setting is told, not refused
+    assert "warning     the data or their order" in capfd.readouterr().out
+
+
+def test_data_without_checksums_train_and_are_named(workspace, capfd):
+    (workspace / "corpus.checksums").unlink()
+    train(run_config(workspace, steps=2))
+    assert f"{workspace}/corpus has no checksums" in capfd.readouterr().out
+    seal(workspace / "corpus")  # between two starts: nothing has changed
+    train(run_config(workspace, steps=3))
+    assert "has no checksums" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("cut", [1, 2, 1000])
@@ -322,7 +357,8 @@ def test_another_checkpoint_can_be_the_start(workspace):
 def test_data_of_another_tool_train_unchanged(workspace):
     """Megatron's own files: no metadata, several sequences a document."""
     ours = losses(run_training(run_config(workspace, "--run.dir", str(workspace / "ours"))))
-    (workspace / "corpus.json").unlink()
+    for kind in ("json", "checksums"):
+        (workspace / f"corpus.{kind}").unlink()
     path = workspace / "corpus.idx"
     content = path.read_bytes()
     magic, version, code, sequences, documents = struct.unpack_from("<9sQBQQ", content)

@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
-import orjson
-
-from engine.data.preprocess import parquet
+from engine.data.preprocess import columnar
+from engine.data.preprocess.csv_lines import csv_lines
 from engine.data.preprocess.decompress import Unreadable, read_chunks
-from engine.data.preprocess.json_lines import parse_json
+from engine.data.preprocess.json_array import array_lines
 from engine.data.preprocess.rejects import Reject
-from engine.data.preprocess.sources import Source
+from engine.data.preprocess.sources import COLUMNAR, STDIN, Source
 from engine.errors import StorageError
 
 BLOCK_BYTES = 1 << 20
@@ -26,7 +25,7 @@ QUOTED = 200  # bytes kept of a rejected line
 
 @dataclass(frozen=True)
 class LineBlock:
-    """Consecutive lines of a file, or a whole text file. Elements of a JSON array and rows of Parquet count as lines.
+    """Consecutive lines of a file, or a whole text file. Elements of a JSON array and rows of a table count as lines.
 
     Attributes:
         first_line: number of the first line, from 1.
@@ -53,7 +52,7 @@ class LineBlock:
 
 
 def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> Iterator[LineBlock]:
-    """Yield all lines of all files in order. Memory: a block, the longest line or the largest JSON array.
+    """Yield all lines of all files in order. Memory: a block or the longest line.
 
     Raises:
         StorageError: a file cannot be read.
@@ -68,7 +67,7 @@ def read_blocks(sources: Sequence[Source], block_bytes: int = BLOCK_BYTES) -> It
 def _file_blocks(source: Source, block_bytes: int) -> Iterator[LineBlock]:
     """`read_blocks` for one file, with positions relative to it."""
     line = 1
-    parts = _parquet_parts if source.kind == "parquet" else _file_parts
+    parts = _column_parts if source.kind in COLUMNAR else _file_parts
     try:
         for data, lines, position in parts(source, block_bytes):
             yield LineBlock(source, line, data, position)
@@ -81,13 +80,14 @@ def _file_blocks(source: Source, block_bytes: int) -> Iterator[LineBlock]:
 
 def _file_parts(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield parts of whole lines, with the number of lines in each and the position after it."""
-    with open(source.path, "rb") as file:
+    with open(0 if source.path == STDIN else source.path, "rb", closefd=source.path != STDIN) as file:
         for data in _whole_lines(source, file, block_bytes):
-            yield data, data.count(b"\n"), file.tell() if file.seekable() else 0  # a named pipe has no position
+            yield data, data.count(b"\n"), file.tell() if file.seekable() else 0  # a pipe has no position
 
 
-def _parquet_parts(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
-    for lines, share in parquet.read_lines(source.path, block_bytes):
+def _column_parts(source: Source, block_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+    read = columnar.read_parquet if source.kind == "parquet" else columnar.read_arrow
+    for lines, share in read(source.path, block_bytes):
         yield b"\n".join(lines), len(lines), int(source.num_bytes * share)
 
 
@@ -95,42 +95,15 @@ def _whole_lines(source: Source, file: BinaryIO, block_bytes: int) -> Iterator[b
     """Yield blocks of whole lines of about `block_bytes`; a text file as one block."""
     chunks = read_chunks(source.path, file, block_bytes)
     if source.kind == "json":
-        first = next(chunks, b"")
+        first = b""
+        while not first.strip() and (chunk := next(chunks, b"")):
+            first = (first + chunk).removeprefix(BOM)
         chunks = itertools.chain([first], chunks)
-        if first.removeprefix(BOM).lstrip().startswith(b"["):
-            return _elements(chunks, block_bytes)
+        if first.lstrip().startswith(b"["):
+            chunks = array_lines(chunks, MAX_DOCUMENT_BYTES)
+    if source.kind == "csv":
+        chunks = csv_lines(source.path, chunks, MAX_DOCUMENT_BYTES)
     return _cut(chunks, block_bytes, at_lines=source.kind != "text")
-
-
-def _elements(chunks: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
-    """Yield the elements of one JSON array as lines. The array is read at once: nothing marks the end of an element."""
-    content = b"".join(_limited(chunks))
-    try:
-        elements = parse_json(content.removeprefix(BOM))
-    except orjson.JSONDecodeError as error:
-        raise Unreadable(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno}); skipped") from None
-    del content
-    return _cut(map(_as_line, elements), block_bytes, at_lines=True)
-
-
-def _as_line(element: object) -> bytes:
-    """Serialize an element; one that is nested too deeply for orjson becomes a line that will be rejected."""
-    try:
-        return orjson.dumps(element, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError as error:
-        return b"%s\n" % orjson.dumps(f"an element of the array: {error}")
-
-
-def _limited(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    size = 0
-    for chunk in chunks:
-        size += len(chunk)
-        if size > MAX_DOCUMENT_BYTES:
-            raise Unreadable(
-                f"one JSON array of more than {MAX_DOCUMENT_BYTES:,} bytes, skipped; convert it to one object per "
-                f"line, for instance with jq -c '.[]'"
-            )
-        yield chunk
 
 
 def _cut(chunks: Iterable[bytes], block_bytes: int, *, at_lines: bool) -> Iterator[bytes]:

@@ -4,6 +4,8 @@ Alternative considered: `gzip.open` and the like, which lose the content read be
 truncated file as complete.
 """
 
+import bz2
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import zstandard
 
 COMPRESSED_BYTES = 1 << 13  # read at a time, so that a decompression bomb expands in small pieces
 LARGEST_WINDOW = 1 << 31  # zstd --long=31, which large published corpora use
+LARGEST_DICTIONARY = 1 << 30  # bytes of memory for xz, of which `xz -9` needs a fifteenth
 
 
 class Unreadable(Exception):
@@ -39,6 +42,10 @@ def read_chunks(path: str, file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
     if compression == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)
         return _inflated(file, decompressor.decompressobj)
+    if compression == ".bz2":
+        return _inflated(file, bz2.BZ2Decompressor)
+    if compression == ".xz":
+        return _inflated(file, lambda: lzma.LZMADecompressor(memlimit=LARGEST_DICTIONARY))
     return iter(lambda: file.read(chunk_bytes), b"")
 
 
@@ -54,7 +61,7 @@ def _inflated(file: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
                 inflater = make()
             try:
                 content = inflater.decompress(data)
-            except (zlib.error, zstandard.ZstdError) as error:
+            except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError) as error:  # OSError: of bz2
                 raise Unreadable(f"damaged compressed file, rest skipped: {error}") from None
             if content:
                 yield content

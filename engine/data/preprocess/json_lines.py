@@ -5,6 +5,7 @@ from typing import Any
 
 import orjson
 
+INVALID = b"\xff"  # a line that replaces a row that is not text; rejected because it is not valid UTF-8
 _STRING_OR_NAN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|-?(?:NaN|Infinity)', re.DOTALL)
 
 

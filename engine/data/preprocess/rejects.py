@@ -10,6 +10,9 @@ from typing import BinaryIO
 
 import orjson
 
+from engine.data.storage.output import OutputOwner
+from engine.data.storage.writer import storage_errors
+
 REJECTS_SUFFIX = ".rejects.jsonl"
 
 
@@ -34,15 +37,23 @@ class Reject:
 class RejectFile:
     """Writes rejected lines to `PREFIX.rejects.jsonl`, which exists only if any line was rejected.
 
-    A context manager; after an exception no file is left.
+    A context manager; after an exception no file is left. Only one may write to a path at a time.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._owner = OutputOwner(path.with_name(f"{path.name}.lock"), [path])
+        self._partial = self._owner.partial(path)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> "RejectFile":
+        """Take the path.
+
+        Raises:
+            ConfigError: another process writes to it.
+        """
+        with storage_errors(self.path):
+            self._owner.acquire()
         return self
 
     def add(self, rejects: Iterable[Reject]) -> None:
@@ -62,13 +73,11 @@ class RejectFile:
         with suppress(OSError):  # a full disk was reported earlier
             if self._file is not None:
                 self._file.close()
-        if kind is not None:
-            with suppress(OSError):  # the prefix is below a file, which the original error reports
-                self._partial.unlink(missing_ok=True)
-        elif self._file is not None:
+        if kind is None and self._file is not None:
             self._partial.replace(self.path)
-        else:
+        elif kind is None:
             self.path.unlink(missing_ok=True)
+        self._owner.release()
 
 
 def rejects_path(output_prefix: str) -> Path:

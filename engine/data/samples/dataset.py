@@ -33,6 +33,9 @@ class SampleDataset(Samples, Protocol):
     @property
     def mean_length(self) -> float | None: ...
 
+    def spans(self, i: int) -> list[tuple[IndexedDataset, int, int]]:
+        """Return the tokens that sample `i` reads, as (dataset, first token, number of tokens)."""
+
     def fingerprint(self) -> str:
         """Return a hash of the data and their order, independent of their directory."""
 

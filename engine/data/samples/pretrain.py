@@ -24,11 +24,9 @@ from engine.config.schema import DatasetConfig
 from engine.data.samples.mixture import SAMPLES_PER_BLOCK, Mixture
 from engine.data.samples.permutation import Permutation, keyed_below
 from engine.data.samples.sample import Location, Sample, Split, part_documents
-from engine.data.storage.reader import IndexedDataset
+from engine.data.storage.reader import IDENTITY_TOKENS, IndexedDataset
 from engine.errors import DataError
 from engine.formatting import counted
-
-IDENTITY_TOKENS = 4096  # hashed at each end of a dataset for its fingerprint
 
 
 class PretrainDataset:
@@ -40,6 +38,7 @@ class PretrainDataset:
         part: the split to read.
         seq_length: S; a sample reads S + 1 tokens.
         seed: seed of the order.
+        vocab_size: reading an id that is not below it is a DataFormatError; None: no limit.
 
     Attributes:
         num_rows, efficiency, mean_length: see `SampleDataset`; samples are endless and have no padding.
@@ -60,13 +59,14 @@ class PretrainDataset:
         part: Split,
         seq_length: int,
         seed: int,
+        vocab_size: int | None = None,
     ) -> None:
         self.seq_length = seq_length
         self._mixture = Mixture([dataset.weight for dataset in datasets])
         self._sources: list[_Source] = []
         seen: Counter[str] = Counter()
         for dataset in datasets:
-            data, name = IndexedDataset(dataset.path), dataset.path.name
+            data, name = IndexedDataset(dataset.path, vocab_size), dataset.path.name
             begin, end = part_tokens(data, split, part)
             samples = (end - begin - seq_length) // seq_length
             if samples < 1:
@@ -93,6 +93,11 @@ class PretrainDataset:
         tokens = data.tokens(here.start, length + 1).astype(np.int64)
         boundaries = data.document_starts_in(here.start, here.start + length) - here.start
         return Sample.following(tokens, boundaries)
+
+    def spans(self, i: int) -> list[tuple[IndexedDataset, int, int]]:
+        """Return the tokens that sample `i` reads."""
+        here = self.where(i)
+        return [(self.datasets[here.dataset], here.start, self.seq_length + 1)]
 
     def where(self, i: int) -> Location:
         """Return the location of sample `i`, without reading it."""

@@ -39,6 +39,7 @@ class SftDataset:
         seed: seed of the order.
         packed: pack several conversations into a row if they fit.
         epochs: rows after this many epochs are empty; None: endless.
+        vocab_size: reading an id that is not below it is a DataFormatError; None: no limit.
 
     Attributes:
         packing: the contents of an epoch's `num_rows` rows with `num_conversations` conversations.
@@ -59,9 +60,10 @@ class SftDataset:
         *,
         packed: bool = True,
         epochs: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.seq_length, self._seed, self._epochs = seq_length, seed, epochs
-        self._sources = list(_open(datasets, split, part, seq_length))
+        self._sources = list(_open(datasets, split, part, seq_length, vocab_size))
         self._weights = [dataset.weight for dataset in datasets]
         owners = [np.full(source.conversations.size, at) for at, source in enumerate(self._sources)]
         lengths = np.concatenate([source.lengths for source in self._sources])
@@ -112,16 +114,24 @@ class SftDataset:
         tokens, labels = np.zeros((2, self.seq_length), np.int64)
         target_mask, boundaries = np.zeros(self.seq_length, bool), []
         end = 0
-        for source, conversation in self.conversations(i):
-            start, stop = (self._sources[source].data.document_start(conversation + k) for k in (0, 1))
-            ids = self._sources[source].data.tokens(start, stop - start)
+        for data, start, count in self.spans(i):
+            ids = data.tokens(start, count)
             place = slice(end, end + ids.size - 1)
             tokens[place], labels[place] = ids[:-1], ids[1:]
-            target_mask[place] = self._sources[source].data.mask(start, stop - start)[1:]
+            target_mask[place] = data.mask(start, count)[1:]
             end = place.stop
             boundaries.append(end)
         boundaries += range(end + SEGMENT, self.seq_length, SEGMENT)
         return Sample(tokens, labels, np.array([b for b in boundaries if b < self.seq_length], np.int64), target_mask)
+
+    def spans(self, i: int) -> list[tuple[IndexedDataset, int, int]]:
+        """Return the tokens that row `i` reads."""
+        found = []
+        for source, conversation in self.conversations(i):
+            data = self._sources[source].data
+            start, stop = data.document_start(conversation), data.document_start(conversation + 1)
+            found.append((data, start, stop - start))
+        return found
 
     def conversations(self, i: int) -> list[tuple[int, int]]:
         """Return the contents of row `i` as (dataset, conversation) pairs; empty after the last epoch."""
@@ -194,11 +204,15 @@ class _Places:
 
 
 def _open(
-    datasets: Sequence[DatasetConfig], split: tuple[float, float, float], part: Split, seq_length: int
+    datasets: Sequence[DatasetConfig],
+    split: tuple[float, float, float],
+    part: Split,
+    seq_length: int,
+    vocab_size: int | None,
 ) -> Iterator[_Source]:
     seen: Counter[str] = Counter()
     for dataset in datasets:
-        data, name = IndexedDataset(dataset.path), dataset.path.name
+        data, name = IndexedDataset(dataset.path, vocab_size), dataset.path.name
         if not data.has_mask:
             raise DataError(
                 f"{dataset.path} has no .mask.bin, which marks the target tokens; "

@@ -11,7 +11,7 @@ PROBE_TOKENS = 4096
 
 def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
     """Check about 250,000 token ids, spread over the dataset, so that a run with the wrong tokenizer fails before its
-    first step. `IndexedDataset.verify` checks all of them.
+    first step. `IndexedDataset.verify` checks all of them, and the datasets of a run each batch.
 
     Raises:
         DataError: an id is not below `vocab_size`.
@@ -24,14 +24,7 @@ def check_vocabulary(data: IndexedDataset, vocab_size: int) -> None:
     count = min(PROBE_TOKENS, data.num_tokens)
     places = np.linspace(0, data.num_tokens - count, PROBES).astype(np.int64)  # including the first and the last
     for start in np.unique(places).tolist():
-        ids = data.tokens(start, count)
-        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-        if wrong.size:
-            raise DataError(
-                f"{data.prefix}.bin: token {start + int(wrong[0])} has id {int(ids[wrong[0]])}; "
-                f"expected 0 .. {vocab_size - 1} for model.vocab_size = {vocab_size}; "
-                "was the dataset made with another tokenizer?"
-            )
+        data.check_ids(start, data.tokens(start, count), vocab_size)
 
 
 def check_tokenizer(data: IndexedDataset, tokenizer_hash: str) -> None:

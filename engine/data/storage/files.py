@@ -100,6 +100,10 @@ class Table:
         data = self.file.read(self.offset + start * self._itemsize, (stop - start) * self._itemsize)
         return np.frombuffer(data, self.dtype)
 
+    def byte_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the bytes `[begin, end)` of the file in which the entries `[start, stop)` are."""
+        return self.offset + start * self._itemsize, self.offset + stop * self._itemsize
+
     def gather(self, indices: Ints) -> Array:
         """Read the entries at increasing `indices`, at most a chunk of entries at a time."""
         parts = [np.empty(0, self.dtype)]

@@ -3,7 +3,8 @@
 `.bin` contains the tokens of all documents, concatenated. `.idx` contains a header (magic, version, dtype code, n, d)
 and three tables: sequence lengths int32 [n], byte offsets of the sequences int64 [n], and the first sequence of each
 document int64 [d], with n as its last entry. Fine-tuning datasets also have a `PREFIX.mask.bin`: one byte per token, 1
-if the token is a target, else 0. `PREFIX.json` describes the dataset (see `info.py`).
+if the token is a target, else 0. `PREFIX.json` describes the dataset (see `info.py`); `PREFIX.checksums` tells whether
+it has changed (see `checksums.py`).
 
 Legend: n sequences; d document indices, one more than documents.
 """
@@ -30,7 +31,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def dataset_file(prefix: Path | str, kind: str) -> Path:
-    """Return the path `PREFIX.kind` (kinds: bin, idx, json, mask.bin); the prefix may contain dots."""
+    """Return the path `PREFIX.kind` (kinds: bin, idx, json, mask.bin, checksums); the prefix may contain dots."""
     return Path(f"{prefix}.{kind}")
 
 

@@ -1,22 +1,36 @@
 """Reads token datasets without trusting the files.
 
 Opening a dataset checks the header, the sizes and both ends of every table. Small tables are checked completely at
-opening, large ones entry by entry on access, and completely by `verify`. A dataset of 10^12 tokens therefore opens in
-milliseconds, and damage raises a `DataFormatError`. Alternative considered: trusting the index, as other readers of
-this format do; with a truncated copy, a run then trains on garbage or fails days later.
+opening, large ones entry by entry on access, and completely by `verify` and before their first complete read. A dataset
+of 10^12 tokens therefore opens in milliseconds, and damage raises a `DataFormatError`. Changes that leave a valid
+dataset are found by its checksums: all by `verify`, those in a few samples by `verify_spans`. Alternative considered:
+trusting the index, as other readers of this format do; with a truncated copy, a run then trains on garbage or fails
+days later.
 """
 
+import hashlib
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from engine.data.storage.checksums import (
+    SEALED_BLOCK,
+    Checksums,
+    FileChecksums,
+    hash_blocks,
+    num_blocks,
+    read_checksums,
+)
 from engine.data.storage.files import Array, CheckedFile, Ints, Table
 from engine.data.storage.format import HEADER, chunks, dataset_file, read_header
 from engine.data.storage.info import read_info
 
 CHECKED_AT_OPENING = 1 << 20  # entries; tables up to this size are completely checked at opening
+IDENTITY_TOKENS = 4096  # hashed at each end of a dataset
+_FOLLOWS = "the end of the sequence before"
 OnVerified = Callable[[int, int], None]  # (bytes verified, total bytes)
 
 
@@ -25,13 +39,21 @@ class IndexedDataset:
 
     Unpickling (in a worker process) reopens the files by name.
 
+    Args:
+        prefix: of the files.
+        vocab_size: reading a token whose id is not below it is an error; None: no limit.
+        sealed: False ignores the checksums, to seal the dataset again.
+
+    Attributes:
+        checksums: None if the dataset has none.
+
     Raises:
         DataError: a file is missing.
         DataFormatError: a file is damaged. Later reads raise it if they find damage.
     """
 
-    def __init__(self, prefix: Path | str) -> None:
-        self.prefix = Path(prefix)
+    def __init__(self, prefix: Path | str, vocab_size: int | None = None, *, sealed: bool = True) -> None:
+        self.prefix, self._vocab_size, self._sealed = Path(prefix), vocab_size, sealed
         self._index = CheckedFile(dataset_file(prefix, "idx"))
         self._data = CheckedFile(dataset_file(prefix, "bin"), mapped=True)
         self.dtype, self.num_sequences, document_indices = read_header(self._index)
@@ -43,12 +65,14 @@ class IndexedDataset:
         self._tokens = Table(self._data, "tokens", self.dtype, 0, self.num_tokens)
         self._check_ends()
         self._mask = self._open_mask()
+        self.checksums = read_checksums(self.prefix) if sealed else None
+        self._tables_checked = False
         if n + document_indices <= CHECKED_AT_OPENING:
-            self._check_tables(lambda num_bytes: None)
+            self._check_tables()
         self.info = read_info(self.prefix, self.num_tokens, self.num_documents)
 
-    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[Path]]:
-        return IndexedDataset, (self.prefix,)
+    def __reduce__(self) -> tuple[Callable[..., "IndexedDataset"], tuple[Path, int | None]]:
+        return IndexedDataset, (self.prefix, self._vocab_size)
 
     @property
     def num_bytes(self) -> int:
@@ -79,12 +103,43 @@ class IndexedDataset:
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.num_tokens} in {self.prefix}")
         self._data.check_size()
-        return self._tokens.span(start, start + count)
+        ids = self._tokens.span(start, start + count)
+        if self._vocab_size is not None:
+            self.check_ids(start, ids, self._vocab_size)
+        return ids
+
+    def check_ids(self, start: int, ids: Array, vocab_size: int | None) -> None:
+        """Check `ids`, the tokens from `start` on, against a vocabulary; without one, that they are not negative.
+
+        Raises:
+            DataFormatError: names the first other id, its document and its place there.
+        """
+        if not ids.size or (int(ids.min()) >= 0 and (vocab_size is None or int(ids.max()) < vocab_size)):
+            return
+        limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
+        at = int(((ids < 0) | (ids.astype(np.int64) >= limit)).argmax())
+        document = self.document_at(start + at)
+        known = "0 or more" if vocab_size is None else f"0 .. {vocab_size - 1}, the ids of the vocabulary"
+        place = f"token {start + at - self._offset(document)} of document {document}"
+        expected = f"{known} (it is {place}); was the dataset made with another tokenizer?"
+        self._tokens.expect(False, start + at, int(ids[at]), expected)
 
     def document_start(self, j: int) -> int:
         """Return the token offset of document `j`; `num_tokens` for `j = num_documents`."""
         if not 0 <= j <= self.num_documents:
             raise IndexError(f"document {j} of {self.num_documents} in {self.prefix}")
+        sequence = self._documents[j]
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        offset = self._offset(j)
+        if sequence > 0 and not self._tables_checked:
+            end = self._pointers[sequence - 1] + self._lengths[sequence - 1] * self.dtype.itemsize
+            follows = offset * self.dtype.itemsize == end
+            self._pointers.expect(follows, sequence, self._pointers[sequence], _FOLLOWS)
+        return offset
+
+    def _offset(self, j: int) -> int:
+        """`document_start` that does not look at the sequence before, for searches."""
         sequence = self._documents[j]
         if sequence == self.num_sequences:
             return self.num_tokens
@@ -97,7 +152,7 @@ class IndexedDataset:
 
     def document_starts_in(self, start: int, stop: int) -> Ints:
         """Return the increasing token offsets at which documents start in `(start, stop)`, both exclusive."""
-        j = bisect_right(range(self.num_documents), start, key=self.document_start)
+        j = bisect_right(range(self.num_documents), start, key=self._offset)
         starts = [start]
         while j < self.num_documents and (offset := self.document_start(j)) < stop:
             self._documents.expect(offset >= starts[-1], j, offset, f"a token from {starts[-1]} on")
@@ -110,25 +165,35 @@ class IndexedDataset:
         """Return the number of the document that contains token `offset`."""
         if not 0 <= offset < self.num_tokens:
             raise IndexError(f"token {offset} of {self.num_tokens} in {self.prefix}")
-        return bisect_right(range(self.num_documents), offset, key=self.document_start) - 1
+        return bisect_right(range(self.num_documents), offset, key=self._offset) - 1
 
     def document_lengths(self) -> Iterator[Ints]:
         """Yield the lengths of all documents in tokens, in order, a chunk at a time."""
+        if not self._tables_checked:
+            self._check_tables()
         for start, stop in chunks(self.num_documents):
             sequences = self._documents.span(start, stop + 1)
-            sound = (sequences >= 0) & (sequences <= self.num_sequences)
-            sound[1:] &= sequences[1:] >= sequences[:-1]
-            self._documents.expect_all(sound, start, sequences, f"rising, at most {self.num_sequences}")
             inner = sequences[sequences < self.num_sequences]
             starts = np.full(sequences.size, self.num_tokens, np.int64)
             starts[: inner.size] = self._pointers.gather(inner) // self.dtype.itemsize
             yield np.diff(starts)
 
-    def verify(self, vocab_size: int | None, on_progress: OnVerified | None = None) -> None:
-        """Check every entry of the index and every token id (against `vocab_size` if given).
+    def identity(self) -> list[str]:
+        """Return what tells these data from others of the same name: a hash of the counts and of the tokens at both
+        ends, then, if there are checksums, a hash of them, which covers all.
+        """
+        count = min(IDENTITY_TOKENS, self.num_tokens)
+        ends = [self.tokens(start, count).astype("<i8").tobytes() for start in (0, self.num_tokens - count)]
+        counts = f"{self.num_tokens} {self.num_documents} {self.num_sequences} {self.has_mask}".encode()
+        coarse = hashlib.blake2b(b"".join([counts, *ends]), digest_size=16).hexdigest()
+        return [coarse] if self.checksums is None else [coarse, self.checksums.identity()]
+
+    def verify(self, vocab_size: int | None, on_progress: OnVerified | None = None) -> Checksums:
+        """Check every entry of the index and the mask, every token id (against `vocab_size` if given) and, if there are
+        checksums, every block. Return the checksums of the files as they are.
 
         Raises:
-            DataFormatError: with the first invalid entry.
+            DataFormatError: with the first invalid entry, or a changed block.
         """
         done = 0
 
@@ -138,12 +203,65 @@ class IndexedDataset:
             if on_progress is not None:
                 on_progress(done, self.num_bytes)
 
+        if self.checksums is not None:
+            self.checksums.check_sizes()
         self._check_tables(advance)
-        self._check_tokens(vocab_size, advance)
-        for start, stop in chunks(len(self._mask) if self._mask else 0):
-            self.mask(start, stop - start)
-            advance(stop - start)
+        found = {}
+        for kind, file in self._files().items():
+            hashes = array("Q")
+            for size, hashed in hash_blocks(file, range(num_blocks(file.size)), self._block_check(kind, vocab_size)):
+                hashes.append(hashed)
+                advance(size if kind in ("bin", "mask.bin") else 0)
+            found[kind] = FileChecksums(file.size, np.array(hashes, np.uint64))
         advance(self.num_bytes - done)
+        return Checksums(self.prefix, found)
+
+    def verify_spans(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Check the blocks with the tokens `(start, count)`, their masks and the borders of their documents; nothing
+        without checksums.
+
+        Raises:
+            DataFormatError: a block has changed.
+        """
+        if self.checksums is None:
+            return
+        ranges = [("json", 0, 1)]
+        for start, count in spans:
+            size = self.dtype.itemsize
+            ranges += [("bin", start * size, (start + count) * size), ("mask.bin", start, start + count)]
+            first, last = self.document_at(start), self.document_at(start + count - 1) + 1
+            sequences = self._documents[first], min(self._documents[last], self.num_sequences - 1)
+            tables = (self._documents, first, last), (self._pointers, *sequences), (self._lengths, *sequences)
+            ranges += [("idx", *table.byte_range(begin, end + 1)) for table, begin, end in tables]
+        for kind, file in self._files().items():
+            touched = ((begin, end) for of, begin, end in ranges if of == kind)
+            blocks = {block for begin, end in touched for block in range(begin // SEALED_BLOCK, num_blocks(end))}
+            for _ in hash_blocks(file, sorted(blocks), self._block_check(kind, None)):
+                pass
+
+    def _files(self) -> dict[str, CheckedFile]:
+        """Return the open files by kind."""
+        files = {"idx": self._index, "bin": self._data}
+        if self._mask is not None:
+            files["mask.bin"] = self._mask.file
+        if self.info is not None:
+            files["json"] = CheckedFile(dataset_file(self.prefix, "json"))
+        return files
+
+    def _block_check(self, kind: str, vocab_size: int | None) -> Callable[[int, bytes, int], None]:
+        """Return a function that checks number, content and hash of a block of a file."""
+
+        def check(block: int, content: bytes, hashed: int) -> None:
+            start = block * SEALED_BLOCK
+            if kind == "bin":
+                self.check_ids(start // self.dtype.itemsize, np.frombuffer(content, self.dtype), vocab_size)
+            if self._mask is not None and kind == "mask.bin":
+                values = np.frombuffer(content, np.uint8)
+                self._mask.expect_all(values <= 1, start, values, "0 or 1")
+            if self.checksums is not None:
+                self.checksums.check(kind, block, hashed)
+
+        return check
 
     def _open_mask(self) -> Table | None:
         path = dataset_file(self.prefix, "mask.bin")
@@ -170,7 +288,7 @@ class IndexedDataset:
         whole = size % self.dtype.itemsize == 0
         self._data.expect(whole, "size", f"{size} bytes", f"a multiple of {self.dtype.itemsize}")
 
-    def _check_tables(self, advance: Callable[[int], None]) -> None:
+    def _check_tables(self, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Check every length, pointer and document index, a chunk at a time."""
         end = 0  # byte offset after the sequences so far
         for start, stop in chunks(self.num_sequences):
@@ -178,7 +296,7 @@ class IndexedDataset:
             self._lengths.expect_all(lengths >= 0, start, lengths, "0 or more")
             ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
             follows = pointers == np.concatenate(([end], ends[:-1]))
-            self._pointers.expect_all(follows, start, pointers, "the end of the sequence before")
+            self._pointers.expect_all(follows, start, pointers, _FOLLOWS)
             end = int(ends[-1])
             advance(12 * (stop - start))
         before = 0
@@ -188,13 +306,4 @@ class IndexedDataset:
             self._documents.expect_all(rises, start, indices, f"rising, at most {self.num_sequences}")
             before = int(indices[-1])
             advance(8 * (stop - start))
-
-    def _check_tokens(self, vocab_size: int | None, advance: Callable[[int], None]) -> None:
-        limit = np.iinfo(np.int64).max if vocab_size is None else vocab_size
-        expected = "0 or more" if vocab_size is None else f"0 .. {vocab_size - 1}, the ids of the vocabulary"
-        for start, stop in chunks(self.num_tokens):
-            ids = self._tokens.span(start, stop)
-            if int(ids.min()) < 0 or int(ids.max()) >= limit:
-                known = (ids >= 0) & (ids.astype(np.int64) < limit)
-                self._tokens.expect_all(known, start, ids, expected)
-            advance(ids.nbytes)
+        self._tables_checked = True

@@ -1,4 +1,4 @@
-"""Writes token datasets atomically: all files of a dataset, or none."""
+"""Writes token datasets atomically, with checksums: all files of a dataset, or none."""
 
 import os
 from array import array
@@ -11,20 +11,27 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.storage.checksums import BlockHasher, Checksums, FileChecksums
 from engine.data.storage.files import Array
 from engine.data.storage.format import HEADER, MAGIC, MAX_SEQUENCE_LENGTH, TOKEN_DTYPES, VERSION, chunks, dataset_file
 from engine.data.storage.info import DatasetInfo
+from engine.data.storage.output import OutputOwner
+from engine.data.storage.reader import IndexedDataset, OnVerified
 from engine.errors import DataError, StorageError
+
+FILES = ("bin", "mask.bin", "json", "checksums", "idx")  # in the order of their renames: the index last
 
 
 class IndexedDatasetWriter:
     """Writes a dataset with one sequence per document. A context manager.
 
     Files are written under `*.partial` names. Exiting syncs and renames them, the index last, so an index exists only
-    if its data are complete; an exception removes them. Uses four bytes of memory per document.
+    if its data are complete; an exception removes them. Only one writer at a time may write to a prefix. Uses four
+    bytes of memory per document.
 
     Args:
-        prefix: files are `PREFIX.bin`, `PREFIX.idx` and, with `info`, `PREFIX.json`. Existing files are replaced.
+        prefix: files are `PREFIX.bin`, `PREFIX.idx`, `PREFIX.checksums` and, with `info`, `PREFIX.json`. Existing files
+            are replaced.
         dtype: an integer type; see `token_dtype`.
         info: written to `PREFIX.json` with the counts filled in. May be set until the context exits.
         masked: a fine-tuning dataset: every document has a target mask, written to `PREFIX.mask.bin`.
@@ -43,16 +50,27 @@ class IndexedDatasetWriter:
         self._masked = masked
         self.num_tokens = 0
         self._lengths = array("i")
+        self._owner = OutputOwner(dataset_file(prefix, "lock"), [dataset_file(prefix, kind) for kind in FILES])
+        self._files: dict[str, _HashedFile] = {}
 
     @property
     def num_documents(self) -> int:
         return len(self._lengths)
 
     def __enter__(self) -> "IndexedDatasetWriter":
-        with _storage_errors(self.prefix):
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._data = self._partial("bin").open("wb", buffering=1 << 20)
-            self._mask = self._partial("mask.bin").open("wb", buffering=1 << 20) if self._masked else None
+        """Take the prefix.
+
+        Raises:
+            ConfigError: another writer has it.
+        """
+        try:
+            with storage_errors(self.prefix):
+                self._owner.acquire()
+                self._data = self._open("bin")
+                self._mask = self._open("mask.bin") if self._masked else None
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def __exit__(
@@ -60,7 +78,7 @@ class IndexedDatasetWriter:
     ) -> None:
         try:
             if kind is None:
-                with _storage_errors(self.prefix):
+                with storage_errors(self.prefix):
                     self._commit()
         finally:
             self._discard()
@@ -88,7 +106,7 @@ class IndexedDatasetWriter:
                 f"masked = {self._masked}, {ids.shape} ids, mask {None if targets is None else targets.shape}"
             )
         self._check_ids(ids)
-        with _storage_errors(self.prefix):
+        with storage_errors(self.prefix):
             self._data.write(np.ascontiguousarray(ids, self.dtype).data)
             if self._mask is not None and targets is not None:
                 self._mask.write(targets.astype(np.uint8).data)
@@ -106,28 +124,26 @@ class IndexedDatasetWriter:
                 f"{self.dtype.name} (0 .. {top}); choose the dtype by the tokenizer's vocabulary size"
             )
 
+    def _open(self, kind: str) -> "_HashedFile":
+        self._files[kind] = _HashedFile(self._partial(kind))
+        return self._files[kind]
+
     def _commit(self) -> None:
-        kinds = ["bin"]
-        _sync(self._data)
-        if self._mask is not None:
-            _sync(self._mask)
-            kinds.append("mask.bin")
         if self.info is not None:
             counted = {"num_documents": self.num_documents, "num_tokens": self.num_tokens}
-            with self._partial("json").open("wb") as file:
-                file.write(self.info.model_copy(update=counted).model_dump_json(indent=2).encode() + b"\n")
-                _sync(file)
-            kinds.append("json")
-        with self._partial("idx").open("wb") as file:
-            self._write_index(file)
-            _sync(file)
-        for kind in ("idx", "json", "mask.bin"):  # an index must never exist next to data of another dataset
+            described = self.info.model_copy(update=counted)
+            self._open("json").write(described.model_dump_json(indent=2).encode() + b"\n")
+        self._write_index(self._open("idx"))
+        checksums = Checksums(self.prefix, {kind: file.finish() for kind, file in self._files.items()})
+        write_synced(self._partial("checksums"), checksums.encode())
+        for kind in reversed(FILES[1:]):  # an index must never exist next to data of another dataset
             dataset_file(self.prefix, kind).unlink(missing_ok=True)
-        for kind in (*kinds, "idx"):
-            os.replace(self._partial(kind), dataset_file(self.prefix, kind))
-        _sync_directory(self.prefix.parent)
+        for kind in FILES:
+            if kind in self._files or kind == "checksums":
+                os.replace(self._partial(kind), dataset_file(self.prefix, kind))
+        sync_directory(self.prefix.parent)
 
-    def _write_index(self, file: BinaryIO) -> None:
+    def _write_index(self, file: "_HashedFile") -> None:
         n = len(self._lengths)
         lengths = np.frombuffer(self._lengths, dtype=np.int32) if n else np.empty(0, np.int32)
         file.write(HEADER.pack(MAGIC, VERSION, self._code, n, n + 1))
@@ -142,16 +158,64 @@ class IndexedDatasetWriter:
 
     def _discard(self) -> None:
         """Remove partial files; after a commit there are none."""
-        for file in (self._data, self._mask):
+        for file in self._files.values():
             with suppress(OSError):
-                if file is not None:
-                    file.close()
-        for kind in ("bin", "mask.bin", "json", "idx"):
-            with suppress(OSError):
-                self._partial(kind).unlink(missing_ok=True)
+                file.close()
+        self._owner.release()
 
     def _partial(self, kind: str) -> Path:
-        return Path(f"{dataset_file(self.prefix, kind)}.partial")
+        return self._owner.partial(dataset_file(self.prefix, kind))
+
+
+def seal(prefix: Path | str, vocab_size: int | None = None, on_progress: OnVerified | None = None) -> None:
+    """Verify a dataset that has no checksums, or old ones, and write its checksums.
+
+    Args:
+        vocab_size, on_progress: see `IndexedDataset.verify`.
+
+    Raises:
+        DataFormatError: the dataset is damaged.
+        ConfigError: a writer has the prefix.
+    """
+    path = dataset_file(prefix, "checksums")
+    owner = OutputOwner(dataset_file(prefix, "lock"), [path])
+    try:
+        with storage_errors(Path(prefix)):
+            data = IndexedDataset(prefix, sealed=False)
+            owner.acquire()
+            write_synced(owner.partial(path), data.verify(vocab_size, on_progress).encode())
+            os.replace(owner.partial(path), path)
+            sync_directory(path.parent)
+    finally:
+        owner.release()
+
+
+class _HashedFile:
+    """A new file whose blocks are hashed as they are written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=1 << 20)
+        self._hasher = BlockHasher()
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._hasher.update(content)
+        self._file.write(content)
+
+    def finish(self) -> FileChecksums:
+        """Sync and close the file."""
+        _sync(self._file)
+        self._file.close()
+        return self._hasher.finish()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and make its content durable."""
+    with path.open("wb") as file:
+        file.write(content)
+        _sync(file)
 
 
 def _sync(file: BinaryIO) -> None:
@@ -159,7 +223,7 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make renames inside a directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -169,7 +233,8 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def _storage_errors(prefix: Path) -> Iterator[None]:
+def storage_errors(prefix: Path) -> Iterator[None]:
+    """Turn errors of the operating system into `StorageError`."""
     try:
         yield
     except OSError as error:

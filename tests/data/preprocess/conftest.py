@@ -3,6 +3,6 @@
 import pytest
 
 
-@pytest.fixture(params=["", ".gz", ".zst"])
+@pytest.fixture(params=["", ".gz", ".zst", ".bz2", ".xz"])
 def suffix(request):
     return request.param

@@ -1,6 +1,8 @@
 """Documents as files, and what is read of them."""
 
+import bz2
 import gzip
+import lzma
 
 import orjson
 import zstandard
@@ -24,4 +26,5 @@ def read_documents(path, keys=("text",), block_bytes=BLOCK_BYTES):
 
 def compress(content, suffix):
     with_checksum = zstandard.ZstdCompressor(write_checksum=True).compress
-    return {"": bytes, ".gz": gzip.compress, ".zst": with_checksum}[suffix](content)
+    known = {"": bytes, ".gz": gzip.compress, ".zst": with_checksum, ".bz2": bz2.compress, ".xz": lzma.compress}
+    return known[suffix](content)

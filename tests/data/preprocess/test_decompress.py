@@ -6,10 +6,11 @@ import orjson
 import pytest
 
 from engine.data.preprocess import decompress
+from engine.data.preprocess.sources import COMPRESSIONS
 from tests.data.preprocess.examples import LINES, TEXTS, compress, read_documents
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
 @pytest.mark.parametrize("block_bytes", [50, 1 << 20])
 def test_truncated_compression_keeps_what_came_before(tmp_path, suffix, block_bytes):
     content = b"".join(orjson.dumps({"text": os.urandom(200).hex()}) + b"\n" for _ in range(200))
@@ -24,7 +25,7 @@ def test_truncated_compression_keeps_what_came_before(tmp_path, suffix, block_by
     assert read_documents(path) == ([], [(1, "truncated compressed file, rest skipped")])
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
 def test_damaged_compression(tmp_path, suffix):
     whole = bytearray(compress(b"".join(os.urandom(50).hex().encode() + b"\n" for _ in range(2000)), suffix))
     path = tmp_path / f"a.txt{suffix}"
@@ -38,7 +39,7 @@ def test_damaged_compression(tmp_path, suffix):
     assert "damaged" in read_documents(path)[1][0][1]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
 def test_compressed_files_one_after_another(tmp_path, suffix):
     """As `cat a.gz b.gz` and parallel compressors make them; some pad with zeros."""
     path = tmp_path / f"a.jsonl{suffix}"

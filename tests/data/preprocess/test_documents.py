@@ -1,5 +1,7 @@
 """Documents of blocks: every format, and everything that can be wrong with a line."""
 
+import orjson
+import pyarrow
 import pytest
 
 from engine.data.preprocess.blocks import read_blocks
@@ -109,3 +111,40 @@ def test_several_keys(tmp_path):
     found, rejects = parse_block(block, ["b", "a"])
     assert found == [("y", "x")]
     assert "no key 'b'" in rejects[0].reason
+
+
+def test_tables_of_text(tmp_path, suffix):
+    """Quotes, line ends in fields, rows of another length, bytes that are not UTF-8, a byte order mark."""
+    rows = b'id,text\r\n1,"a ""b"", c"\r\n2,"two\nlines"\n\n3\n4,\xff\n5,na\xc3\xafve\xe2\x80\xa8end\n6,"unclosed'
+    path = tmp_path / f"a.csv{suffix}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + rows, suffix))
+    texts, rejects = read_documents(path, block_bytes=20)
+    assert texts == ['a "b", c', "two\nlines", "naïve\u2028end"]
+    assert [line for line, _ in rejects] == [3, 4, 6]
+    assert "not CSV after row" in rejects[2][1] and "a JSON str, expected an object" in rejects[0][1]
+    path = tmp_path / f"a.tsv{suffix}"
+    path.write_bytes(compress(b"text\tid\na, b\t1\n", suffix))
+    assert read_documents(path) == (["a, b"], [])
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+@pytest.mark.parametrize("block_bytes", [10, 1 << 20])
+def test_arrow_files_and_streams(tmp_path, kind, block_bytes):
+    path = tmp_path / "a.arrow"
+    table = pyarrow.table({"text": TEXTS * 3})
+    make = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+    with make(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+    assert read_documents(path, block_bytes=block_bytes) == (TEXTS * 3, [])
+    content = path.read_bytes()
+    for cut in (len(content) // 2, len(content) - 8):  # the second takes only the mark of the end
+        path.write_bytes(content[:cut])
+        texts, ((line, reason),) = read_documents(path)
+        assert texts == (TEXTS * 3)[: len(texts)] and line == len(texts) + 1
+        assert "damaged Arrow file" in reason or "without its end mark" in reason
+
+
+def test_a_json_array_of_documents(tmp_path, suffix):
+    path = tmp_path / f"a.json{suffix}"
+    path.write_bytes(compress(orjson.dumps([{"text": text} for text in TEXTS], option=orjson.OPT_INDENT_2), suffix))
+    assert read_documents(path, block_bytes=50) == (TEXTS, [])

@@ -67,8 +67,9 @@ def test_documents_in_order_each_with_its_end(tmp_path, corpus):
     counts = run(folder, tmp_path / "out" / "a")
     assert stored(tmp_path / "out" / "a") == [[*text.encode(), 256] for text in texts if text]
     assert names(tmp_path / "out") == [
-        "a.rejects.jsonl", "a_text_document.bin", "a_text_document.idx", "a_text_document.json",
-    ]  # fmt: skip
+        "a.rejects.jsonl",
+        *(f"a_text_document.{kind}" for kind in ("bin", "checksums", "idx", "json")),
+    ]
     size = sum(path.stat().st_size for path in folder.iterdir())
     num_bytes = sum(map(len, texts))
     assert counts == Counts(294, num_bytes + 294, num_bytes, position=size, rejected=2, empty=6)

@@ -357,7 +357,7 @@ def test_workers_do_not_change_a_byte(run, tmp_path, monkeypatch, workers):
     counts = [run(records, output="1/x", **rules), run(records, output="2/x", workers=workers, **rules)]
     assert counts[0] == counts[1]
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert names == ["x.rejects.jsonl", *(f"x_sft.{kind}" for kind in ("bin", "idx", "json", "mask.bin"))]
+    assert names == ["x.rejects.jsonl", *(f"x_sft.{kind}" for kind in ("bin", "checksums", "idx", "json", "mask.bin"))]
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
@@ -423,19 +423,24 @@ def test_an_array_with_an_element_that_is_nested_too_deep(run, stored, tmp_path)
     deep = b'{"text": ' + b"[" * 300 + b"]" * 300 + b"}"
     (tmp_path / "a.json").write_bytes(b"[" + orjson.dumps(CHAT) + b"," + deep + b"]")
     counts = run("a.json")
-    assert stored() == [ANSWERED] and counts.problems == {"not an object": 1}
-    assert "Recursion limit" in (tmp_path / "out.rejects.jsonl").read_text()
+    assert stored() == [ANSWERED] and counts.problems == {"wrong type": 1}
+    (tmp_path / "a.json").write_bytes(b"[" + orjson.dumps(CHAT) + b",\n" + deep.replace(b" ", b"\n") + b"]")
+    assert run("a.json").problems == {"not JSON": 1}
+    assert stored() == [ANSWERED]
 
 
 def test_damaged_and_huge_arrays(run, tmp_path, monkeypatch):
     write(tmp_path / "good.jsonl", [CHAT])
     (tmp_path / "bad.json").write_bytes(b"[" + orjson.dumps(CHAT) + b",")
     names = ("good.jsonl", "bad.json")
-    assert run(*names).problems == {"unreadable file": 1}
-    assert "not JSON" in (tmp_path / "out.rejects.jsonl").read_text()
-    monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", len(orjson.dumps(CHAT)) + 1)
-    assert run(*names).problems == {"unreadable file": 1}
-    assert "one JSON array of more than" in (tmp_path / "out.rejects.jsonl").read_text()
+    counts = run(*names)
+    assert (counts.documents, counts.problems) == (2, {"unreadable file": 1})
+    assert "the JSON array has no end" in (tmp_path / "out.rejects.jsonl").read_text()
+    (tmp_path / "bad.json").write_bytes(b"[" + orjson.dumps(CHAT) + b', {"text": "' + b"x" * 5000)
+    monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", 4000)
+    counts = run(*names)
+    assert (counts.documents, counts.problems) == (2, {"unreadable file": 1})
+    assert "an element of the JSON array is longer than 4,000" in (tmp_path / "out.rejects.jsonl").read_text()
 
 
 def test_directories_hold_lines_and_parquet(tmp_path):
@@ -443,7 +448,7 @@ def test_directories_hold_lines_and_parquet(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = [source.path for source in find_sources([str(tmp_path)], RECORDS)]
     assert found == [str(tmp_path / name) for name in ("a.parquet", "b.jsonl.gz", "info.json")]
-    expected = r"; expected \.jsonl, \.json, each also with \.gz or \.zst, or \.parquet$"
+    expected = r"; expected \.jsonl, \.json, each also with \.gz, \.zst, \.bz2 or \.xz, or \.parquet or \.arrow$"
     for name in ("notes.txt", "a.parquet.gz"):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(ConfigError, match=rf"{name} has an unknown suffix{expected}"):

@@ -21,7 +21,7 @@ def test_ids_beyond_the_vocabulary_are_found_at_start(tmp_path, num_tokens):
     last = num_tokens - 1
     with pytest.raises(
         DataError,
-        match=rf"web\.bin: token {last} has id {last}; expected 0 \.\. {last - 1} for model\.vocab_size = {last}",
+        match=rf"web\.bin: tokens\[{last}\] = {last}; expected 0 \.\. {last - 1}, .*it is token {last} of document 0",
     ):
         check_vocabulary(data, last)
 

@@ -1,6 +1,7 @@
 """Reading datasets: boundaries, masks, and the distrust of the reader."""
 
 import copy
+import itertools
 import os
 import random
 import struct
@@ -142,6 +143,45 @@ def test_documents_that_run_backwards_are_found_on_access(tmp_path, monkeypatch)
     data = IndexedDataset(put(tmp_path, index_bytes([1, 1, 1, 2], [0, 2, 1, 3, 4]), FIVE))
     with pytest.raises(DataFormatError, match=r"documents\[2\]"):
         data.document_starts_in(0, 5)
+
+
+def test_one_changed_pointer_of_a_large_index_is_never_a_shifted_border(tmp_path, monkeypatch):
+    """Without checksums: every complete read refuses it, and every search is right or refuses."""
+    monkeypatch.setattr(reader, "CHECKED_AT_OPENING", 0)
+    lengths = [3, 1, 4, 1, 5, 2]
+    pointers = [2 * sum(lengths[:i]) for i in range(6)]
+    starts = {offset // 2 for offset in pointers}
+    refused = 0
+    for which, pointer in itertools.product(range(1, 6), range(0, 34)):
+        changed = [*pointers[:which], pointer, *pointers[which + 1 :]]
+        index = index_bytes(lengths, range(7), pointers=changed)
+        if changed == pointers or 2 * sum(lengths) != changed[-1] + 2 * lengths[-1]:
+            continue
+        data = IndexedDataset(put(tmp_path, index, bytes(32)))
+        with pytest.raises(DataFormatError, match=rf"pointers\[{which}\]"):
+            list(data.document_lengths())
+        data = IndexedDataset(tmp_path / "set")
+        for start, stop in itertools.combinations(range(17), 2):
+            try:
+                found = data.document_starts_in(start, stop).tolist()
+                assert found == sorted(x for x in starts if start < x < stop), (which, pointer, start, stop)
+            except DataFormatError:
+                refused += 1
+        with pytest.raises(DataFormatError, match=r"pointers"):
+            [data.document_start(j) for j in range(7)]
+    assert refused > 1000
+
+
+@pytest.mark.parametrize("vocab_size, bad", [(12, None), (11, 4), (8, 1)])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_document(tmp_path, vocab_size, bad):
+    data = copy.copy(IndexedDataset(some(tmp_path), vocab_size))  # as in a worker
+    assert data.tokens(0, 1).tolist() == [7]
+    if bad is None:
+        assert data.tokens(0, 5).size == 5
+        return
+    place = "token 1 of document 0" if bad == 1 else "token 1 of document 2"
+    with pytest.raises(DataFormatError, match=rf"set\.bin: tokens\[{bad}\] = .*0 \.\. {vocab_size - 1}, .*{place}\)"):
+        data.tokens(0, 5)
 
 
 @pytest.mark.parametrize("name", ["set.idx", "set.bin"])

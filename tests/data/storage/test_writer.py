@@ -30,7 +30,7 @@ def test_the_writer_writes_the_bytes_that_the_format_prescribes(tmp_path):
         + struct.pack("<3q", 0, 6, 6)  # pointers, in bytes
         + struct.pack("<4q", 0, 1, 2, 3)  # document indices
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.checksums", "set.idx"]
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
@@ -92,7 +92,7 @@ def test_the_index_appears_last_and_is_never_beside_foreign_data(tmp_path, monke
     monkeypatch.setattr(os, "replace", recording)
     with IndexedDatasetWriter(tmp_path / "set", np.uint16, INFO) as writer:
         writer.add_document([5])
-    assert appeared == [".bin", ".json", ".idx"]
+    assert appeared == [".bin", ".json", ".checksums", ".idx"]
     assert IndexedDataset(tmp_path / "set").info is not None
     with IndexedDatasetWriter(tmp_path / "set", np.uint16) as writer:
         writer.add_document([5])

@@ -101,9 +101,10 @@ def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
         reports = [one.error_file_data for one in error.failures.values() if "printed" in one.error_file_data]
         if reports and not any(report["printed"] for report in reports):
             print(reports[0]["text"], file=sys.stderr, flush=True)
-        if failure.exitcode < 0:
-            raise ended_by(f"rank {rank}", -failure.exitcode) from None
-        return failure.exitcode
+        noted = failure.error_file_data
+        if failure.exitcode < 0 and not noted.get("code"):
+            raise ended_by(noted.get("place") or f"rank {rank}", -failure.exitcode) from None
+        return int(noted.get("code") or failure.exitcode)
     except SignalException as stopped:
         _kill_ranks()
         return _recorded_code(run_dir / "events.jsonl", started) or 128 + stopped.sigval

@@ -195,15 +195,15 @@ def _report(error: BaseException) -> int:
     return known.exit_code
 
 
-def print_error(error: TriaxisError, *, code: int, place: str = "", silent: bool = False) -> None:
-    """Report an error of a rank from another process, which ends it with `code`; 0: it has ended by a signal.
+def report_rank(error: TriaxisError, *, code: int, silent: bool = False, place: str = "", along: str = "") -> None:
+    """Report an error of a rank from another process, which ends it with `code`; 0: a signal has ended it.
 
     Args:
-        place: where the rank was, for a message that names the signal.
         silent: leave the report to torchrun.
+        place, along: where the rank was and which ranks end with it, for a message that names the signal.
     """
-    text = f"error: {error}\nexit {code or error.exit_code}: {error.advice}"
-    _tell_torchrun(text, printed=not silent, code=code, place=place)
+    text = f"error: {error}" + (f"\nexit {code}: {error.advice}" if code else "")
+    _tell_torchrun(text, printed=not silent, code=code, place=place, along=along)
     if not silent:
         with suppress(OSError):
             os.write(2, f"{text}\n".encode())

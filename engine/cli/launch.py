@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, ended_by
+from engine.errors import ConfigError, TriaxisError, ended_by
 
 SHUTDOWN_S = 170  # from SIGTERM until the agent kills the ranks: for a step and a checkpoint; torchrun's default is 30
 _AGENT = "torch.distributed.elastic.multiprocessing.api"
@@ -98,12 +98,13 @@ def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
         run(parse_args([*launch.options(), *program]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        noted = failure.error_file_data
+        if failure.exitcode < 0 and not noted.get("code"):
+            killed = ended_by(noted.get("place") or f"rank {rank}", -failure.exitcode)
+            raise TriaxisError(f"{killed}{noted.get('along', '')}") from None
         reports = [one.error_file_data for one in error.failures.values() if "printed" in one.error_file_data]
         if reports and not any(report["printed"] for report in reports):
             print(reports[0]["text"], file=sys.stderr, flush=True)
-        noted = failure.error_file_data
-        if failure.exitcode < 0 and not noted.get("code"):
-            raise ended_by(noted.get("place") or f"rank {rank}", -failure.exitcode) from None
         return int(noted.get("code") or failure.exitcode)
     except SignalException as stopped:
         _kill_ranks()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 MIN_LIMIT_S = 120.0  # of a phase under "auto"
 MIN_STORAGE_LIMIT_S = 600.0  # of a phase that waits for storage, which may pause for minutes
-STORAGE_PHASES = ("reading data", "evaluating", "saving a checkpoint")
+STORAGE_PHASES = ("reading data", "waiting for the data of all ranks", "evaluating", "saving a checkpoint")
 FACTOR = 10.0  # "auto": times the longest one so far
 
 _NOTE = struct.Struct("<QddI")  # notes so far, begun, limit in seconds, bytes of the text

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
 
-from engine.errors import HangError, Interrupted, PeerError, print_error
+from engine.errors import HangError, Interrupted, PeerError, TriaxisError, report_rank
 from engine.parallel.activity import Activity
 from engine.parallel.connect import clone
 from engine.train.late import Report, describe_hang
@@ -36,6 +36,7 @@ _GRACE_S = 3.0  # in which a rank that lost a peer may end by itself
 _COLLECT_S = 0.8  # for the reports of all ranks
 _SILENT_S = 1.5  # without a turn of the rank's thread: an interpreter lock is held
 _LAST_S = 0.5  # from the order to end until the rank is killed
+_HANG = "a hang"
 _ALARM, _VERDICT = "alarm", "verdict"
 
 
@@ -100,7 +101,7 @@ class Guard:
                 self._first_signal = now
             elif now - self._first_signal > SECOND_S:
                 name = signal.Signals(number).name
-                print_error(Interrupted(f"{self._place()}: ended by a second {name}, without saving"), code=128 + number)
+                report_rank(Interrupted(f"{self._place()}: ended by a second {name}, without saving"), code=128 + number)
                 self.activity.failure = f"{self._place()}: ended by a second {name}"
                 self._end_rank(128 + number)
                 break
@@ -111,10 +112,11 @@ class Guard:
         if failure == "-":
             return
         if not failure:
-            others = [rank for rank in range(self.seat.world_size) if rank != self.seat.rank]
-            along = f"; ranks that end with it: {', '.join(map(str, others[:8]))}{' ...' * (len(others) > 8)}" if others else ""
-            failure = f"{self._place()}: killed, or ended by a crash{along}"
-            print_error(PeerError(failure), code=0, place=self._place(), silent="TORCHELASTIC_ERROR_FILE" in os.environ)
+            others = [str(rank) for rank in range(self.seat.world_size) if rank != self.seat.rank]
+            along = f"; with it end: rank(s) {', '.join(others[:8])}{' ...' * (len(others) > 8)}" if others else ""
+            failure = f"{self._place()}: killed, often for lack of memory, or ended by a crash{along}"
+            by_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ
+            report_rank(TriaxisError(failure), code=0, silent=by_torchrun, place=self._place(), along=along)
         self._raise("ended", failure)
 
     def _place(self) -> str:
@@ -160,10 +162,11 @@ class Guard:
                 if not os.read(self.signals, 64):
                     return None
         if self._alarm["host"] != self.seat.host and os.environ.get("LOCAL_RANK", "0") == "0":
-            print_error(PeerError(f"this node ends with another one: {text}"), code=PeerError.exit_code)
+            report_rank(PeerError(f"this node ends with another one: {text}"), code=PeerError.exit_code)
         self._end_rank(PeerError.exit_code)
 
     def _answer_hang(self, limit_s: float) -> None:
+        self.activity.cause = _HANG
         own = self._report()
         os.kill(self.seat.pid, STACKS_SIGNAL)
         if own.stopped:
@@ -173,7 +176,7 @@ class Guard:
         self._write_stacks(own, verdict)
         error = HangError(f"{verdict}. Stacks: {self.seat.run_dir / 'hangs'}")
         self.activity.failure = str(error)
-        print_error(error, silent=not leads, code=HangError.exit_code)
+        report_rank(error, silent=not leads, code=HangError.exit_code)
         if self.seat.rank == 0:
             self._record(str(error))
         self._end_rank(HangError.exit_code)

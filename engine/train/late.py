@@ -59,7 +59,7 @@ def find_late(reports: Mapping[int, Report], world_size: int) -> dict[int, str]:
     stuck = {rank: why for rank, report in reports.items() if (why := _why_stuck(report))}
     if missing or stuck:
         return missing | stuck
-    busy = {r.rank: f"{r.text}, at {r.where}" for r in reports.values() if r.waits is None}
+    busy = {r.rank: f"is in {r.text}, at {r.where}" for r in reports.values() if r.waits is None}
     return busy if busy and len(busy) < world_size else _behind(reports)
 
 
@@ -67,7 +67,7 @@ def _why_stuck(report: Report) -> str | None:
     if report.stopped:
         return f"is stopped (SIGSTOP): {report.text}"
     if report.silent:
-        return f"cannot run Python, as a thread holds the interpreter lock: {report.text}, at {report.where}"
+        return f"cannot run Python, as a thread holds the interpreter lock: {report.text}"
     if report.stopped_children:
         return f"waits for its process {report.stopped_children[0]}, which is stopped: {report.text}"
     return None

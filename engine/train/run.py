@@ -62,6 +62,8 @@ def _train_on_rank(config: Config, heartbeat: Heartbeat) -> None:
             _train(trainer, inputs, log)
             log.event("exit", code=0)
         except Exception as error:
+            if isinstance(error, PeerError) and not error.is_shared:
+                watchdog.name_cause(error)
             _record_failure(error, log)
             raise
         finally:

@@ -132,7 +132,8 @@ class Trainer:
         step = self.progress.step + 1
         self.phase = f"step {step}, reading data"
         for microbatches in self._batches(self.config.data.num_workers):
-            tokens = self._agree(microbatches, stop)  # still reading: other ranks may not have their data
+            self.phase = f"step {step}, waiting for the data of all ranks"
+            tokens = self._agree(microbatches, stop)
             self.phase = f"step {step}, training"
             if self.stopped_by:
                 return

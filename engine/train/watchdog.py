@@ -77,7 +77,7 @@ class Watchdog:
         if error is None or (isinstance(known, TriaxisError) and known.is_shared):
             self.activity.failure = "-"
         elif isinstance(known, PeerError):
-            self._name_cause(known)
+            self.activity.failure = self._failure(known, known)
         else:
             self.activity.failure = self._failure(error, known)
         self._close()
@@ -100,15 +100,14 @@ class Watchdog:
         reason = str(known) if known is not None else f"{type(error).__name__}: {error}"
         return f"rank {self.world.rank} ({socket.gethostname()}), {self.activity.position}: {reason}"
 
-    def _name_cause(self, lost: PeerError) -> None:
-        """Say which rank has ended, if its watchdog has said so; that one has reported it."""
-        until = time.monotonic() + _HEARD_S
+    def name_cause(self, lost: PeerError) -> None:
+        """Say in `lost` which rank has ended, if its watchdog has said so; that one has reported it."""
+        until = time.monotonic() + _HEARD_S * (self._guard > 0)
         while not self.activity.cause and time.monotonic() < until:
             time.sleep(0.02)
         if cause := self.activity.cause:
             lost.args = (f"this rank ends with another one: {cause}",)
             lost.reported_elsewhere, lost.patience_s = True, 0.5
-        self.activity.failure = f"rank {self.world.rank} ({socket.gethostname()}), {self.activity.position}: {lost}"
 
     def _close(self) -> None:
         self._ended.set()

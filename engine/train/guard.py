@@ -101,7 +101,9 @@ class Guard:
                 self._first_signal = now
             elif now - self._first_signal > SECOND_S:
                 name = signal.Signals(number).name
-                report_rank(Interrupted(f"{self._place()}: ended by a second {name}, without saving"), code=128 + number)
+                report_rank(
+                    Interrupted(f"{self._place()}: ended by a second {name}, without saving"), code=128 + number
+                )
                 self.activity.failure = f"{self._place()}: ended by a second {name}"
                 self._end_rank(128 + number)
                 break
@@ -146,7 +148,12 @@ class Guard:
                     continue
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     time.sleep(0.5)  # for a rank 0 that leaves, as this one does
-                    self._alarm = {"kind": "ended", "rank": 0, "host": "", "text": "rank 0, which serves the store, ended"}
+                    self._alarm = {
+                        "kind": "ended",
+                        "rank": 0,
+                        "host": "",
+                        "text": "rank 0, which serves the store, ended",
+                    }
                 return
 
     def _answer(self) -> None:
@@ -236,7 +243,9 @@ class Guard:
         with suppress(OSError):
             directory = self.seat.run_dir / "hangs"
             directory.mkdir(parents=True, exist_ok=True)
-            head = f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {own.rank} ({own.host}), {own.text}\n{verdict}\n\n".encode()
+            head = (
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {own.rank} ({own.host}), {own.text}\n{verdict}\n\n".encode()
+            )
             (directory / f"rank_{self.seat.rank}.txt").write_bytes(head + text)
 
     def _record(self, reason: str) -> None:

@@ -88,7 +88,9 @@ class Watchdog:
         seat = Seat(self.world.rank, self.world.layout.world_size, socket.gethostname(), self.run_dir, os.getpid())
         sys.stdout.flush()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the guard uses no lock of one
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of forks beside threads: the guard uses no lock of one
             self._guard = os.fork()
         if self._guard == 0:
             try:

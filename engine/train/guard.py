@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
@@ -100,11 +101,9 @@ class Guard:
             if not self._first_signal:
                 self._first_signal = now
             elif now - self._first_signal > SECOND_S:
-                name = signal.Signals(number).name
-                report_rank(
-                    Interrupted(f"{self._place()}: ended by a second {name}, without saving"), code=128 + number
-                )
-                self.activity.failure = f"{self._place()}: ended by a second {name}"
+                ended = f"{self._place()}: ended by a second {signal.Signals(number).name}, without saving"
+                report_rank(Interrupted(ended), code=128 + number)
+                self.activity.failure = ended
                 self._end_rank(128 + number)
                 break
         return bool(numbers)
@@ -148,12 +147,8 @@ class Guard:
                     continue
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     time.sleep(0.5)  # for a rank 0 that leaves, as this one does
-                    self._alarm = {
-                        "kind": "ended",
-                        "rank": 0,
-                        "host": "",
-                        "text": "rank 0, which serves the store, ended",
-                    }
+                    text = "rank 0, which serves the store, has ended"
+                    self._alarm = {"kind": "ended", "rank": 0, "host": self.seat.host, "text": text}
                 return
 
     def _answer(self) -> None:
@@ -163,11 +158,8 @@ class Guard:
         if rank == self.seat.rank:
             return None
         self.activity.cause = text
-        until = time.monotonic() + _GRACE_S
-        while time.monotonic() < until:
-            if select.select([self.signals], [], [], max(0.0, until - time.monotonic()))[0]:
-                if not os.read(self.signals, 64):
-                    return None
+        if self._ends_within(_GRACE_S):
+            return None
         if self._alarm["host"] != self.seat.host and os.environ.get("LOCAL_RANK", "0") == "0":
             report_rank(PeerError(f"this node ends with another one: {text}"), code=PeerError.exit_code)
         self._end_rank(PeerError.exit_code)
@@ -226,9 +218,9 @@ class Guard:
         at = (self.seat.rank, self.seat.host, note.text, note.number, idle, stopped, silent, children)
         return Report(*at, **known)
 
-    def _sample(self) -> dict[str, object]:
+    def _sample(self) -> dict[str, Any]:
         try:
-            found: dict[str, object] = json.loads(self.activity.sample)
+            found: dict[str, Any] = json.loads(self.activity.sample)
         except ValueError:  # none yet, or it is being written
             found = {}
         return found
@@ -243,8 +235,8 @@ class Guard:
         with suppress(OSError):
             directory = self.seat.run_dir / "hangs"
             directory.mkdir(parents=True, exist_ok=True)
-            head = (
-                f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {own.rank} ({own.host}), {own.text}\n{verdict}\n\n".encode()
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            head = f"{now} rank {own.rank} ({own.host}), {own.text}\n{verdict}\n\n".encode()
             )
             (directory / f"rank_{self.seat.rank}.txt").write_bytes(head + text)
 
@@ -259,11 +251,16 @@ class Guard:
         self.activity.order = code
         with suppress(ProcessLookupError):
             os.kill(self.seat.pid, signal.SIGCONT)
-            until = time.monotonic() + _LAST_S
-            while (left := until - time.monotonic()) > 0:
-                if select.select([self.signals], [], [], left)[0] and not os.read(self.signals, 64):
-                    return
-            os.kill(self.seat.pid, signal.SIGKILL)
+            if not self._ends_within(_LAST_S):
+                os.kill(self.seat.pid, signal.SIGKILL)
+
+    def _ends_within(self, seconds: float) -> bool:
+        """Whether the rank ends or leaves within `seconds`."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if select.select([self.signals], [], [], left)[0] and not os.read(self.signals, 64):
+                return True
+        return False
 
 
 def _state(pid: int) -> str:

@@ -112,7 +112,7 @@ def _progress(report: Report) -> tuple[int, int]:
 def describe_hang(reports: Mapping[int, Report], world_size: int, limit_s: float) -> str:
     """The late ranks, and what the others wait in, on one line."""
     late = find_late(reports, world_size)
-    said = [f"{named(rank, reports)} {why}" for rank, why in list(late.items())[:_NAMED]]
+    said = [f"{_name(rank, reports)} {why}" for rank, why in list(late.items())[:_NAMED]]
     if not late:
         said = ["all ranks wait, and none is behind: a device or the network between the hosts does not answer"]
     rest = [r for rank, r in sorted(reports.items()) if rank not in late]
@@ -122,5 +122,5 @@ def describe_hang(reports: Mapping[int, Report], world_size: int, limit_s: float
     return f"no progress for {limit_s:.3g} s: {'; '.join(said)}{waiting}"
 
 
-def named(rank: int, reports: Mapping[int, Report]) -> str:
+def _name(rank: int, reports: Mapping[int, Report]) -> str:
     return f"rank {rank} ({reports[rank].host})" if rank in reports else f"rank {rank}"

@@ -43,6 +43,6 @@ class StopRequest:
 
 
 def end_with_agent() -> None:
-    """Have a rank of torchrun get SIGTERM when torchrun's agent dies: it saves and ends, as nobody else would end it."""
+    """Have a rank of torchrun get SIGTERM when torchrun's agent dies, so that it saves and ends."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

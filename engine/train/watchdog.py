@@ -181,7 +181,8 @@ def _where(frame: FrameType | None) -> str:
 def _calls(world: World) -> dict[str, int]:
     """Collectives that this rank has begun, by axis."""
     groups = (world.group, world.control_group, world.dp_group, world.tp_group, world.kv_group, world.embedding_group)
-    return {_axis(g): g._get_sequence_number_for_group() for g in groups if g is not None}
+    known: list[Any] = [group for group in groups if group is not None]  # torch's type stubs lack the method
+    return {_axis(group): group._get_sequence_number_for_group() for group in known}
 
 
 def _axis(group: dist.ProcessGroup) -> str:

@@ -237,7 +237,6 @@ class Guard:
             directory.mkdir(parents=True, exist_ok=True)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             head = f"{now} rank {own.rank} ({own.host}), {own.text}\n{verdict}\n\n".encode()
-            )
             (directory / f"rank_{self.seat.rank}.txt").write_bytes(head + text)
 
     def _record(self, reason: str) -> None:

@@ -195,18 +195,18 @@ def _report(error: BaseException) -> int:
     return known.exit_code
 
 
-def report_rank(error: TriaxisError, *, code: int, silent: bool = False, place: str = "", along: str = "") -> None:
+def report_rank(error: TriaxisError, stderr: int, *, code: int, silent: bool = False) -> None:
     """Report an error of a rank from another process, which ends it with `code`; 0: a signal has ended it.
 
     Args:
+        stderr: the file descriptor of the rank's.
         silent: leave the report to torchrun.
-        place, along: where the rank was and which ranks end with it, for a message that names the signal.
     """
     text = f"error: {error}" + (f"\nexit {code}: {error.advice}" if code else "")
-    _tell_torchrun(text, printed=not silent, code=code, place=place, along=along)
+    _tell_torchrun(text, printed=not silent, code=code)
     if not silent:
         with suppress(OSError):
-            os.write(2, f"{text}\n".encode())
+            os.write(stderr, f"{text}\n".encode())
 
 
 def _print(error: TriaxisError, notes: Iterable[str]) -> None:

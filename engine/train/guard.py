@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
@@ -56,12 +57,12 @@ class Guard:
     """Watches one rank until it leaves; runs in a process of its own.
 
     Args:
-        signals: read end of a pipe on which the rank's signals come, and which ends with the rank.
+        line: on which the rank's signals come, and which ends with the rank.
         stacks: file descriptor to which the rank writes its stacks on `STACKS_SIGNAL`.
     """
 
-    def __init__(self, seat: Seat, activity: Activity, store: Store | None, signals: int, stacks: int) -> None:
-        self.seat, self.activity, self.signals, self.stacks = seat, activity, signals, stacks
+    def __init__(self, seat: Seat, activity: Activity, store: Store | None, line: socket, stacks: int) -> None:
+        self.seat, self.activity, self.line, self.stacks = seat, activity, line, stacks
         gc.disable()  # the rank's objects are not this process's to collect
         os.setsid()  # what ends the rank's group of processes leaves this one
         signal.set_wakeup_fd(-1)
@@ -77,7 +78,7 @@ class Guard:
     def run(self) -> None:
         """Return when the rank has ended or left."""
         while True:
-            ready = select.select([self.signals], [], [], _TICK_S)[0]
+            ready = select.select([self.line], [], [], _TICK_S)[0]
             if ready and not self._heard_signals():
                 return self._rank_ended()
             if self._alarm:
@@ -88,21 +89,23 @@ class Guard:
 
     def _close_files(self) -> None:
         """Close the rank's connections, which would stay open after its death."""
-        keep = {0, 1, 2, self.signals, self.stacks}
+        keep = {0, 1, 2, self.line.fileno(), self.stacks}
         for number in {int(name) for name in os.listdir("/proc/self/fd")} - keep:
             with suppress(OSError):
                 os.close(number)
+        self.stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # PyTorch warns of a store that has gone
 
     def _heard_signals(self) -> bool:
         """Note the rank's signals, and end it on a second one; False at its end."""
-        numbers = os.read(self.signals, 64)
+        numbers = self.line.recv(64)
         now = time.monotonic()
         for number in set(numbers) & set(STOP_SIGNALS):
             if not self._first_signal:
                 self._first_signal = now
             elif now - self._first_signal > SECOND_S:
                 ended = f"{self._place()}: ended by a second {signal.Signals(number).name}, without saving"
-                report_rank(Interrupted(ended), code=128 + number)
+                report_rank(Interrupted(ended), self.stderr, code=128 + number)
                 self.activity.failure = ended
                 self._end_rank(128 + number)
                 break
@@ -116,8 +119,9 @@ class Guard:
             others = [str(rank) for rank in range(self.seat.world_size) if rank != self.seat.rank]
             along = f"; with it end: rank(s) {', '.join(others[:8])}{' ...' * (len(others) > 8)}" if others else ""
             failure = f"{self._place()}: killed, often for lack of memory, or ended by a crash{along}"
-            by_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ
-            report_rank(TriaxisError(failure), code=0, silent=by_torchrun, place=self._place(), along=along)
+            place, by_torchrun = self._place(), "TORCHELASTIC_ERROR_FILE" in os.environ
+            self._record("killed", rank=self.seat.rank, place=place, along=along)
+            report_rank(TriaxisError(failure), self.stderr, code=0, silent=by_torchrun)
         self._raise("ended", failure)
 
     def _place(self) -> str:
@@ -161,7 +165,7 @@ class Guard:
         if self._ends_within(_GRACE_S):
             return None
         if self._alarm["host"] != self.seat.host and os.environ.get("LOCAL_RANK", "0") == "0":
-            report_rank(PeerError(f"this node ends with another one: {text}"), code=PeerError.exit_code)
+            report_rank(PeerError(f"this node ends with another one: {text}"), self.stderr, code=PeerError.exit_code)
         self._end_rank(PeerError.exit_code)
 
     def _answer_hang(self, limit_s: float) -> None:
@@ -175,9 +179,9 @@ class Guard:
         self._write_stacks(own, verdict)
         error = HangError(f"{verdict}. Stacks: {self.seat.run_dir / 'hangs'}")
         self.activity.failure = str(error)
-        report_rank(error, silent=not leads, code=HangError.exit_code)
+        report_rank(error, self.stderr, code=HangError.exit_code, silent=not leads)
         if self.seat.rank == 0:
-            self._record(str(error))
+            self._record("exit", code=HangError.exit_code, reason=str(error), advice=HangError.advice)
         self._end_rank(HangError.exit_code)
 
     def _agree(self, own: Report, limit_s: float, leads: bool) -> str:
@@ -239,11 +243,10 @@ class Guard:
             head = f"{now} rank {own.rank} ({own.host}), {own.text}\n{verdict}\n\n".encode()
             (directory / f"rank_{self.seat.rank}.txt").write_bytes(head + text)
 
-    def _record(self, reason: str) -> None:
-        """Write the end of the run to its events, which the rank itself cannot."""
-        event = {"event": "exit", "time": time.time(), "code": HangError.exit_code, "reason": reason}
+    def _record(self, event: str, **fields: object) -> None:
+        """Append to the run's events what the rank itself cannot."""
         with suppress(OSError), (self.seat.run_dir / "events.jsonl").open("a", encoding="utf-8") as events:
-            events.write(json.dumps(event | {"advice": HangError.advice}) + "\n")
+            events.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
 
     def _end_rank(self, code: int) -> None:
         """Let the rank's thread end it with `code`; kill it if that does not happen."""
@@ -257,7 +260,7 @@ class Guard:
         """Whether the rank ends or leaves within `seconds`."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if select.select([self.signals], [], [], left)[0] and not os.read(self.signals, 64):
+            if select.select([self.line], [], [], left)[0] and not self.line.recv(64):
                 return True
         return False
 

@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -52,18 +53,18 @@ class Watchdog:
         self.activity.limits = limits
         self.run_dir = run_dir
         self._ended = threading.Event()
-        self._guard = 0  # process number
+        self._line: socket.socket | None = None  # to the guard
 
     def __enter__(self) -> "Watchdog":
         if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
             return self
         self._stacks = os.memfd_create("stacks")
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
-        read, self._signals = os.pipe()
-        os.set_blocking(self._signals, False)
-        self._fork(read)
-        os.close(read)
-        self._wakeup = signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
+        self._line, there = socket.socketpair()
+        self._fork(there)
+        there.close()
+        self._line.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._line.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._answer, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -71,7 +72,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._guard:
+        if self._line is None:
             return
         known = None if error is None else as_triaxis_error(error)
         if error is None or (isinstance(known, TriaxisError) and known.is_shared):
@@ -82,7 +83,8 @@ class Watchdog:
             self.activity.failure = self._failure(error, known)
         self._close()
 
-    def _fork(self, read: int) -> None:
+    def _fork(self, line: socket.socket) -> None:
+        """Start the guard, as no child of this process: those are its data workers."""
         (nonce,) = broadcast_ints(self.world, [time.time_ns()])  # the store may have the alarms of an earlier start
         store = None if self.world.store is None else PrefixStore(f"watchdog {nonce}", self.world.store)
         seat = Seat(self.world.rank, self.world.layout.world_size, socket.gethostname(), self.run_dir, os.getpid())
@@ -91,12 +93,14 @@ class Watchdog:
             warnings.simplefilter(
                 "ignore", DeprecationWarning
             )  # of forks beside threads: the guard uses no lock of one
-            self._guard = os.fork()
-        if self._guard == 0:
+            child = os.fork()
+        if child == 0:
             try:
-                Guard(seat, self.activity, store, read, self._stacks).run()
+                if os.fork() == 0:
+                    Guard(seat, self.activity, store, line, self._stacks).run()
             finally:
                 os._exit(0)
+        os.waitpid(child, 0)
 
     def _failure(self, error: BaseException, known: TriaxisError | None) -> str:
         reason = str(known) if known is not None else f"{type(error).__name__}: {error}"
@@ -104,7 +108,7 @@ class Watchdog:
 
     def name_cause(self, lost: PeerError) -> None:
         """Say in `lost` which rank has ended, if its watchdog has said so; that one has reported it."""
-        until = time.monotonic() + _HEARD_S * (self._guard > 0)
+        until = time.monotonic() + _HEARD_S * (self._line is not None)
         while not self.activity.cause and time.monotonic() < until:
             time.sleep(0.02)
         if cause := self.activity.cause:
@@ -112,13 +116,17 @@ class Watchdog:
             lost.reported_elsewhere, lost.patience_s = True, 0.5
 
     def _close(self) -> None:
+        assert self._line is not None
         self._ended.set()
         self._thread.join()
         signal.set_wakeup_fd(self._wakeup)
         faulthandler.unregister(STACKS_SIGNAL)
-        os.close(self._signals)  # for the guard, the end of its work
         os.close(self._stacks)
-        os.waitpid(self._guard, 0)
+        self._line.shutdown(socket.SHUT_WR)  # for the guard, the end of its work
+        self._line.settimeout(_HEARD_S)
+        with suppress(TimeoutError):
+            self._line.recv(1)  # until it has told the others and ended
+        self._line.close()
 
     def _answer(self) -> None:
         """Show that threads run, say where an idle rank is, and end this process when the guard says so."""

@@ -124,7 +124,7 @@ def _kill_ranks() -> None:
 
 
 def _killed(events: Path, since: float, rank: int) -> dict[str, Any]:
-    """What the guard of a rank that a signal has ended wrote of it, a moment after torchrun noticed; empty if nothing."""
+    """What the guard of a rank that a signal has ended wrote of it; empty if nothing comes within a second."""
     until = time.monotonic() + _GUARD_S
     while time.monotonic() < until:
         with suppress(OSError, ValueError):

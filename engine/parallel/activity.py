@@ -62,9 +62,11 @@ class Activity:
         phase: such as "step 3, reading data"; the word behind the first comma tells which phases are alike.
         action: of the pipeline, such as "pipeline stage 0, F2"; empty outside of schedules.
         limits: how long phases may take.
+        is_warm: whether a step is complete; until then phases may take as long as `limits` allows any.
     """
 
     def __init__(self) -> None:
+        self.is_warm = False
         self.limits = Limits()
         self._page = mmap.mmap(-1, _SIZE)
         self._longest: dict[str, float] = {}
@@ -97,12 +99,11 @@ class Activity:
 
     def _begin(self, kind: str) -> None:
         now = time.monotonic()
-        if self._number and self._kind != "starting":
+        if self.is_warm:
             took = now - self._begun
             if took > self._longest.get(self._kind, -1.0):
                 self._longest[self._kind] = took
-        starting = kind == "starting"  # not over before a training loop has begun
-        limit = self.limits.most if starting else self.limits.of(kind, self._longest.get(kind))
+        limit = self.limits.of(kind, self._longest.get(kind)) if self.is_warm else self.limits.most
         self._number, self._begun, self._kind = self._number + 1, now, kind
         text = self.position.encode()[: _TEXT.size]
         self._page[_AT_TEXT : _AT_TEXT + len(text)] = text

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from engine.config.schema import Config
+from engine.parallel import data
+from engine.parallel.collectives import CompletedWork
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import read_records
 from engine.train import saving, trainer
@@ -130,7 +130,7 @@ def _plant(kind: str, step: int, directory: Path) -> None:
 
 def _skip_collective(step: int, directory: Path) -> None:
     """Leave out the exchange of gradients of `step`."""
-    train_step, exchange = trainer.train_step, dist.all_to_all_single
+    train_step, exchange = trainer.train_step, data.reduce_scatter
     skips = False
 
     def skipping(*arguments: Any, **options: Any) -> Any:
@@ -144,15 +144,8 @@ def _skip_collective(step: int, directory: Path) -> None:
         nonlocal skips
         if skips:
             skips = False
-            return _Done()
+            return CompletedWork()
         return exchange(*arguments, **options)
 
     trainer.train_step = skipping
-    dist.all_to_all_single = exchanging
-
-
-class _Done:
-    """The handle of what was left out."""
-
-    def wait(self) -> None:
-        """Return at once."""
+    data.reduce_scatter = exchanging

@@ -96,7 +96,9 @@ def _behind(reports: Mapping[int, Report]) -> dict[int, str]:
 
 def _waits_for(report: Report, reports: Mapping[int, Report]) -> list[int]:
     """The ranks that have begun fewer collectives on the axis on which `report` waits."""
-    axis = report.waits or ""
+    axis = report.waits
+    if axis is None:
+        return []
     peers = [rank for rank in report.peers or reports if rank != report.rank and rank in reports]
     if axis not in report.calls:
         return peers  # a message of a pipeline stage

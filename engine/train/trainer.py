@@ -144,6 +144,7 @@ class Trainer:
             result = train_step(self.model, self.optimizer, microbatches, step=step, lr=lr, tokens=tokens)
             samples = self.progress.samples + self.config.batch.global_
             self.progress = Progress(step, samples, self.progress.tokens + tokens)
+            self.world.activity.is_warm = True
             yield result
             if self._ended:
                 return

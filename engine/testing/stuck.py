@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from engine.checkpoint.save import save
 from engine.config.schema import Config
 from engine.parallel import data
-from engine.parallel.collectives import CompletedWork
+from engine.parallel.collectives import CompletedWork, reduce_scatter
 from engine.testing.distributed import run_ranks
 from engine.testing.runs import read_records
 from engine.train import saving, trainer
 from engine.train.run import train
+from engine.train.step import train_step
 
 
 def stop() -> None:
@@ -121,16 +124,15 @@ def _plant(kind: str, step: int, directory: Path) -> None:
         return call
 
     if kind == "save":
-        saving.save = failing(saving.save, hold_lock, 1)
+        mock.patch.object(saving, "save", failing(save, hold_lock, 1)).start()
     elif kind == "skip":
         _skip_collective(step, directory)
     else:
-        trainer.train_step = failing(trainer.train_step, IN_STEP[kind], step)
+        mock.patch.object(trainer, "train_step", failing(train_step, IN_STEP[kind], step)).start()
 
 
 def _skip_collective(step: int, directory: Path) -> None:
     """Leave out the exchange of gradients of `step`."""
-    train_step, exchange = trainer.train_step, data.reduce_scatter
     skips = False
 
     def skipping(*arguments: Any, **options: Any) -> Any:
@@ -145,7 +147,7 @@ def _skip_collective(step: int, directory: Path) -> None:
         if skips:
             skips = False
             return CompletedWork()
-        return exchange(*arguments, **options)
+        return reduce_scatter(*arguments, **options)
 
-    trainer.train_step = skipping
-    data.reduce_scatter = exchanging
+    mock.patch.object(trainer, "train_step", skipping).start()
+    mock.patch.object(data, "reduce_scatter", exchanging).start()

@@ -64,7 +64,7 @@ IN_STEP: dict[str, Callable[[], None]] = {
     "killed": kill,
     "crash": crash,
 }
-KINDS = (*IN_STEP, "save", "skip")
+FAULT_KINDS = (*IN_STEP, "save", "skip")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class End:
 
 
 def run_stuck(config: Config, world_size: int, kind: str, rank: int, step: int = 3) -> End:
-    """Train on real ranks, of which `rank` gets stuck or dies in `step` as `kind` of `KINDS` says."""
+    """Train on real ranks, of which `rank` gets stuck or dies in `step` as `kind` of `FAULT_KINDS` says."""
     directory = config.run.dir.parent
     try:
         run_ranks(world_size, _train_stuck, config, kind, rank, step, timeout_s=60)

@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import Store
 from engine.errors import HangError, Interrupted, PeerError, TriaxisError, report_rank
 from engine.parallel.activity import Activity
 from engine.parallel.connect import clone
-from engine.train.late import Report, describe_hang
+from engine.train.late import RankReport, describe_hang
 from engine.train.signals import STOP_SIGNALS
 
 STACKS_SIGNAL = signal.SIGRTMIN + 6 if sys.platform == "linux" else signal.SIGUSR2
@@ -184,7 +184,7 @@ class Guard:
             self._record("exit", code=HangError.exit_code, reason=str(error), advice=HangError.advice)
         self._end_rank(HangError.exit_code)
 
-    def _agree(self, own: Report, limit_s: float, leads: bool) -> str:
+    def _agree(self, own: RankReport, limit_s: float, leads: bool) -> str:
         """Exchange the reports of all ranks; return the verdict of the guard that raised the alarm."""
         reports, store, size = {own.rank: own}, self.store, self.seat.world_size
         if store is None:
@@ -197,7 +197,7 @@ class Guard:
                     return store.get(_VERDICT).decode()
                 for rank in set(range(size)) - set(reports) if leads else ():
                     if store.check([key := f"report/{rank}"]):
-                        reports[rank] = Report.from_json(store.get(key).decode())
+                        reports[rank] = RankReport.from_json(store.get(key).decode())
                 if len(reports) == size:
                     break
                 time.sleep(0.02)
@@ -207,7 +207,7 @@ class Guard:
                 store.set(_VERDICT, verdict)
         return verdict
 
-    def _report(self) -> Report:
+    def _report(self) -> RankReport:
         """What the rank is doing; waits a moment for what its thread says of it."""
         pid, until = self.seat.pid, time.monotonic() + 2.5 * _TICK_S
         stopped, note = _state(pid) == "T", self.activity.note()
@@ -220,7 +220,7 @@ class Guard:
         children = tuple(child for child in _children(pid) if _state(child) == "T")
         idle = time.monotonic() - note.begun
         at = (self.seat.rank, self.seat.host, note.text, note.number, idle, stopped, silent, children)
-        return Report(*at, **known)
+        return RankReport(*at, **known)
 
     def _sample(self) -> dict[str, Any]:
         try:
@@ -229,7 +229,7 @@ class Guard:
             found = {}
         return found
 
-    def _write_stacks(self, own: Report, verdict: str) -> None:
+    def _write_stacks(self, own: RankReport, verdict: str) -> None:
         """Write the rank's stacks to `hangs/rank_N.txt` in the run's directory."""
         text = b""
         for _ in range(10):

@@ -15,7 +15,7 @@ _NAMED = 8  # ranks that a message lists
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """What one rank was doing.
 
     Attributes:
@@ -48,12 +48,12 @@ class Report:
         return orjson.dumps(asdict(self)).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
+    def from_json(cls, text: str) -> "RankReport":
         raw: dict[str, Any] = orjson.loads(text)
         return cls(**raw | {name: tuple(raw[name]) for name in ("stopped_children", "peers")})
 
 
-def find_late(reports: Mapping[int, Report], world_size: int) -> dict[int, str]:
+def find_late(reports: Mapping[int, RankReport], world_size: int) -> dict[int, str]:
     """The ranks that the others wait for, each with the reason. Empty: all wait, and none is behind another."""
     missing = {rank: "does not answer" for rank in range(world_size) if rank not in reports}
     stuck = {rank: why for rank, report in reports.items() if (why := _why_stuck(report))}
@@ -63,7 +63,7 @@ def find_late(reports: Mapping[int, Report], world_size: int) -> dict[int, str]:
     return busy if busy and len(busy) < world_size else _behind(reports)
 
 
-def _why_stuck(report: Report) -> str | None:
+def _why_stuck(report: RankReport) -> str | None:
     if report.stopped:
         return f"is stopped (SIGSTOP): {report.text}"
     if report.silent:
@@ -73,7 +73,7 @@ def _why_stuck(report: Report) -> str | None:
     return None
 
 
-def _behind(reports: Mapping[int, Report]) -> dict[int, str]:
+def _behind(reports: Mapping[int, RankReport]) -> dict[int, str]:
     """All wait: those that have not made the call which the rank that is least far on waits in.
 
     Ranks further on may wait in later calls for ranks that wait here, so a count behind another's is not enough.
@@ -94,7 +94,7 @@ def _behind(reports: Mapping[int, Report]) -> dict[int, str]:
     return late
 
 
-def _waits_for(report: Report, reports: Mapping[int, Report]) -> list[int]:
+def _waits_for(report: RankReport, reports: Mapping[int, RankReport]) -> list[int]:
     """The ranks that have begun fewer collectives on the axis on which `report` waits."""
     axis = report.waits
     if axis is None:
@@ -105,13 +105,13 @@ def _waits_for(report: Report, reports: Mapping[int, Report]) -> list[int]:
     return [rank for rank in peers if reports[rank].calls.get(axis, 0) < report.calls[axis]]
 
 
-def _progress(report: Report) -> tuple[int, int]:
+def _progress(report: RankReport) -> tuple[int, int]:
     words = report.text.replace(",", " ").split()
     step = next((int(word) for word in words if word.isdigit()), 0)
     return step, report.number
 
 
-def describe_hang(reports: Mapping[int, Report], world_size: int, limit_s: float) -> str:
+def describe_hang(reports: Mapping[int, RankReport], world_size: int, limit_s: float) -> str:
     """The late ranks, and what the others wait in, on one line."""
     late = find_late(reports, world_size)
     said = [f"{_name(rank, reports)} {why}" for rank, why in list(late.items())[:_NAMED]]
@@ -124,5 +124,5 @@ def describe_hang(reports: Mapping[int, Report], world_size: int, limit_s: float
     return f"no progress for {limit_s:.3g} s: {'; '.join(said)}{waiting}"
 
 
-def _name(rank: int, reports: Mapping[int, Report]) -> str:
+def _name(rank: int, reports: Mapping[int, RankReport]) -> str:
     return f"rank {rank} ({reports[rank].host})" if rank in reports else f"rank {rank}"

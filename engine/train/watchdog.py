@@ -29,7 +29,7 @@ from engine.parallel.agreement import broadcast_ints
 from engine.parallel.layout import World
 from engine.train.guard import STACKS_SIGNAL, Guard, Seat
 
-TICK_S = 0.2
+_TICK_S = 0.2
 _HEARD_S = 1.0  # in which the watchdog hears of the rank that ended the connection
 _COMMUNICATES = {  # functions that wait for other ranks; None: all of the module
     "engine.parallel.collectives": None,
@@ -131,7 +131,7 @@ class Watchdog:
     def _answer(self) -> None:
         """Show that threads run, say where an idle rank is, and end this process when the guard says so."""
         last = -1
-        while not self._ended.wait(TICK_S):
+        while not self._ended.wait(_TICK_S):
             if code := self.activity.order:
                 os._exit(code)
             self.activity.alive = time.monotonic()

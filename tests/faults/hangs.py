@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.errors import run_program
 from engine.testing.runs import run_config, write_dataset
-from engine.testing.stuck import KINDS, End, run_stuck
+from engine.testing.stuck import FAULT_KINDS, End, run_stuck
 
 LAYOUTS = ((2, []), (2, ["--parallel.tp", "2"]), (2, ["--parallel.pp", "2"]), (4, ["--parallel.tp", "2"]))
 DEATHS = ("killed", "crash")  # not hangs: the others are told at once
@@ -56,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     generator, seconds, wrong = random.Random(options.seed), defaultdict(list), defaultdict(list)
     for _ in range(options.rounds):
-        for kind in KINDS:
+        for kind in FAULT_KINDS:
             end, rank, place = one(kind, options.limit, generator)
             seconds[kind].append(end.seconds)
             if problem := verdict(kind, end, rank, options.limit):

@@ -2,17 +2,17 @@
 
 import pytest
 
-from engine.train.late import Report, describe_hang, find_late
+from engine.train.late import RankReport, describe_hang, find_late
 
 
-def waiting(rank: int, axis: str, calls: dict[str, int], *, peers=(), text="step 5, training", number=10) -> Report:
-    return Report(
+def waiting(rank: int, axis: str, calls: dict[str, int], *, peers=(), text="step 5, training", number=10) -> RankReport:
+    return RankReport(
         rank, "node", text, number=number, waits=axis, calls=calls, peers=peers, where="collectives.py:1 wait"
     )
 
 
-def busy(rank: int, **fields) -> Report:
-    return Report(rank, "node", "step 5, training", where="loader.py:1 read", **fields)
+def busy(rank: int, **fields) -> RankReport:
+    return RankReport(rank, "node", "step 5, training", where="loader.py:1 read", **fields)
 
 
 DP = waiting(0, "dp", {"dp": 7, "control": 5})
@@ -65,7 +65,7 @@ def test_the_rank_that_others_wait_for_is_blamed(reports, late):
 
 def test_a_report_survives_the_store():
     report = waiting(3, "tp", {"tp": 9}, peers=(2, 3))
-    assert Report.from_json(report.to_json()) == report
+    assert RankReport.from_json(report.to_json()) == report
 
 
 def test_a_message_lists_eight_ranks_at_most():

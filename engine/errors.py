@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class TriaxisError(Exception):
@@ -67,6 +67,13 @@ class PeerError(TriaxisError):
 
     exit_code = 69
     advice = "check the hosts of these ranks and the network between them, then rerun the same command to resume"
+
+
+class HangError(TriaxisError):
+    """A rank makes no progress; see `engine/train/guard.py`."""
+
+    exit_code = 70
+    advice = "rerun the same command to resume; the stacks of all ranks say where they were"
 
 
 class NonFiniteError(TriaxisError):
@@ -188,6 +195,20 @@ def _report(error: BaseException) -> int:
     return known.exit_code
 
 
+def report_rank(error: TriaxisError, stderr: int, *, code: int, silent: bool = False) -> None:
+    """Report an error of a rank from another process, which ends it with `code`; 0: a signal has ended it.
+
+    Args:
+        stderr: the file descriptor of the rank's.
+        silent: leave the report to torchrun.
+    """
+    text = f"error: {error}" + (f"\nexit {code}: {error.advice}" if code else "")
+    _tell_torchrun(text, printed=not silent, code=code)
+    if not silent:
+        with suppress(OSError):
+            os.write(stderr, f"{text}\n".encode())
+
+
 def _print(error: TriaxisError, notes: Iterable[str]) -> None:
     where = "".join(f"{note}: " for note in notes if note)
     text = f"error: {where}{error}\nexit {error.exit_code}: {error.advice}"
@@ -206,7 +227,7 @@ def _print_on_stderr(text: str, end: str = "\n") -> None:
         print("\x1b[K" * on_screen + text, end=end, file=sys.stderr, flush=True)
 
 
-def _tell_torchrun(text: str, *, printed: bool) -> None:
+def _tell_torchrun(text: str, *, printed: bool, **more: Any) -> None:
     """Write the error to the file that torchrun names, in the format of `torch.distributed.elastic`.
 
     Bare torchrun ends with a report of its own, and shows `py_callstack` of the first failure at its end. `triaxis
@@ -214,7 +235,7 @@ def _tell_torchrun(text: str, *, printed: bool) -> None:
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": f"\n{text}", "timestamp": str(int(time.time()))}
-        content = {"message": {"message": text, "extraInfo": extra}, "text": text, "printed": printed}
+        content = {"message": {"message": text, "extraInfo": extra}, "text": text, "printed": printed} | more
         with suppress(OSError):
             Path(file).write_text(json.dumps(content), encoding="utf-8")
 

@@ -14,12 +14,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from engine.errors import ConfigError, ended_by
+from engine.errors import ConfigError, TriaxisError, ended_by
 
 SHUTDOWN_S = 170  # from SIGTERM until the agent kills the ranks: for a step and a checkpoint; torchrun's default is 30
 _AGENT = "torch.distributed.elastic.multiprocessing.api"
 _REPEATED = ("failed (exitcode", "Sending process")  # a line a rank, behind the message of the rank that failed
+_GUARD_S = 1.0  # for the process beside a killed rank to write where it was
 HARDWARE_QUEUES = 32  # kernels of several streams wait for each other in fewer; the engine refuses 1 with stages
 
 
@@ -98,12 +100,15 @@ def run_node(launch: NodeLaunch, program: list[str], run_dir: Path) -> int:
         run(parse_args([*launch.options(), *program]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        noted = failure.error_file_data
+        if failure.exitcode < 0 and not noted.get("code"):
+            killed = _killed(run_dir / "events.jsonl", started, rank)
+            name = killed.get("place") or f"rank {rank}"
+            raise TriaxisError(f"{ended_by(name, -failure.exitcode)}{killed.get('along', '')}") from None
         reports = [one.error_file_data for one in error.failures.values() if "printed" in one.error_file_data]
         if reports and not any(report["printed"] for report in reports):
             print(reports[0]["text"], file=sys.stderr, flush=True)
-        if failure.exitcode < 0:
-            raise ended_by(f"rank {rank}", -failure.exitcode) from None
-        return failure.exitcode
+        return int(noted.get("code") or failure.exitcode)
     except SignalException as stopped:
         _kill_ranks()
         return _recorded_code(run_dir / "events.jsonl", started) or 128 + stopped.sigval
@@ -116,6 +121,18 @@ def _kill_ranks() -> None:
     for pid in children.read_text(encoding="ascii").split() if children.exists() else ():
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(int(pid), signal.SIGKILL)  # each rank leads a session, with its data workers
+
+
+def _killed(events: Path, since: float, rank: int) -> dict[str, Any]:
+    """What the guard of a rank that a signal has ended wrote of it; empty if nothing comes within a second."""
+    until = time.monotonic() + _GUARD_S
+    while time.monotonic() < until:
+        with suppress(OSError, ValueError):
+            for event in map(json.loads, reversed(events.read_text(encoding="utf-8").splitlines())):
+                if event.get("event") == "killed" and event["rank"] == rank and event["time"] >= since:
+                    return dict(event)
+        time.sleep(0.05)
+    return {}
 
 
 def _recorded_code(events: Path, since: float) -> int | None:

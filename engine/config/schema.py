@@ -6,7 +6,7 @@ Alternatives considered: argparse flags (two hundred of them and no structure) a
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -227,6 +227,12 @@ class ParallelConfig(Section):
         ge=60,
         le=7 * 24 * 3600,
         description="seconds that ranks wait for each other, at the start and in every collective",
+    )
+    hang_s: Annotated[float, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="seconds without progress after which a run ends with code 70, with the stacks of all ranks in "
+        "run.dir/hangs and the late rank named; auto: ten times the longest phase of its kind so far, at least 120 "
+        "(600 where storage is read or written), at most timeout_s",
     )
     connect_timeout_s: int = Field(
         60, ge=5, le=3600, description="seconds after which a connection that does not answer at the start is an error"

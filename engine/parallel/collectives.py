@@ -44,9 +44,9 @@ def all_gather(out: Tensor, x: Tensor, group: ProcessGroup) -> Work:
     parts = out.chunk(n)
     assert parts[rank].shape == x.shape and out.is_contiguous() and x.is_contiguous()
     if dist.get_backend(group) != "gloo":
-        return _Started([_native_all_gather(out, x, group=group, async_op=True)])
+        return _Started([_native_all_gather(out, x, group=group, async_op=True)], group)
     parts[rank].copy_(x)
-    return _Started([_exchange(parts[(rank - shift) % n], x, shift, group) for shift in range(1, n)])
+    return _Started([_exchange(parts[(rank - shift) % n], x, shift, group) for shift in range(1, n)], group)
 
 
 def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Work:
@@ -59,20 +59,20 @@ def reduce_scatter(out: Tensor, x: Tensor, group: ProcessGroup) -> Work:
     parts = x.chunk(n)
     assert parts[rank].shape == out.shape and out.is_contiguous() and x.is_contiguous()
     if dist.get_backend(group) != "gloo":
-        return _Started([_native_reduce_scatter(out, x, group=group, async_op=True)])
+        return _Started([_native_reduce_scatter(out, x, group=group, async_op=True)], group)
     addends = [torch.empty_like(out) for _ in range(1, n)]
     works = [_exchange(addends[shift - 1], parts[(rank + shift) % n], shift, group) for shift in range(1, n)]
-    return _Summed(out, parts[rank], works, addends)
+    return _Summed(out, parts[rank], works, addends, group)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup) -> Work:
     """Sum x over the ranks, in place and bitwise equal on all of them. Until `wait`, x must not be touched."""
-    return _Started([dist.all_reduce(x, group=group, async_op=True)])
+    return _Started([dist.all_reduce(x, group=group, async_op=True)], group)
 
 
 def all_max(x: Tensor, group: ProcessGroup) -> Work:
     """Raise x to the largest over the ranks, in place. Until `wait`, x must not be touched."""
-    return _Started([dist.all_reduce(x, dist.ReduceOp.MAX, group=group, async_op=True)])
+    return _Started([dist.all_reduce(x, dist.ReduceOp.MAX, group=group, async_op=True)], group)
 
 
 def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -118,9 +118,10 @@ class _ScatterSequenceSum(torch.autograd.Function):
 
 @dataclass
 class _Started:
-    """Native calls; they keep their tensors alive."""
+    """Native calls; they keep their tensors alive. The watchdog reads the group of a rank that waits."""
 
     works: Sequence[dist.Work]
+    group: ProcessGroup
 
     def wait(self) -> None:
         for work in self.works:
@@ -135,6 +136,7 @@ class _Summed:
     own: Tensor
     works: Sequence[dist.Work]
     addends: Sequence[Tensor]
+    group: ProcessGroup
 
     def wait(self) -> None:
         total = self.own

@@ -127,7 +127,7 @@ class Watch:
         def read() -> None:
             # The caller's connection is locked while it waits in the store, as NCCL does for a communicator's id.
             with contextlib.suppress(RuntimeError):
-                store = _clone(self._store)
+                store = clone(self._store)
                 first[0] = store.add(f"links/reported/{link.axis}/{link.ranks}", 1) == 1
                 if first[0]:
                     places.update(_places(store, link.ranks))
@@ -215,7 +215,7 @@ def check_hardware_queues(environment: Mapping[str, str], pp: int, device_type: 
         )
 
 
-def _clone(store: Any) -> Store:
+def clone(store: Any) -> Store:
     """Connect to the store once more; torch's type stubs do not have `clone`."""
     return store.clone()
 

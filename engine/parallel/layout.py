@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from engine.errors import ConfigError
+from engine.parallel.activity import Activity
 from engine.parallel.connect import LIMIT_S, Link, Watch, meet
 
 CHANNELS = ("forward", "backward", "forward wrap", "backward wrap")
@@ -147,6 +148,7 @@ class World:
         timeout_s: of all groups.
         connect_timeout_s: after which a link that does not answer at the start ends the process.
         store: the key-value store over which the ranks have met.
+        activity: what this rank is doing.
         links: what this rank has connected, in that order.
         connect_s: seconds that connecting took.
     """
@@ -166,6 +168,7 @@ class World:
     timeout_s: int = 1800
     connect_timeout_s: float = LIMIT_S
     store: Store | None = None
+    activity: Activity = field(default_factory=Activity, compare=False, repr=False)
     links: tuple[Link, ...] = ()
     connect_s: float = 0.0
 

@@ -7,6 +7,7 @@ from engine.config.derived import with_steps
 from engine.config.schema import Config
 from engine.errors import Interrupted, PeerError, as_triaxis_error
 from engine.heartbeat import Heartbeat, Position
+from engine.parallel.activity import Limits
 from engine.parallel.agreement import leave_together, on_all_ranks, run_on_all_ranks
 from engine.parallel.layout import init_distributed
 from engine.plan.throughput import flops_per_token
@@ -16,10 +17,11 @@ from engine.train.inputs import Inputs, chat_template, open_inputs
 from engine.train.log import RunLog
 from engine.train.metrics import StepReporter
 from engine.train.saving import SaveBest, Saving
-from engine.train.signals import StopRequest
+from engine.train.signals import StopRequest, end_with_agent
 from engine.train.start import arrange_ranks, build_trainer, describe_start, open_log
 from engine.train.trainer import Trainer
 from engine.train.warm_up import warm_up
+from engine.train.watchdog import Watchdog
 
 
 def train(config: Config, heartbeat: Heartbeat | None = None) -> None:
@@ -36,15 +38,19 @@ def train(config: Config, heartbeat: Heartbeat | None = None) -> None:
 
 
 def _train_on_rank(config: Config, heartbeat: Heartbeat) -> None:
+    end_with_agent()
     parallel, heartbeat.phase = config.parallel, "connecting the ranks"
     world = init_distributed(
         config.run.device, timeout_s=parallel.timeout_s, connect_timeout_s=parallel.connect_timeout_s
     )
     trainer: Trainer | None = None
     log: RunLog | None = None
-    with leave_together(world, lambda: trainer.position if trainer else heartbeat.phase):
+    limits = Limits(None if parallel.hang_s == "auto" else parallel.hang_s, parallel.timeout_s)
+    place = leave_together(world, lambda: trainer.position if trainer else heartbeat.phase)
+    with place, Watchdog(world, limits, config.run.dir) as watchdog:
         try:
-            world, reason = arrange_ranks(config, world)
+            watchdog.world, reason = arrange_ranks(config, world)
+            world = watchdog.world
             heartbeat.phase = "opening tokenizer, data and checkpoints"
             inputs = run_on_all_ranks(world, lambda: open_inputs(config, world))
             config = run_on_all_ranks(world, lambda: with_steps(config, inputs.train_data.num_rows))
@@ -56,6 +62,8 @@ def _train_on_rank(config: Config, heartbeat: Heartbeat) -> None:
             _train(trainer, inputs, log)
             log.event("exit", code=0)
         except Exception as error:
+            if isinstance(error, PeerError) and not error.is_shared:
+                watchdog.name_cause(error)
             _record_failure(error, log)
             raise
         finally:

@@ -230,5 +230,6 @@ def train_step(
     """
     optimizer.parameters.begin_step()
     loss = model.train(microbatches, 1 / tokens)
+    model.world.activity.phase = f"step {step}, updating the weights"
     grad_norm, skipped = optimizer.update(step, lr)
     return StepResult(step, lr, tokens, loss, grad_norm, skipped)

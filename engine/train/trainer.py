@@ -80,7 +80,6 @@ class Trainer:
         best: the best evaluation so far, if evaluations are compared.
         stopped_by: name of the signal on which all ranks agreed to stop.
         clock: time spent on steps.
-        phase: what this rank is doing, for people; set where a phase begins.
     """
 
     def __init__(
@@ -99,10 +98,18 @@ class Trainer:
         self._ended = False
 
     @property
+    def phase(self) -> str:
+        """What this rank is doing, for people and the watchdog; set it where a phase begins."""
+        return self.world.activity.phase
+
+    @phase.setter
+    def phase(self, text: str) -> None:
+        self.world.activity.phase = text
+
+    @property
     def position(self) -> str:
         """Where this rank is: phase and pipeline action, to report a failure."""
-        action = self.model.pipeline.current
-        return self.phase + (f", pipeline stage {self.world.coords.pp}, {action}" if action is not None else "")
+        return self.world.activity.position
 
     def end(self) -> None:
         """Make the current step the last one. Call on all ranks."""
@@ -125,8 +132,9 @@ class Trainer:
         step = self.progress.step + 1
         self.phase = f"step {step}, reading data"
         for microbatches in self._batches(self.config.data.num_workers):
-            self.phase = f"step {step}, training"
+            self.phase = f"step {step}, waiting for the data of all ranks"
             tokens = self._agree(microbatches, stop)
+            self.phase = f"step {step}, training"
             if self.stopped_by:
                 return
             if tokens == 0:
@@ -136,6 +144,7 @@ class Trainer:
             result = train_step(self.model, self.optimizer, microbatches, step=step, lr=lr, tokens=tokens)
             samples = self.progress.samples + self.config.batch.global_
             self.progress = Progress(step, samples, self.progress.tokens + tokens)
+            self.world.activity.is_warm = True
             yield result
             if self._ended:
                 return

@@ -167,7 +167,7 @@ def test_ranks_that_torchrun_starts_again_meet_again(torchrun, monkeypatch):
     with pytest.raises(PeerError, match=r"have not started: rank 1$"):
         meet(0, 2, timeout_s=1)
     assert not meet(1, 2, timeout_s=20).check(["address"])
-    assert connect._clone(first).check(["address"])
+    assert connect.clone(first).check(["address"])
 
 
 def test_nodes_that_count_other_restarts_meet(torchrun, monkeypatch):

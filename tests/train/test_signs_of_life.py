@@ -50,7 +50,7 @@ def slow(function: Callable[..., Any], said: Path, sign: str) -> Callable[..., A
         (start, "choose_onednn", "measuring implementations of operators"),
         (start, "build_model", "initializing the model"),
         (DistributedModel, "evaluate", "0/3 steps, ETA unknown: before step 1, evaluating, batch 2 of 2"),
-        (Trainer, "_agree", "0/3 steps, ETA unknown: step 1, training"),
+        (Trainer, "_agree", "0/3 steps, ETA unknown: step 1, waiting for the data of all ranks"),
         (trainer, "train_step", "0/3 steps, ETA unknown: step 1, training"),
         (saving, "save", "step 2, saving a checkpoint"),
     ],

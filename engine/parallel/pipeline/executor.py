@@ -74,6 +74,13 @@ class Pipeline(Generic[B]):
         self.current: Action | None = None
         self.observe: Observe | None = None
 
+    def begin(self, action: Action | None) -> None:
+        """Note the action that is under way; None at the end of a schedule."""
+        if action is not self.current:
+            self.current, stage = action, self.world.coords.pp
+            text, kind = ("", "") if action is None else (f"pipeline stage {stage}, {action}", action.kind.name)
+            self.world.activity.act(text, kind)
+
     def run(self, program: Program, microbatches: Sequence[B], scale: float = 1.0) -> Tensor:
         """Run this stage's `program`; where it trains, the gradients of `scale` times the summed loss are added up.
 
@@ -118,11 +125,11 @@ class _Run(Generic[B]):
     def execute(self) -> Tensor:
         do = {StepKind.RECEIVE: self._post_receive, StepKind.COMPUTE: self._compute, StepKind.SEND: self._send}
         for step in self.steps:
-            self.pipeline.current = step.action
+            self.pipeline.begin(step.action)
             do[step.kind](step.action)
         for _, work in self.sends:
             work.wait()
-        self.pipeline.current = None
+        self.pipeline.begin(None)
         return self.total
 
     def _post_receive(self, action: Action) -> None:

@@ -172,8 +172,8 @@ def test_an_import_says_what_its_tokenizer_is(
     tiktoken, refused = b"IQ== 0\nIg== 1\n" * 9, "without a tokenizer, which text generation needs: "
     cases: list[tuple[dict[str, bytes], str]] = [
         ({"spiece.model": sentencepiece}, "tokenizer: spiece.model, 400 tokens"),
-        ({"vocab.json": b"{}", "merges.txt": b""}, "vocab.json is of a kind that is not read here; AutoTokenizer"),
-        ({"tokenizer.model": tiktoken}, "a tiktoken file, of a kind that is not read here; AutoTokenizer"),
+        ({"vocab.json": b"{}", "merges.txt": b""}, "GPT2Tokenizer or Qwen2Tokenizer, not None; AutoTokenizer"),
+        ({"tokenizer.model": tiktoken}, "known for Llama 3, cl100k_base, o200k_base only; AutoTokenizer"),
         ({"mine.model": sentencepiece}, "mine.model is imported if it is named tokenizer.model"),
         ({}, "a directory without one"),
     ]

@@ -12,7 +12,7 @@ MODEL_FILES = (  # names to look for in a directory, in this order
     "tokenizer.model", "spiece.model", "tokenizer.json", "tekken.json", "vocab.json"
 )  # fmt: skip
 CONVERSION = (
-    "AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) in transformers writes a tokenizer.json, which is; "
+    "AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) in transformers writes a tokenizer.json, which is read; "
     "many models on the Hub have one beside it"
 )
 CHAT_TEMPLATE = "chat_template.jinja"

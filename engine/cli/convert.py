@@ -1,6 +1,6 @@
 """Convert a Hugging Face directory to a run directory, or a run or checkpoint to a Hugging Face directory.
 
-The direction is inferred from the input. Memory use is bounded by the largest tensor, not by the size of the model.
+The direction is inferred from the input. Memory use does not grow with the model or its tensors.
 """
 
 import argparse

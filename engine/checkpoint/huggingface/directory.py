@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.checkpoint.huggingface.config import model_config_from_hf
 from engine.checkpoint.huggingface.files import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, read_json
-from engine.checkpoint.model_directory import BLOCK_BYTES, require_shapes
+from engine.checkpoint.model_directory import ROW_BLOCK_BYTES, require_shapes
 from engine.checkpoint.rectangles import Shape, row_blocks
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
 from engine.config.schema import ModelConfig
@@ -78,7 +78,7 @@ class HuggingFaceDirectory:
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Read a whole tensor in blocks of rows, in order, as `read`."""
-        for block in row_blocks(self.tensors()[name], BLOCK_BYTES // torch.float32.itemsize):
+        for block in row_blocks(self.tensors()[name], ROW_BLOCK_BYTES // torch.float32.itemsize):
             yield self.read(name, block)
 
     def require(self, shapes: Mapping[str, Shape]) -> None:

@@ -11,7 +11,7 @@ from engine.config.schema import ModelConfig
 from engine.errors import CheckpointError
 from engine.parallel.table import Rectangle
 
-BLOCK_BYTES = 2 << 20
+ROW_BLOCK_BYTES = 2 << 20
 
 OnTensor = Callable[[str, int], None]
 """Called with the name and the number of elements of each weight after it is read."""
@@ -46,7 +46,7 @@ class ModelDirectory(Protocol):
         """
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Read a whole weight in blocks of rows, in order, each of about BLOCK_BYTES, whatever the size of the weight.
+        """Read a whole weight in blocks of rows, in order, each of about ROW_BLOCK_BYTES, whatever the size of the weight.
 
         Raises:
             CheckpointError: as `read`; a checkpoint's hash of the weight is compared after its last block.

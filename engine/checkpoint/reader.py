@@ -25,7 +25,7 @@ from engine.checkpoint.manifest import (
     StoredTensor,
     decode_manifest,
 )
-from engine.checkpoint.model_directory import BLOCK_BYTES, require_shapes
+from engine.checkpoint.model_directory import ROW_BLOCK_BYTES, require_shapes
 from engine.checkpoint.rectangles import (
     Shape,
     intersect,
@@ -158,7 +158,7 @@ class Checkpoint:
         tensor = self._tensor(name, kind)
         dtype = DTYPES[tensor.dtype]
         digests = [xxhash.xxh3_64() for _ in tensor.rectangles]
-        for block in row_blocks(tensor.shape, BLOCK_BYTES // dtype.itemsize):
+        for block in row_blocks(tensor.shape, ROW_BLOCK_BYTES // dtype.itemsize):
             out = torch.empty(block.extent, dtype=dtype)
             for stored, digest in zip(tensor.rectangles, digests, strict=True):
                 if shared := intersect(stored.rectangle, block):

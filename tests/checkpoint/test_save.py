@@ -71,7 +71,7 @@ def test_any_rectangle_can_be_read_from_any_cut(tmp_path: Path) -> None:
 def test_blocks_of_rows_from_any_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(reader, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(reader, "ROW_BLOCK_BYTES", block_bytes)
     save_step(tmp_path, 1, world_size=world_size)
     checkpoint = open_checkpoint(tmp_path)
     for (kind, name), whole in tensors(1).items():

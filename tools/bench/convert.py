@@ -2,17 +2,16 @@
 
     python tools/bench/convert.py [--preset llama3.2-1b] [--rounds 5] [--cold] [--json runs/convert.json]
 
-The copy (`cp -r`, then `sync` of the new files, because a conversion syncs its own) writes the same files as the conversion,
-to the same disk; it reads as much as it writes, an import half of that, an export twice as much. All are programs of
-their own, interleaved, in alternating order. The speed is that of the whole program, and without its start-up, the time of
-`convert --help`, which does not grow with the model. Memory is the maximum resident set, with PyTorch's libraries.
-`--cold` drops the pages of the input from the page cache first. Needs disk space for
-16 bytes per parameter.
+The copy (`cp -r`, then `sync` of the new files, because a conversion syncs its own) writes the same files as the
+conversion, to the same disk; it reads as much as it writes, an import half of that, an export twice as much. All are
+programs of their own, interleaved, in alternating order. The speed is that of the whole program, and without its
+start-up, the time of `convert --help`, which does not grow with the model. Memory is the maximum resident set, with
+PyTorch's libraries. `--cold` drops the pages of the input from the page cache first. Needs disk space for 16 bytes per
+parameter.
 """
 
 import argparse
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -35,13 +34,15 @@ from engine.errors import run_program
 from engine.formatting import counted
 from engine.model.families import PRESETS
 from engine.model.parameters import logical_shapes
+from engine.ops.measured import processor_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.bench.results import Results
 
+MODEL = "llama3.2-1b"
 MODELS = PRESETS | {
-    "llama3.2-1b": PRESETS["llama3.1-8b"]
+    MODEL: PRESETS["llama3.1-8b"]
     | {"num_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "tie_embeddings": True}
 }
 CONVERT = (sys.executable, "-m", "engine", "convert")
@@ -62,9 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here")
     options = parser.parse_args(arguments)
     model = ModelConfig(**MODELS[options.preset])
-    results = Results(
-        options.json, {"processor": platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
-    )
+    machine = {"processor": processor_name(), "cores": os.cpu_count(), "load": os.getloadavg()}
+    results = Results(options.json, machine)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for name, row in compare(Path(folder), model, options.rounds, options.cold):
             results.add(name, row)
@@ -79,9 +79,8 @@ def compare(folder: Path, model: ModelConfig, rounds: int, cold: bool) -> Iterat
     measure((*CONVERT, "--from", str(run), "--to", str(exported)), run, cold=False)
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
     print(f"{counted(elements, 'parameter')}; {rounds} rounds, {'cold' if cold else 'warm'} page cache")
-    print(
-        f"{'':<8}{'read':>9}{'written':>9}{'seconds':>11}{'CPU':>9}{'memory':>9}   of the copy's speed   without start-up"
-    )
+    heads = f"{'':<8}{'read':>9}{'written':>9}{'seconds':>11}{'CPU':>9}{'memory':>9}"
+    print(f"{heads}   of the copy's speed   without start-up", flush=True)
     for name, read, wrote in (("import", source, run), ("export", run, exported)):
         programs = {
             "start": (*CONVERT, "--help"),

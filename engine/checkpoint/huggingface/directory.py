@@ -19,7 +19,7 @@ from engine.checkpoint.huggingface.files import (
     Json,
     read_json,
 )
-from engine.checkpoint.model_directory import BLOCK_BYTES, require_shapes
+from engine.checkpoint.model_directory import ROW_BLOCK_BYTES, require_shapes
 from engine.checkpoint.rectangles import Shape, row_blocks, whole
 from engine.checkpoint.safetensors_file import SafetensorsFile, require_file
 from engine.config.schema import ModelConfig
@@ -99,7 +99,7 @@ class HuggingFaceDirectory:
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Read a whole tensor in blocks of rows, in order, as `read`."""
-        for block in row_blocks(self.tensors()[name], BLOCK_BYTES // torch.float32.itemsize):
+        for block in row_blocks(self.tensors()[name], ROW_BLOCK_BYTES // torch.float32.itemsize):
             yield self.read(name, block)
 
     def _in_stack(self, name: str, rectangle: Rectangle | None) -> tuple[str, Rectangle]:

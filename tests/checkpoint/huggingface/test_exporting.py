@@ -181,7 +181,7 @@ def test_tokenizer_files_made_for_transformers_pass_through_unchanged(tmp_path: 
 def test_memory_is_bounded_by_a_block_and_not_by_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elements read and alive at one time, both ways."""
     for module in (reader, directory):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 1024)
+        monkeypatch.setattr(module, "ROW_BLOCK_BYTES", 1024)
     hf = export_(tiny_checkpoint(tmp_path / "run"), tmp_path / "hf", dtype=torch.float32)
     alive, most = [0], [0]
     real = SafetensorsFile.tensor

@@ -1,8 +1,8 @@
 """Convert a Hugging Face directory to a run directory, or a run or checkpoint to a Hugging Face directory.
 
 The direction is inferred from the input. Memory use does not grow with the model or its tensors. With --verify, the
-two are compared: tensors, and, where transformers is installed, logits (for which the model must fit in memory in fp32),
-token ids and the ends of generated text.
+two are compared: tensors, and, where transformers is installed, logits (for which the model must fit in memory in
+fp32), token ids and the ends of generated text.
 """
 
 import argparse

@@ -46,7 +46,7 @@ class ModelDirectory(Protocol):
         """
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Read a whole weight in blocks of rows, in order, each of about ROW_BLOCK_BYTES, whatever the size of the weight.
+        """Read a whole weight in blocks of rows, in order, each of about ROW_BLOCK_BYTES.
 
         Raises:
             CheckpointError: as `read`; a checkpoint's hash of the weight is compared after its last block.

@@ -62,14 +62,16 @@ def test_the_first_line_of_a_recipe_is_a_sentence():
         assert first.startswith("# ") and first.endswith("."), path
 
 
-def test_families_with_recipes_have_them_for_8_64_and_512_gpus_and_are_in_those_of_fine_tuning():
-    """A model of another family takes the recipe of one of its size, with another model.preset."""
-    families = ("llama", "mistral", "qwen2", "qwen3", "starcoder2")
-    presets = {name for name, size in PRESETS.items() if size["family"] in families and not name.startswith("tiny")}
+def test_every_preset_has_a_recipe_for_8_64_and_512_gpus_and_is_in_those_of_fine_tuning():
+    """On one GPU, all that fit."""
+    presets = {name for name in PRESETS if not name.startswith("tiny")}
     sizes = {(row.recipe, row.ranks) for row in rows()}
     assert {(name, ranks) for name in presets for ranks in (8, 64, 512)} <= sizes
-    for recipe in ("sft-llama2-7b", "sft-one-gpu"):
-        assert {row.model for row in rows() if row.recipe == recipe} >= presets
+    assert {row.model for row in rows() if row.recipe == "sft-llama2-7b"} == presets
+    for name in presets - {row.model for row in rows() if row.recipe == "sft-one-gpu"}:
+        config = load("sft-one-gpu", presets=PRESETS, trained=lambda kind, path, name=name: (PRESETS[name], "byte"))
+        with pytest.raises(OutOfMemoryError):
+            check_run(config, 1, 1, *MEMORY_GIB["H200"])
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row.recipe}-{row.model}-{row.ranks}-{row.gpu}")

@@ -28,7 +28,7 @@ _RAMPUP = "not implemented: a global batch that grows; batch.global is constant"
 _ADAMW = "AdamW is the only optimizer; its settings are in the section optimizer"
 _QUANTIZED = "not implemented: training of quantized weights; precision.mode has fp32, bf16 and fp8"
 _DATASET = "data.train; a list of {path, weight} of token datasets, which `triaxis preprocess` makes from text"
-_TOKENIZER = "data.tokenizer; a SentencePiece model, a tokenizer.json, or a directory with one"
+_TOKENIZER = "data.tokenizer; SentencePiece, tokenizer.json, tekken.json, tiktoken or vocab.json, or a directory"
 _GPUS = "the number of GPUs is not a setting: `triaxis train CONFIG --gpus N`, `triaxis check CONFIG --gpus N`"
 _NODES = "the number of nodes is not a setting: `triaxis train CONFIG --gpus N --nodes M`"
 _TP_OVERLAP = "not implemented: matmuls that overlap with the communication of tensor parallelism"
@@ -110,7 +110,17 @@ HUGGING_FACE: Mapping[str, str] = {
     "hidden_act": "model.activation; swiglu, geglu or gelu",
     "initializer_range": "model.init_std",
     "tie_word_embeddings": "model.tie_embeddings",
-    "attention_bias": "model.qkv_bias; model.output_bias is that of the attention output and the feed-forward layers",
+    "hidden_activation": "model.activation; swiglu, geglu or gelu",
+    "layer_types": "model.window_layers; the layers with a sliding window",
+    "max_window_layers": "model.window_layers; the layers with a sliding window",
+    "rope_local_base_freq": "model.rope_local_theta",
+    "query_pre_attn_scalar": "model.attention_scale; 1 / the root of it",
+    "attn_logit_softcapping": "model.attention_softcap",
+    "final_logit_softcapping": "model.logits_softcap",
+    "embedding_multiplier": "model.embedding_scale",
+    "attention_multiplier": "model.attention_scale",
+    "residual_multiplier": "model.residual_scale",
+    "attention_bias": "model.qkv_bias; and model.output_bias, that of the attention output",
     "attention_dropout": _DROPOUT,
     "model_type": "model.family",
 }
@@ -137,7 +147,7 @@ MEGATRON: Mapping[str, str] = {
     "apply_layernorm_1p": "the same function: weights of norms are stored as they are, not minus 1",
     "qk_layernorm": "model.qk_norm",
     "swiglu": "model.activation; swiglu, without the switch gelu",
-    "squared_relu": "not implemented: squared ReLU; model.activation is swiglu or gelu",
+    "squared_relu": "not implemented: squared ReLU; model.activation is swiglu, geglu or gelu",
     "disable_bias_linear": "model.output_bias; true without the switch; with it model.qkv_bias is false too",
     "add_qkv_bias": "model.qkv_bias",
     "untie_embeddings_and_output_weights": "model.tie_embeddings; true without the switch",
@@ -279,9 +289,9 @@ MEGATRON: Mapping[str, str] = {
     "fim_data": "not implemented: fill-in-the-middle",
     "tokenizer_type": "data.tokenizer; its kind is found out from the file",
     "tokenizer_model": _TOKENIZER,
-    "vocab_file": "data.tokenizer; a tokenizer.json holds vocab.json and merges.txt",
-    "merge_file": "data.tokenizer; a tokenizer.json holds vocab.json and merges.txt",
-    "tiktoken_pattern": "data.tokenizer; tiktoken's files are not read, a tokenizer.json of the same tokenizer is",
+    "vocab_file": "data.tokenizer; a directory with vocab.json, merges.txt and tokenizer_config.json",
+    "merge_file": "data.tokenizer; a directory with vocab.json, merges.txt and tokenizer_config.json",
+    "tiktoken_pattern": "data.tokenizer; not Megatron-LM's JSON of tiktoken: a tekken.json or a tokenizer.json",
     "log_interval": "log.interval",
     "log_throughput": _ALWAYS,
     "log_params_norm": "not implemented: the norm of the parameters; that of the gradients is logged",

@@ -297,7 +297,7 @@ class DataConfig(Section):
     """Datasets, tokenizer, and construction of sequences of `seq_length` tokens."""
 
     tokenizer: str = Field(
-        description="a SentencePiece .model, a Hugging Face tokenizer.json, or `byte`; by default that of model.from_*"
+        description="a tokenizer's file, a directory with one, or `byte`; by default that of model.from_*"
     )
     train: list[DatasetConfig] = Field(
         min_length=1, description="sft: the weight must be an integer, the repeats of the dataset per epoch"

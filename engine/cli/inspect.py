@@ -198,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     parser = program_parser("inspect", __doc__, EXAMPLES)
     add = parser.add_argument
     add("prefix", type=Path, help="the dataset, without .bin or .idx")
-    add("--tokenizer", metavar="SPEC", help="decode to text with a .model, a tokenizer.json, a directory, or `byte`")
+    add("--tokenizer", metavar="SPEC", help="decode to text with a tokenizer's file or directory, or `byte`")
     add("--verify", action="store_true", help="check every block's checksum, every pointer and every token id")
     add("--seal", action="store_true", help="verify a dataset without checksums, or a changed one, and write them")
     add("--vocab-size", type=int, metavar="V", help="upper bound of ids (default: from the tokenizer, or as recorded)")

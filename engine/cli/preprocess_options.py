@@ -78,10 +78,7 @@ def _check(options: argparse.Namespace) -> None:
             f"HuggingFaceTokenizer or ByteTokenizer"
         )
     if not options.tokenizer_model and KINDS.get((name or "").lower()) != "byte":
-        raise ConfigError(
-            "--tokenizer-model is missing: "
-            "a SentencePiece model, a tokenizer.json, a directory that contains one, or `byte`"
-        )
+        raise ConfigError("--tokenizer-model is missing: a tokenizer's file, a directory that contains one, or `byte`")
     require_at_least(1, workers=options.workers, log_interval=options.log_interval)
     require_at_least(2, max_length=options.max_length)
     if len(set(options.json_keys)) < len(options.json_keys):

@@ -200,8 +200,7 @@ def test_existing_output_is_not_replaced_unasked(folder, main):
         (
             ("--input", "a.jsonl"),
             64,
-            "error: --tokenizer-model is missing: a SentencePiece model, a tokenizer.json, "
-            "a directory that contains one",
+            "error: --tokenizer-model is missing: a tokenizer's file, a directory that contains one, or `byte`",
         ),
         (("--input", "a.jsonl", "--tokenizer-model", "gone.model"), 64, "'gone.model': no such file"),
         (("--input", "a.jsonl", "--tokenizer-type", "GPT2BPETokenizer"), 64, "GPT2BPETokenizer is unknown; expected"),

@@ -275,10 +275,8 @@ def _tokenizer(a: Arguments, notes: Notes) -> str:
     kind, path = a.text("tokenizer_type"), a.text("tokenizer_model")
     if path is None or kind not in _MODEL_FILES:
         names = [name for name in ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file") if a.switch(name)]
-        given = f"{a.shown(*names)}: such files are not read" if names else f"no {flag('tokenizer_type')}"
-        notes.todo.append(
-            f"data.tokenizer: {given}; set a SentencePiece model, a tokenizer.json, or a directory with one"
-        )
+        given = f"{a.shown(*names)}: not translated" if names else f"no {flag('tokenizer_type')}"
+        notes.todo.append(f"data.tokenizer: {given}; set a tokenizer's file (docs/data.md) or a directory with one")
         return "tokenizer.json"
     if not Path(path).exists():
         notes.todo.append(

@@ -26,7 +26,6 @@ from engine.checkpoint.load import load_decoder
 from engine.checkpoint.reader import Checkpoint
 from engine.config.schema import ModelConfig, ParallelConfig
 from engine.data.tokenizers.load import load_tokenizer
-from engine.model.attention import attend_within
 from engine.model.families import FAMILIES
 from engine.model.parameters import logical_shapes
 from engine.testing.models import tiny_config
@@ -105,7 +104,7 @@ def test_there_and_back(family: str, kv_heads: int, tied: bool, tmp_path: Path) 
         same_tensors(folder / "hf", out)
 
         decoder, _ = load_decoder(folder / "run", torch.float32, torch.device("cpu"))
-        hidden = decoder(tokens, torch.arange(TOKENS), attend_within((0, TOKENS), model.sliding_window))
+        hidden = decoder(tokens, torch.arange(TOKENS), decoder.attend_within((0, TOKENS)))
         with no_warnings():
             again = transformers.AutoModelForCausalLM.from_pretrained(
                 out, dtype=torch.float32, attn_implementation="eager"

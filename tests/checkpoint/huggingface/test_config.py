@@ -295,6 +295,7 @@ MUTATIONS: list[tuple[str, Any]] = [
 def test_a_changed_setting_is_refused_or_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
     """Each in turn, in one directory; none is imported as another model."""
     transformers = pytest.importorskip("transformers")
+    no_init_weights = pytest.importorskip("transformers.initialization").no_init_weights
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(family, **SMALL | WINDOWS.get(family, {}))
@@ -322,7 +323,7 @@ def test_a_changed_setting_is_refused_or_gives_the_logits_of_transformers(family
             continue
         try:
             config = transformers.AutoConfig.from_pretrained(tmp_path)
-            with transformers.initialization.no_init_weights():  # much faster than `from_pretrained`
+            with no_init_weights():  # much faster than `from_pretrained`
                 theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
             theirs.load_state_dict(state)
             with torch.no_grad():

@@ -5,6 +5,7 @@ rank verifies only what it loads.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Checkpoint:
         """The argument for `load_tokenizer`; None for an imported model without a tokenizer."""
         if self.tokenizer_dir:
             return str(self.tokenizer_dir)
-        data = self._config().get("data")
+        data = self._config.get("data")
         return data.get("tokenizer") if isinstance(data, dict) else None
 
     @property
@@ -101,12 +102,13 @@ class Checkpoint:
             CheckpointError: the section is missing or invalid.
         """
         try:
-            model = ModelConfig.model_validate(self._config().get("model"))
+            model = ModelConfig.model_validate(self._config.get("model"))
             family_of(model.family)
             return model
         except (ValidationError, ConfigError) as error:
             raise CheckpointError(f"{self.config_yaml_path}: no usable model section: {error}") from None
 
+    @cached_property
     def _config(self) -> dict[str, Any]:
         try:
             content = yaml.safe_load(self.config_yaml_path.read_text(encoding="utf-8"))

@@ -18,7 +18,9 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "tiny-olmo2": {"batch.global": 8, "model.num_kv_heads": 1},
     "tiny-gemma2": {"batch.global": 12, "train.z_loss": 1e-3, "model.sliding_window": 12},
     "tiny-gemma3": {"batch.global": 8, "model.sliding_window": 12},
-    "tiny-granite": {"batch.global": 12},
+    "tiny-granite": {"batch.global": 12, "model.init_std": 0.15},  # or no step is clipped
+    "tiny-phi3": {"batch.global": 8},
+    "tiny-ministral": {"batch.global": 12, "model.sliding_window": 12},
 }
 # Microbatches per rank, by sequences per step and pipeline stages: multiples of the stages, and others. Fewer if data
 # parallelism leaves fewer sequences.

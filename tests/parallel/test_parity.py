@@ -19,7 +19,10 @@ QWEN3 = Problem("tiny-qwen3", {"batch.global": 4, "data.document_mask": False, "
 STARCODER2 = Problem("tiny-starcoder2", {"batch.global": 8, "train.z_loss": 1e-3, "model.sliding_window": 12})
 OLMO2 = Problem("tiny-olmo2", {"batch.global": 4, "model.num_kv_heads": 1})  # which ranks share, in norms as well
 GEMMA2 = Problem("tiny-gemma2", {"batch.global": 4, "model.sliding_window": 12})
-GRANITE = Problem("tiny-granite", {"batch.global": 4})
+GEMMA3 = Problem("tiny-gemma3", {"batch.global": 4, "model.sliding_window": 12})
+GRANITE = Problem("tiny-granite", {"batch.global": 4, "model.init_std": 0.15})
+PHI3 = Problem("tiny-phi3", {"batch.global": 4})
+MINISTRAL = Problem("tiny-ministral", {"batch.global": 4, "model.sliding_window": 12})
 
 TABLE = [
     (
@@ -67,7 +70,10 @@ TABLE = [
     ),
     (OLMO2, [Case(Parallel(tp=2, pp=2, recompute="selective"), micro=2), Case(Parallel(tp=4), micro=4)]),
     (GEMMA2, [Case(Parallel(tp=2), dp=2, micro=2), Case(Parallel(pp=2, recompute="selective"), micro=2)]),
+    (GEMMA3, [Case(Parallel(tp=2, pp=2), micro=2)]),
     (GRANITE, [Case(Parallel(tp=2, pp=2), micro=2)]),
+    (PHI3, [Case(Parallel(tp=2), micro=2)]),
+    (MINISTRAL, [Case(Parallel(pp=2), micro=2)]),
 ]
 
 

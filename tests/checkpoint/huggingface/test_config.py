@@ -295,6 +295,7 @@ MUTATIONS: list[tuple[str, Any]] = [
 def test_a_changed_setting_is_refused_or_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
     """Each in turn, in one directory; none is imported as another model."""
     transformers = pytest.importorskip("transformers")
+    no_init_weights = pytest.importorskip("transformers.initialization").no_init_weights
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(family, **SMALL | WINDOWS.get(family, {}))
@@ -303,6 +304,7 @@ def test_a_changed_setting_is_refused_or_gives_the_logits_of_transformers(family
         torch.nn.init.normal_(parameter, std=0.2)
     made.save_pretrained(tmp_path)
     write_word_tokenizer(tmp_path)
+    state = made.state_dict()
     before = json.loads((tmp_path / "config.json").read_text())
     tokens = torch.randint(0, 96, (24,))
     right, wrong = [], []
@@ -320,7 +322,10 @@ def test_a_changed_setting_is_refused_or_gives_the_logits_of_transformers(family
         except CheckpointError:
             continue
         try:
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+            config = transformers.AutoConfig.from_pretrained(tmp_path)
+            with no_init_weights():  # much faster than `from_pretrained`
+                theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            theirs.load_state_dict(state)
             with torch.no_grad():
                 ours = decoder.logits(decoder(tokens, torch.arange(24), decoder.attend_within((0, 24))))
                 torch.testing.assert_close(ours, theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-4)

@@ -153,8 +153,13 @@ class HuggingFaceDirectory:
         self.ignored.append(f"{HEAD} (the embedding once more)")
 
     def _model_config(self) -> ModelConfig:
+        layers = self.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self._files):  # before up to a billion layers are listed
+            raise CheckpointError(
+                f"{self.path / CONFIG}: num_hidden_layers = {layers}, but there are only {len(self._files)} tensors"
+            )
         try:
-            model = ModelConfig.model_validate(model_config_from_hf(self.config))
+            return ModelConfig.model_validate(model_config_from_hf(self.config))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -162,12 +167,6 @@ class HuggingFaceDirectory:
             raise CheckpointError(f"{self.path / CONFIG}: {seen}{first['msg']}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{self.path / error.args[0]}") from None
-        if model.num_layers > len(self._files):  # before the names of up to a billion layers are generated
-            raise CheckpointError(
-                f"{self.path / CONFIG}: num_hidden_layers = {model.num_layers}, "
-                f"but there are only {len(self._files)} tensors"
-            )
-        return model
 
     def _open_weights(self) -> dict[str, SafetensorsFile]:
         """Open the weight files. Return the file of each tensor."""

@@ -90,10 +90,11 @@ class HuggingFaceDirectory:
         if name in self._parts:
             name, rectangle = self._in_stack(name, rectangle)
         tensor = self._files[name].tensor(name, rectangle)
-        if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # as fast as memory; NaN is both extremes
-            count = int((~torch.isfinite(tensor)).sum())
+        # as fast as memory; NaN is both extremes, and values of fp64 may be infinite in the masters
+        if tensor.numel() and not all(math.isfinite(extreme.float()) for extreme in tensor.aminmax()):
+            count = int((~torch.isfinite(tensor.float())).sum())
             raise CheckpointError(
-                f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite"
+                f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite in fp32"
             )
         return tensor
 

@@ -23,7 +23,7 @@ from engine.data.tokenizers.definition import Definition, TokenizerJson, added_t
 from engine.data.tokenizers.files import CONVERSION, read_tokenizer_file, read_tokenizer_json
 from engine.errors import ConfigError
 
-MAX_SPECIAL, MAX_TOKEN_BYTES = 100_000, 4096  # in a tekken.json; published ones have 1000 and less than 200
+_MAX_SPECIAL, _MAX_TOKEN_BYTES = 100_000, 4096  # in a tekken.json; published ones have 1000 and less than 200
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 CL100K = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -103,9 +103,9 @@ def _tekken(path: Path) -> TokenizerJson:
         pattern = str(config["pattern"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is a damaged tekken.json: {type(error).__name__}: {error}") from None
-    if count > MAX_SPECIAL or any(len(token) > MAX_TOKEN_BYTES for token in tokens):
+    if count > _MAX_SPECIAL or any(len(token) > _MAX_TOKEN_BYTES for token in tokens):
         raise ConfigError(
-            f"{path} has more than {MAX_SPECIAL} special tokens or a token of more than {MAX_TOKEN_BYTES} bytes"
+            f"{path} has more than {_MAX_SPECIAL} special tokens or a token of more than {_MAX_TOKEN_BYTES} bytes"
         )
     if not len(named) <= count <= size <= count + len(tokens):
         raise ConfigError(

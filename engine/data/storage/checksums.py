@@ -25,7 +25,7 @@ from engine.errors import DataFormatError
 
 SEALED_BLOCK = 4 << 20  # bytes
 READERS = 8  # threads; a solid-state disk needs several requests at a time
-QUEUED = 1024  # blocks
+_QUEUED = 1024  # blocks
 SEALED_KINDS = ("idx", "bin", "mask.bin", "json")
 _MAGIC, _VERSION = b"TRXSUMS\x00", 1
 _HEADER = struct.Struct("<8sQ4Q")
@@ -167,8 +167,8 @@ def hash_blocks(
         return len(content), hashed
 
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(blocks), QUEUED):
-            yield from pool.map(read, blocks[start : start + QUEUED])
+        for start in range(0, len(blocks), _QUEUED):
+            yield from pool.map(read, blocks[start : start + _QUEUED])
 
 
 def num_blocks(size: int) -> int:

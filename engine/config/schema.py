@@ -95,6 +95,8 @@ class RopeScaling(Section):
             raise PydanticCustomError(
                 "rope", "short_factor and long_factor belong to rope_type longrope, which needs both"
             )
+        if kind == "longrope" and self.original_max_position == 1:
+            raise PydanticCustomError("rope", "rope_type longrope needs an original_max_position of more than 1")
         if self.low_freq_factor >= self.high_freq_factor:
             raise PydanticCustomError("rope", "low_freq_factor must be less than high_freq_factor")
         return self
@@ -147,10 +149,12 @@ class ModelConfig(Section):
     logits_softcap: PositiveFloat | None = Field(
         None, description="limits the logits to softcap · tanh(logit / softcap)"
     )
-    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary frequencies")
+    rope_theta: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
     rope_scaling: RopeScaling | None = Field(None, description="scaling of the rotary frequencies")
-    rope_local_theta: PositiveFloat | None = Field(
-        None, description="rope_theta of layers with a sliding window, without rope_scaling; null: as the other layers"
+    rope_local_theta: float | None = Field(
+        None,
+        gt=1,
+        description="rope_theta of layers with a sliding window, without rope_scaling; null: as the other layers",
     )
     partial_rotary_factor: float = Field(1.0, gt=0, le=1, description="share of a head's features that is rotated")
     sliding_window: PositiveInt | None = Field(

@@ -109,7 +109,8 @@ def _every_layer(_: Mapping[str, Any], layers: int) -> Iterable[int]:
 
 
 def _from_max_window_layers(config: Mapping[str, Any], layers: int) -> Iterable[int]:
-    return range(config.get("max_window_layers", 28), layers) if config.get("use_sliding_window") else ()
+    first = config.get("max_window_layers")
+    return [layer for layer in range(layers) if layer >= (28 if first is None else first)]
 
 
 def _every_other(_: Mapping[str, Any], layers: int) -> Iterable[int]:
@@ -117,7 +118,7 @@ def _every_other(_: Mapping[str, Any], layers: int) -> Iterable[int]:
 
 
 def _all_but_every_sixth(config: Mapping[str, Any], layers: int) -> Iterable[int]:
-    return (layer for layer in range(layers) if (layer + 1) % config.get("sliding_window_pattern", 6))
+    return (layer for layer in range(layers) if (layer + 1) % (config.get("sliding_window_pattern") or 6))
 
 
 def _number(name: str, field: str, default: float) -> ConfigKey:

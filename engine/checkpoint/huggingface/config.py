@@ -54,6 +54,8 @@ _HARMLESS = frozenset({
     "gradient_checkpointing", "keys_to_ignore_at_inference",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
+# numbers that the rows of families compute with: the smallest
+_LEAST = {"max_window_layers": 0, "sliding_window_pattern": 1, "query_pre_attn_scalar": 1}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ROPE_KEYS = {  # by type
     "linear": ("factor",),
@@ -191,8 +193,11 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
         if key in only:
             if seen != only[key] and not (seen is None and only[key] is False):
                 yield f"{key} = {seen!r} is not supported; expected {only[key]!r}"
-        elif key in known or key.startswith("_") or seen is None:
+        elif key.startswith("_") or seen is None:
             continue
+        elif key in known:
+            if key in _LEAST and not (isinstance(seen, (int, float)) and seen >= _LEAST[key]):
+                yield f"{key} = {seen!r}; expected a number of at least {_LEAST[key]}"
         elif key not in off:
             yield f"{key} = {seen!r} is unknown and may change the model; remove it from config.json if it does not"
         elif key == "quantization_config":
@@ -201,12 +206,18 @@ def _unsupported(config: Mapping[str, Any], family: Family) -> Iterator[str]:
             yield f"{key} = {seen!r} names code, which is not run; remove it if transformers has {family.architecture}"
         elif seen != off[key]:
             yield f"{key} = {seen!r} is not supported; expected {off[key]!r}"
-    if (kinds := config.get("layer_types")) is not None and len(kinds) != config.get("num_hidden_layers"):
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        yield f"layer_types = {kinds!r}; expected a list of texts"
+        return
+    if len(kinds) != config.get("num_hidden_layers"):
         yield f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {config.get('num_hidden_layers')}"
     if family.windows is None or "layer_types" not in family.window_keys:
         kind = _FULL if family.windows is None or _window(config, family) is None else _SLIDING
-        if set(config.get("layer_types") or ()) - {kind}:
-            seen = ", ".join(sorted(set(map(str, config["layer_types"]))))
+        if set(kinds) - {kind}:
+            seen = ", ".join(sorted(set(kinds)))
             yield f"layer_types has {seen}; expected {kind} only, as every layer of {family.architecture} is alike"
 
 
@@ -236,7 +247,7 @@ def _windows(config: Mapping[str, Any], family: Family) -> tuple[int | None, tup
     layers, window = _count(config, "num_hidden_layers"), _window(config, family)
     kinds = config.get("layer_types") if "layer_types" in family.window_keys else None
     if kinds is None:
-        windowed = tuple(family.windows(config, layers)) if window else ()
+        windowed = () if window is None else tuple(family.windows(config, layers))
     elif not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {_FULL, _SLIDING}:
         raise CheckpointError(f"config.json: layer_types = {kinds!r}; expected {layers} of {_FULL} or {_SLIDING}")
     else:
@@ -279,7 +290,8 @@ def _rope(config: Mapping[str, Any], family: Family) -> Json:
         raise CheckpointError(f"config.json: rope_theta is {outer!r}, but {inner!r} among the rotary settings")
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
-    partial = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    partial = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    partial = 1.0 if partial is None else partial
     if kind in ("su", "yarn") and family.rope_types == ("longrope",):  # Phi-3's earlier names
         kind = "longrope"
     if kind not in ("default", *family.rope_types):
@@ -325,6 +337,9 @@ def _scaling(kind: str, rope: Json, config: Mapping[str, Any], family: Family) -
         outer = config.get("original_max_position_embeddings", family.defaults.get("original_max_position_embeddings"))
         inner = rope.get("original_max_position_embeddings")
         found["original_max_position"] = outer or inner or config.get("max_position_embeddings")
+    for key in ("factor", "mscale", "mscale_all_dim"):
+        if not isinstance(rope.get(key, 1), (int, float)):
+            raise CheckpointError(f"config.json: {key} = {rope[key]!r} of the rotary positions; expected a number")
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if kind == "yarn" and mscale and all_dim and "attention_factor" not in rope and rope["factor"] > 1:
         over, under = (0.1 * scale * math.log(rope["factor"]) + 1 for scale in (mscale, all_dim))

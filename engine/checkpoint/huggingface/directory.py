@@ -90,10 +90,11 @@ class HuggingFaceDirectory:
         if name in self._parts:
             name, rectangle = self._in_stack(name, rectangle)
         tensor = self._files[name].tensor(name, rectangle)
-        if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):  # as fast as memory; NaN is both extremes
-            count = int((~torch.isfinite(tensor)).sum())
+        # as fast as memory; NaN is both extremes, and values of fp64 may be infinite in the masters
+        if tensor.numel() and not all(math.isfinite(extreme.float()) for extreme in tensor.aminmax()):
+            count = int((~torch.isfinite(tensor.float())).sum())
             raise CheckpointError(
-                f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite"
+                f"{self._files[name].path}: {name} is damaged: {counted(count, 'value')} NaN or infinite in fp32"
             )
         return tensor
 
@@ -153,8 +154,13 @@ class HuggingFaceDirectory:
         self.ignored.append(f"{HEAD} (the embedding once more)")
 
     def _model_config(self) -> ModelConfig:
+        layers = self.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self._files):  # before up to a billion layers are listed
+            raise CheckpointError(
+                f"{self.path / CONFIG}: num_hidden_layers = {layers}, but there are only {len(self._files)} tensors"
+            )
         try:
-            model = ModelConfig.model_validate(model_config_from_hf(self.config))
+            return ModelConfig.model_validate(model_config_from_hf(self.config))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
@@ -162,12 +168,6 @@ class HuggingFaceDirectory:
             raise CheckpointError(f"{self.path / CONFIG}: {seen}{first['msg']}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{self.path / error.args[0]}") from None
-        if model.num_layers > len(self._files):  # before the names of up to a billion layers are generated
-            raise CheckpointError(
-                f"{self.path / CONFIG}: num_hidden_layers = {model.num_layers}, "
-                f"but there are only {len(self._files)} tensors"
-            )
-        return model
 
     def _open_weights(self) -> dict[str, SafetensorsFile]:
         """Open the weight files. Return the file of each tensor."""

@@ -137,8 +137,8 @@ class _PlainData:
 
 def _with_thoughts(message: Message) -> Message:
     """Add a message's thoughts under all of `THOUGHTS`, if it has them under one: a template reads any of these."""
-    thoughts = next((message[key] for key in THOUGHTS if isinstance(message.get(key), str)), None)
-    return message if thoughts is None else {**dict.fromkeys(THOUGHTS, thoughts), **message, THOUGHTS[0]: thoughts}
+    own = {key: message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key]}
+    return {**message, **dict.fromkeys(THOUGHTS, next(iter(own.values()))), **own} if own else message
 
 
 def _without_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[Span]]:

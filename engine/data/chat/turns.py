@@ -44,6 +44,14 @@ class EndOfTurn:
         """Return the special token at `offset` of `text`."""
         return max((token for token in self.special if text.startswith(token, offset)), key=len, default=None)
 
+    def first(self, text: str) -> set[str]:
+        """Return the special tokens before any other text."""
+        found: set[str] = set()
+        while token := self.at(text := text.lstrip(), 0):
+            found.add(token)
+            text = text.removeprefix(token)
+        return found
+
     def extend(self, text: str, span: Span) -> Span:
         """Extend a span of `text` by the end of turn that follows it, unless it ends with one already."""
         start, end = span
@@ -139,10 +147,14 @@ class TurnFinder:
         return (start, end) if self._text.startswith(turn.head + turn.text) else None
 
     def by_other_end(self, turn: _Turn) -> Span | None:
-        """Match the turn with another special token at its end, as gpt-oss has it in the middle of a conversation."""
+        """Match the turn with another special token at its end, as gpt-oss has it in the middle of a conversation; not
+        with one that begins the conversation, as it would begin the next turn.
+        """
         body = turn.head + turn.text.removesuffix(self._end.token)
         found = self._end.at(self._text, len(body)) if self._text.startswith(body) else None
-        return (len(turn.head), len(body) + len(found)) if found else None
+        if found is None or found in self._end.first(self._text):
+            return None
+        return len(turn.head), len(body) + len(found)
 
     def after_shortening(self, turn: _Turn) -> Span | None:
         """Match everything before the turn; the text then has a shorter turn, up to the next end of turn."""

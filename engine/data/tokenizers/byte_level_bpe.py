@@ -23,6 +23,7 @@ from engine.data.tokenizers.definition import Definition, TokenizerJson, added_t
 from engine.data.tokenizers.files import CONVERSION, read_tokenizer_file, read_tokenizer_json
 from engine.errors import ConfigError
 
+_MAX_SPECIAL, _MAX_TOKEN_BYTES = 100_000, 4096  # in a tekken.json; published ones have 1000 and less than 200
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 CL100K = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -98,16 +99,20 @@ def _tekken(path: Path) -> TokenizerJson:
         config, entries = file["config"], file.get("special_tokens")
         named = TEKKEN_SPECIAL if entries is None else [entry["token_str"] for entry in _by_rank(entries)]
         size, count = int(config["default_vocab_size"]), int(config["default_num_special_tokens"])
-        special = dict(enumerate(chain(named, (f"<SPECIAL_{i}>" for i in range(len(named), count)))))
         tokens = [base64.b64decode(entry["token_bytes"], validate=True) for entry in _by_rank(file["vocab"])]
         pattern = str(config["pattern"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is a damaged tekken.json: {type(error).__name__}: {error}") from None
+    if count > _MAX_SPECIAL or any(len(token) > _MAX_TOKEN_BYTES for token in tokens):
+        raise ConfigError(
+            f"{path} has more than {_MAX_SPECIAL} special tokens or a token of more than {_MAX_TOKEN_BYTES} bytes"
+        )
     if not len(named) <= count <= size <= count + len(tokens):
         raise ConfigError(
             f"{path} has {len(tokens)} tokens and {len(named)} special tokens, "
             f"but names a vocabulary of {size} with {count} special tokens"
         )
+    special = dict(enumerate(chain(named, (f"<SPECIAL_{i}>" for i in range(len(named), count)))))
     return from_ranks({token: count + i for i, token in enumerate(tokens[: size - count])}, pattern, special)
 
 

@@ -21,6 +21,7 @@ COMPANIONS = (  # files that transformers keeps next to the model file
     "generation_config.json",
 )  # fmt: skip
 
+_MAX_BYTES = 1 << 28
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -56,9 +57,11 @@ def read_tokenizer_file(path: Path) -> bytes:
     """Return the content of a file.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or is much larger than any published one.
     """
     try:
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise ConfigError(f"{path} has {size} bytes; files of tokenizers are read up to {_MAX_BYTES}")
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the tokenizer {path}: {error.strerror}") from None

@@ -1,9 +1,12 @@
+import contextlib
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from engine.checkpoint.huggingface.config import hf_config, ignored_settings, model_config_from_hf
 from engine.checkpoint.load import load_decoder
@@ -138,6 +141,35 @@ def test_missing_keys_mean_what_transformers_means() -> None:
         assert ours["init_std"] == theirs.initializer_range, name
         if family.windows and "use_sliding_window" not in family.window_keys:
             assert ours["sliding_window"] == theirs.sliding_window, name
+
+
+UNUSABLE = [
+    0,
+    -1,
+    1.5,
+    "x",
+    [],
+    {},
+    [[]],
+    [{}],
+    True,
+    {"rope_type": "yarn", "factor": "8", "mscale": 1, "mscale_all_dim": 2},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_of_any_type_are_refused_or_read(family: str) -> None:
+    """No setting makes the reader fail with anything but a message about config.json."""
+    preset = next(name for name in PRESETS if name.startswith("tiny") and PRESETS[name]["family"] == family)
+    written = hf_config(ModelConfig(**PRESETS[preset]), dtype=torch.float32, bos_id=1, eos_id=2) | {
+        "sliding_window_pattern": 2
+    }
+    if family.startswith("qwen"):
+        written["use_sliding_window"] = True
+    for key, value, without in product(written, UNUSABLE, (set(), {"layer_types"})):
+        config = {name: seen for name, seen in written.items() if name not in without} | {key: value}
+        with contextlib.suppress(CheckpointError, ValidationError):
+            ModelConfig.model_validate(model_config_from_hf(config))
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown architecture": (lambda hf: set_config(hf, architectures=["EvilForCausalLM"]), "EvilForCausalLM"),
     "no architecture": (lambda hf: set_config(hf, architectures=None), "architectures = None"),
     "a billion layers": (lambda hf: set_config(hf, num_hidden_layers=10**9), "num_hidden_layers = 1000000000"),
+    "a trillion layers with windows": (
+        lambda hf: set_config(hf, architectures=["MistralForCausalLM"], model_type="mistral", num_hidden_layers=10**12),
+        "num_hidden_layers = 1000000000000",
+    ),
     "huge hidden size": (lambda hf: set_config(hf, hidden_size=2**60), r"are not those of its config\.json"),
     "negative epsilon": (lambda hf: set_config(hf, rms_norm_eps=-1.0), r"config\.json: norm_eps = -1\.0"),
     "words for numbers": (lambda hf: set_config(hf, rope_theta="big"), r"config\.json: rope_theta = 'big'"),

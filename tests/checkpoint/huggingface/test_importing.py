@@ -54,6 +54,16 @@ def test_a_head_stored_beside_tied_embeddings(tmp_path: Path, monkeypatch: pytes
         import_(hf, tmp_path / "other")
 
 
+def test_fp64_weights_beyond_fp32(tmp_path: Path) -> None:
+    hf = export_(tiny_checkpoint(tmp_path / "run"), tmp_path / "hf")
+    name = "model.norm.weight"
+    edit_weights(
+        hf, lambda tensors: tensors.update({name: tensors[name].double().index_fill(0, torch.tensor(3), 1e39)})
+    )
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: 1 value NaN or infinite in fp32"):
+        import_(hf, tmp_path / "imported")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
 def test_weights_that_are_not_numbers(tmp_path: Path, name: str, value: float) -> None:

@@ -140,6 +140,17 @@ def test_thoughts_under_any_name_are_written(tokenizer, folder, key, read):
     assert text == theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_an_empty_name_does_not_hide_thoughts(tokenizer, key, read, empty):
+    source = "{% for m in messages %}{{ m.role + (m.KEY or '') + m.content + '<|im_end|>' }}{% endfor %}"
+    messages = conversation("u", "a")
+    messages[1] |= {"reasoning_content": empty, "thinking": empty, "reasoning": empty, key: "counted"}
+    text = encoder(tokenizer, source.replace("KEY", read)).template.render(messages, "all").text
+    assert text.endswith("assistantcounteda<|im_end|>")
+
+
 def test_a_template_that_needs_tools(tokenizer):
     """Its end of turn is found, and it renders conversations with tools."""
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]

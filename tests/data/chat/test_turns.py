@@ -214,3 +214,12 @@ def test_another_end_in_the_middle_of_a_conversation(tokenizer):
     dotted = encoder(tokenizer, source.replace("m.content }}", "m.content + ('' if loop.last else '.') }}")).template
     with pytest.raises(ConversationError, match="message 1: the template"):
         targets(dotted, conversation("u", "a", "v", "b"))
+
+
+@pytest.mark.parametrize("begin", ["<|im_start|>user\\n", "<s><|im_start|>", "<s>"])
+def test_a_token_that_begins_the_next_turn_is_not_the_end_of_one(tokenizer, begin):
+    source = """{% for m in messages %}{% if m.role == 'user' %}{{ 'BEGIN' + m.content + '<|user|>' }}
+    {%- else %}{{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"""
+    template = encoder(tokenizer, source.replace("BEGIN", begin)).template
+    with pytest.raises(ConversationError, match="message 1: the template renders this assistant turn differently"):
+        targets(template, conversation("u", "a", "v", "b"))

@@ -1,5 +1,6 @@
 """Tekken, tiktoken, `vocab.json` with `merges.txt`, and added tokens: ids are those of the libraries of these files."""
 
+import base64
 import hashlib
 import json
 import shutil
@@ -124,6 +125,16 @@ CLASSES = {
     "gpt2, with a space": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "add_prefix_space": True},
     "qwen2": {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<|endoftext|>"},
 }
+
+
+def test_a_tekken_file_that_would_take_all_memory_or_hours(tekken, ranks):
+    content = json.loads(tekken.read_text())
+    size = {"default_vocab_size": 10**12, "default_num_special_tokens": 10**12}
+    long = [{"rank": 0, "token_bytes": base64.b64encode(b"a" * 10**6).decode(), "token_str": None}]
+    for changes in ({"config": content["config"] | size}, {"vocab": long}):
+        tekken.write_text(json.dumps(content | changes))
+        with pytest.raises(ConfigError, match="special tokens or a token of more than 4096 bytes"):
+            load_tokenizer(tekken)
 
 
 @pytest.mark.parametrize("config", CLASSES.values(), ids=CLASSES)

@@ -43,7 +43,7 @@ _PAUSE_S = 5.0  # between two looks: this host, or its container, was suspended
 _SILENT_S = 1.5  # without a turn of the rank's thread: an interpreter lock is held
 _LAST_S = 0.5  # from the order to end until the rank is killed
 _LISTEN_S = 60.0
-_HANG = "a hang"
+HANG = "a hang"
 _ALARM, _VERDICT = "alarm", "verdict"
 
 
@@ -203,7 +203,7 @@ class Guard:
         self._end_rank(PeerError.exit_code)
 
     def _answer_hang(self, limit_s: float) -> None:
-        self.activity.cause = _HANG
+        self.activity.cause = HANG
         own = self._report()
         self._signal(STACKS_SIGNAL)
         if own.stopped:

@@ -27,10 +27,11 @@ from engine.errors import PeerError, TriaxisError, as_triaxis_error
 from engine.parallel.activity import Activity, Limits
 from engine.parallel.agreement import broadcast_ints
 from engine.parallel.layout import World
-from engine.train.guard import STACKS_SIGNAL, Guard, Seat
+from engine.train.guard import HANG, STACKS_SIGNAL, Guard, Seat
 
 _TICK_S = 0.2
 _HEARD_S = 1.0  # in which the watchdog hears of the rank that ended the connection
+_HANG_S = 10.0  # in which the guard ends a rank after a hang
 _COMMUNICATES = {  # functions that wait for other ranks; None: all of the module
     "engine.parallel.collectives": None,
     "engine.parallel.agreement": None,
@@ -121,6 +122,8 @@ class Watchdog:
         until = time.monotonic() + _HEARD_S * (self._line is not None)
         while not self.activity.cause and time.monotonic() < until:
             time.sleep(0.02)
+        if self.activity.cause == HANG:  # whose guards end the ranks one after another, with one code
+            self._ended.wait(_HANG_S)
         if cause := self.activity.cause:
             lost.args = (f"this rank ends with another one: {cause}",)
             lost.reported_elsewhere, lost.patience_s = True, 0.5

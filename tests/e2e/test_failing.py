@@ -40,7 +40,12 @@ def seconds_since_failure(workspace: Path) -> float:
     [
         ("out_of_memory+stuck", 4, "72", rf"error: rank 3 {WHERE}: OutOfMemoryError: CUDA out of memory."),
         ("bug", 2, "1", rf"ValueError: broken on purpose\n(\[rank1\]: |  )?rank 1 {WHERE}\n"),
-        ("killed", 2, "-9", "Signal 9"),
+        (
+            "killed",
+            2,
+            "-9",
+            "Signal 9|killed, often",
+        ),  # of torchrun, or of the process beside the rank if it was faster
     ],
 )
 def test_a_rank_fails_alone(workspace, kind, ranks, code, report):

@@ -73,7 +73,10 @@ class HangError(TriaxisError):
     """A rank makes no progress; see `engine/train/guard.py`."""
 
     exit_code = 70
-    advice = "rerun the same command to resume; the stacks of all ranks say where they were"
+    advice = (
+        "rerun the same command to resume; the stacks of all ranks say where they were. If they were only slow, raise "
+        "parallel.hang_s, or set it to null"
+    )
 
 
 class NonFiniteError(TriaxisError):

@@ -232,11 +232,11 @@ class ParallelConfig(Section):
         le=7 * 24 * 3600,
         description="seconds that ranks wait for each other, at the start and in every collective",
     )
-    hang_s: Annotated[float, Field(ge=1)] | Literal["auto"] = Field(
+    hang_s: Annotated[float, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto",
         description="seconds without progress after which a run ends with code 70, with the stacks of all ranks in "
-        "run.dir/hangs and the late rank named; auto: ten times the longest phase of its kind so far, at least 120 "
-        "(600 where storage is read or written), at most timeout_s",
+        "run.dir/hangs and the late rank named; auto: ten times the longest phase of its kind so far, at least 300 "
+        "(600 where storage is read or written), at most timeout_s or twice the longest; null: no watchdog",
     )
     connect_timeout_s: int = Field(
         60, ge=5, le=3600, description="seconds after which a connection that does not answer at the start is an error"

@@ -5,16 +5,21 @@ memory that its watchdog process (`engine/train/guard.py`) reads. A note costs a
 considered: heartbeats sent by a thread of the rank, which go on while the training loop hangs.
 """
 
+import math
 import mmap
 import struct
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-MIN_LIMIT_S = 120.0  # of a phase under "auto"
+MIN_LIMIT_S = 300.0  # of a phase under "auto": a recompilation in mid-run takes minutes
 MIN_STORAGE_LIMIT_S = 600.0  # of a phase that waits for storage, which may pause for minutes
-STORAGE_PHASES = ("reading data", "waiting for the data of all ranks", "evaluating", "saving a checkpoint")
+STORAGE_PHASES = (
+    *("reading data", "waiting for the data of all ranks", "evaluating", "saving a checkpoint"),
+    "running a hook",  # of a user, which may do anything
+)
 FACTOR = 10.0  # "auto": times the longest one so far
+MIN_FACTOR = 2.0  # the same, where `most` is less
 
 _NOTE = struct.Struct("<QddI")  # notes so far, begun, limit in seconds, bytes of the text
 _TEXT, _ALIVE, _ORDER, _LENGTH = struct.Struct("<400s"), struct.Struct("<d"), struct.Struct("<q"), struct.Struct("<I")
@@ -40,7 +45,11 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a phase may take, in seconds: `fixed`, or learned from the longest so far, never more than `most`."""
+    """How long a phase may take, in seconds: `fixed`, or learned from the longest so far, up to `most`.
+
+    What was never seen to end has no limit of its own: a first save or evaluation may take hours. Ranks that wait for
+    it in a communication end by the timeout of that.
+    """
 
     fixed: float | None = None
     most: float = 1800.0
@@ -50,9 +59,9 @@ class Limits:
         if self.fixed is not None:
             return self.fixed
         if longest is None:
-            return self.most
+            return math.inf
         least = MIN_STORAGE_LIMIT_S if kind in STORAGE_PHASES else MIN_LIMIT_S
-        return min(self.most, max(least, FACTOR * longest))
+        return max(least, MIN_FACTOR * longest, min(self.most, FACTOR * longest))
 
 
 class Activity:
@@ -62,7 +71,7 @@ class Activity:
         phase: such as "step 3, reading data"; the word behind the first comma tells which phases are alike.
         action: of the pipeline, such as "pipeline stage 0, F2"; empty outside of schedules.
         limits: how long phases may take.
-        is_warm: whether a step is complete; until then phases may take as long as `limits` allows any.
+        is_warm: whether a step is complete; until then phases may take any time.
     """
 
     def __init__(self) -> None:
@@ -103,7 +112,7 @@ class Activity:
             took = now - self._begun
             if took > self._longest.get(self._kind, -1.0):
                 self._longest[self._kind] = took
-        limit = self.limits.of(kind, self._longest.get(kind)) if self.is_warm else self.limits.most
+        limit = self.limits.of(kind, self._longest.get(kind)) if self.is_warm else math.inf
         self._number, self._begun, self._kind = self._number + 1, now, kind
         text = self.position.encode()[: _TEXT.size]
         self._page[_AT_TEXT : _AT_TEXT + len(text)] = text

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import ConfigError, PeerError, as_triaxis_error, end_process
+from engine.parallel.activity import Activity
 
 LIMIT_S = 60.0  # a link that takes longer than this does not work
 _STORE_S = 5.0  # for reading the notes of other ranks: the store may be what is gone
@@ -62,12 +63,16 @@ class _Attempt:
 class Watch:
     """Ends this process with a `PeerError` if a link does not answer in time; a context manager around connecting.
 
+    Args:
+        activity: of this rank, where its watchdog, if it runs already, reads why the process has ended.
+
     Raises:
         PeerError: on leaving, instead of an error of the backend.
     """
 
-    def __init__(self, store: Store, rank: int, limit_s: float = LIMIT_S) -> None:
+    def __init__(self, store: Store, rank: int, limit_s: float = LIMIT_S, activity: Activity | None = None) -> None:
         self._store, self._rank, self._limit_s = store, rank, limit_s
+        self._activity = activity
         self._attempts: list[_Attempt] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
@@ -104,6 +109,8 @@ class Watch:
                 error = self._error(late, f"has not answered for {self._limit_s:g} s")
                 if error.reported_elsewhere:
                     time.sleep(1)  # a launcher ends all ranks as soon as one has ended: let the other one say why
+                if self._activity is not None:
+                    self._activity.failure = str(error)
                 end_process(error)
 
     def _late(self, before: float) -> Link | None:

@@ -290,7 +290,7 @@ def build_process_groups(
         return here
     links = layout.links(here.rank, kv_replicas=kv_replicas, wraps=wraps, tied=tied)
     started = time.perf_counter()
-    with Watch(world.store, here.rank, world.connect_timeout_s) as watch:
+    with Watch(world.store, here.rank, world.connect_timeout_s, world.activity) as watch:
         groups = _new_groups(here, links, channels(layout.pp, wraps), watch)
         _connect(here, links, groups, watch)
     return replace(

@@ -124,6 +124,7 @@ def _train_and_signal(config: Config, step: int, number: int, rank: int) -> str:
         os.kill(os.getpid(), number)
 
     if int(os.environ["RANK"]) == rank:
+        signal.signal(number, signal.SIG_DFL)  # which nohup and background jobs of a shell ignore
         threading.Thread(target=watch, daemon=True).start()
     try:
         train(config)

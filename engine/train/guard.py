@@ -17,13 +17,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from socket import socket
+from socket import create_connection, socket
 from typing import Any
 
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from engine.errors import HangError, Interrupted, PeerError, TriaxisError, report_rank
 from engine.parallel.activity import Activity
@@ -32,13 +34,16 @@ from engine.train.late import RankReport, describe_hang
 from engine.train.signals import STOP_SIGNALS
 
 STACKS_SIGNAL = signal.SIGRTMIN + 6 if sys.platform == "linux" else signal.SIGUSR2
-SECOND_S = 0.5  # a signal later than this after the first one is a second one; schedulers and torchrun both send it
+SECOND_S = 2.0  # a signal later than this after the first one is a second one; schedulers and torchrun both send it
 _TICK_S = 0.2
 _GRACE_S = 3.0  # in which a rank that lost a peer may end by itself
 _COLLECT_S = 0.8  # for the reports of all ranks
+_ANSWER_S = 1.0  # for the store, storage and stderr, which may be what hangs
+_PAUSE_S = 5.0  # between two looks: this host, or its container, was suspended
 _SILENT_S = 1.5  # without a turn of the rank's thread: an interpreter lock is held
 _LAST_S = 0.5  # from the order to end until the rank is killed
-_HANG = "a hang"
+_LISTEN_S = 60.0
+HANG = "a hang"
 _ALARM, _VERDICT = "alarm", "verdict"
 
 
@@ -68,29 +73,46 @@ class Guard:
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        self._process = _open_process(seat.pid)
+        self._ends = [line.fileno()] if self._process is None else [line.fileno(), self._process]  # readable at the end
         self._close_files()
-        self.store = None if store is None else clone(store)
+        self.store = store
         self._alarm: dict[str, str | int] = {}
         self._first_signal = 0.0
+        self._looked = self._resumed = time.monotonic()
         if store is not None:
-            threading.Thread(target=self._listen, args=[clone(store)], daemon=True).start()
+            threading.Thread(target=self._listen, args=[store], daemon=True).start()
 
     def run(self) -> None:
         """Return when the rank has ended or left."""
         while True:
-            ready = select.select([self.line], [], [], _TICK_S)[0]
-            if ready and not self._heard_signals():
+            ready = select.select(self._ends, [], [], _TICK_S)[0]
+            if ready and (self._process in ready or not self._heard_signals()):
                 return self._rank_ended()
             if self._alarm:
                 return self._answer()
-            note = self.activity.note()
-            if time.monotonic() - note.begun > note.limit_s and not self.activity.failure:
-                self._raise("hang", f"{note.limit_s}")
+            if self._is_late() and not self.activity.failure:
+                self._raise("hang", f"{self.activity.note().limit_s}")
+
+    def _is_late(self) -> bool:
+        """Whether the phase takes too long, from its beginning or the end of a suspension.
+
+        A stopped rank is late for those that wait for it, whose guards say so. If no rank waits, a person or a
+        scheduler has stopped them all, and will continue them.
+        """
+        now, note = time.monotonic(), self.activity.note()
+        if now - self._looked > _PAUSE_S or (now - note.begun > _TICK_S and _state(self.seat.pid) == "T"):
+            self._resumed = now
+        self._looked = now
+        return now - max(note.begun, self._resumed) > note.limit_s
 
     def _close_files(self) -> None:
         """Close the rank's connections, which would stay open after its death."""
-        keep = {0, 1, 2, self.line.fileno(), self.stacks}
-        for number in {int(name) for name in os.listdir("/proc/self/fd")} - keep:
+        keep = {0, 1, 2, self.stacks, *self._ends}
+        numbers = set(range(4096))
+        with suppress(OSError):  # /proc may be hidden
+            numbers = {int(name) for name in os.listdir("/proc/self/fd")}
+        for number in numbers - keep:
             with suppress(OSError):
                 os.close(number)
         self.stderr = os.dup(2)
@@ -105,7 +127,7 @@ class Guard:
                 self._first_signal = now
             elif now - self._first_signal > SECOND_S:
                 ended = f"{self._place()}: ended by a second {signal.Signals(number).name}, without saving"
-                report_rank(Interrupted(ended), self.stderr, code=128 + number)
+                self._report_end(Interrupted(ended), code=128 + number)
                 self.activity.failure = ended
                 self._end_rank(128 + number)
                 break
@@ -120,8 +142,8 @@ class Guard:
             along = f"; with it end: rank(s) {', '.join(others[:8])}{' ...' * (len(others) > 8)}" if others else ""
             failure = f"{self._place()}: killed, often for lack of memory, or ended by a crash{along}"
             place, by_torchrun = self._place(), "TORCHELASTIC_ERROR_FILE" in os.environ
-            self._record("killed", rank=self.seat.rank, place=place, along=along)
-            report_rank(TriaxisError(failure), self.stderr, code=0, silent=by_torchrun)
+            _within(_ANSWER_S, lambda: self._record("killed", rank=self.seat.rank, place=place, along=along))
+            self._report_end(TriaxisError(failure), code=0, silent=by_torchrun)
         self._raise("ended", failure)
 
     def _place(self) -> str:
@@ -133,21 +155,33 @@ class Guard:
         if self.store is None:
             self._alarm = alarm
             return
-        with suppress(RuntimeError):  # the store has ended with the rank or torchrun that served it
-            if self.store.add("alarms", 1) == 1:
-                self.store.set(_ALARM, json.dumps(alarm))
-            return
-        self._alarm = alarm
+        told = threading.Event()
 
-    def _listen(self, store: Store) -> None:
-        """Wait for an alarm, on a connection of its own."""
+        def tell(known: Store) -> None:
+            with suppress(RuntimeError):
+                store = clone(known)  # an idle connection may have been cut
+                if store.add("alarms", 1) == 1:
+                    store.set(_ALARM, json.dumps(alarm))
+                told.set()
+
+        known = self.store
+        _within(_ANSWER_S, lambda: tell(known))
+        if not told.is_set():  # the store has ended, or hangs, with the rank or torchrun that serves it
+            self._alarm = self._alarm or alarm
+
+    def _listen(self, known: Store) -> None:
+        """Wait for an alarm, on a connection of its own; again after a while, as some networks cut idle ones."""
+        store = clone(known)
         while True:
             try:
-                store.wait([_ALARM])
+                store.wait([_ALARM], timedelta(seconds=_LISTEN_S))
                 self._alarm = json.loads(store.get(_ALARM))
                 return
             except RuntimeError as error:
                 if "timeout" in str(error).lower():
+                    continue
+                if _is_served(known):
+                    store = clone(known)
                     continue
                 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                     time.sleep(0.5)  # for a rank 0 that leaves, as this one does
@@ -165,30 +199,37 @@ class Guard:
         if self._ends_within(_GRACE_S):
             return None
         if self._alarm["host"] != self.seat.host and os.environ.get("LOCAL_RANK", "0") == "0":
-            report_rank(PeerError(f"this node ends with another one: {text}"), self.stderr, code=PeerError.exit_code)
+            self._report_end(PeerError(f"this node ends with another one: {text}"), code=PeerError.exit_code)
         self._end_rank(PeerError.exit_code)
 
     def _answer_hang(self, limit_s: float) -> None:
-        self.activity.cause = _HANG
+        self.activity.cause = HANG
         own = self._report()
-        os.kill(self.seat.pid, STACKS_SIGNAL)
+        self._signal(STACKS_SIGNAL)
         if own.stopped:
-            os.kill(self.seat.pid, signal.SIGCONT)
+            self._signal(signal.SIGCONT)
         leads = self._alarm["rank"] == self.seat.rank
         verdict = self._agree(own, limit_s, leads)
-        self._write_stacks(own, verdict)
         error = HangError(f"{verdict}. Stacks: {self.seat.run_dir / 'hangs'}")
         self.activity.failure = str(error)
-        report_rank(error, self.stderr, code=HangError.exit_code, silent=not leads)
-        if self.seat.rank == 0:
-            self._record("exit", code=HangError.exit_code, reason=str(error), advice=HangError.advice)
+        self._report_end(error, code=HangError.exit_code, silent=not leads)
+        _within(_ANSWER_S, lambda: self._write_hang(own, verdict, error))
         self._end_rank(HangError.exit_code)
 
     def _agree(self, own: RankReport, limit_s: float, leads: bool) -> str:
-        """Exchange the reports of all ranks; return the verdict of the guard that raised the alarm."""
-        reports, store, size = {own.rank: own}, self.store, self.seat.world_size
-        if store is None:
-            return describe_hang(reports, 1, limit_s)
+        """Return the verdict of the guard that raised the alarm, or this one's if the store does not answer."""
+        if self.store is None:
+            return describe_hang({own.rank: own}, 1, limit_s)
+        said, known = list[str](), self.store
+        _within(2 * _COLLECT_S + _TICK_S, lambda: said.append(self._exchange(clone(known), own, limit_s, leads)))
+        alone = (
+            f"no progress for {limit_s:.3g} s: rank {own.rank} ({own.host}) in {own.waits or own.where} ({own.text})"
+        )
+        return said[0] if said else f"{alone}; the store does not answer, so the late rank is not known"
+
+    def _exchange(self, store: Store, own: RankReport, limit_s: float, leads: bool) -> str:
+        """Exchange the reports of all ranks."""
+        reports, size = {own.rank: own}, self.seat.world_size
         until = time.monotonic() + _COLLECT_S
         with suppress(RuntimeError):
             store.set(f"report/{own.rank}", own.to_json())
@@ -229,8 +270,10 @@ class Guard:
             found = {}
         return found
 
-    def _write_stacks(self, own: RankReport, verdict: str) -> None:
-        """Write the rank's stacks to `hangs/rank_N.txt` in the run's directory."""
+    def _write_hang(self, own: RankReport, verdict: str, error: HangError) -> None:
+        """Write the rank's stacks to `hangs/rank_N.txt` in the run's directory, and the exit to its events."""
+        if self.seat.rank == 0:
+            self._record("exit", code=HangError.exit_code, reason=str(error), advice=HangError.advice)
         text = b""
         for _ in range(10):
             if text := os.pread(self.stacks, 1 << 20, 0):
@@ -244,25 +287,64 @@ class Guard:
             (directory / f"rank_{self.seat.rank}.txt").write_bytes(head + text)
 
     def _record(self, event: str, **fields: object) -> None:
-        """Append to the run's events what the rank itself cannot."""
-        with suppress(OSError), (self.seat.run_dir / "events.jsonl").open("a", encoding="utf-8") as events:
-            events.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
+        """Append to the run's events what the rank itself cannot, by one call, as other processes append to them."""
+        line = json.dumps({"event": event, "time": time.time(), **fields}) + "\n"
+        with suppress(OSError), (self.seat.run_dir / "events.jsonl").open("ab", buffering=0) as events:
+            events.write(line.encode())
+
+    def _report_end(self, error: TriaxisError, *, code: int, silent: bool = False) -> None:
+        _within(_ANSWER_S, lambda: report_rank(error, self.stderr, code=code, silent=silent))
 
     def _end_rank(self, code: int) -> None:
         """Let the rank's thread end it with `code`; kill it if that does not happen."""
         self.activity.order = code
+        self._signal(signal.SIGCONT)
+        if not self._ends_within(_LAST_S):
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
-            os.kill(self.seat.pid, signal.SIGCONT)
-            if not self._ends_within(_LAST_S):
-                os.kill(self.seat.pid, signal.SIGKILL)
+            if self._process is not None:
+                signal.pidfd_send_signal(self._process, number)  # never to a later process of the same number
+            else:
+                os.kill(self.seat.pid, number)
 
     def _ends_within(self, seconds: float) -> bool:
         """Whether the rank ends or leaves within `seconds`."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if select.select([self.line], [], [], left)[0] and not self.line.recv(64):
+            ready = select.select(self._ends, [], [], left)[0]
+            if ready and (self._process in ready or not self.line.recv(64)):
                 return True
         return False
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """Call in a thread, and wait for it no longer than `seconds`."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _open_process(pid: int) -> int | None:
+    """A file descriptor of the process that is readable at its end; None before Linux 5.3.
+
+    The other end of the rank's line may be open in its data workers.
+    """
+    with suppress(OSError):
+        return os.pidfd_open(pid)
+    return None
+
+
+def _is_served(store: Any) -> bool:
+    """Whether the server of `store` accepts connections."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    with suppress(OSError):
+        if host := getattr(store, "host", None):  # a TCPStore
+            create_connection((host, store.port), timeout=_ANSWER_S).close()
+            return True
+    return False
 
 
 def _state(pid: int) -> str:

@@ -153,7 +153,7 @@ def _lock(path: Path) -> BinaryIO:
 
 
 def _append(path: Path, line: bytes) -> None:
-    with path.open("ab") as file:
+    with path.open("ab", buffering=0) as file:  # one call: other processes append as well
         file.write(line)
 
 

@@ -46,8 +46,9 @@ def _train_on_rank(config: Config, heartbeat: Heartbeat) -> None:
     trainer: Trainer | None = None
     log: RunLog | None = None
     limits = Limits(None if parallel.hang_s == "auto" else parallel.hang_s, parallel.timeout_s)
+    watched = Watchdog(world, limits if parallel.hang_s is not None else None, config.run.dir)
     place = leave_together(world, lambda: trainer.position if trainer else heartbeat.phase)
-    with place, Watchdog(world, limits, config.run.dir) as watchdog:
+    with place, watched as watchdog:
         try:
             watchdog.world, reason = arrange_ranks(config, world)
             world = watchdog.world

@@ -27,10 +27,11 @@ from engine.errors import PeerError, TriaxisError, as_triaxis_error
 from engine.parallel.activity import Activity, Limits
 from engine.parallel.agreement import broadcast_ints
 from engine.parallel.layout import World
-from engine.train.guard import STACKS_SIGNAL, Guard, Seat
+from engine.train.guard import HANG, STACKS_SIGNAL, Guard, Seat
 
 _TICK_S = 0.2
 _HEARD_S = 1.0  # in which the watchdog hears of the rank that ended the connection
+_HANG_S = 10.0  # in which the guard ends a rank after a hang
 _COMMUNICATES = {  # functions that wait for other ranks; None: all of the module
     "engine.parallel.collectives": None,
     "engine.parallel.agreement": None,
@@ -43,26 +44,34 @@ class Watchdog:
     """Watches this rank while the body of the context runs.
 
     Args:
-        limits: how long a phase may take.
+        limits: how long a phase may take; None: nothing is watched.
         run_dir: where the stacks of a hang go.
     """
 
-    def __init__(self, world: World, limits: Limits, run_dir: Path) -> None:
+    def __init__(self, world: World, limits: Limits | None, run_dir: Path) -> None:
         self.world = world
         self.activity: Activity = world.activity
-        self.activity.limits = limits
+        self._is_wanted = limits is not None and sys.platform == "linux"
+        self.activity.limits = limits or self.activity.limits
         self.run_dir = run_dir
         self._ended = threading.Event()
         self._line: socket.socket | None = None  # to the guard
 
     def __enter__(self) -> "Watchdog":
-        if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        if not self._is_wanted or threading.current_thread() is not threading.main_thread():
             return self
-        self._stacks = os.memfd_create("stacks")
+        (nonce,) = broadcast_ints(self.world, [time.time_ns()])  # the store may have the alarms of an earlier start
+        try:
+            self._stacks = os.memfd_create("stacks")
+            line, there = socket.socketpair()
+            with there:
+                self._fork(there, nonce)
+        except (OSError, AttributeError) as error:  # the system allows no process, or lacks memfd_create
+            said = f"warning     no watchdog for rank {self.world.rank}: hangs are not noticed ({error})"
+            print(said, file=sys.stderr, flush=True)
+            return self
         faulthandler.register(STACKS_SIGNAL, file=self._stacks, all_threads=True, chain=False)
-        self._line, there = socket.socketpair()
-        self._fork(there)
-        there.close()
+        self._line = line
         self._line.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._line.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._answer, name="watchdog", daemon=True)
@@ -83,9 +92,8 @@ class Watchdog:
             self.activity.failure = self._failure(error, known)
         self._close()
 
-    def _fork(self, line: socket.socket) -> None:
+    def _fork(self, line: socket.socket, nonce: int) -> None:
         """Start the guard, as no child of this process: those are its data workers."""
-        (nonce,) = broadcast_ints(self.world, [time.time_ns()])  # the store may have the alarms of an earlier start
         store = None if self.world.store is None else PrefixStore(f"watchdog {nonce}", self.world.store)
         seat = Seat(self.world.rank, self.world.layout.world_size, socket.gethostname(), self.run_dir, os.getpid())
         sys.stdout.flush()
@@ -95,12 +103,15 @@ class Watchdog:
             )  # of forks beside threads: the guard uses no lock of one
             child = os.fork()
         if child == 0:
+            status = 1
             try:
                 if os.fork() == 0:
                     Guard(seat, self.activity, store, line, self._stacks).run()
+                status = 0
             finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+                os._exit(status)
+        if os.waitpid(child, 0)[1]:
+            raise OSError("the system allows no more processes")
 
     def _failure(self, error: BaseException, known: TriaxisError | None) -> str:
         reason = str(known) if known is not None else f"{type(error).__name__}: {error}"
@@ -111,6 +122,8 @@ class Watchdog:
         until = time.monotonic() + _HEARD_S * (self._line is not None)
         while not self.activity.cause and time.monotonic() < until:
             time.sleep(0.02)
+        if self.activity.cause == HANG:  # whose guards end the ranks one after another, with one code
+            self._ended.wait(_HANG_S)
         if cause := self.activity.cause:
             lost.args = (f"this rank ends with another one: {cause}",)
             lost.reported_elsewhere, lost.patience_s = True, 0.5
@@ -124,7 +137,7 @@ class Watchdog:
         os.close(self._stacks)
         self._line.shutdown(socket.SHUT_WR)  # for the guard, the end of its work
         self._line.settimeout(_HEARD_S)
-        with suppress(TimeoutError):
+        with suppress(OSError):  # it takes too long, or was killed
             self._line.recv(1)  # until it has told the others and ended
         self._line.close()
 
@@ -137,7 +150,8 @@ class Watchdog:
             self.activity.alive = time.monotonic()
             number = self.activity.note().number
             if number == last:
-                self.activity.sample = orjson.dumps({"number": number, **self._sample()}).decode()
+                with suppress(Exception):  # of a backend that does not count its calls: no reason to end
+                    self.activity.sample = orjson.dumps({"number": number, **self._sample()}).decode()
             last = number
 
     def _sample(self) -> dict[str, Any]:

@@ -39,7 +39,16 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-KINDS: dict[str, Callable[[], None]] = {"out_of_memory": out_of_memory, "bug": bug, "killed": killed}
+def stopped() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+KINDS: dict[str, Callable[[], None]] = {
+    "out_of_memory": out_of_memory,
+    "bug": bug,
+    "killed": killed,
+    "stopped": stopped,
+}
 
 
 def get_stuck_at_shutdown() -> None:

@@ -11,7 +11,8 @@ from engine.train.signals import STOP_SIGNALS, StopRequest
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    # the default, as nohup and background jobs of a shell ignore some
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -135,6 +135,7 @@ def _start_worker(worker: int) -> None:
     SIGTERM sent to it, and when its parent ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # which tells the watchdog of the training process's signals
     os.setpgid(0, 0)
     if sys.platform == "linux":
         # End with the parent at once and not at the next look, seconds later: a forked worker holds the connections of

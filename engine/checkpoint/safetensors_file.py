@@ -23,6 +23,7 @@ from engine.errors import CheckpointError
 from engine.parallel.table import Rectangle
 
 _READ_BYTES = 1 << 30  # the system reads at most 2 GiB at once
+_LFS, _LFS_BYTES = b"version https://git-lfs", 1024
 
 
 class SafetensorsFile:
@@ -45,6 +46,10 @@ class SafetensorsFile:
                 length = int.from_bytes(content.read(8), "little")
                 self._table: dict[str, Any] = orjson.loads(content.read(length))
         except (SafetensorError, OSError, ValueError) as error:
+            if path.stat().st_size < _LFS_BYTES and path.read_bytes().startswith(_LFS):
+                raise CheckpointError(
+                    f"{path} is a pointer of Git LFS; `git lfs pull` or `hf download` gets the weights"
+                ) from None
             raise CheckpointError(f"{path} is damaged: {error}") from None
         self._data_start = 8 + length
         self._table.pop("__metadata__", None)
@@ -138,7 +143,8 @@ def require_file(path: Path) -> int:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        link = " (a link to a missing file: the download is incomplete)" if path.is_symlink() else ""
+        raise CheckpointError(f"{path} is missing{link}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not stat.S_ISREG(status.st_mode):

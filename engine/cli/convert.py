@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     source, target = options.source, options.target
     best = source.name == BEST and source.parent.is_dir()
+    if source.suffix == ".gguf":
+        raise CheckpointError(f"--from {source} is {_GGUF}")
     if not source.is_dir() and not best:
         raise CheckpointError(f"no such directory: --from {source}")
     is_checkpoint = best or source.name == "checkpoints" or source.name.startswith("step_")
@@ -108,6 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verify_conversion(open_checkpoint(run), huggingface, target.with_name(f"{target.name}.verify.json"))
 
 
+_GGUF = (
+    "a GGUF file, as llama.cpp writes it, which is not read. Use the model it was made from, or convert it: "
+    "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(NEW) in transformers"
+)
+
+
 def _not_convertible(source: Path) -> str:
     if any(source.glob("*.distcp")) or any(source.glob("*/*.distcp")):
         return (
@@ -115,6 +123,15 @@ def _not_convertible(source: Path) -> str:
             "when it is opened, and is not read. Megatron-Bridge (AutoBridge.export_ckpt) makes a Hugging Face "
             "directory of it; convert that"
         )
+    if any(source.glob("*.gguf")):
+        return f"a directory of {_GGUF.removeprefix('a ')}"
+    if (source / "adapter_config.json").exists():
+        return (
+            "an adapter of peft, not a model; merge it into its base and convert the result: "
+            "AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)"
+        )
+    if snapshots := sorted(map(str, source.glob("snapshots/*"))):
+        return f"a repository in the cache of the Hub; name a snapshot: {', '.join(snapshots)}"
     return (
         "neither a Hugging Face directory (config.json), nor a run directory (checkpoints/), nor a checkpoint "
         "(manifest.json)"

@@ -178,7 +178,7 @@ _ROWS = (
             "tiny": _TINY,
             "tiny-llama3": _TINY | {"rope_scaling": _LLAMA31_ROPE | {"original_max_position": 256}},
         },
-        harmless=("pretraining_tp", "max_sequence_length", "is_llama_config"),
+        harmless=("max_sequence_length", "is_llama_config"),
         keys=(*_ATTENTION_BIAS, ConfigKey("mlp_bias", "mlp_bias", default=False, read=bool)),
     ),
     Family(

@@ -110,6 +110,17 @@ def test_what_cannot_be_converted(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a Hugging Face directory"):
         convert("--from", tmp_path / "empty", "--to", tmp_path / "out")
+    for file, reason in {
+        "gguf/m.gguf": r"GGUF file.*gguf_file=NAME",
+        "lora/adapter_config.json": r"adapter of peft.*merge_and_unload",
+        "models--a--b/snapshots/0af1/config.json": r"name a snapshot: .*snapshots/0af1",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+        with pytest.raises(CheckpointError, match=reason):
+            convert("--from", tmp_path / file.split("/")[0], "--to", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="GGUF file"):
+        convert("--from", tmp_path / "gguf/m.gguf", "--to", tmp_path / "out")
     (tmp_path / "megatron/iter_0000010").mkdir(parents=True)
     (tmp_path / "megatron/iter_0000010/__0_0.distcp").touch()
     for name in ("megatron", "megatron/iter_0000010"):

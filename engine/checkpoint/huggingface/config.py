@@ -50,7 +50,7 @@ _HARMLESS = frozenset({
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "use_sdpa", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "flash_attn",
+    "pretraining_tp", "use_sdpa", "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "flash_attn",
     "gradient_checkpointing", "keys_to_ignore_at_inference",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip

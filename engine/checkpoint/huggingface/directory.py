@@ -1,6 +1,7 @@
 """Reads Hugging Face directories as untrusted input: no pickles, no code, no files outside of the directory."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -190,12 +191,12 @@ class HuggingFaceDirectory:
 
     def _weight_map(self) -> dict[str, str]:
         """Return file names by tensor name, from the index or the single file."""
-        if (self.path / INDEX).exists():
+        if os.path.lexists(self.path / INDEX):
             weight_map = read_json(self._inside(INDEX)).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise CheckpointError(f"{self.path / INDEX}: weight_map is missing or not a table of file names")
             return weight_map
-        if not (self.path / SINGLE).exists():
+        if not os.path.lexists(self.path / SINGLE):
             why = ""
             if self.ignored:
                 why = (

@@ -367,3 +367,8 @@ def test_a_changed_setting_is_refused_or_gives_the_logits_of_transformers(family
         right.append(key)
     assert wrong == []
     assert {"rope_theta", "max_length", "sliding_window"} <= {*right, *({"sliding_window"} - before.keys())}
+
+
+def test_keys_that_conversions_of_other_models_leave() -> None:
+    published = PUBLISHED["mistral-7b"]
+    assert model_config_from_hf(published | {"pretraining_tp": 1}) == model_config_from_hf(published)

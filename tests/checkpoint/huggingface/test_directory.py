@@ -69,6 +69,11 @@ def make_pipe(hf: Path, name: str) -> None:
     os.mkfifo(hf / name)
 
 
+def dangle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("blob"))
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle": (use_pickle, r"pytorch_model\.bin may run code"),
     "pickle with a false name": (disguise_pickle, r"model\.safetensors is damaged"),
@@ -113,6 +118,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights are a pipe": (lambda hf: make_pipe(hf, "model.safetensors"), "not a regular file"),
     "weights end early": (lambda hf: os.truncate(hf / "model.safetensors", 5000), r"model\.safetensors is damaged"),
+    "half a download": (lambda hf: dangle(hf / "model.safetensors"), "is missing .*the download is incomplete"),
+    "a pointer for weights": (
+        lambda hf: (hf / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "pointer of Git LFS",
+    ),
     "integers for weights": (
         lambda hf: edit_weights(hf, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
         "model.norm.weight has dtype I8",

@@ -1,5 +1,6 @@
 """Training through the kernels, run on the host, is training on the plain paths."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,8 +46,14 @@ def train(tmp_path, preset: str, *overrides: str, steps: int = 3, layout: Layout
     return torch.tensor(numbers), torch.cat([shard.param for shard in optimizer.shards])
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen3", "tiny-starcoder2"])
+@pytest.mark.parametrize(
+    ("preset", "recompute"),
+    [
+        *itertools.product(["tiny", "tiny-qwen3", "tiny-starcoder2"], ["none", "selective", "full"]),
+        ("tiny-gemma2", "selective"),  # norms, an activation and scores that kernels do not have
+        ("tiny-olmo2", "full"),
+    ],
+)
 def test_training(kernels, tmp_path, preset, recompute):
     overrides = ("--parallel.recompute", recompute, "--train.z_loss", "1e-3")
     expected, parameters = train(tmp_path, preset, *overrides)

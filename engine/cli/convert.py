@@ -16,7 +16,7 @@ import orjson
 import torch
 
 from engine.checkpoint.huggingface.directory import HuggingFaceDirectory
-from engine.checkpoint.huggingface.exported_ids import readers
+from engine.checkpoint.huggingface.exported_ids import difference_in_transformers, readers
 from engine.checkpoint.huggingface.exporting import SHARD_BYTES, export
 from engine.checkpoint.huggingface.files import TOKENIZER_FILES
 from engine.checkpoint.huggingface.importing import import_directory
@@ -189,6 +189,11 @@ def _reads_tokenizer(directory: HuggingFaceDirectory) -> bool:
     print(f"tokenizer: {model.name}, {counted(tokenizer.vocab_size, 'token')}")
     if tokenizer.note:
         print(f"tokenizer: {tokenizer.note}")
+    if tokenizer.vocab_size > directory.model.vocab_size:
+        rows = directory.model.vocab_size
+        print(f"warning: the tokenizer has {tokenizer.vocab_size} entries, the embedding {rows} rows; training needs both")
+    if difference := difference_in_transformers(directory.path, tokenizer):
+        print(f"warning: {difference}; training uses the latter, and so does transformers with an export")
     return True
 
 
@@ -274,5 +279,7 @@ def verify_conversion(checkpoint: Checkpoint, huggingface: Path, report: Path) -
     )
     Storage().replace_text(report, content.decode())
     if different := [check.name for check in checks if check.result == "different"]:
-        raise CheckpointError(f"{huggingface} differs from {checkpoint.path} in {', '.join(different)}; see {report}")
+        error = CheckpointError(f"{huggingface} differs from {checkpoint.path} in {', '.join(different)}; see {report}")
+        error.advice = "the conversion is complete; decide by the report whether the difference matters to you"
+        raise error
     print(f"verified: {report}")

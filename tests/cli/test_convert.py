@@ -199,3 +199,24 @@ def test_an_import_says_what_its_tokenizer_is(
         assert said in out and (refused in out) != usable and ("triaxis generate" in out) == usable, out
     spec = open_checkpoint(tmp_path / "run0").tokenizer_spec
     assert spec is not None and load_tokenizer(spec).kind == "sentencepiece"
+
+
+def test_an_import_says_where_transformers_gives_other_ids(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It makes a LlamaTokenizer anew, whatever the files say; and an embedding with fewer rows than the tokenizer."""
+    hf = tmp_path / "hf"
+    convert("--from", run_dir, "--to", hf, "--without-tokenizer")
+    (hf / "tokenizer.model").write_bytes(train_sentencepiece(standard_library_texts(20_000), vocab_size=400))
+    rows = "warning: the tokenizer has 400 entries, the embedding 257 rows"
+    for name, content in (
+        ("plain", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ("rebuilt", {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
+    ):
+        (hf / "tokenizer_config.json").write_text(json.dumps(content))
+        capsys.readouterr()
+        convert("--from", hf, "--to", tmp_path / name)
+        out = capsys.readouterr().out
+        assert rows in out
+        differs = "read by transformers (LlamaTokenizer), gives other ids than the run's for ' a leading space'" in out
+        assert differs == (name == "rebuilt"), out

@@ -54,7 +54,36 @@ def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> ComparedIds:
         _compare("this package", text, tokenizer.encode_special(text)[0], ours.encode_special(text)[0])
     if "transformers" not in readers():
         return ComparedIds(len(texts), 0, ("triaxis",))
-    theirs, chats = _transformers_tokenizer(directory), list(_chats(tokenizer))
+    chats = _compare_with(_transformers_tokenizer(directory), tokenizer, texts)
+    return ComparedIds(len(texts), chats, ("triaxis", "transformers"))
+
+
+def difference_in_transformers(directory: Path, tokenizer: Tokenizer) -> str | None:
+    """Return how the ids that `transformers` gives with a directory differ from those of `tokenizer`, loaded from it.
+
+    None if they are equal, and if it is not installed or cannot load the tokenizer. It makes tokenizers of some classes,
+    such as `LlamaTokenizer`, anew instead of reading `tokenizer.json`, by rules that differ between its versions.
+    """
+    if "transformers" not in readers():
+        return None
+    try:
+        theirs = _transformers_tokenizer(directory)
+    except CheckpointError:
+        return None
+    try:
+        _compare_with(theirs, tokenizer, list(probe_texts(tokenizer.special_tokens)))
+    except CheckpointError as difference:
+        return str(difference)
+    return None
+
+
+def _compare_with(theirs: Any, tokenizer: Tokenizer, texts: list[str]) -> int:
+    """Compare the ids of texts and conversations with those of a tokenizer of `transformers`; count the latter.
+
+    Raises:
+        CheckpointError: names the text whose ids differ.
+    """
+    chats = list(_chats(tokenizer))
     reader = f"transformers ({type(theirs).__name__})"
     for text in texts:
         _compare(reader, text, tokenizer.encode_special(text)[0], theirs.encode(text, add_special_tokens=False))
@@ -64,7 +93,7 @@ def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> ComparedIds:
         except Exception as error:  # a template can raise anything
             raise CheckpointError(f"transformers cannot render the chat template: {error}") from None
         _compare(reader, f"the conversation {text}", tokenizer.encode_special(text)[0], list(found))
-    return ComparedIds(len(texts), len(chats), ("triaxis", "transformers"))
+    return len(chats)
 
 
 def _chats(tokenizer: Tokenizer) -> Iterator[tuple[list[dict[str, str]], str]]:

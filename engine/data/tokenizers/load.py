@@ -69,7 +69,7 @@ def _described(tokenizer: HuggingFaceTokenizer, in_directory: bool) -> HuggingFa
         except ConfigError as error:
             difference = f"they are not compared: {error}"
         if difference:
-            tokenizer.note = f"{path} is read, as by transformers, not {other.name}: {difference}"
+            tokenizer.note = f"{path} is read, not {other.name}: {difference}"
     return tokenizer
 
 
@@ -101,7 +101,7 @@ def _choose(tokenizer: SentencePieceTokenizer, beside: Path, in_directory: bool)
             return tokenizer
     tokenizer.prefix_parts = not tokenizer.prefix_parts
     if in_directory:
-        other.note = f"{beside} is read, as by transformers, not {model.name}: {differences[0]}"
+        other.note = f"{beside} is read, not {model.name}: {differences[0]}"
         return other
     _require_named(tokenizer)  # a checkpoint holds the model without the tokenizer.json
     tokenizer.note = f"{model} is read, as named, not {beside.name}: {differences[0]}"

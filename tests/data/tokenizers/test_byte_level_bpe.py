@@ -231,14 +231,14 @@ def test_copied_and_exported_files_give_the_same_ids(tmp_path, request, kind, ra
 
 
 def test_a_directory_with_a_tokenizer_json_beside_an_original_file(tmp_path, ranks, tekken):
-    """The former is read, as by transformers; the difference is said."""
+    """The former is read; the difference is said."""
     plain = load_tokenizer(tekken)
     (tmp_path / "tokenizer.json").write_text(json.dumps(plain.to_json()))
     both = load_tokenizer(tmp_path)
     assert (both.files[0].name, both.note) == ("tokenizer.json", None)
     write_tekken(tekken, ranks, count=31)
     other = load_tokenizer(tmp_path)
-    assert other.note is not None and "tokenizer.json is read, as by transformers, not tekken.json: " in other.note
+    assert other.note is not None and "tokenizer.json is read, not tekken.json: " in other.note
     tekken.unlink()
     write_tiktoken(tmp_path / "tokenizer.model", ranks)
     unknown = load_tokenizer(tmp_path)

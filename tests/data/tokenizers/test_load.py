@@ -23,7 +23,7 @@ def test_directories(tmp_path, sentencepiece_model):
     (only_json / "tokenizer.model").write_bytes(sentencepiece_model)
     other = load_tokenizer(str(only_json))
     assert other.kind == "huggingface" and other.note is not None
-    assert "tokenizer.json is read, as by transformers, not tokenizer.model: '</s>'" in other.note
+    assert "tokenizer.json is read, not tokenizer.model: '</s>'" in other.note
     named = load_tokenizer(only_json / "tokenizer.model")
     assert named.kind == "sentencepiece" and named.note is not None
     assert [file.name for file in named.files] == ["tokenizer.model"], "a checkpoint must load as this tokenizer"

@@ -191,7 +191,9 @@ def _reads_tokenizer(directory: HuggingFaceDirectory) -> bool:
         print(f"tokenizer: {tokenizer.note}")
     if tokenizer.vocab_size > directory.model.vocab_size:
         rows = directory.model.vocab_size
-        print(f"warning: the tokenizer has {tokenizer.vocab_size} entries, the embedding {rows} rows; training needs both")
+        print(
+            f"warning: the tokenizer has {tokenizer.vocab_size} entries, the embedding {rows} rows; training needs both"
+        )
     if difference := difference_in_transformers(directory.path, tokenizer):
         print(f"warning: {difference}; training uses the latter, and so does transformers with an export")
     return True

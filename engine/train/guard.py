@@ -38,7 +38,7 @@ SECOND_S = 2.0  # a signal later than this after the first one is a second one; 
 _TICK_S = 0.2
 _GRACE_S = 3.0  # in which a rank that lost a peer may end by itself
 _COLLECT_S = 0.8  # for the reports of all ranks
-_ANSWER_S = 1.0  # for the store, storage and stderr, which may be what hangs
+_ANSWER_S = 2.0  # for the store, storage and stderr, which may be what hangs
 _PAUSE_S = 5.0  # between two looks: this host, or its container, was suspended
 _SILENT_S = 1.5  # without a turn of the rank's thread: an interpreter lock is held
 _LAST_S = 0.5  # from the order to end until the rank is killed
@@ -275,7 +275,7 @@ class Guard:
         if self.seat.rank == 0:
             self._record("exit", code=HangError.exit_code, reason=str(error), advice=HangError.advice)
         text = b""
-        for _ in range(10):
+        for _ in range(50):
             if text := os.pread(self.stacks, 1 << 20, 0):
                 break
             time.sleep(0.02)

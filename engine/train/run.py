@@ -12,6 +12,7 @@ from engine.parallel.agreement import leave_together, on_all_ranks, run_on_all_r
 from engine.parallel.layout import init_distributed
 from engine.plan.throughput import flops_per_token
 from engine.train.evaluate import EarlyStopping, Evaluation, compares_evaluations, stops_early
+from engine.train.guard import HANG
 from engine.train.hooks import Hook, train_with_hooks
 from engine.train.inputs import Inputs, chat_template, open_inputs
 from engine.train.log import RunLog
@@ -65,7 +66,8 @@ def _train_on_rank(config: Config, heartbeat: Heartbeat) -> None:
         except Exception as error:
             if isinstance(error, PeerError) and not error.is_shared:
                 watchdog.name_cause(error)
-            _record_failure(error, log)
+            if world.activity.cause != HANG:  # which the watchdog records
+                _record_failure(error, log)
             raise
         finally:
             if log is not None:

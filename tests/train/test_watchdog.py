@@ -58,7 +58,8 @@ def test_a_hang_is_noticed_and_blamed_on_the_right_rank(workspace, kind, ranks, 
     (report,) = end.reports
     assert re.match(rf"error: no progress for 2 s: rank {rank} \({HERE}\) {reason}", report), report
     assert end.codes.count("exit code 70") >= ranks - 1, end.codes  # one whose interpreter is held is killed
-    assert end.events[-1]["code"] == 70
+    # a rank that was stopped goes on until it is ended, and may save meanwhile
+    assert [event["code"] for event in end.events if event["event"] == "exit"] == [70]
     slack = 2.0 + 4.0 * (kind == "reader")  # the batches that were read ahead
     assert end.seconds < LIMIT_S + slack + 3.0  # a busy machine
     files = sorted((workspace / "run/hangs").iterdir())

@@ -61,8 +61,8 @@ def require_trained_ids(directory: Path, tokenizer: Tokenizer) -> ComparedIds:
 def difference_in_transformers(directory: Path, tokenizer: Tokenizer) -> str | None:
     """Return how the ids that `transformers` gives with a directory differ from those of `tokenizer`, loaded from it.
 
-    None if they are equal, and if it is not installed or cannot load the tokenizer. It makes tokenizers of some classes,
-    such as `LlamaTokenizer`, anew instead of reading `tokenizer.json`, by rules that differ between its versions.
+    None if they are equal, and if it is not installed or cannot load the tokenizer. Tokenizers of some classes, such as
+    `LlamaTokenizer`, it makes anew instead of reading `tokenizer.json`, by rules that differ between its versions.
     """
     if "transformers" not in readers():
         return None

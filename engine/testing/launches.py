@@ -130,10 +130,12 @@ def _moved(value: Any) -> Any:
     return _META if isinstance(value, torch.device) and value.type == "cuda" else value
 
 
-def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool) -> Tensor:
+def _cudnn_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor:
     """The attention that GPUs take; it knows grouped heads."""
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
-    return attend(q, k, v, mask, torch.is_grad_enabled(), 0.0, is_causal)[0]
+    return attend(q, k, v, mask, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
 
 
 class _InOperator:

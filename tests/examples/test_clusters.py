@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from engine.cli.launch import SHUTDOWN_S
-from engine.errors import Interrupted, PeerError, TriaxisError
+from engine.errors import HangError, Interrupted, PeerError, TriaxisError
 from engine.testing.runs import read_records
 from tests.e2e.commands import ENVIRONMENT, ROOT
 
@@ -156,7 +156,7 @@ def test_errors_that_a_restart_repeats_end_the_run():
         "FailJobSet",
         ["PodFailurePolicy"],
     )
-    transient = {Interrupted, PeerError}
+    transient = {Interrupted, PeerError, HangError}
     lasting = {kind.exit_code for kind in TriaxisError.__subclasses__() if kind not in transient} - {1}
     assert set(rule["onExitCodes"]["values"]) == lasting
     recovery = yaml.safe_load(SKYPILOT.read_text(encoding="utf-8"))["resources"]["job_recovery"]

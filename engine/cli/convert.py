@@ -8,8 +8,8 @@ fp32), token ids and the ends of generated text.
 import argparse
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import orjson
@@ -104,10 +104,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if exports:
         source = open_checkpoint(source).path  # the newest one now, even if the run goes on
     if not (options.verify and target.is_dir() and any(target.iterdir())):
-        _convert(source, options, exports)
+        with _one_thread():
+            _convert(source, options, exports)
     if options.verify:
         run, huggingface = (source, target) if exports else (target, source)
         verify_conversion(open_checkpoint(run), huggingface, target.with_name(f"{target.name}.verify.json"))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one thread of PyTorch: blocks are small, and threads that wait for each other take the writer's core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _GGUF = (

@@ -3,7 +3,6 @@ import multiprocessing
 import re
 import shutil
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,9 +80,12 @@ def test_a_file_that_cannot_be_written_ends_nothing(tmp_path, capsys):
 
 def test_a_fork_does_not_hold_the_run_directory(tmp_path):
     log = RunLog(tmp_path, active=True)
-    reader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    runs, ends = context.Event(), context.Event()
+    reader = context.Process(target=lambda: (runs.set(), ends.wait(60)))
     reader.start()
     try:
+        assert runs.wait(60)  # the fork is complete
         with pytest.raises(ConfigError, match="another run is writing there"):
             RunLog(tmp_path, active=True)
         log.close()

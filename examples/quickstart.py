@@ -306,7 +306,7 @@ def compare_logits() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(EXPORT, dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0]
-        hidden = decoder(torch.tensor(ids), torch.arange(len(ids)), attend_within((0, len(ids)), None))
+        hidden = decoder(torch.tensor(ids), torch.arange(len(ids)), decoder.attend_within((0, len(ids))))
         difference = (decoder.logits(hidden) - expected).abs().max().item()
     print(f"    {len(ids)} tokens, same ids; largest difference of a logit: {difference:.1e}")
     if difference > 1e-4:

@@ -295,7 +295,6 @@ def compare_logits() -> None:
     import transformers
 
     from engine.checkpoint.load import load_decoder
-    from engine.model.attention import attend_within
 
     decoder, tokenizer = load_decoder(RUN, torch.float32, torch.device("cpu"))
     text = Path(json.__file__).read_text(encoding="utf-8")[:1500]

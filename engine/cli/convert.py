@@ -204,7 +204,8 @@ def _reads_tokenizer(directory: HuggingFaceDirectory) -> bool:
     if tokenizer.vocab_size > directory.model.vocab_size:
         rows = directory.model.vocab_size
         print(
-            f"warning: the tokenizer has {tokenizer.vocab_size} entries, the embedding {rows} rows; training needs both"
+            f"warning: the tokenizer has {tokenizer.vocab_size} entries, the embedding {rows} rows; training needs a "
+            "row for each"
         )
     if difference := difference_in_transformers(directory.path, tokenizer):
         print(f"warning: {difference}; training uses the latter, and so does transformers with an export")
